@@ -1,0 +1,34 @@
+"""MIMDet: fine-tune a masked-image-modelling pre-trained ViT into an object detector (arXiv 2204.02964)."""
+
+from importlib import import_module as _import_module
+from pathlib import Path as _Path
+
+__version__ = "0.1.0"
+
+# A bare checkout keeps kernels/ and configs/ beside this package; an installed wheel has them inside it.
+_root = _Path(__file__).resolve().parent.parent
+if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
+    __path__.append(str(_root))
+
+_EXPORTS = {
+    "LazyCall": "config",
+    "Predictor": "predict",
+    "evaluate": "engine",
+    "instantiate": "config",
+    "load": "config",
+    "predict_files": "predict",
+    "train": "engine",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    """Import the public names when they are first asked for, so that ``import mimdet`` stays quick."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'mimdet' has no attribute {name!r}")
+    return getattr(_import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

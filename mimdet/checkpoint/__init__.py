@@ -1,0 +1,1 @@
+"""Checkpoint files: reading them safely, loading MAE weights, turning one form into another."""

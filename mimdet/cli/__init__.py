@@ -1,0 +1,5 @@
+"""The ``mimdet`` command."""
+
+from .app import main
+
+__all__ = ["main"]

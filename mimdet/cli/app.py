@@ -1,0 +1,47 @@
+"""All subcommands together, and what a user sees when one fails."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from . import convert, demo, info, predict, train
+
+app = typer.Typer(
+    name="mimdet",
+    help="Fine-tune a MAE pre-trained ViT into an object detector (MIMDet, arXiv 2204.02964).\n\n"
+    "New here? `mimdet demo` trains and tests a small detector on generated pictures in a few minutes.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("eval")(train.evaluate)
+app.command("predict")(predict.predict)
+app.command("info")(info.info)
+app.command("convert")(convert.convert)
+
+
+def main() -> None:
+    """Run the command line; an error becomes one message and exit status 1."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("MIMDET_DEBUG"):
+            raise
+        # KeyError's own text is the repr of its message.
+        message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+        console = Console(stderr=True)
+        console.print(Text.assemble(("error: ", "bold red"), str(message) or type(error).__name__), soft_wrap=True)
+        if not isinstance(error, (ValueError, KeyError, OSError, RuntimeError, FloatingPointError)):
+            console.print(f"({type(error).__name__}; set MIMDET_DEBUG=1 to see where)", style="dim")
+        sys.exit(1)

@@ -1,0 +1,23 @@
+"""``mimdet info``."""
+
+from __future__ import annotations
+
+
+def info() -> None:
+    """Show versions, devices, and which implementations are usable here."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..info import devices, implementations, versions
+
+    console = Console()
+    sections = (
+        ("Versions", ("package", "version"), versions()),
+        ("Devices", ("device", "what"), devices()),
+        ("Implementations", ("part", "used", "why"), implementations()),
+    )
+    for title, columns, rows in sections:
+        table = Table(*columns, title=title, title_justify="left", title_style="bold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)

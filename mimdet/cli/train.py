@@ -1,0 +1,102 @@
+"""``mimdet train`` and ``mimdet eval``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[
+    str, typer.Option(help="Python config, or a config.yaml that a run saved. Shipped ones are found by name.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides, e.g. `train.max_iter=1000`.", show_default=False),
+]
+NumGpus = Annotated[
+    int | None, typer.Option(min=1, help="Processes on this machine; over 1 they are started by torchrun.")
+]
+TrainJson = Annotated[Path | None, typer.Option(help="COCO annotations to train on, instead of the config's.")]
+TrainImages = Annotated[Path | None, typer.Option(help="Folder of the training pictures.")]
+ValJson = Annotated[Path | None, typer.Option(help="COCO annotations to evaluate on, instead of the config's.")]
+ValImages = Annotated[Path | None, typer.Option(help="Folder of the evaluation pictures.")]
+
+
+def train(
+    config_file: ConfigFile,
+    opts: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    eval_only: Annotated[bool, typer.Option("--eval-only", help="Only evaluate `train.init_checkpoint`.")] = False,
+    num_gpus: NumGpus = None,
+    train_json: TrainJson = None,
+    train_images: TrainImages = None,
+    val_json: ValJson = None,
+    val_images: ValImages = None,
+) -> None:
+    """Train a detector, evaluating and saving on the way.
+
+    **COCO with MAE weights:**
+    `mimdet train --config-file configs/mimdet_b_mask_rcnn.py mae_checkpoint.path=mae_pretrain_vit_base_full.pth`
+
+    **Your data:** add `--train-json a.json --train-images a/ --val-json b.json --val-images b/`; the classes are
+    read from the file.
+
+    **Another batch size:** `dataloader.train.total_batch_size=16` scales learning rate and schedule with it.
+
+    **Stopped?** The same command with `--resume` goes on. Several machines: start this under `torchrun`.
+    """
+    _spread(num_gpus)
+    overrides = [*_data("train", train_json, train_images), *_data("test", val_json, val_images), *(opts or [])]
+    from .. import engine
+    from ..config import load
+
+    cfg = load(config_file, overrides)
+    if eval_only:
+        engine.evaluate_only(cfg, overrides)
+    else:
+        engine.train(cfg, resume=resume, overrides=overrides)
+
+
+def evaluate(
+    config_file: ConfigFile,
+    opts: Overrides = None,
+    num_gpus: NumGpus = None,
+    val_json: ValJson = None,
+    val_images: ValImages = None,
+) -> None:
+    """Evaluate a detector's weights with COCO's metrics; the same as `train --eval-only`.
+
+    `mimdet eval --config-file configs/mimdet_b_mask_rcnn.py train.init_checkpoint=model_final.pth`
+
+    The encoder sees all tokens unless `model.backbone.bottom_up.inference_sample_ratio` says otherwise.
+    """
+    train(config_file, opts, eval_only=True, num_gpus=num_gpus, val_json=val_json, val_images=val_images)
+
+
+def _data(split: str, json_file: Path | None, image_root: Path | None) -> list[str]:
+    if (json_file is None) != (image_root is None):
+        name = "train" if split == "train" else "val"
+        raise ValueError(f"--{name}-json and --{name}-images belong together: give both")
+    if json_file is None:
+        return []
+    key = f"dataloader.{split}.dataset"
+    return [
+        f"{key}.names=null",
+        *(
+            f"{key}.{name}={json.dumps(str(path))}"
+            for name, path in (("json_file", json_file), ("image_root", image_root))
+        ),
+    ]
+
+
+def _spread(num_gpus: int | None) -> None:
+    """Start this very command again in ``num_gpus`` processes, unless it is one of several already."""
+    if num_gpus in (None, 1) or "WORLD_SIZE" in os.environ:
+        return
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_gpus), "-m", "mimdet"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *launcher, *sys.argv[1:]])

@@ -1,0 +1,8 @@
+"""Python configs in Detectron2's lazy form, loaded without Detectron2."""
+
+from .lazy import LazyCall, instantiate
+from .loader import find_config, load
+from .overrides import apply_overrides
+from .serialize import from_yaml, to_yaml
+
+__all__ = ["LazyCall", "apply_overrides", "find_config", "from_yaml", "instantiate", "load", "to_yaml"]

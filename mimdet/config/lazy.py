@@ -1,0 +1,71 @@
+"""A call written down instead of made, and the function that makes it later."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pydoc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig
+
+TARGET = "_target_"
+PARTIAL = "_partial_"
+
+
+class LazyCall:
+    """``LazyCall(f)(a=1)`` is a config node that :func:`instantiate` turns into ``f(a=1)``.
+
+    The node is an omegaconf ``DictConfig`` whose ``_target_`` is the callable and whose other keys are
+    its keyword arguments: the form of Detectron2's ``LazyCall``, so either library can build the other's.
+    """
+
+    def __init__(self, target: Callable | str):
+        if not (callable(target) or isinstance(target, str)):
+            raise TypeError(f"LazyCall takes a callable or its dotted name, not {type(target).__name__}")
+        # omegaconf would turn a dataclass into a config of its fields, so those go by name.
+        self.target = f"{target.__module__}.{target.__qualname__}" if dataclasses.is_dataclass(target) else target
+
+    def __call__(self, **kwargs: Any) -> DictConfig:
+        return DictConfig({TARGET: self.target, **kwargs}, flags={"allow_objects": True})
+
+
+def resolve_target(target: Callable | str) -> Callable:
+    """The callable behind a ``_target_``, which may be a dotted name such as ``torch.nn.Linear``."""
+    if callable(target):
+        return target
+    found = pydoc.locate(target) if isinstance(target, str) else None
+    if not callable(found):
+        raise ImportError(f"config: no callable {target!r}; {TARGET} must name an importable function or class")
+    return found
+
+
+def instantiate(cfg: Any, **extra: Any) -> Any:
+    """Build the object that a config node describes, children first.
+
+    Args:
+        cfg: a config node; anything that is not a config, list or mapping is returned as it is.
+        extra: keyword arguments for the outermost call, over those in ``cfg``.
+
+    Raises:
+        ImportError: a ``_target_`` that is a string and cannot be imported.
+        TypeError: the callable refuses its arguments; the message names the callable.
+    """
+    if isinstance(cfg, (list, tuple, ListConfig)):
+        return [instantiate(item) for item in cfg]
+    if not isinstance(cfg, (dict, DictConfig)):
+        return cfg
+    return _call(cfg, extra) if TARGET in cfg else {key: instantiate(value) for key, value in cfg.items()}
+
+
+def _call(cfg: Mapping[str, Any], extra: dict[str, Any]) -> Any:
+    target = resolve_target(cfg[TARGET])
+    kwargs = {k: instantiate(v) for k, v in cfg.items() if k not in (TARGET, PARTIAL, *extra)} | extra
+    if cfg.get(PARTIAL, False):
+        return functools.partial(target, **kwargs)
+    try:
+        return target(**kwargs)
+    except TypeError as error:
+        name = getattr(target, "__qualname__", repr(target))
+        raise TypeError(f"{error} (while building {name} with arguments {sorted(kwargs)})") from error

@@ -1,0 +1,100 @@
+"""``key=value`` overrides from the command line, refused when the key does not exist."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .lazy import PARTIAL, TARGET, resolve_target
+
+
+def split_override(override: str) -> tuple[str, Any]:
+    """``"a.b=1"`` -> ``("a.b", 1)``; the value is read as YAML, so lists and null work."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"override {override!r} is not of the form key=value")
+    try:
+        return key.strip(), _number(yaml.safe_load(text)) if text else ""
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not valid YAML ({error})") from error
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads ``8e-5`` as a string; people mean a number."""
+    if isinstance(value, list):
+        return [_number(v) for v in value]
+    if isinstance(value, str):
+        try:
+            return float(value) if value[:1] in "+-.0123456789" else value
+        except ValueError:
+            return value
+    return value
+
+
+def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
+    """Set each ``key=value`` in ``cfg`` (in place) and return it.
+
+    A key must exist already, or be an argument that the node's callable takes.
+
+    Raises:
+        KeyError: unknown key; the message suggests the nearest existing one.
+        ValueError: an override that is not ``key=value``.
+    """
+    for override in overrides:
+        key, value = split_override(override)
+        parts = key.split(".")
+        for depth in range(1, len(parts) + 1):
+            _check(cfg, parts[: depth - 1], parts[depth - 1], key)
+        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+    return cfg
+
+
+def _check(cfg: DictConfig, path: list[str], name: str, key: str) -> None:
+    node = OmegaConf.select(cfg, ".".join(path)) if path else cfg
+    if isinstance(node, ListConfig):
+        if not (name.isdigit() and int(name) < len(node)):
+            raise KeyError(f"config key {key!r}: {'.'.join(path)!r} is a list of {len(node)}, it has no {name!r}")
+        return
+    if not isinstance(node, DictConfig):
+        raise KeyError(f"config key {key!r}: {'.'.join(path)!r} is a plain value and has no key {name!r}")
+    if name in node or name in _arguments(node):
+        return
+    here = difflib.get_close_matches(name, [*map(str, node), *_arguments(node)], n=1)
+    mended = [".".join([*path, *here, *key.split(".")[len(path) + 1 :]])] if here else []
+    known = _all_keys(cfg)
+    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    hint = mended + same_leaf + near
+    raise KeyError(f"unknown config key {key!r}" + (f"; did you mean {hint[0]!r}?" if hint else ""))
+
+
+def _arguments(node: DictConfig) -> list[str]:
+    """Names of the arguments that a lazy call's target takes beyond those written in the config."""
+    if TARGET not in node:
+        return []
+    try:
+        parameters = inspect.signature(resolve_target(node[TARGET])).parameters.values()
+    except (TypeError, ValueError, ImportError):
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _all_keys(node: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for name in node:
+        if name in (TARGET, PARTIAL):
+            continue
+        keys.append(prefix + str(name))
+        try:
+            child = node[name]
+        except OmegaConfBaseException:  # an interpolation to a value that is set only at run time
+            continue
+        if isinstance(child, DictConfig):
+            keys += _all_keys(child, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,27 @@
+"""Datasets in COCO format, augmentations and loaders."""
+
+from .catalog import COCO_CATEGORIES, register
+from .coco import CocoDataset, read_image
+from .errors import DataError
+from .loader import build_detection_test_loader, build_detection_train_loader
+from .mapper import DatasetMapper
+from .sampler import AspectRatioBatchSampler, TrainingSampler
+from .transforms import AugmentationList, RandomApply, RandomCrop, RandomFlip, ResizeShortestEdge
+
+__all__ = [
+    "COCO_CATEGORIES",
+    "AspectRatioBatchSampler",
+    "AugmentationList",
+    "CocoDataset",
+    "DataError",
+    "DatasetMapper",
+    "RandomApply",
+    "RandomCrop",
+    "RandomFlip",
+    "ResizeShortestEdge",
+    "TrainingSampler",
+    "build_detection_test_loader",
+    "build_detection_train_loader",
+    "read_image",
+    "register",
+]

@@ -1,0 +1,5 @@
+"""The error raised for anything wrong with the user's data."""
+
+
+class DataError(ValueError):
+    """A dataset, annotation file or picture cannot be used; the message says which, why and what to do."""

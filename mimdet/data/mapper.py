@@ -1,0 +1,59 @@
+"""From a dataset record to the sample a model is fed."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import functional as F
+
+from .coco import read_image
+from .transforms import AugmentationList, clip_targets
+
+
+class DatasetMapper:
+    """Reads a record's picture, augments it and its instances, and makes tensors of them.
+
+    Called as `mapper(record, rng) -> sample`, with a record of CocoDataset and a numpy Generator, the only
+    source of randomness. A sample is a dict: `image` uint8 (3, H, W); `image_id` int; `file_name` str;
+    `height`, `width` int, the picture's before augmentation; and, when `is_train`, `targets`: `boxes` float32
+    (N, 4) xyxy pixels of `image`, `labels` int64 (N,), and, when `use_instance_mask`, `masks`, N lists of
+    polygons (flat float64 arrays). N may be 0.
+
+    Args:
+        image_format: order of the channels, "RGB" or "BGR".
+
+    Raises DataError for pictures that are missing, damaged or of another size than the record says.
+    """
+
+    def __init__(
+        self,
+        is_train: bool,
+        augmentations: Sequence[Callable],
+        image_format: str = "RGB",
+        use_instance_mask: bool = True,
+    ):
+        if image_format not in ("RGB", "BGR"):
+            raise ValueError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
+        self.is_train = is_train
+        self.augmentations = AugmentationList(augmentations)
+        self.image_format = image_format
+        self.use_instance_mask = use_instance_mask
+
+    def __call__(self, record: dict, rng: np.random.Generator) -> dict:
+        image = read_image(record)
+        targets = None
+        if self.is_train:
+            keys = ("boxes", "labels", "masks") if self.use_instance_mask else ("boxes", "labels")
+            targets = {key: record[key] for key in keys}
+        image, targets = self.augmentations(image, targets, rng)
+        pixels = F.pil_to_tensor(image)
+        sample = {
+            "image": pixels if self.image_format == "RGB" else pixels.flip(0),
+            **{key: record[key] for key in ("image_id", "file_name", "height", "width")},
+        }
+        if targets is not None:
+            targets = clip_targets(targets, image.width, image.height)
+            targets["boxes"] = torch.from_numpy(targets["boxes"]).float()
+            targets["labels"] = torch.from_numpy(targets["labels"])
+            sample["targets"] = targets
+        return sample

@@ -1,0 +1,209 @@
+"""Augmentations of a picture together with its boxes and polygons.
+
+Each is called as `augmentation(image, targets, rng) -> (image, targets)`. `image` is a PIL picture; `targets`
+is None or a dict of `boxes` float64 (N, 4) xyxy pixels, `labels` int64 (N,), and optionally `masks`, N lists
+of polygons (flat float64 arrays x0, y0, x1, y1, ...). Inputs are left as they were. All randomness comes from
+`rng`, a numpy Generator.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import shapely
+from PIL.Image import Image
+from torchvision.transforms.v2 import functional as F
+
+MIN_BOX_SIDE = 1e-5
+
+
+class AugmentationList:
+    """Augmentations applied one after the other."""
+
+    def __init__(self, augs: Sequence[Callable]):
+        self.augs = list(augs)
+
+    def __call__(self, image: Image, targets: dict | None, rng: np.random.Generator):
+        for aug in self.augs:
+            image, targets = aug(image, targets, rng)
+        return image, targets
+
+
+class RandomApply:
+    """Applies one augmentation, or an AugmentationList, with probability `prob`."""
+
+    def __init__(self, tfm_or_aug: Callable, prob: float = 0.5):
+        self.aug = tfm_or_aug
+        self.prob = _probability(prob)
+
+    def __call__(self, image: Image, targets: dict | None, rng: np.random.Generator):
+        return self.aug(image, targets, rng) if rng.random() < self.prob else (image, targets)
+
+
+class RandomFlip:
+    """Mirrors left and right (`horizontal`) or top and bottom (`vertical`) with probability `prob`."""
+
+    def __init__(self, horizontal: bool = True, prob: float = 0.5, vertical: bool = False):
+        if horizontal == vertical:
+            raise ValueError("RandomFlip is either horizontal or vertical; for both, use two of them")
+        self.axis = 0 if horizontal else 1
+        self.prob = _probability(prob)
+
+    def __call__(self, image: Image, targets: dict | None, rng: np.random.Generator):
+        if rng.random() >= self.prob:
+            return image, targets
+        side = image.size[self.axis]
+        scale, shift = np.ones(2), np.zeros(2)
+        scale[self.axis], shift[self.axis] = -1, side
+        flip = F.horizontal_flip if self.axis == 0 else F.vertical_flip
+        return flip(image), _affine(targets, scale, shift)
+
+
+class ResizeShortestEdge:
+    """Scales the shorter side to a drawn length, less if the longer side would exceed `max_size`.
+
+    Args:
+        short_edge_length: one length in pixels; or several, to choose one of them (`sample_style` "choice")
+            or, given a lowest and a highest, any in between, both included ("range").
+        max_size: cap of the longer side in pixels, None for no cap.
+    """
+
+    def __init__(
+        self, short_edge_length: int | Sequence[int], max_size: int | None = None, sample_style: str = "range"
+    ):
+        lengths = [short_edge_length] * 2 if isinstance(short_edge_length, int) else list(short_edge_length)
+        if sample_style not in ("choice", "range"):
+            raise ValueError(f"sample_style must be 'choice' or 'range', got {sample_style!r}")
+        if sample_style == "range" and (len(lengths) != 2 or lengths[0] > lengths[1]):
+            raise ValueError(f"sample_style 'range' takes short_edge_length=(lowest, highest), got {lengths}")
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"short_edge_length must be positive, got {lengths}")
+        self.lengths = lengths
+        self.max_size = max_size
+        self.sample_style = sample_style
+
+    def __call__(self, image: Image, targets: dict | None, rng: np.random.Generator):
+        if self.sample_style == "range":
+            length = int(rng.integers(self.lengths[0], self.lengths[1] + 1))
+        else:
+            length = self.lengths[rng.integers(len(self.lengths))]
+        width, height = image.size
+        new_height, new_width = self.output_size(height, width, length, self.max_size)
+        image = F.resize(image, [new_height, new_width], interpolation=F.InterpolationMode.BILINEAR)
+        return image, _affine(targets, np.array([new_width / width, new_height / height]), np.zeros(2))
+
+    @staticmethod
+    def output_size(height: int, width: int, length: int, max_size: int | None = None) -> tuple[int, int]:
+        """(height, width) after scaling; half pixels round up."""
+        scale = length / min(height, width)
+        new_height, new_width = (length, scale * width) if height < width else (scale * height, length)
+        longest = max(new_height, new_width)
+        if max_size is not None and longest > max_size:
+            new_height, new_width = new_height * (max_size / longest), new_width * (max_size / longest)
+        return int(new_height + 0.5), int(new_width + 0.5)
+
+
+class RandomCrop:
+    """Cuts out a window whose sides are drawn from `crop_size` = (lowest, highest) pixels, inclusive.
+
+    Sides are limited to the picture's, and the window lies anywhere inside it with equal chance. Boxes are
+    clipped to the window, not fitted anew to the cut polygons. Instances of which nothing is left are
+    dropped.
+    """
+
+    def __init__(self, crop_type: str, crop_size: Sequence[int]):
+        if crop_type != "absolute_range":
+            raise ValueError(f"crop_type must be 'absolute_range', got {crop_type!r}")
+        self.lowest, self.highest = crop_size
+        if not 0 < self.lowest <= self.highest:
+            raise ValueError(f"crop_size must be (lowest, highest) in pixels, got {tuple(crop_size)}")
+
+    def __call__(self, image: Image, targets: dict | None, rng: np.random.Generator):
+        x, y, width, height = self.window(image.height, image.width, rng)
+        return F.crop(image, y, x, height, width), crop_targets(targets, x, y, width, height)
+
+    def window(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Draws x, y, width, height of a window in a picture of the given size."""
+        crop_height = int(rng.integers(min(height, self.lowest), min(height, self.highest) + 1))
+        crop_width = int(rng.integers(min(width, self.lowest), min(width, self.highest) + 1))
+        y = int(rng.integers(height - crop_height + 1))
+        x = int(rng.integers(width - crop_width + 1))
+        return x, y, crop_width, crop_height
+
+
+def crop_targets(targets: dict | None, x: int, y: int, width: int, height: int) -> dict | None:
+    """Targets in the coordinates of a window at (x, y), cut to it."""
+    if targets is None:
+        return None
+    cropped = {**targets, "boxes": targets["boxes"] - (x, y, x, y)}
+    if "masks" in targets:
+        cropped["masks"] = [
+            [part for polygon in polygons for part in crop_polygon(polygon, x, y, width, height)]
+            for polygons in targets["masks"]
+        ]
+    return clip_targets(cropped, width, height)
+
+
+def clip_targets(targets: dict, width: int, height: int) -> dict:
+    """Clips boxes to the picture; drops instances with an empty box, or with masks but no polygon."""
+    boxes = targets["boxes"].clip(0, (width, height, width, height))
+    keep = ((boxes[:, 2:] - boxes[:, :2]) > MIN_BOX_SIDE).all(axis=1)
+    clipped = {}
+    if "masks" in targets:
+        keep &= np.array([len(polygons) > 0 for polygons in targets["masks"]], dtype=bool)
+        clipped["masks"] = [polygons for polygons, kept in zip(targets["masks"], keep, strict=True) if kept]
+    return {**clipped, "boxes": boxes[keep], "labels": targets["labels"][keep]}
+
+
+def crop_polygon(polygon: np.ndarray, x: int, y: int, width: int, height: int) -> list[np.ndarray]:
+    """The parts of a flat polygon inside a window, in the window's coordinates; possibly none or several."""
+    points = polygon.reshape(-1, 2)
+    lowest, highest = points.min(axis=0), points.max(axis=0)
+    if (lowest >= (x, y)).all() and (highest <= (x + width, y + height)).all():
+        return [(points - (x, y)).reshape(-1)]
+    if (lowest >= (x + width, y + height)).any() or (highest <= (x, y)).any():
+        return []
+    shape = shapely.Polygon(points)
+    # Self-crossing outlines are read by the even-odd rule, as the COCO rasteriser does.
+    shape = shape.buffer(0) if shape.is_valid else shapely.make_valid(shape)
+    window = shapely.box(x, y, x + width, y + height)
+    return [part - np.tile((x, y), part.size // 2) for part in flat_polygons(shape.intersection(window))]
+
+
+def flat_polygons(shape: shapely.Geometry) -> list[np.ndarray]:
+    """Outlines of the polygons in a geometry as flat arrays; points and lines are left out.
+
+    COCO polygons cannot have holes: a polygon with one is cut in two through it.
+    """
+    flat = []
+    for part in shapely.get_parts(shapely.get_parts(shape)):
+        if not isinstance(part, shapely.Polygon) or part.area == 0:
+            continue
+        if part.interiors:
+            x0, y0, x1, y1 = part.bounds
+            hole_x0, _, hole_x1, _ = part.interiors[0].bounds
+            middle = (hole_x0 + hole_x1) / 2
+            for half in (shapely.box(x0, y0, middle, y1), shapely.box(middle, y0, x1, y1)):
+                flat += flat_polygons(part.intersection(half))
+        else:
+            flat.append(np.array(part.exterior.coords[:-1]).reshape(-1))
+    return flat
+
+
+def _affine(targets: dict | None, scale: np.ndarray, shift: np.ndarray) -> dict | None:
+    """Targets with every point scaled, then shifted; a negative scale swaps the sides of boxes."""
+    if targets is None:
+        return None
+    corners = targets["boxes"].reshape(-1, 2, 2) * scale + shift
+    moved = {**targets, "boxes": np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)}
+    if "masks" in targets:
+        moved["masks"] = [
+            [(polygon.reshape(-1, 2) * scale + shift).reshape(-1) for polygon in polygons]
+            for polygons in targets["masks"]
+        ]
+    return moved
+
+
+def _probability(prob: float) -> float:
+    if not 0 <= prob <= 1:
+        raise ValueError(f"prob must be in [0, 1], got {prob}")
+    return prob

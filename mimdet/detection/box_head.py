@@ -1,0 +1,145 @@
+"""Box head and the classification and box regression layers on it (Fast R-CNN)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import batched_nms
+
+from ..modeling.shapes import ShapeSpec
+from .boxes import Box2BoxTransform, clip_boxes
+from .conv import Conv2d, msra_fill, normal_fill, xavier_fill
+from .norm import get_norm
+
+
+class FastRCNNConvFCHead(nn.Sequential):
+    """3x3 convolutions, then fully connected layers, each with ReLU.
+
+    Args:
+        input_shape: channels, height and width of the pooled features.
+        conv_dims: channels of each convolution.
+        fc_dims: width of each fully connected layer, at least one.
+        conv_norm: norm of the convolutions; "" for none, which gives them a bias.
+    """
+
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        conv_dims: Sequence[int],
+        fc_dims: Sequence[int],
+        conv_norm: str | Callable[[int], nn.Module] = "",
+    ):
+        super().__init__()
+        if not fc_dims:
+            raise ValueError("box head: fc_dims must name at least one layer")
+        channels = input_shape.channels
+        for i, dim in enumerate(conv_dims, start=1):
+            norm = get_norm(conv_norm, dim)
+            conv = Conv2d(channels, dim, 3, padding=1, bias=norm is None, norm=norm, activation=F.relu)
+            msra_fill(conv)
+            self.add_module(f"conv{i}", conv)
+            channels = dim
+        self.add_module("flatten", nn.Flatten())
+        width = channels * input_shape.height * input_shape.width
+        for i, dim in enumerate(fc_dims, start=1):
+            fc = nn.Linear(width, dim)
+            xavier_fill(fc)
+            self.add_module(f"fc{i}", fc)
+            self.add_module(f"fc_relu{i}", nn.ReLU())
+            width = dim
+        self.output_shape = ShapeSpec(channels=width)
+
+
+class FastRCNNOutputLayers(nn.Module):
+    """Class scores and box deltas of pooled proposals, their losses, and detections from them.
+
+    Args:
+        input_shape: channels of the box head's output.
+        box2box_transform: codes boxes about proposals.
+        num_classes: without background, which is the last score.
+        test_score_thresh: detections need a higher score.
+        test_nms_thresh: overlap above which the worse of two detections of one class goes.
+        test_topk_per_image: detections kept of each picture.
+        smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is plain L1.
+    """
+
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        box2box_transform: Box2BoxTransform,
+        num_classes: int,
+        test_score_thresh: float = 0.0,
+        test_nms_thresh: float = 0.5,
+        test_topk_per_image: int = 100,
+        smooth_l1_beta: float = 0.0,
+    ):
+        super().__init__()
+        self.box2box_transform = box2box_transform
+        self.num_classes = num_classes
+        self.test_score_thresh = test_score_thresh
+        self.test_nms_thresh = test_nms_thresh
+        self.test_topk_per_image = test_topk_per_image
+        self.smooth_l1_beta = smooth_l1_beta
+        self.cls_score = nn.Linear(input_shape.channels, num_classes + 1)
+        self.bbox_pred = nn.Linear(input_shape.channels, num_classes * 4)
+        normal_fill(self.cls_score, std=0.01)
+        normal_fill(self.bbox_pred, std=0.001)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, channels) -> scores (N, num_classes + 1) and deltas (N, num_classes * 4)."""
+        return self.cls_score(x), self.bbox_pred(x)
+
+    def losses(
+        self,
+        scores: torch.Tensor,
+        deltas: torch.Tensor,
+        boxes: torch.Tensor,
+        classes: torch.Tensor,
+        gt_boxes: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Losses of N proposals, both divided by N.
+
+        Args:
+            scores, deltas: as :meth:`forward` gives them.
+            boxes: (N, 4) proposals.
+            classes: (N,) int64, ``num_classes`` for background.
+            gt_boxes: (N, 4) matched ground truth; any finite box of positive size for background.
+        """
+        count = max(len(classes), 1)
+        cls = F.cross_entropy(scores.float(), classes, reduction="sum") / count
+        foreground = classes < self.num_classes
+        own = classes.clamp(max=self.num_classes - 1).view(-1, 1, 1).expand(-1, 1, 4)
+        delta = deltas.float().view(-1, self.num_classes, 4).gather(1, own).squeeze(1)
+        wanted = self.box2box_transform.get_deltas(boxes, gt_boxes)
+        loc = F.smooth_l1_loss(delta, wanted, beta=self.smooth_l1_beta, reduction="none").sum(dim=1)
+        loc = torch.where(foreground, loc, loc.new_zeros(())).sum() / count
+        return {"loss_cls": cls, "loss_box_reg": loc}
+
+    @torch.no_grad()
+    def inference(
+        self,
+        scores: torch.Tensor,
+        deltas: torch.Tensor,
+        proposals: Sequence[torch.Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> list[dict[str, torch.Tensor]]:
+        """Detections of each picture: boxes (N, 4), scores (N,), labels (N,), best first."""
+        counts = [len(p) for p in proposals]
+        boxes = self.box2box_transform.apply_deltas(deltas, torch.cat(list(proposals)))
+        probabilities = scores.float().softmax(dim=1)
+        return [
+            self._detect(b.view(-1, self.num_classes, 4), p[:, :-1], size)
+            for b, p, size in zip(boxes.split(counts), probabilities.split(counts), image_sizes, strict=True)
+        ]
+
+    def _detect(self, boxes: torch.Tensor, scores: torch.Tensor, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+        finite = boxes.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
+        row, label = ((scores > self.test_score_thresh) & finite.unsqueeze(1)).nonzero(as_tuple=True)
+        boxes, scores = clip_boxes(boxes[row, label], size), scores[row, label]
+        keep = batched_nms(boxes, scores, label, self.test_nms_thresh)[: self.test_topk_per_image]
+        return {"boxes": boxes[keep], "scores": scores[keep], "labels": label[keep]}

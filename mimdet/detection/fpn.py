@@ -1,0 +1,89 @@
+"""Feature pyramid network (Lin et al. 2017)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..modeling.shapes import ShapeSpec
+from .conv import Conv2d, xavier_fill
+from .norm import get_norm
+
+
+class LastLevelMaxPool(nn.Module):
+    """p6 by taking every second cell of p5."""
+
+    in_feature = "p5"
+    num_levels = 1
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [F.max_pool2d(x, kernel_size=1, stride=2)]
+
+
+class FPN(nn.Module):
+    """Top-down pyramid over a backbone's features; outputs are named p<log2 of stride>.
+
+    Args:
+        bottom_up: backbone with ``output_shape()``; it gets the forward arguments as they come.
+        in_features: names of its outputs, finest first, each of twice the stride of the one before.
+        out_channels: channels of every output.
+        norm: norm of lateral and output convolutions; "" for none, which gives them a bias.
+        top_block: makes coarser levels from the coarsest output, or None.
+
+    Raises:
+        ValueError: unknown in_features, or strides that do not double.
+    """
+
+    def __init__(
+        self,
+        bottom_up: nn.Module,
+        in_features: Sequence[str],
+        out_channels: int,
+        norm: str = "",
+        top_block: nn.Module | None = None,
+    ):
+        super().__init__()
+        shapes = bottom_up.output_shape()
+        if missing := [name for name in in_features if name not in shapes]:
+            raise ValueError(f"FPN: the backbone has no outputs {missing}, only {list(shapes)}")
+        strides = [shapes[name].stride for name in in_features]
+        if any(b != 2 * a for a, b in pairwise(strides)):
+            raise ValueError(f"FPN: strides of {list(in_features)} must double, got {strides}")
+        self.in_features = list(in_features)
+        self.levels = [int(math.log2(stride)) for stride in strides]
+        for name, level in zip(in_features, self.levels, strict=True):
+            kwargs = {"bias": norm == ""}
+            lateral = Conv2d(shapes[name].channels, out_channels, 1, norm=get_norm(norm, out_channels), **kwargs)
+            output = Conv2d(out_channels, out_channels, 3, padding=1, norm=get_norm(norm, out_channels), **kwargs)
+            xavier_fill(lateral)
+            xavier_fill(output)
+            self.add_module(f"fpn_lateral{level}", lateral)
+            self.add_module(f"fpn_output{level}", output)
+        self.top_block = top_block
+        self.bottom_up = bottom_up
+        self.size_divisibility = max(strides[-1], getattr(bottom_up, "size_divisibility", 1))
+        extra = top_block.num_levels if top_block is not None else 0
+        self._levels_out = self.levels + [self.levels[-1] + i + 1 for i in range(extra)]
+        self._out_channels = out_channels
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each output."""
+        return {f"p{n}": ShapeSpec(channels=self._out_channels, stride=2**n) for n in self._levels_out}
+
+    def forward(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+        """The backbone's arguments -> {"p2": (B, out_channels, H/4, W/4), ...}."""
+        features = self.bottom_up(*args, **kwargs)
+        outputs: list[torch.Tensor] = []
+        x = None
+        for name, level in zip(reversed(self.in_features), reversed(self.levels), strict=True):
+            lateral = getattr(self, f"fpn_lateral{level}")(features[name])
+            x = lateral if x is None else lateral + F.interpolate(x, scale_factor=2.0, mode="nearest")
+            outputs.insert(0, getattr(self, f"fpn_output{level}")(x))
+        if self.top_block is not None:
+            outputs += self.top_block(outputs[-1])
+        return {f"p{n}": out for n, out in zip(self._levels_out, outputs, strict=True)}

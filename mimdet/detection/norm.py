@@ -1,0 +1,116 @@
+"""Batch norms that work on one CPU, one GPU, and many of either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """Sum of a tensor over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+class NaiveSyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d whose training statistics cover all processes, by differentiable all-reduce.
+
+    Unlike ``nn.SyncBatchNorm`` it runs on CPU processes too and accepts an empty batch in a process.
+
+    Args:
+        num_features: channels.
+        eps, momentum, affine, track_running_stats: as ``nn.BatchNorm2d``.
+        stats_mode: "" weighs every process alike, so all must hold batches of one size; "N" weighs each by its
+            number of rows, as ROI heads need.
+
+    Raises:
+        ValueError: another ``stats_mode``; in training, fewer than two values a channel.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        stats_mode: str = "",
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        if stats_mode not in ("", "N"):
+            raise ValueError(f'stats_mode must be "" or "N", got {stats_mode!r}')
+        self.stats_mode = stats_mode
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> the same."""
+        if not self.training:
+            return super().forward(x)
+        world = _world_size()
+        if world == 1:
+            # No rows, as when no proposal is foreground: nothing to normalise and nothing to learn from.
+            return super().forward(x) if x.numel() else x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return self._synced(x, world)
+
+    def _synced(self, x: torch.Tensor, world: int) -> torch.Tensor:
+        rows, _channels = x.shape[:2]
+        values = x.float()
+        # Sums, not means, so that an empty batch adds nothing; variance in a second, centred pass.
+        cells = x.shape[2] * x.shape[3]
+        weight = float(rows) if self.stats_mode == "N" else 1.0
+        total = values.new_tensor([weight])
+        scale = weight / max(rows * cells, 1)
+        summed = _SumOverProcesses.apply(torch.cat([values.sum((0, 2, 3)) * scale, total]))
+        count = summed[-1].detach()
+        mean = summed[:-1] / count.clamp(min=1)
+        centred = values - mean.view(1, -1, 1, 1)
+        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3)) * scale) / count.clamp(min=1)
+        factor = self.momentum * (count > 0)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor.to(self.running_mean.dtype))
+            self.running_var.lerp_(variance.to(self.running_var.dtype), factor.to(self.running_var.dtype))
+            self.num_batches_tracked.add_(1)
+        gain = self.weight * (variance + self.eps).rsqrt()
+        out = centred * gain.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return out.to(x.dtype)
+
+
+def get_norm(norm: str | Callable[[int], nn.Module] | None, channels: int) -> nn.Module | None:
+    """A norm layer from its name in a config, a callable of the channel count, or None for none.
+
+    Names: BN, SyncBN, naiveSyncBN, naiveSyncBN_N, GN (32 groups); "" is none.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if norm is None or norm == "":
+        return None
+    if callable(norm):
+        return norm(channels)
+    makers: dict[str, Callable[[int], nn.Module]] = {
+        "BN": nn.BatchNorm2d,
+        "SyncBN": NaiveSyncBatchNorm,
+        "naiveSyncBN": NaiveSyncBatchNorm,
+        "naiveSyncBN_N": lambda c: NaiveSyncBatchNorm(c, stats_mode="N"),
+        "GN": lambda c: nn.GroupNorm(32, c),
+    }
+    if norm not in makers:
+        raise ValueError(f"unknown norm {norm!r}; one of {', '.join(makers)}")
+    return makers[norm](channels)

@@ -1,0 +1,62 @@
+"""Check what a caller hands to the detector, while it is still cheap to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def check_images(images: Sequence[torch.Tensor]) -> None:
+    """Every picture must be a (3, H, W) uint8 or floating tensor.
+
+    Raises:
+        TypeError, ValueError: naming the picture's place in the list.
+    """
+    if isinstance(images, torch.Tensor) or not len(images):
+        raise ValueError("images must be a non-empty list of (3, H, W) tensors")
+    for i, image in enumerate(images):
+        if not isinstance(image, torch.Tensor):
+            raise TypeError(f"images[{i}] must be a tensor, got {type(image).__name__}")
+        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise ValueError(f"images[{i}] must be (3, H, W), RGB, got {tuple(image.shape)}")
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise TypeError(f"images[{i}] must be uint8 or floating, values 0..255, got {image.dtype}")
+
+
+def check_targets(targets: Sequence[dict[str, Any]] | None, count: int, num_classes: int) -> None:
+    """Every picture needs boxes (N, 4) of positive size, labels (N,) in range, and N masks.
+
+    Values are looked at only where the tensors are on the CPU: elsewhere it would wait for the device.
+
+    Raises:
+        ValueError: naming the picture and the field.
+    """
+    if targets is None or len(targets) != count:
+        got = "none" if targets is None else len(targets)
+        raise ValueError(f"training needs targets for each of the {count} images, got {got}")
+    for i, target in enumerate(targets):
+        if missing := [key for key in ("boxes", "labels", "masks") if key not in target]:
+            raise ValueError(f"targets[{i}] has no {', '.join(missing)}")
+        boxes, labels, masks = target["boxes"], target["labels"], target["masks"]
+        if boxes.ndim != 2 or boxes.shape[1] != 4:
+            raise ValueError(f"targets[{i}]['boxes'] must be (N, 4), got {tuple(boxes.shape)}")
+        if labels.shape != boxes.shape[:1] or len(masks) != len(boxes):
+            raise ValueError(
+                f"targets[{i}]: {len(boxes)} boxes, labels of shape {tuple(labels.shape)}, {len(masks)} masks"
+            )
+        if boxes.device.type == "cpu" and len(boxes):
+            if not bool(boxes.isfinite().all()):
+                raise ValueError(f"targets[{i}]['boxes'] holds NaN or infinity")
+            sides = boxes[:, 2:] - boxes[:, :2]
+            if bool((sides <= 0).any()):
+                row = int((sides <= 0).any(dim=1).nonzero()[0])
+                raise ValueError(f"targets[{i}]['boxes'][{row}] has no area: {boxes[row].tolist()} (x0, y0, x1, y1)")
+        if labels.device.type == "cpu" and len(labels):
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= num_classes:
+                raise ValueError(
+                    f"targets[{i}]['labels'] are {low}..{high}, the model has classes 0..{num_classes - 1}: "
+                    "set model.roi_heads.num_classes"
+                )

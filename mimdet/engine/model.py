@@ -1,0 +1,53 @@
+"""Build a config's detector for the classes of its data."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..config import instantiate
+
+logger = logging.getLogger(__name__)
+
+_KEY = "model.roi_heads.num_classes"
+
+
+def match_num_classes(cfg: DictConfig, dataset: Any, overrides: Iterable[str] = ()) -> None:
+    """Set ``model.roi_heads.num_classes`` to the dataset's, in place, with a log line when that changes it.
+
+    Args:
+        dataset: has ``classes``, the names by label.
+        overrides: the user's ``key=value`` strings.
+
+    Raises:
+        ValueError: the user overrode the key to another number.
+    """
+    configured, found = OmegaConf.select(cfg, _KEY), len(dataset.classes)
+    if configured is None or configured == found:
+        return
+    if any(override.partition("=")[0].strip() == _KEY for override in overrides):
+        raise ValueError(f"{_KEY}={configured} was given, but the dataset has {found} classes: {_names(dataset)}")
+    OmegaConf.update(cfg, _KEY, found)
+    logger.info("%s = %d (was %d), from the dataset: %s", _KEY, found, configured, _names(dataset))
+
+
+def build_model(cfg: DictConfig, pretrained: bool = True) -> nn.Module:
+    """The config's model in channels_last memory, which the convolutions want.
+
+    Without ``pretrained`` its MAE file is not read, for other weights will replace it.
+    """
+    if not pretrained and cfg.get("mae_checkpoint"):
+        cfg = copy.deepcopy(cfg)
+        cfg.mae_checkpoint.path = None
+    return instantiate(cfg.model).to(memory_format=torch.channels_last)
+
+
+def _names(dataset: Any) -> str:
+    shown = ", ".join(map(str, dataset.classes[:8]))
+    return shown + (", ..." if len(dataset.classes) > 8 else "")

@@ -1,0 +1,67 @@
+"""Parameter groups of MIMDet: three learning rates, weight decay only where it belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+_ENCODER = "backbone.bottom_up.encoder"
+_CONV_STEM = _ENCODER + ".patch_embed"
+
+
+def get_fpn_model_parameters(
+    model: nn.Module,
+    weight_decay: float = 1e-5,
+    weight_decay_norm: float | None = None,
+    base_lr: float = 4e-5,
+    skip_list: Collection[str] = (),
+    multiplier: float = 1.5,
+) -> list[dict[str, Any]]:
+    """Optimizer parameter groups, in the order in which the model first names a member of each.
+
+    The pretrained encoder learns slowest (``base_lr / multiplier``), its new ConvStem at ``base_lr``,
+    everything else at ``base_lr * multiplier``. Vectors (biases, norm scales), names ending in ``.bias``
+    and names in ``skip_list`` are not decayed. Frozen parameters are left out.
+
+    Args:
+        model: parameter names decide the group, so it must be the bare detector, not a wrapper.
+        weight_decay: for matrices and convolution kernels.
+        weight_decay_norm: for parameters of more than one dimension whose name contains ``norm``;
+            None treats them as any other.
+        base_lr: learning rate of the ConvStem.
+        skip_list: full parameter names that are not decayed.
+        multiplier: ratio between the learning rates.
+
+    Returns:
+        Dicts with ``params``, ``lr`` and ``weight_decay``, as ``torch.optim`` takes them.
+
+    Raises:
+        ValueError: the model has no trainable parameter.
+    """
+    skip = frozenset(skip_list)
+    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim == 1 or name.endswith(".bias") or name in skip:
+            decay = 0.0
+        elif "norm" in name and weight_decay_norm is not None:
+            decay = weight_decay_norm
+        else:
+            decay = weight_decay
+        part, lr = _part(name, base_lr, multiplier)
+        group = groups.setdefault((part, decay), {"params": [], "lr": lr, "weight_decay": decay})
+        group["params"].append(parameter)
+    if not groups:
+        raise ValueError("the model has no trainable parameter: nothing to optimise")
+    return list(groups.values())
+
+
+def _part(name: str, base_lr: float, multiplier: float) -> tuple[str, float]:
+    if name.startswith(_CONV_STEM):
+        return "conv_stem", base_lr
+    if name.startswith(_ENCODER):
+        return "encoder", base_lr / multiplier
+    return "others", base_lr * multiplier

@@ -1,0 +1,100 @@
+"""What a checkpoint holds beyond weights, so that a resumed training goes on as if never interrupted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from lightning_fabric import Fabric
+from torch import nn
+from torch.optim import Optimizer
+
+from ..checkpoint.read import CheckpointError
+from .random_state import get_random_state, seed_all, set_random_state
+
+logger = logging.getLogger(__name__)
+
+
+def pack(
+    fabric: Fabric, model: nn.Module, optimizer: Optimizer, iteration: int, meta: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of a checkpoint after ``iteration``. Every rank must call it.
+
+    Returns:
+        ``model`` and ``optimizer`` state dicts, ``iteration`` (the last finished), ``scaler`` (loss scaling of
+        fp16, else empty), ``random`` (generators of each rank) and ``meta``.
+    """
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "iteration": iteration,
+        "scaler": fabric.strategy.precision.state_dict(),
+        "random": _gather(fabric, get_random_state()),
+        "meta": dict(meta),
+    }
+
+
+def check_resumable(checkpoint: Mapping[str, Any], classes: Sequence[str], source: str) -> None:
+    """Refuse a checkpoint of weights only, or one trained for other classes.
+
+    Raises:
+        CheckpointError: naming ``source``.
+    """
+    lacking = [key for key in ("model", "optimizer", "iteration", "random", "meta") if key not in checkpoint]
+    if lacking:
+        raise CheckpointError(
+            f"cannot resume from {source}: it has no {', '.join(lacking)}. To start from its weights, pass it as "
+            "train.init_checkpoint without resuming"
+        )
+    trained = list(checkpoint["meta"].get("classes", classes))
+    if trained != list(classes):
+        raise CheckpointError(
+            f"cannot resume from {source}: it was trained for other classes ({len(trained)}: "
+            f"{', '.join(trained[:5])}) than the dataset has ({len(classes)}: {', '.join(list(classes)[:5])})"
+        )
+
+
+def restore(checkpoint: Mapping[str, Any], fabric: Fabric, optimizer: Optimizer, source: str) -> int:
+    """Put back optimizer and loss scaling; returns the next iteration.
+
+    Learning rate, weight decay and the like stay as the config has them: only moments come from the file.
+
+    Raises:
+        CheckpointError: the optimizer's state is of other parameters.
+    """
+    configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"cannot resume from {source}: its optimizer state does not fit ({error}); was the optimizer or the set "
+            "of trained parameters changed in the config?"
+        ) from error
+    for group, options in zip(optimizer.param_groups, configured, strict=True):
+        group.update(options)
+    if checkpoint.get("scaler"):
+        fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
+    return checkpoint["iteration"] + 1
+
+
+def restore_random(states: Sequence[Mapping[str, Any]], fabric: Fabric, seed: int) -> None:
+    """Put back this rank's generators, or seed them with ``seed`` when the number of processes changed."""
+    if len(states) == fabric.world_size:
+        set_random_state(states[fabric.global_rank])
+        return
+    logger.warning(
+        "the checkpoint was saved by %d processes and %d resume it: the random numbers start anew",
+        len(states),
+        fabric.world_size,
+    )
+    seed_all(seed)
+
+
+def _gather(fabric: Fabric, value: Any) -> list[Any]:
+    if fabric.world_size == 1:
+        return [value]
+    gathered = [None] * fabric.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered

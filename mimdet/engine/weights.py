@@ -1,0 +1,141 @@
+"""Load a detector's weights from a checkpoint, all of them or with a readable refusal."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..checkpoint.read import CheckpointError, read_checkpoint, state_dict_of, strip_prefixes
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5
+_CLASS_KEYS = {"roi_heads.mask_head.predictor.weight": 0, "roi_heads.box_predictor.cls_score.weight": 1}
+_FOR_NEW_CLASSES = "train.init_checkpoint_ignore=[roi_heads.box_predictor.*,roi_heads.mask_head.predictor.*]"
+
+
+@dataclass
+class _Mismatch:
+    missing: list[str]
+    unexpected: list[str]
+    shapes: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.shapes)
+
+
+def load_model_weights(model: nn.Module, path: str | Path, ignore: Sequence[str] = ()) -> None:
+    """Load every weight of ``model`` from a checkpoint.
+
+    Args:
+        model: the bare detector.
+        path: a file with ``{"model": state_dict, ...}`` or a bare state dict; a leading ``module.`` of the
+            keys is dropped.
+        ignore: patterns (``fnmatch``) of keys that keep the model's values, whether the file has them or not.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its keys or shapes are not the model's; the message lists
+            the first few of each kind and the likely cause.
+        ValueError: a pattern matches no key.
+    """
+    state = strip_prefixes(state_dict_of(read_checkpoint(path), path), ("module.",))
+    load_state(model, state, path, ignore)
+
+
+def load_state(
+    model: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path, ignore: Sequence[str] = ()
+) -> None:
+    """As :func:`load_model_weights`, from a state dict at hand; ``source`` names it in messages."""
+    own = model.state_dict()
+    for pattern in ignore:
+        if not any(fnmatchcase(key, pattern) for key in (*own, *state)):
+            raise ValueError(f"train.init_checkpoint_ignore: {pattern!r} matches no key of the model or of {source}")
+
+    def ignored(key: str) -> bool:
+        return any(fnmatchcase(key, pattern) for pattern in ignore)
+
+    wanted = {key: value for key, value in own.items() if not ignored(key)}
+    given = {key: value for key, value in state.items() if not ignored(key)}
+    mismatch = _compare(wanted, given)
+    if mismatch:
+        raise CheckpointError(_explain(mismatch, wanted, given, source))
+    model.load_state_dict(given, strict=False)
+    kept = len(own) - len(wanted)
+    logger.info("loaded %d tensors from %s%s", len(given), source, f", {kept} ignored as told" if kept else "")
+
+
+def _compare(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> _Mismatch:
+    return _Mismatch(
+        missing=[key for key in wanted if key not in given],
+        unexpected=[key for key in given if key not in wanted],
+        shapes=[
+            f"{key}: checkpoint {tuple(given[key].shape)}, model {tuple(value.shape)}"
+            for key, value in wanted.items()
+            if key in given and given[key].shape != value.shape
+        ],
+    )
+
+
+def _explain(
+    mismatch: _Mismatch,
+    wanted: Mapping[str, torch.Tensor],
+    given: Mapping[str, torch.Tensor],
+    source: str | Path,
+) -> str:
+    lines = [f"checkpoint {source} does not fit the model:"]
+    kinds = {
+        "missing in the checkpoint": mismatch.missing,
+        "unexpected in the checkpoint": mismatch.unexpected,
+        "of another shape": mismatch.shapes,
+    }
+    for kind, keys in kinds.items():
+        if keys:
+            more = f", ... and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+            separator = "; " if keys is mismatch.shapes else ", "
+            lines.append(f"  {len(keys)} {kind}: {separator.join(keys[:_SHOWN])}{more}")
+    lines += [f"Likely cause: {cause}." for cause in _likely_causes(mismatch, wanted, given)]
+    return "\n".join(lines)
+
+
+def _likely_causes(
+    mismatch: _Mismatch, wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
+) -> list[str]:
+    if any(key.startswith("blocks.") for key in given) and any(key.startswith("backbone.") for key in wanted):
+        return ["the checkpoint is a pre-trained MAE, not a detector: pass it as mae_checkpoint.path"]
+    causes = []
+    for part in ("encoder", "decoder"):
+        ours, theirs = _width_and_depth(wanted, part), _width_and_depth(given, part)
+        for name, our, their in zip((f"{part} width", f"{part} depth"), ours, theirs, strict=True):
+            if None not in (our, their) and our != their:
+                causes.append(f"the checkpoint's {name} is {their}, the model's {our}: another model size")
+    ours, theirs = _num_classes(wanted), _num_classes(given)
+    if None not in (ours, theirs) and ours != theirs:
+        causes.append(
+            f"the checkpoint has {theirs} classes, the model {ours}: to train a detector for other classes, "
+            f"pass {_FOR_NEW_CLASSES}"
+        )
+    if not causes and len(mismatch.missing) == len(wanted):
+        causes.append("the checkpoint is of another architecture or project: no key is the same")
+    return causes
+
+
+def _width_and_depth(state: Mapping[str, torch.Tensor], part: str) -> tuple[int | None, int | None]:
+    """Embedding width and number of blocks of a state dict's ``encoder`` or ``decoder``, None if it has none."""
+    prefix = "decoder_" if part == "decoder" else ""
+    block = re.compile(rf"backbone\.bottom_up\.{part}\.{prefix}blocks\.(\d+)\.norm1\.weight")
+    found = {int(match[1]): state[key].shape[0] for key in state if (match := block.fullmatch(key))}
+    return (found[min(found)], len(found)) if found else (None, None)
+
+
+def _num_classes(state: Mapping[str, torch.Tensor]) -> int | None:
+    for key, background in _CLASS_KEYS.items():
+        if key in state:
+            return state[key].shape[0] - background
+    return None

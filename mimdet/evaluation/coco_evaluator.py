@@ -1,0 +1,185 @@
+"""Collects a detector's results and scores them against a COCO dataset."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..files import write_json
+from .ground_truth import load_ground_truth
+from .results import to_coco_results
+from .toolkit import choose_toolkit, coco_figures
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE = "coco_instances_results.json"
+
+
+class EvaluationDataset(Protocol):
+    """What the evaluator asks of a dataset."""
+
+    json_file: str
+    classes: Sequence[str]
+    category_ids: Sequence[int]
+
+
+class COCOEvaluator:
+    """Box and mask AP in COCO's definition.
+
+    Use: ``reset()``, ``process()`` for every batch on every rank, then ``evaluate()`` on every rank.
+
+    Args:
+        dataset: where the ground truth is: ``json_file``, and for each label its ``classes`` name and
+            ``category_ids`` id. May be set later as the attribute ``dataset``.
+        output_dir: folder for ``coco_instances_results.json``; None writes no file.
+        max_dets_per_image: detections of an image and category that count, highest scores first.
+        toolkit: ``"faster_coco_eval"``, ``"pycocotools"`` or ``"auto"`` (the first if installed); their
+            figures are the same.
+
+    Raises:
+        ValueError, ImportError: the toolkit is unknown or not installed.
+    """
+
+    def __init__(
+        self,
+        dataset: EvaluationDataset | None = None,
+        output_dir: str | Path | None = None,
+        max_dets_per_image: int | None = 100,
+        toolkit: str = "auto",
+    ):
+        self.dataset = dataset
+        self.output_dir = output_dir
+        self.max_dets_per_image = 100 if max_dets_per_image is None else max_dets_per_image
+        self.toolkit = choose_toolkit(toolkit)
+        self._ground_truth: tuple[str, dict[str, Any], bool] | None = None
+        self._results: dict[int, list[dict[str, Any]]] = {}
+        self._saw_masks = False
+
+    def reset(self) -> None:
+        """Forget all results; a flaw in the ground truth comes to light here, before any inference."""
+        self._results = {}
+        self._saw_masks = False
+        if self.dataset is not None and _rank() == 0:
+            self._load_ground_truth()
+
+    def process(self, samples: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Take in the results of one batch.
+
+        Args:
+            samples: dicts with ``image_id``.
+            results: for each sample a dict of ``boxes`` (N, 4) xyxy in pixels of the original image,
+                ``scores`` (N,), ``labels`` (N,) and, optionally, ``masks`` (N, height, width) bool.
+
+        Raises:
+            ValueError: no dataset, a label without category, or different numbers of samples and results.
+        """
+        category_ids = self._need_dataset().category_ids
+        for sample, result in zip(samples, results, strict=True):
+            image_id = int(sample["image_id"])
+            # an image that a sampler hands out twice, to even out the ranks, counts once
+            self._results[image_id] = to_coco_results(result, image_id, category_ids)
+            self._saw_masks |= "masks" in result
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Gather the results of all ranks and score them. Every rank must call it.
+
+        Only the images that were processed are scored; a log line says so when the dataset has more.
+
+        Returns:
+            on rank 0: ``bbox`` and, with masks, ``segm``: AP, AP50, AP75, APs, APm, APl and AR<n> as
+            fractions, NaN where there is nothing to find; ``bbox_per_class`` and ``segm_per_class``: AP by
+            class name. On other ranks an empty dict.
+
+        Raises:
+            ValueError: no dataset, no image was processed, or one that the ground truth does not have.
+        """
+        dataset = self._need_dataset()
+        gathered = gather((self._results, self._saw_masks))
+        if gathered is None:
+            return {}
+        results = {image_id: found for part, _ in gathered for image_id, found in part.items()}
+        ground_truth, truth_has_masks = self._load_ground_truth()
+        self._check_images(results, ground_truth)
+
+        detections = [detection for image_id in sorted(results) for detection in results[image_id]]
+        if self.output_dir:
+            write_json(Path(self.output_dir) / RESULTS_FILE, detections)
+        if not detections:
+            logger.warning("no object was detected in any of %d images: every AP is 0", len(results))
+
+        # each task without the other's key: left in segm results, a box would give the object's area
+        tasks = {"bbox": "segmentation"}
+        if any(saw for _, saw in gathered):
+            if truth_has_masks:
+                tasks["segm"] = "bbox"
+            else:
+                logger.warning("%s has no masks: only box AP is measured", dataset.json_file)
+        figures = {}
+        for task, other in tasks.items():
+            stripped = [{k: v for k, v in detection.items() if k != other} for detection in detections]
+            figures |= self._score(task, stripped, ground_truth, list(results))
+        return figures
+
+    def _score(
+        self, task: str, detections: list[dict[str, Any]], ground_truth: dict[str, Any], image_ids: list[int]
+    ) -> dict[str, dict[str, float]]:
+        start = time.perf_counter()
+        names = dict(zip(self.dataset.category_ids, self.dataset.classes, strict=True))
+        figures, per_category = coco_figures(
+            self.toolkit, ground_truth, detections, task, image_ids, list(names), self.max_dets_per_image
+        )
+        seconds = time.perf_counter() - start
+        logger.info("%s AP of %d images by %s in %.1f s", task, len(image_ids), self.toolkit, seconds)
+        return {
+            task: figures,
+            f"{task}_per_class": {names[category]: ap for category, ap in per_category.items()},
+        }
+
+    def _need_dataset(self) -> EvaluationDataset:
+        if self.dataset is None:
+            raise ValueError("COCOEvaluator has no dataset: pass dataset=... or set its attribute before use")
+        return self.dataset
+
+    def _load_ground_truth(self) -> tuple[dict[str, Any], bool]:
+        json_file = str(self._need_dataset().json_file)
+        if self._ground_truth is None or self._ground_truth[0] != json_file:
+            self._ground_truth = (json_file, *load_ground_truth(json_file))
+        return self._ground_truth[1:]
+
+    def _check_images(self, results: Mapping[int, Any], ground_truth: dict[str, Any]) -> None:
+        if not results:
+            raise ValueError("no image was processed: the loader of the evaluation gave none")
+        known = {image["id"] for image in ground_truth["images"]}
+        unknown = sorted(results.keys() - known)
+        if unknown:
+            raise ValueError(
+                f"{self.dataset.json_file} has no image with id {unknown[0]} ({len(unknown)} such ids): "
+                f"the evaluator's dataset is not the one that the loader reads"
+            )
+        if len(results) < len(known):
+            logger.warning("scoring the %d processed images of the dataset's %d", len(results), len(known))
+
+
+def gather(value: Any) -> list[Any] | None:
+    """``value`` of every rank, on rank 0; None on the others. Without distribution, ``[value]``."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [value]
+    # objects travel as CPU bytes: over NCCL they would take GPU memory
+    group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+    gathered = [None] * dist.get_world_size() if _rank() == 0 else None
+    try:
+        dist.gather_object(value, gathered, dst=0, group=group)
+    finally:
+        if group is not None:
+            dist.destroy_process_group(group)
+    return gathered
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -1,0 +1,74 @@
+"""What this machine and this installation have."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+
+import torch
+
+_PACKAGES = (
+    "mimdet",
+    "torch",
+    "torchvision",
+    "triton",
+    "timm",
+    "numpy",
+    "omegaconf",
+    "lightning-fabric",
+    "pycocotools",
+    "faster-coco-eval",
+    "flash-attn",
+    "detectron2",
+)
+
+
+def versions() -> list[tuple[str, str]]:
+    """(package, version), "not installed" for absent ones."""
+    rows = [("python", platform.python_version())]
+    for name in _PACKAGES:
+        try:
+            rows.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, "not installed"))
+    return rows
+
+
+def devices() -> list[tuple[str, str]]:
+    """(device, description) of the processor and of every GPU that PyTorch sees."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    rows = [("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in use, {capability}")]
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        rows.append((f"cuda:{i}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"))
+    if len(rows) == 1:
+        built = f"PyTorch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build of PyTorch"
+        rows.append(("cuda", f"no GPU found ({built})"))
+    for tool in ("nvcc", "g++"):
+        rows.append((tool, shutil.which(tool) or "not found"))
+    return rows
+
+
+def implementations() -> list[tuple[str, str, str]]:
+    """(part, what is used, why) for every part that has a choice."""
+    gpu = torch.cuda.is_available()
+    fast_eval = importlib.util.find_spec("faster_coco_eval") is not None
+    if not gpu:
+        precision = ("off", "no GPU; train.amp.dtype=bf16 asks for it")
+    elif torch.cuda.get_device_capability()[0] >= 8:
+        precision = ("bf16", "the GPU computes in bfloat16")
+    else:
+        precision = ("fp16", "the GPU has no bfloat16 arithmetic")
+    return [
+        ("backbone", "eager", "plain PyTorch, channels_last"),
+        ("attention", "sdpa", "scaled_dot_product_attention, " + ("fused on this GPU" if gpu else "fused on the CPU")),
+        ("mixed precision (auto)", *precision),
+        (
+            "COCO metrics",
+            "faster-coco-eval" if fast_eval else "pycocotools",
+            "installed" if fast_eval else "faster-coco-eval is not installed (pip install 'mimdet[fast-eval]')",
+        ),
+    ]

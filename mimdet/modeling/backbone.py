@@ -1,0 +1,93 @@
+"""The ConvNet-ViT hybrid backbone (paper, Figure 1b)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .decoder import MIMDetDecoder
+from .encoder import MIMDetEncoder
+from .sampling import check_ratio
+from .shapes import ImageList, ShapeSpec
+
+
+class MIMDetBackbone(nn.Module):
+    """Features c2 and c3 from the ConvStem, c4 from the ViT, c5 pooled from c4.
+
+    Args:
+        encoder: ConvStem and ViT encoder.
+        decoder: MAE decoder.
+        sample_ratio: keep ratio of the tokens in training, in (0, 1].
+        size_divisibility: pictures are padded to multiples of it, pixels.
+        _out_feature_channels: channels of c2..c5.
+        _out_feature_strides: strides of c2..c5, pixels.
+        inference_sample_ratio: keep ratio in eval mode, in (0, 1] (paper, Table 1: 1.0 is best).
+
+    Raises:
+        ValueError: a ratio outside (0, 1].
+    """
+
+    out_features = ("c2", "c3", "c4", "c5")
+
+    def __init__(
+        self,
+        encoder: MIMDetEncoder,
+        decoder: MIMDetDecoder,
+        sample_ratio: float = 0.5,
+        size_divisibility: int = 32,
+        _out_feature_channels: Sequence[int] = (192, 384, 512, 512),
+        _out_feature_strides: Sequence[int] = (4, 8, 16, 32),
+        inference_sample_ratio: float = 1.0,
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.sample_ratio = check_ratio(sample_ratio)
+        self.inference_sample_ratio = check_ratio(inference_sample_ratio, "inference_sample_ratio")
+        self.size_divisibility = size_divisibility
+        self._out_feature_channels = list(_out_feature_channels)
+        self._out_feature_strides = list(_out_feature_strides)
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each output."""
+        shapes = zip(self.out_features, self._out_feature_channels, self._out_feature_strides, strict=True)
+        return {name: ShapeSpec(channels=channels, stride=stride) for name, channels, stride in shapes}
+
+    def forward(
+        self,
+        images: ImageList | torch.Tensor,
+        noise: torch.Tensor | None = None,
+        sample_ratio: float | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Feature maps of a batch.
+
+        Args:
+            images: normalised pictures padded to ``size_divisibility``; a plain (B, C, H, W) tensor counts as
+                unpadded.
+            noise: (B, L) uniform numbers in [0, 1) that choose the tokens, L = H/16 * W/16.
+            sample_ratio: keep ratio of this call. Default: ``sample_ratio`` in training and whenever noise is
+                given, else ``inference_sample_ratio``.
+
+        Returns:
+            c2, c3, c4, c5: (B, channels, H/stride, W/stride) each.
+
+        Raises:
+            ValueError: sides that are not multiples of ``size_divisibility``, a ratio outside (0, 1], noise of
+                another shape.
+        """
+        if isinstance(images, torch.Tensor):
+            images = ImageList(images, [images.shape[-2:]] * images.shape[0])
+        height, width = images.tensor.shape[-2:]
+        if height % self.size_divisibility or width % self.size_divisibility:
+            raise ValueError(
+                f"backbone: images must be padded to multiples of {self.size_divisibility}, got {height}x{width}"
+            )
+        if sample_ratio is None:
+            sampled = self.training or noise is not None
+            sample_ratio = self.sample_ratio if sampled else self.inference_sample_ratio
+        encoded = self.encoder(images, sample_ratio, noise)
+        c4 = self.decoder(encoded)
+        return {"c2": encoded.features[0], "c3": encoded.features[1], "c4": c4, "c5": F.max_pool2d(c4, 2)}

@@ -1,0 +1,68 @@
+"""The convolutional stem that takes the place of ViT's patch embedding (paper, section 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class ConvStem(nn.Module):
+    """Four 3x3 convolutions of stride 2, each with GroupNorm(1) and exact GELU; the last adds a 1x1.
+
+    GroupNorm's statistics cover a whole padded picture, as those the released weights were trained with.
+
+    Args:
+        img_size: side of the square picture that the position table is made for, pixels.
+        patch_size: stride of the last stage, pixels; must equal 2**depth.
+        in_chans: channels of the picture.
+        embed_dim: channels of the last stage; each earlier stage has half of the next.
+        depth: number of stages.
+        norm_layer: optional norm of the last output, called with embed_dim.
+        checkpointing: recompute every stage but the first in backward.
+
+    Raises:
+        ValueError: embed_dim does not divide into the stages, or patch_size is not 2**depth.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 4,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        if embed_dim % 2 ** (depth - 1):
+            raise ValueError(f"ConvStem: embed_dim {embed_dim} must be divisible by {2 ** (depth - 1)}")
+        if patch_size != 2**depth:
+            raise ValueError(f"ConvStem: {depth} stages of stride 2 make patch_size {2**depth}, got {patch_size}")
+        self.patch_size = patch_size
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.checkpointing = checkpointing
+        widths = [in_chans, *(embed_dim // 2**i for i in reversed(range(depth)))]
+        self.proj = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1, bias=False),
+                nn.GroupNorm(1, c_out, eps=1e-6),
+                nn.GELU(),
+            )
+            for c_in, c_out in pairwise(widths)
+        )
+        self.proj[-1].append(nn.Conv2d(embed_dim, embed_dim, kernel_size=1))
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """(B, in_chans, H, W), sides multiples of 16 -> features of strides 4, 8 and 16, finest first."""
+        outputs = []
+        for stage in self.proj:
+            x = checkpoint(stage, x, use_reentrant=False) if self.checkpointing and x.requires_grad else stage(x)
+            outputs.append(x)
+        outputs[-1] = self.norm(outputs[-1])
+        return outputs[1:]

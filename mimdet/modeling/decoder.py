@@ -1,0 +1,76 @@
+"""The MAE pre-trained decoder that completes the sampled tokens to a full feature map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..checkpoint.mae import load_mae
+from .encoder import EncoderOutput
+from .pos_embed import PosEmbedCache, sincos_pos_embed_2d
+from .sampling import gather_tokens
+from .vit import init_vit_weights, make_blocks, run_layers
+
+
+class MIMDetDecoder(nn.Module):
+    """Fills unsampled positions with projected ConvStem features and runs MAE's decoder (paper, Table 6).
+
+    Args:
+        img_size: side of the square picture that the position table is made for, pixels.
+        patch_size: stride of a token, pixels.
+        embed_dim: width of the encoder's tokens.
+        decoder_embed_dim: width of the decoder.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over decoder_embed_dim.
+        dpr: stochastic depth rate of every block.
+        norm_layer: called with decoder_embed_dim.
+        pretrained: path of a full MAE checkpoint, or None for random weights.
+        checkpointing: recompute blocks and the last norm in backward.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        decoder_embed_dim: int = 512,
+        depth: int = 8,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        dpr: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        pretrained: str | None = None,
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.conv_feat_proj = nn.Linear(embed_dim, decoder_embed_dim)
+        rows = img_size // patch_size
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, rows * rows + 1, decoder_embed_dim), requires_grad=False)
+        self.decoder_blocks = make_blocks(decoder_embed_dim, num_heads, mlp_ratio, [dpr] * depth, norm_layer)
+        self.decoder_norm = norm_layer(decoder_embed_dim)
+        self.apply(init_vit_weights)
+        self.decoder_pos_embed.data.copy_(sincos_pos_embed_2d(decoder_embed_dim, rows))
+        self._pos_embed_at = PosEmbedCache()
+        if pretrained:
+            load_mae(self, pretrained, "decoder")
+
+    def forward(self, encoded: EncoderOutput) -> torch.Tensor:
+        """Encoder output -> (B, decoder_embed_dim, H, W) of stride 16, in channels_last memory."""
+        stem = encoded.features[-1]
+        batch, dim, height, width = stem.shape
+        x = self.decoder_embed(encoded.tokens)
+        stem_tokens = stem.permute(0, 2, 3, 1).reshape(batch, -1, dim)
+        if encoded.sample is None:
+            # No rows to project, yet the projection's gradient must be zero, not missing.
+            x = torch.cat([x, self.conv_feat_proj(stem_tokens[:, :0])], dim=1)
+        else:
+            fill = self.conv_feat_proj(gather_tokens(stem_tokens, encoded.sample.drop))
+            x = gather_tokens(torch.cat([x, fill], dim=1), encoded.sample.restore)
+        x = x + self._pos_embed_at(self.decoder_pos_embed, (height, width))
+        x = run_layers([*self.decoder_blocks, self.decoder_norm], x, self.checkpointing)
+        return x.reshape(batch, height, width, -1).permute(0, 3, 1, 2)

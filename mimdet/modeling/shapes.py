@@ -1,0 +1,57 @@
+"""Plain descriptions of pictures in a batch and of feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class ShapeSpec:
+    """What a layer needs to know of its input: channels, size in cells, stride in pixels of the picture."""
+
+    channels: int | None = None
+    height: int | None = None
+    width: int | None = None
+    stride: int | None = None
+
+
+class ImageList:
+    """Pictures of different sizes as one zero-padded batch.
+
+    Attributes:
+        tensor: (B, C, H, W), pictures in the top left corner.
+        image_sizes: B pairs (height, width) in pixels before padding.
+    """
+
+    def __init__(self, tensor: torch.Tensor, image_sizes: Sequence[tuple[int, int]]):
+        if tensor.ndim != 4 or len(image_sizes) != tensor.shape[0]:
+            raise ValueError(
+                f"ImageList: tensor must be (B, C, H, W) with one size a picture, "
+                f"got {tuple(tensor.shape)} and {len(image_sizes)} sizes"
+            )
+        self.tensor = tensor
+        self.image_sizes = [(int(h), int(w)) for h, w in image_sizes]
+
+    def __len__(self) -> int:
+        return len(self.image_sizes)
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[torch.Tensor], size_divisibility: int = 0) -> ImageList:
+        """Batch (C, H, W) tensors, padded with zeros at the bottom and right to a common size.
+
+        Args:
+            tensors: at least one; all of one dtype and device.
+            size_divisibility: the padded height and width are multiples of it (0: no such rule).
+        """
+        if not tensors:
+            raise ValueError("ImageList: no images given")
+        sizes = [(int(t.shape[-2]), int(t.shape[-1])) for t in tensors]
+        height, width = (max(side) for side in zip(*sizes, strict=True))
+        if size_divisibility > 1:
+            height, width = (-(-side // size_divisibility) * size_divisibility for side in (height, width))
+        padded = [F.pad(t, (0, width - w, 0, height - h)) for t, (h, w) in zip(tensors, sizes, strict=True)]
+        return cls(torch.stack(padded), sizes)

@@ -1,0 +1,9 @@
+"""Package layout. Everything that can be declared is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["mimdet", "mimdet.*"]), "mimdet.kernels", "mimdet.configs"],
+    package_dir={"mimdet": "mimdet", "mimdet.kernels": "kernels", "mimdet.configs": "configs"},
+    package_data={"mimdet.configs": ["*.py", "*/*.py"]},
+)

@@ -1,0 +1,141 @@
+"""Configs: loading, interpolation, overrides, and the way to YAML and back."""
+
+import functools
+import textwrap
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from mimdet.config import LazyCall, from_yaml, instantiate, load, to_yaml
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A config two folders down that imports relatively; folder names that are no identifiers."""
+    deep = tmp_path / "a-b.c" / "sub"
+    deep.mkdir(parents=True)
+    (tmp_path / "common.py").write_text("train = dict(max_iter=3, steps=[1, 2])\n")
+    (deep / "model.py").write_text(
+        textwrap.dedent(
+            """
+            from functools import partial
+            from torch import nn
+            from mimdet.config import LazyCall as L
+            from ...common import train
+
+            _private = dict(a=1)
+            model = L(nn.Linear)(in_features=3, out_features="${train.max_iter}")
+            norms = dict(part=partial(nn.LayerNorm, eps=1e-5), eps=1e-3,
+                         whole=L(nn.LayerNorm)(normalized_shape=4, eps="${..eps}"))
+            """
+        )
+    )
+    return deep / "model.py"
+
+
+def test_relative_imports_and_interpolation(tree):
+    cfg = load(tree)
+    assert set(cfg) == {"train", "model", "norms"}
+    assert instantiate(cfg.model).weight.shape == (3, 3)
+    assert instantiate(cfg.norms)["whole"].eps == 1e-3
+
+
+def test_each_load_is_fresh(tree):
+    load(tree).train.max_iter = 99
+    assert load(tree).train.max_iter == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.max_iter=7", "train.max_iter", 7),
+        ("train.steps=[4,5]", "train.steps", [4, 5]),
+        ("train.steps.1=9", "train.steps", [1, 9]),
+        ("norms.eps=8e-5", "norms.eps", 8e-5),
+        ("model.bias=false", "model.bias", False),
+        ("train.max_iter=null", "train.max_iter", None),
+        ("train.max_iter=a=b", "train.max_iter", "a=b"),
+    ],
+)
+def test_override(tree, override, key, value):
+    got = OmegaConf.select(load(tree, [override]), key)
+    assert got == value
+    assert type(got) is type(value) or isinstance(value, list)
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("train.max_itr=1", KeyError, "did you mean 'train.max_iter'"),
+        ("trian.max_iter=1", KeyError, "did you mean 'train.max_iter'"),
+        ("model.in_feature=2", KeyError, "did you mean 'model.in_features'"),
+        ("train.steps.5=2", KeyError, "list of 2"),
+        ("train.max_iter.x=1", KeyError, "plain value"),
+        ("train.max_iter", ValueError, "key=value"),
+        ("train.max_iter=[1", ValueError, "not valid YAML"),
+    ],
+)
+def test_bad_override(tree, override, error, message):
+    with pytest.raises(error, match=message.replace("[", r"\[")):
+        load(tree, [override])
+
+
+def test_unknown_file_names_the_shipped_configs(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"mimdet_b_mask_rcnn\.py"):
+        load(tmp_path / "nothing.py")
+
+
+def test_shipped_config_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("configs/mimdet_b_mask_rcnn.py").model.roi_heads.num_classes == 80
+    assert load("mimdet_l_mask_rcnn").optimizer.params.multiplier == 3.5
+
+
+def test_syntax_error_names_file_and_line(tmp_path):
+    (tmp_path / "bad.py").write_text("x = 1\ny = = 2\n")
+    with pytest.raises(ValueError, match=r"bad\.py, line 2"):
+        load(tmp_path / "bad.py")
+
+
+def test_yaml_round_trip_builds_the_same(tree, tmp_path):
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(to_yaml(load(tree, ["train.max_iter=5"])))
+    built = instantiate(load(saved))
+    assert built["model"].out_features == 5
+    assert isinstance(built["norms"]["part"], functools.partial)
+    assert built["norms"]["part"](4).eps == 1e-5
+    assert to_yaml(load(saved)) == saved.read_text()
+
+
+def test_yaml_keeps_bare_callables(tmp_path):
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(to_yaml(OmegaConf.create({"norm": nn.LayerNorm}, flags={"allow_objects": True})))
+    assert instantiate(load(saved))["norm"](4).normalized_shape == (4,)
+
+
+def test_yaml_refuses_what_has_no_name():
+    with pytest.raises(ValueError, match="cannot be saved by name"):
+        to_yaml(OmegaConf.create({"f": lambda c: c}, flags={"allow_objects": True}))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [1"], ids=["list", "broken"])
+def test_yaml_that_is_no_config(text):
+    with pytest.raises(ValueError, match="YAML"):
+        from_yaml(text)
+
+
+def test_wrong_argument_names_the_callable():
+    with pytest.raises(TypeError, match="while building Linear"):
+        instantiate(LazyCall(nn.Linear)(in_features=1, out=2))
+
+
+def test_extra_arguments_win():
+    assert instantiate(LazyCall(nn.Linear)(in_features=1, out_features=2), out_features=3).out_features == 3
+
+
+def test_target_by_name():
+    assert isinstance(instantiate({"_target_": "torch.nn.Identity"}), torch.nn.Identity)
+    with pytest.raises(ImportError, match=r"no\.such"):
+        instantiate({"_target_": "no.such"})

@@ -1,0 +1,325 @@
+"""Annotation files, pictures, dataset names and the mapper."""
+
+import json
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mimdet.data import (
+    COCO_CATEGORIES,
+    CocoDataset,
+    DataError,
+    DatasetMapper,
+    RandomFlip,
+    ResizeShortestEdge,
+    catalog,
+    read_image,
+    register,
+)
+
+TRIANGLE = [10.0, 10.0, 30.0, 10.0, 10.0, 25.0]
+RLE = {"size": [40, 60], "counts": [0, 5, 2395]}
+
+
+def instance(id, image_id=7, category_id=9, **changes):
+    return {
+        "id": id,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": [10, 10, 20, 15],
+        "segmentation": [TRIANGLE],
+        "iscrowd": 0,
+        "area": 150.0,
+        **changes,
+    }
+
+
+def content(annotations, images=(7,)):
+    return {
+        "images": [{"id": i, "file_name": f"{i}.png", "height": 40, "width": 60} for i in images],
+        "annotations": annotations,
+        "categories": [{"id": 9, "name": "cat"}, {"id": 4, "name": "dog"}],
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes an annotation file and pictures; returns the arguments of CocoDataset."""
+
+    def write(data):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        for image in data.get("images", ()) if isinstance(data, dict) else ():
+            pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / image["file_name"])
+        (tmp_path / "set.json").write_text(json.dumps(data))
+        return {"json_file": tmp_path / "set.json", "image_root": tmp_path / "pictures"}
+
+    return write
+
+
+def test_records_hold_boxes_labels_and_polygons(write, capsys):
+    files = write(content([instance(1), instance(2, category_id=4), instance(3, iscrowd=1, segmentation=RLE)]))
+    dataset = CocoDataset(**files)
+    record = dataset[0]
+    assert (dataset.name, dataset.classes, dataset.category_ids) == ("set", ["dog", "cat"], [4, 9])
+    assert record["file_name"] == str(files["image_root"] / "7.png")
+    assert (record["image_id"], record["height"], record["width"]) == (7, 40, 60)
+    np.testing.assert_array_equal(record["boxes"], [[10, 10, 30, 25]] * 2)
+    np.testing.assert_array_equal(record["labels"], [1, 0])
+    assert [[p.tolist() for p in polygons] for polygons in record["masks"]] == [[TRIANGLE]] * 2
+    assert len(dataset.coco.anns) == 3, "the evaluator must see the crowd"
+    assert capsys.readouterr().out == ""
+
+
+def test_records_behave_as_a_sequence(write):
+    dataset = CocoDataset(**write(content([instance(1), instance(2, image_id=8)], images=(7, 8))))
+    assert [record["image_id"] for record in dataset.records] == [7, 8]
+    assert dataset.records[-1]["image_id"] == 8
+    assert dataset.sizes.tolist() == [[40, 60]] * 2
+    with pytest.raises(IndexError):
+        dataset.records[2]
+
+
+@pytest.mark.parametrize(("filter_empty", "images"), [(True, [8]), (False, [7, 8, 9])], ids=["filtered", "all"])
+def test_filter_empty(write, caplog, filter_empty, images):
+    annotations = [instance(1, image_id=8), instance(2, image_id=9, iscrowd=1)]
+    with caplog.at_level(logging.INFO, "mimdet"):
+        dataset = CocoDataset(**write(content(annotations, images=(7, 8, 9))), filter_empty=filter_empty)
+    assert [record["image_id"] for record in dataset] == images
+    assert ("dropped 2 of 3 images" in caplog.text) == filter_empty
+
+
+def test_unusable_instances_are_skipped_with_one_warning(write, caplog):
+    annotations = [
+        instance(1),
+        instance(2, bbox=[5, 5, 0, 10]),
+        instance(3, bbox=[5, 5, 10, -1]),
+        instance(4, bbox=[5, float("nan"), 10, 10]),
+        instance(5, segmentation=[[1, 1, 5, 5]]),
+        instance(6, segmentation=[[1, 1, 5, 5], TRIANGLE]),
+        instance(7, segmentation=[]),
+    ]
+    dataset = CocoDataset(**write(content(annotations)))
+    assert len(dataset[0]["labels"]) == 2
+    assert [len(polygons) for polygons in dataset[0]["masks"]] == [1, 1]
+    (record,) = caplog.records
+    assert "set.json" in record.message
+    assert "3 with a box without area or not finite (annotations 2, 3, 4)" in record.message
+    assert "2 without a polygon of at least 3 points (annotations 5, 7)" in record.message
+
+
+def without(data, *path):
+    *parents, last = path
+    entry = data
+    for key in parents:
+        entry = entry[key]
+    del entry[last]
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        pytest.param([{"image_id": 1, "score": 0.5}], "found a list", id="results file"),
+        pytest.param(without(content([]), "annotations"), "'annotations' is missing", id="no annotations key"),
+        pytest.param(without(content([]), "categories"), "'categories' is missing", id="no categories key"),
+        pytest.param(without(content([]), "images", 0, "width"), r"images\[0\] must have", id="image key"),
+        pytest.param(without(content([instance(1)]), "annotations", 0, "bbox"), "bbox", id="annotation key"),
+        pytest.param(content([instance(1)], images=(7, 7)), "id 7 in images", id="image id twice"),
+        pytest.param(content([instance(1)], images=("7",)), "'7' in images is not an integer", id="string id"),
+        pytest.param(content([instance(5, image_id=8)]), "annotation 5 of image 8 refers", id="unknown image"),
+        pytest.param(
+            content([instance(5, category_id=1)]),
+            "annotation 5 of image 7 .*category 1",
+            id="unknown category",
+        ),
+        pytest.param(
+            content([instance(5, segmentation=RLE)]), "annotation 5 of image 7 .*run-length", id="run lengths"
+        ),
+        pytest.param(content([instance(5, bbox=[1, 2, 3])]), "annotation 5 .*bbox must be", id="short box"),
+        pytest.param(content([instance(5, segmentation="x")]), "annotation 5 .*must be a list", id="text mask"),
+        pytest.param(
+            without(content([instance(1)]), "annotations", 0, "segmentation"),
+            "no annotation has a segmentation",
+            id="boxes only",
+        ),
+        pytest.param(content([]), "no image with a usable instance", id="nothing usable"),
+    ],
+)
+def test_malformed_files_are_named(write, data, message):
+    with pytest.raises(DataError, match=message) as error:
+        CocoDataset(**write(data))
+    assert "set.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "is empty"), ('{"images": [', "not valid JSON")])
+def test_unreadable_files_are_named(write, text, message):
+    files = write(content([]))
+    files["json_file"].write_text(text)
+    with pytest.raises(DataError, match=f"{message}.*set.json"):
+        CocoDataset(**files)
+
+
+def test_run_lengths_do_not_hinder_evaluation(write, caplog):
+    dataset = CocoDataset(**write(content([instance(5, segmentation=RLE)])), filter_empty=False)
+    assert len(dataset[0]["labels"]) == 0
+    assert "1 with a run-length encoded mask (annotations 5)" in caplog.text
+    assert list(dataset.coco.anns) == [5]
+
+
+def test_evaluator_gets_missing_fields(write):
+    bare = instance(1)
+    del bare["iscrowd"], bare["area"]
+    dataset = CocoDataset(**write(content([bare])))
+    assert dataset.coco.anns[1]["iscrowd"] == 0
+    assert dataset.coco.anns[1]["area"] == pytest.approx(150, rel=0.1)
+    assert "coco" not in pickle.loads(pickle.dumps(dataset)).__dict__
+
+
+class TestNames:
+    def test_known_names_follow_the_environment(self, monkeypatch, tmp_path):
+        monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+        assert catalog.find("coco_2017_val") == (
+            "datasets/coco/annotations/instances_val2017.json",
+            "datasets/coco/val2017",
+        )
+        monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+        assert catalog.find("coco_2017_train")[1] == str(tmp_path / "coco/train2017")
+
+    def test_missing_files_say_how_to_point_to_them(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+        with pytest.raises(DataError, match=r"instances_val2017\.json.*DETECTRON2_DATASETS") as error:
+            CocoDataset("coco_2017_val")
+        assert str(tmp_path) in str(error.value)
+
+    def test_missing_image_folder(self, write, tmp_path):
+        files = write(content([instance(1)]))
+        with pytest.raises(DataError, match=r"image folder not found: .*nowhere"):
+            CocoDataset(**{**files, "image_root": tmp_path / "nowhere"})
+
+    def test_unknown_name_suggests_the_nearest(self):
+        with pytest.raises(DataError, match="did you mean 'coco_2017_val'"):
+            CocoDataset("coco_2017_vla")
+
+    def test_register(self, write, monkeypatch):
+        monkeypatch.setattr(catalog, "_registered", {})
+        files = write(content([instance(1)]))
+        register("mine", **files)
+        register("mine", **files)
+        assert CocoDataset("mine").name == "mine"
+        with pytest.raises(DataError, match="taken"):
+            register("mine", "other.json", "other")
+        with pytest.raises(DataError, match="taken"):
+            register("coco_2017_val", **files)
+
+    def test_paths_replace_those_of_a_name(self, write):
+        dataset = CocoDataset("coco_2017_train", **write(content([instance(1)])))
+        assert (dataset.name, len(dataset)) == ("set", 1)
+
+    @pytest.mark.parametrize("arguments", [{}, {"json_file": "a.json"}, {"names": ["a", "b"]}], ids=str)
+    def test_incomplete_arguments(self, arguments):
+        with pytest.raises(DataError, match="names"):
+            CocoDataset(**arguments)
+
+    def test_coco_categories(self):
+        assert len(COCO_CATEGORIES) == len(set(COCO_CATEGORIES.values())) == 80
+        assert list(COCO_CATEGORIES) == sorted(COCO_CATEGORIES)
+        assert (COCO_CATEGORIES[1], COCO_CATEGORIES[90]) == ("person", "toothbrush")
+
+
+class TestPictures:
+    @pytest.fixture
+    def record(self, tmp_path):
+        return {"file_name": str(tmp_path / "a.png"), "image_id": 3, "height": 40, "width": 60}
+
+    @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1"])
+    def test_modes_become_rgb(self, record, mode):
+        Image.new(mode, (60, 40), 1).save(record["file_name"])
+        image = read_image(record)
+        assert (image.mode, image.size) == ("RGB", (60, 40))
+
+    def test_exif_orientation_is_applied(self, record, tmp_path):
+        pixels = np.zeros((60, 40, 3), np.uint8)
+        pixels[:20] = 255
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+        record["file_name"] = str(tmp_path / "a.jpg")
+        Image.fromarray(pixels).save(record["file_name"], exif=exif)
+        turned = np.asarray(read_image(record))
+        assert turned.shape == (40, 60, 3)
+        assert turned[:, 45:].min() > 200
+        assert turned[:, :35].max() < 50
+
+    def test_missing(self, record):
+        with pytest.raises(DataError, match=r"not found: .*a.png \(image id 3\)"):
+            read_image(record)
+
+    @pytest.mark.parametrize("keep", [0, 20, 500], ids=["empty", "header only", "truncated"])
+    @pytest.mark.parametrize("suffix", ["png", "jpg"])
+    def test_damaged(self, record, tmp_path, keep, suffix):
+        record["file_name"] = str(tmp_path / f"a.{suffix}")
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(record["file_name"])
+        data = (tmp_path / f"a.{suffix}").read_bytes()
+        assert len(data) > 500
+        (tmp_path / f"a.{suffix}").write_bytes(data[:keep])
+        with pytest.raises(DataError, match=rf"cannot be read: .*a.{suffix} \(image id 3\)"):
+            read_image(record)
+
+    def test_other_size(self, record):
+        Image.new("RGB", (40, 60)).save(record["file_name"])
+        with pytest.raises(DataError, match=r"a.png \(image id 3\) is 40x60 .* 60x40"):
+            read_image(record)
+
+    def test_more_than_8_bits(self, record):
+        Image.fromarray(np.full((40, 60), 1000, np.uint16)).save(record["file_name"])
+        with pytest.raises(DataError, match="more than 8 bits"):
+            read_image(record)
+
+
+class TestMapper:
+    @pytest.fixture
+    def record(self, write):
+        return CocoDataset(**write(content([instance(1), instance(2, category_id=4)])))[0]
+
+    def test_training_sample(self, record):
+        mapper = DatasetMapper(True, [RandomFlip(prob=1.0), ResizeShortestEdge(80)])
+        before = pickle.dumps(record)
+        sample = mapper(record, np.random.default_rng(0))
+        assert pickle.dumps(record) == before, "the record must not change"
+        assert sample["image"].dtype == torch.uint8
+        assert sample["image"].shape == (3, 80, 120)
+        assert (sample["image_id"], sample["height"], sample["width"]) == (7, 40, 60)
+        targets = sample["targets"]
+        assert (targets["boxes"].dtype, targets["labels"].dtype) == (torch.float32, torch.int64)
+        assert targets["boxes"].tolist() == [[60.0, 20.0, 100.0, 50.0]] * 2
+        assert targets["labels"].tolist() == [1, 0]
+        ((polygon,), _) = targets["masks"]
+        assert (polygon.dtype, polygon.tolist()) == (np.float64, [100, 20, 60, 20, 100, 50])
+
+    def test_evaluation_sample_has_no_targets(self, record):
+        sample = DatasetMapper(False, [ResizeShortestEdge(20)])(record, np.random.default_rng(0))
+        assert sample["image"].shape == (3, 20, 30)
+        assert (sample["height"], sample["width"]) == (40, 60)
+        assert "targets" not in sample
+
+    def test_without_masks(self, record):
+        sample = DatasetMapper(True, [], use_instance_mask=False)(record, np.random.default_rng(0))
+        assert sorted(sample["targets"]) == ["boxes", "labels"]
+
+    def test_channel_order(self, record):
+        rgb, bgr = (DatasetMapper(False, [], image_format=f)(record, None)["image"] for f in ("RGB", "BGR"))
+        np.testing.assert_array_equal(rgb.permute(1, 2, 0), np.asarray(Image.open(record["file_name"])))
+        assert torch.equal(rgb.flip(0), bgr)
+        with pytest.raises(ValueError, match="image_format"):
+            DatasetMapper(False, [], image_format="YUV")
+
+    def test_boxes_are_clipped_to_the_picture(self, record):
+        record["boxes"] = np.array([[-5.0, 10, 70, 50], [60, 10, 70, 20]])
+        targets = DatasetMapper(True, [])(record, None)["targets"]
+        assert targets["boxes"].tolist() == [[0, 10, 60, 40]]
+        assert len(targets["masks"]) == len(targets["labels"]) == 1

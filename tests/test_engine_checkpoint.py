@@ -1,0 +1,149 @@
+import argparse
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from mimdet.checkpoint.read import CheckpointError
+from mimdet.engine import Checkpointer
+
+
+def state(value, size=10):
+    return {"model": {"w": torch.full((size,), float(value))}, "iteration": value}
+
+
+def value_of(checkpointer):
+    return checkpointer.load(checkpointer.latest())["iteration"]
+
+
+def test_latest_is_the_last_saved(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "new" / "folder")
+    assert checkpointer.latest() is None
+    for iteration in (1, 2):
+        path = checkpointer.save(f"model_{iteration:07d}", state(iteration))
+    assert checkpointer.latest() == path == tmp_path / "new" / "folder" / "model_0000002.pth"
+    assert (path.parent / "last_checkpoint").read_text() == "model_0000002.pth"
+    assert value_of(checkpointer) == 2
+    assert not list(path.parent.glob(".*"))
+
+
+def test_only_the_newest_stay_and_the_final_one(tmp_path):
+    checkpointer = Checkpointer(tmp_path, max_to_keep=2)
+    (tmp_path / "model_best.pth").touch()
+    for iteration in range(4):
+        checkpointer.save(f"model_{iteration:07d}", state(iteration))
+    checkpointer.save("model_final", state(4))
+    names = sorted(path.name for path in tmp_path.glob("*.pth"))
+    assert names == ["model_0000002.pth", "model_0000003.pth", "model_best.pth", "model_final.pth"]
+
+
+def test_a_longer_earlier_run_does_not_evict_the_new_one(tmp_path):
+    for iteration in (900, 950):
+        old = Checkpointer(tmp_path).save(f"model_{iteration:07d}", state(iteration))
+        os.utime(old, (iteration, iteration))
+    for iteration in (1, 2):
+        Checkpointer(tmp_path, max_to_keep=2).save(f"model_{iteration:07d}", state(iteration))
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["model_0000001.pth", "model_0000002.pth"]
+
+
+def test_keeping_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="max_to_keep=0"):
+        Checkpointer(tmp_path, max_to_keep=0)
+
+
+@pytest.fixture
+def small_disk():
+    """Writes beyond 100 kB of a file fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_last_good_one(tmp_path, small_disk):
+    checkpointer = Checkpointer(tmp_path)
+    good = checkpointer.save("model_0000001", state(1))
+    with pytest.raises(CheckpointError) as caught:
+        checkpointer.save("model_0000002", state(2, size=1_000_000))
+    message = str(caught.value)
+    assert str(tmp_path / "model_0000002.pth") in message
+    assert "GB" in message
+    assert f"Last good checkpoint: {good}" in message
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_0000001.pth"]
+    assert value_of(checkpointer) == 1
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot save .*file.model_0000001\.pth"):
+        Checkpointer(tmp_path / "file").save("model_0000001", state(1))
+
+
+KILLED = """
+import sys, torch
+sys.path[:0] = {path!r}
+from mimdet.engine.checkpoint import Checkpointer
+checkpointer = Checkpointer({folder!r}, max_to_keep=2)
+for iteration in range(100000):
+    checkpointer.save(f"model_{{iteration:07d}}", {{"model": torch.zeros(500_000), "iteration": iteration}})
+    print(iteration, flush=True)
+"""
+
+
+def test_kill_at_any_moment_leaves_a_loadable_one(tmp_path):
+    script = KILLED.format(path=sys.path, folder=str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        for delay in (0.011, 0.007, 0.013):
+            time.sleep(delay)
+            process.send_signal(signal.SIGSTOP)
+            assert Checkpointer(tmp_path).load(Checkpointer(tmp_path).latest())["model"].numel() == 500_000
+            process.send_signal(signal.SIGCONT)
+        process.kill()
+    assert value_of(Checkpointer(tmp_path)) >= 0
+
+
+def test_the_next_save_clears_what_a_kill_left(tmp_path):
+    (tmp_path / ".model_0000001.pth.abc.tmp").write_bytes(b"half")
+    Checkpointer(tmp_path).save("model_0000002", state(2))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_numpy_values_and_namespaces_load(tmp_path):
+    torch.save({"args": argparse.Namespace(lr=np.float64(0.5)), "array": np.arange(3)}, tmp_path / "a.pth")
+    content = Checkpointer(tmp_path).load(tmp_path / "a.pth")
+    assert content["args"].lr == 0.5
+    assert content["array"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"<html>not found</html>"],
+    ids=["truncated", "empty", "html"],
+)
+def test_damaged_files_are_named(tmp_path, damage):
+    path = Checkpointer(tmp_path).save("model_0000001", state(1))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"model_0000001\.pth"):
+        Checkpointer(tmp_path).load(path)
+
+
+class Dangerous:
+    def __reduce__(self):
+        return os.mkdir, ("made_by_unpickling",)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {}, "extra": Dangerous()}, "evil.pth")
+    with pytest.raises(CheckpointError, match=r"evil\.pth"):
+        Checkpointer(tmp_path).load("evil.pth")
+    assert not (tmp_path / "made_by_unpickling").exists()
