@@ -1,9 +1,65 @@
-"""Package layout. Everything that can be declared is in pyproject.toml."""
+"""Package layout, and the C++ kernels where they can be compiled. What can be declared is in pyproject.toml."""
+
+import os
+import runpy
+import shutil
+import sys
+from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel, get_platform
+from setuptools.command.build_py import build_py
+
+BUILD = Path(__file__).resolve().parent / "kernels" / "build.py"
+
+
+class BuildKernels(build_py):
+    """Copies the package and puts compiled kernels beside it.
+
+    MIMDET_BUILD=0 leaves them out; MIMDET_BUILD=1 makes a failure fatal; MIMDET_BUILD_CUDA=1 compiles for CUDA too.
+    Without torch or a compiler (pip's isolated builds have no torch) the package is pure Python and compiles at first
+    use on the user's machine.
+    """
+
+    def run(self):
+        super().run()
+        folder = Path(self.build_lib) / "mimdet" / "kernels"
+        for stale in folder.glob("*.so"):
+            stale.unlink()
+        if os.environ.get("MIMDET_BUILD") == "0" or self.editable_mode:
+            return  # an editable install compiles at first use, and again whenever a source changes
+        build = runpy.run_path(str(BUILD))
+        wanted = ["compile_cpu"] + (["compile_cuda"] if os.environ.get("MIMDET_BUILD_CUDA") == "1" else [])
+        for name in wanted:
+            try:
+                made = build[name](Path(self.get_finalized_command("build").build_temp).resolve())
+            except (ImportError, build["BuildError"]) as error:
+                if os.environ.get("MIMDET_BUILD") == "1":
+                    raise
+                note = f"mimdet: kernels not compiled now ({name}); they will be at first use. Reason: {error}"
+                print(note, file=sys.stderr)
+                continue
+            shutil.copy(made, folder / made.name)
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for this platform and any Python 3 if something compiled is inside, else for all."""
+
+    def get_tag(self):
+        folder = Path(self.get_finalized_command("build_py").build_lib) / "mimdet" / "kernels"
+        if any(folder.glob("*.so")):
+            return "py3", "none", get_platform(self.bdist_dir).replace("-", "_").replace(".", "_")
+        return "py3", "none", "any"
+
 
 setup(
-    packages=[*find_packages(include=["mimdet", "mimdet.*"]), "mimdet.kernels", "mimdet.configs"],
+    packages=[
+        *find_packages(include=["mimdet", "mimdet.*"]),
+        "mimdet.kernels",
+        *(f"mimdet.kernels.{name}" for name in find_packages("kernels")),
+        "mimdet.configs",
+    ],
     package_dir={"mimdet": "mimdet", "mimdet.kernels": "kernels", "mimdet.configs": "configs"},
-    package_data={"mimdet.configs": ["*.py", "*/*.py"]},
+    package_data={"mimdet.configs": ["*.py", "*/*.py"], "mimdet.kernels": ["csrc/*"]},
+    cmdclass={"build_py": BuildKernels, "bdist_wheel": PlatformWheel},
 )

@@ -63,7 +63,7 @@ def implementations() -> list[tuple[str, str, str]]:
     else:
         precision = ("fp16", "the GPU has no bfloat16 arithmetic")
     return [
-        ("backbone", "eager", "plain PyTorch, channels_last"),
+        ("operations (auto)", *_kernels_in_use()),
         ("attention", "sdpa", "scaled_dot_product_attention, " + ("fused on this GPU" if gpu else "fused on the CPU")),
         ("mixed precision (auto)", *precision),
         (
@@ -72,3 +72,18 @@ def implementations() -> list[tuple[str, str, str]]:
             "installed" if fast_eval else "faster-coco-eval is not installed (pip install 'mimdet[fast-eval]')",
         ),
     ]
+
+
+def kernels() -> list[tuple[str, str, str, str, str]]:
+    """(operation, device, implementation, usable or chosen, why) for every implementation of every operation."""
+    from .kernels import table
+
+    return [
+        (row.op, row.device, row.impl, "chosen" if row.chosen else "yes" if row.usable else "no", row.reason)
+        for row in table()
+    ]
+
+
+def _kernels_in_use() -> tuple[str, str]:
+    chosen = sorted({impl for _, _, impl, state, _ in kernels() if state == "chosen"})
+    return ", ".join(chosen), "MIMDET_KERNELS, mimdet.kernels.use or impl= choose another"

@@ -1,6 +1,7 @@
 """The wheel: what is in it, and that it works away from the checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -89,3 +90,38 @@ def test_unknown_attribute_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mimdet.nothing  # noqa: B018
     assert "train" in dir(mimdet)
+
+
+GELU = (
+    "import os; os.environ['MIMDET_BUILD'] = '0'\n"
+    "import torch\n"
+    "from mimdet.kernels.group_norm_gelu.api import group_norm_gelu\n"
+    "arguments = torch.ones(1, 4, 2, 2), torch.ones(4), torch.zeros(4), 1e-6\n"
+)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_wheel_carries_compiled_kernels_that_run(wheel, installed, tmp_path):
+    assert (installed / "mimdet" / "kernels" / "mimdet_cpu.abi3.so").is_file()
+    assert "-py3-none-" in wheel.name
+    assert not wheel.name.endswith("-any.whl")
+    code = (
+        "import os; os.environ['MIMDET_BUILD'] = '0'\n" + GELU + "print(group_norm_gelu(*arguments, impl='cpp').sum())"
+    )
+    done = run(code, tmp_path, installed)
+    assert done.stdout.strip() == "tensor(0.)", done.stderr
+
+
+def test_wheel_without_compiled_kernels_runs_eager_with_one_note(tmp_path):
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, env={**os.environ, "MIMDET_BUILD": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    wheel = next(tmp_path.glob("*.whl"))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [n for n in archive.namelist() if n.endswith(".so")]
+        archive.extractall(tmp_path / "site")
+    code = GELU + "print([group_norm_gelu(*arguments).sum()] * 2)"
+    done = run(code, tmp_path, tmp_path / "site")
+    assert "tensor(0.)" in done.stdout, done.stderr
+    assert done.stderr.count("C++ kernels are off") == 1

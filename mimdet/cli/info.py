@@ -8,13 +8,14 @@ def info() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..info import devices, implementations, versions
+    from ..info import devices, implementations, kernels, versions
 
     console = Console()
     sections = (
         ("Versions", ("package", "version"), versions()),
         ("Devices", ("device", "what"), devices()),
         ("Implementations", ("part", "used", "why"), implementations()),
+        ("Operations", ("operation", "device", "implementation", "usable", "why"), kernels()),
     )
     for title, columns, rows in sections:
         table = Table(*columns, title=title, title_justify="left", title_style="bold")

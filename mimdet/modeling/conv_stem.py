@@ -9,6 +9,19 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.group_norm_gelu.api import group_norm_gelu
+
+
+class GroupNormGELU(nn.GroupNorm):
+    """GroupNorm over whole samples and exact GELU in one operation; parameters and keys are GroupNorm's."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__(1, channels, eps=eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> the same."""
+        return group_norm_gelu(x, self.weight, self.bias, self.eps)
+
 
 class ConvStem(nn.Module):
     """Four 3x3 convolutions of stride 2, each with GroupNorm(1) and exact GELU; the last adds a 1x1.
@@ -50,8 +63,8 @@ class ConvStem(nn.Module):
         self.proj = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1, bias=False),
-                nn.GroupNorm(1, c_out, eps=1e-6),
-                nn.GELU(),
+                GroupNormGELU(c_out, eps=1e-6),
+                nn.Identity(),  # the GELU's place: the 1x1's key counts it
             )
             for c_in, c_out in pairwise(widths)
         )

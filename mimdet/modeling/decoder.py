@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ..checkpoint.mae import load_mae
+from ..kernels.gather_add_pos.api import gather_add_pos
+from ..kernels.scatter_fill.api import scatter_fill
 from .encoder import EncoderOutput
 from .pos_embed import PosEmbedCache, sincos_pos_embed_2d
-from .sampling import gather_tokens
 from .vit import init_vit_weights, make_blocks, run_layers
 
 
@@ -28,7 +29,7 @@ class MIMDetDecoder(nn.Module):
         dpr: stochastic depth rate of every block.
         norm_layer: called with decoder_embed_dim.
         pretrained: path of a full MAE checkpoint, or None for random weights.
-        checkpointing: recompute blocks and the last norm in backward.
+        checkpointing: recompute blocks in backward.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class MIMDetDecoder(nn.Module):
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
         dpr: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        norm_layer: Callable[[int], nn.LayerNorm] = nn.LayerNorm,
         pretrained: str | None = None,
         checkpointing: bool = False,
     ):
@@ -65,12 +66,12 @@ class MIMDetDecoder(nn.Module):
         batch, dim, height, width = stem.shape
         x = self.decoder_embed(encoded.tokens)
         stem_tokens = stem.permute(0, 2, 3, 1).reshape(batch, -1, dim)
+        pos = self._pos_embed_at(self.decoder_pos_embed, (height, width))
         if encoded.sample is None:
             # No rows to project, yet the projection's gradient must be zero, not missing.
-            x = torch.cat([x, self.conv_feat_proj(stem_tokens[:, :0])], dim=1)
+            x = torch.cat([x, self.conv_feat_proj(stem_tokens[:, :0])], dim=1) + pos
         else:
-            fill = self.conv_feat_proj(gather_tokens(stem_tokens, encoded.sample.drop))
-            x = gather_tokens(torch.cat([x, fill], dim=1), encoded.sample.restore)
-        x = x + self._pos_embed_at(self.decoder_pos_embed, (height, width))
-        x = run_layers([*self.decoder_blocks, self.decoder_norm], x, self.checkpointing)
+            fill = self.conv_feat_proj(gather_add_pos(stem_tokens, None, encoded.sample.drop))
+            x = scatter_fill(x, fill, encoded.sample.restore, pos)
+        x = run_layers(self.decoder_blocks, self.decoder_norm, x, self.checkpointing)
         return x.reshape(batch, height, width, -1).permute(0, 3, 1, 2)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ..checkpoint.mae import load_mae
+from ..kernels.gather_add_pos.api import gather_add_pos
 from .conv_stem import ConvStem
 from .pos_embed import PosEmbedCache, sincos_pos_embed_2d
-from .sampling import TokenSample, check_ratio, gather_tokens, sample_tokens, valid_cells
+from .sampling import TokenSample, check_ratio, sample_tokens, valid_cells
 from .shapes import ImageList
 from .vit import init_vit_weights, make_blocks, run_layers
 
@@ -60,7 +61,7 @@ class MIMDetEncoder(nn.Module):
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
         dpr: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] = MAE_NORM,
+        norm_layer: Callable[[int], nn.LayerNorm] = MAE_NORM,
         pretrained: str | None = None,
         checkpointing: bool = False,
     ):
@@ -94,9 +95,11 @@ class MIMDetEncoder(nn.Module):
         features = self.patch_embed(images.tensor)
         batch, dim, *grid = features[-1].shape
         tokens = features[-1].permute(0, 2, 3, 1).reshape(batch, -1, dim)
-        tokens = tokens + self._pos_embed_at(self.pos_embed, tuple(grid))
+        pos = self._pos_embed_at(self.pos_embed, tuple(grid))
         sample = None
-        if sample_ratio < 1.0:
+        if sample_ratio == 1.0:
+            tokens = tokens + pos
+        else:
             length = tokens.shape[1]
             if noise is None:
                 noise = torch.rand(batch, length, device=tokens.device)
@@ -104,6 +107,6 @@ class MIMDetEncoder(nn.Module):
                 raise ValueError(f"noise must be {(batch, length)} for a {tuple(grid)} grid, got {tuple(noise.shape)}")
             valid = valid_cells(images.image_sizes, tuple(grid), self.patch_embed.patch_size, tokens.device)
             sample = sample_tokens(noise.to(tokens.device), valid, sample_ratio)
-            tokens = gather_tokens(tokens, sample.keep)
-        tokens = self.norm(run_layers(self.blocks, tokens, self.checkpointing))
+            tokens = gather_add_pos(tokens, pos, sample.keep)
+        tokens = run_layers(self.blocks, self.norm, tokens, self.checkpointing)
         return EncoderOutput(features, tokens, sample)

@@ -3,11 +3,134 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
-from timm.models.vision_transformer import Block
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from ..kernels.add_layer_norm.api import add_layer_norm
+from ..kernels.bias_gelu.api import bias_gelu
+
+
+class Pending(NamedTuple):
+    """A residual stream whose last branch is still to be added: it stands for ``residual + scale * branch``.
+
+    The addition waits for the LayerNorm that reads the sum, so that both are one pass over memory.
+
+    Attributes:
+        residual: (B, N, C).
+        branch: (B, N, C), or None when nothing is to be added.
+        scale: (B,), or None for 1.
+    """
+
+    residual: torch.Tensor
+    branch: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+    def added(self) -> torch.Tensor:
+        """The sum, in the residual's dtype."""
+        if self.branch is None:
+            return self.residual
+        branch = self.branch if self.scale is None else self.branch * self.scale.view(-1, 1, 1)
+        return (self.residual + branch).to(self.residual.dtype)
+
+    def normalised(self, norm: nn.LayerNorm, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum, and ``norm`` of it in ``dtype``."""
+        return add_layer_norm(*self, norm.weight, norm.bias, norm.eps, dtype=dtype)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: draws which samples keep a branch (Huang et al., 2016)."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor | None:
+        """(B,) factors for a branch (B, N, C), 0 or 1 / keep; None in eval mode."""
+        if not self.training:
+            return None
+        keep = 1.0 - self.drop_prob
+        # The draw of timm's DropPath, number for number.
+        kept = branch.new_empty((branch.shape[0], 1, 1)).bernoulli_(keep).flatten()
+        kept = kept.to(torch.promote_types(kept.dtype, torch.float32))
+        return kept / keep if keep > 0 else kept
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (B, N, C)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, dim = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(*qkv.unbind(0))
+        return self.proj(x.transpose(1, 2).reshape(batch, length, dim))
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block with stochastic depth; parameters as timm and MAE name them.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over dim.
+        drop_path: stochastic depth rate in [0, 1].
+        norm_layer: called with dim; must give an affine LayerNorm.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        norm_layer: Callable[[int], nn.LayerNorm] = nn.LayerNorm,
+    ):
+        super().__init__()
+        self.norm1 = _layer_norm(norm_layer, dim)
+        self.attn = Attention(dim, num_heads)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else None
+        self.norm2 = _layer_norm(norm_layer, dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else None
+
+    def forward(
+        self, residual: torch.Tensor, branch: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> Pending:
+        """Takes what ``Pending`` holds, and leaves its own last addition pending."""
+        state = Pending(residual, branch, scale)
+        dtype = _compute_dtype(residual)
+        for norm, function, drop_path in (
+            (self.norm1, self.attn, self.drop_path1),
+            (self.norm2, self.mlp, self.drop_path2),
+        ):
+            residual, x = state.normalised(norm, dtype)
+            branch = function(x)
+            state = Pending(residual, branch, drop_path and drop_path(branch))
+        return state
 
 
 def make_blocks(
@@ -15,14 +138,12 @@ def make_blocks(
     num_heads: int,
     mlp_ratio: float,
     drop_path: Sequence[float],
-    norm_layer: Callable[[int], nn.Module],
+    norm_layer: Callable[[int], nn.LayerNorm],
 ) -> nn.ModuleList:
-    """Pre-norm blocks (timm's), one for each stochastic depth rate in ``drop_path``."""
+    """Blocks for ``run_layers``, one for each stochastic depth rate in ``drop_path``."""
     if dim % num_heads:
         raise ValueError(f"transformer: width {dim} is not divisible by {num_heads} heads")
-    return nn.ModuleList(
-        Block(dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=rate, norm_layer=norm_layer) for rate in drop_path
-    )
+    return nn.ModuleList(TransformerBlock(dim, num_heads, mlp_ratio, rate, norm_layer) for rate in drop_path)
 
 
 def init_vit_weights(module: nn.Module) -> None:
@@ -36,8 +157,36 @@ def init_vit_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def run_layers(layers: Iterable[nn.Module], x: torch.Tensor, checkpointing: bool) -> torch.Tensor:
-    """Apply layers in turn, recomputing each in backward when ``checkpointing`` is on and gradients flow."""
-    for layer in layers:
-        x = checkpoint(layer, x, use_reentrant=False) if checkpointing and x.requires_grad else layer(x)
-    return x
+def run_layers(
+    blocks: Iterable[TransformerBlock], norm: nn.LayerNorm, x: torch.Tensor, checkpointing: bool
+) -> torch.Tensor:
+    """``norm`` of (B, N, C) tokens after all ``blocks``.
+
+    With ``checkpointing``, and if gradients flow, each block is computed again in backward, with the random numbers
+    it had; between blocks the sum alone is kept.
+    """
+    state = Pending(x)
+    for block in blocks:
+        if checkpointing and state.residual.requires_grad:
+            state = Pending(checkpoint(_run_whole, block, state.added(), use_reentrant=False))
+        else:
+            state = block(*state)
+    return state.normalised(norm)[1]
+
+
+def _run_whole(block: TransformerBlock, x: torch.Tensor) -> torch.Tensor:
+    return block(x).added()
+
+
+def _layer_norm(norm_layer: Callable[[int], nn.Module], dim: int) -> nn.LayerNorm:
+    norm = norm_layer(dim)
+    if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+        raise TypeError(f"transformer: norm_layer must give a LayerNorm with weight and bias, got {norm}")
+    return norm
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What linear layers compute in: normalised rows written in it need no cast. None means x's own dtype."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return None

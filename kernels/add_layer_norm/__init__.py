@@ -1,0 +1,1 @@
+"""Residual addition with per-sample scale, and LayerNorm of the sum."""

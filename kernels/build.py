@@ -1,0 +1,251 @@
+"""Compiling and loading what lies in ``csrc``.
+
+Two libraries, neither tied to a Python version:
+
+``mimdet_cpu``
+    The CPU loops, compiled once for each instruction set, and their registration through torch's stable ABI: built
+    against torch 2.11 or newer, it runs on any torch from 2.11 on.
+``mimdet_cuda``
+    CUDA kernels with C entry points, without torch; called with pointers.
+
+A library is taken from beside this file if it was built at installation, else compiled at first use into torch's
+extension cache. This module is also what ``setup.py`` runs, so it imports nothing but the standard library at the top.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent / "csrc"
+SWITCH = "MIMDET_BUILD"  # 0: never compile at first use
+
+CPU_LIBRARY = "mimdet_cpu.abi3.so"
+CUDA_LIBRARY = "mimdet_cuda.so"
+
+_COMMON = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w")
+_X86 = ("x86_64", "AMD64")
+_ISA_FLAGS = {
+    "baseline": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ),
+}
+_CUDA_ARCHITECTURES = "80;86;90"
+
+
+class BuildError(RuntimeError):
+    """The compiler is missing or failed; the message ends with its last lines."""
+
+
+@cache
+def cpp_unavailable() -> str | None:
+    """None once the CPU library is loaded (compiling it if need be), else the reason."""
+    import torch
+
+    try:
+        torch.ops.load_library(str(_find(CPU_LIBRARY, compile_cpu)))
+    except (BuildError, OSError) as error:
+        warnings.warn(f"mimdet: C++ kernels are off, plain PyTorch runs instead: {error}", stacklevel=2)
+        return str(error)
+    return None
+
+
+@cache
+def cuda_unavailable() -> str | None:
+    """None once the CUDA library is loaded (compiling it if need be), else the reason."""
+    try:
+        _cuda_library()
+    except (BuildError, OSError) as error:
+        return str(error)
+    return None
+
+
+def call_cpp(name: str, *arguments) -> None:
+    """Run ``torch.ops.mimdet_cpu.<name>``."""
+    import torch
+
+    getattr(torch.ops.mimdet_cpu, name)(*arguments)
+
+
+def call_cuda(name: str, *arguments) -> None:
+    """Run the C function ``mimdet_<name>`` on the current stream of the first tensor's GPU.
+
+    Tensors become pointers, ints int64, floats float; the stream is appended.
+
+    Raises:
+        RuntimeError: the launch failed; with CUDA's error number.
+    """
+    import ctypes
+
+    import torch
+
+    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    converted = []
+    for argument in arguments:
+        if argument is None or isinstance(argument, torch.Tensor):
+            converted.append(ctypes.c_void_p(argument.data_ptr() if argument is not None else None))
+        else:
+            converted.append((ctypes.c_float if isinstance(argument, float) else ctypes.c_int64)(argument))
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        code = getattr(_cuda_library(), f"mimdet_{name}")(*converted, ctypes.c_void_p(stream))
+    if code:
+        raise RuntimeError(f"mimdet: CUDA kernel {name} failed with CUDA error {code}")
+
+
+@cache
+def _cuda_library():
+    import ctypes
+
+    return ctypes.CDLL(str(_find(CUDA_LIBRARY, compile_cuda)))
+
+
+def _find(name: str, compile_library) -> Path:
+    shipped = Path(__file__).resolve().parent / name
+    if shipped.is_file():
+        return shipped
+    if os.environ.get(SWITCH) == "0":
+        raise BuildError(f"{name} was not built at installation and {SWITCH}=0 forbids building it now")
+    return compile_library(_cache_folder())
+
+
+def _cache_folder() -> Path:
+    # torch.utils.cpp_extension would tell the same folder, and print a warning where there is no GPU.
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions") / "mimdet"
+
+
+def compile_cpu(folder: Path) -> Path:
+    """Compile ``csrc/*.cpp`` into ``folder``; files ending in ``CPU.cpp`` once for each instruction set.
+
+    Objects and the library are named by the hash of all they depend on, so that nothing is compiled twice and nothing
+    stale is loaded.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+    """
+    if sys.platform == "win32":
+        raise BuildError("the C++ kernels are not built on Windows")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    if compiler is None:
+        raise BuildError("no C++ compiler found (install g++, or set CXX)")
+    import torch
+
+    includes = ["-isystem", str(Path(torch.__file__).parent / "include")]
+    isas = _ISA_FLAGS if platform.machine() in _X86 else {"baseline": ()}
+    jobs = []
+    for source in sorted(CSRC.glob("*.cpp")):
+        if source.name.endswith("CPU.cpp"):
+            for isa, flags in isas.items():
+                jobs.append((source, [*_COMMON, "-fopenmp-simd", *flags, f"-DMIMDET_ISA={isa}"]))
+        else:
+            jobs.append((source, [*_COMMON, "-DTORCH_TARGET_VERSION=0x020b000000000000", *includes]))
+    commands = [[*compiler.split(), *flags, f"-I{CSRC}", "-c", str(source)] for source, flags in jobs]
+    lib = Path(torch.__file__).parent / "lib"
+    link = [*compiler.split(), "-shared", f"-L{lib}", "-ltorch_cpu"]
+    if sys.platform == "darwin":
+        link = [*compiler.split(), "-shared", "-undefined", "dynamic_lookup"]
+    identity = _digest(_version(compiler.split()), torch.__version__)
+    return _compile(folder, CPU_LIBRARY, commands, link, identity)
+
+
+def compile_cuda(folder: Path) -> Path:
+    """Compile ``csrc/*.cu`` into ``folder`` for MIMDET_CUDA_ARCHS (such as "80;90"), else for the GPUs found, else for
+    80, 86 and 90.
+
+    Raises:
+        BuildError: no nvcc, or it failed.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError("no nvcc found (install the CUDA toolkit, or set CUDA_HOME)")
+    wanted = os.environ.get("MIMDET_CUDA_ARCHS") or _found_architectures() or _CUDA_ARCHITECTURES
+    arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted.replace(".", "").split(";")]
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *arch]
+    commands = [[nvcc, *flags, f"-I{CSRC}", "-c", str(source)] for source in sorted(CSRC.glob("*.cu"))]
+    return _compile(folder, CUDA_LIBRARY, commands, [nvcc, "-shared"], _digest(_version([nvcc])))
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc: of CUDA_HOME, of /usr/local/cuda, or on PATH."""
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if home and (Path(home) / "bin" / "nvcc").is_file():
+            return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def _found_architectures() -> str:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return ""
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}{minor}" for major, minor in sorted(found))
+
+
+def _compile(folder: Path, name: str, commands: list[list[str]], link: list[str], identity: str) -> Path:
+    if not commands:
+        raise BuildError(f"no sources for {name} in {CSRC}")
+    headers = _digest(*(path.read_bytes() for path in sorted(CSRC.glob("*.h"))))
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = [folder / f"{_digest(identity, headers, *c, Path(c[-1]).read_bytes())}.o" for c in commands]
+    library = folder / _digest(identity, *link, *map(str, objects)) / name
+    if library.is_file():
+        return library
+    missing = [(c, o) for c, o in zip(commands, objects, strict=True) if not o.is_file()]
+    with concurrent.futures.ThreadPoolExecutor(_workers()) as pool:
+        list(pool.map(lambda job: _run_to(*job), missing))
+    library.parent.mkdir(exist_ok=True)
+    # Libraries follow what they are linked from.
+    _run_to([*link[:1], *map(str, objects), *link[1:]], library)
+    return library
+
+
+def _workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(os.environ.get("MAX_JOBS") or cores)
+
+
+def _run_to(command: list[str], output: Path) -> None:
+    """Run a compiler so that ``output`` appears whole or not at all, whoever else builds it."""
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        made = Path(scratch) / output.name
+        try:
+            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+        except OSError as error:
+            raise BuildError(f"{command[0]} cannot be run: {error}") from error
+        if done.returncode:
+            errors = (done.stderr + done.stdout)[-2000:]
+            raise BuildError(f"{Path(command[0]).name} failed (exit {done.returncode}) on {command[-1]}:\n{errors}")
+        os.replace(made, output)
+
+
+def _version(compiler: list[str]) -> str:
+    try:
+        return subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        raise BuildError(f"{compiler[0]} cannot be run: {error}") from error
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else part.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:20]

@@ -1,0 +1,15 @@
+// Bias and exact GELU on a CPU, one declaration for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+// x, y (rows, C) float32 or bfloat16; bias (C,) float32.
+MIMDET_DECLARE_ISA(void bias_gelu_fwd(const void* x, const float* bias, void* y, int64_t first, int64_t last, int64_t C,
+                                      bool bf16_x))
+
+// Chunks of `step` rows; each adds its rows' gradients of the bias into its own row of partial (chunks, C).
+MIMDET_DECLARE_ISA(void bias_gelu_bwd(const void* grad_y, const void* x, const float* bias, void* grad_x,
+                                      float* partial, int64_t first, int64_t last, int64_t step, int64_t rows,
+                                      int64_t C, bool bf16_x))

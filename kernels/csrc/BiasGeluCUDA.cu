@@ -1,0 +1,107 @@
+// Bias and exact GELU for CUDA, without torch.
+#include "cuda_rows.h"
+
+namespace mimdet {
+namespace {
+
+constexpr int kThreads = 256;
+
+__device__ __forceinline__ float cdf(float h) { return 0.5f * (1.0f + erff(h * 0.707106781186547524f)); }
+
+// x, y (count / C, C); bias (C,).
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads)
+    fwd(const T* __restrict__ x, const float* __restrict__ bias, T* __restrict__ y, int64_t count, int64_t C) {
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V;
+  if (at >= count) return;
+  float h[V], b[V];
+  load<V>(x + at, h);
+  load<V>(bias + at % C, b);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    h[i] += b[i];
+    h[i] *= cdf(h[i]);
+  }
+  store<V>(y + at, h);
+}
+
+// grad_y, x, grad_x (rows, C); bias (C,); partial (gridDim.x, C). A block takes `step` rows of kThreads * V columns.
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads)
+    bwd(const T* __restrict__ grad_y, const T* __restrict__ x, const float* __restrict__ bias, T* __restrict__ grad_x,
+        float* __restrict__ partial, int64_t rows, int64_t C, int64_t step) {
+  const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * V;
+  if (column >= C) return;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * step;
+  const int64_t last = first + step < rows ? first + step : rows;
+  float b[V], total[V] = {};
+  load<V>(bias + column, b);
+  for (int64_t row = first; row < last; ++row) {
+    float h[V], g[V];
+    load<V>(x + row * C + column, h);
+    load<V>(grad_y + row * C + column, g);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      h[i] += b[i];
+      g[i] *= cdf(h[i]) + h[i] * 0.398942280401432678f * expf(-0.5f * h[i] * h[i]);
+      total[i] += g[i];
+    }
+    store<V>(grad_x + row * C + column, g);
+  }
+  store<V>(partial + blockIdx.x * C + column, total);
+}
+
+template <class T, int V>
+int run_fwd(const void* x, const float* bias, void* y, int64_t rows, int64_t C, cudaStream_t stream) {
+  const int64_t count = rows * C, work = kThreads * V;
+  fwd<T, V><<<static_cast<unsigned>((count + work - 1) / work), kThreads, 0, stream>>>(
+      static_cast<const T*>(x), bias, static_cast<T*>(y), count, C);
+  return cudaGetLastError();
+}
+
+template <class T, int V>
+int run_bwd(const void* grad_y, const void* x, const float* bias, void* grad_x, float* partial, int64_t rows,
+            int64_t C, int64_t step, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>((rows + step - 1) / step),
+                  static_cast<unsigned>((C + kThreads * V - 1) / (kThreads * V)));
+  bwd<T, V><<<grid, kThreads, 0, stream>>>(static_cast<const T*>(grad_y), static_cast<const T*>(x), bias,
+                                           static_cast<T*>(grad_x), partial, rows, C, step);
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace mimdet
+
+MIMDET_CUDA_API int mimdet_bias_gelu_fwd(const void* x, const float* bias, void* y, int64_t rows, int64_t C,
+                                         int64_t dtype, cudaStream_t stream) {
+  using namespace mimdet;
+  const bool wide = C % 4 == 0 && aligned(x) && aligned(bias) && aligned(y);
+  switch (dtype) {
+    case kFloat:
+      return (wide ? run_fwd<float, 4> : run_fwd<float, 1>)(x, bias, y, rows, C, stream);
+    case kBfloat16:
+      return (wide ? run_fwd<__nv_bfloat16, 4> : run_fwd<__nv_bfloat16, 1>)(x, bias, y, rows, C, stream);
+    case kHalf:
+      return (wide ? run_fwd<__half, 4> : run_fwd<__half, 1>)(x, bias, y, rows, C, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+MIMDET_CUDA_API int mimdet_bias_gelu_bwd(const void* grad_y, const void* x, const float* bias, void* grad_x,
+                                         float* partial, int64_t rows, int64_t C, int64_t step, int64_t dtype,
+                                         cudaStream_t stream) {
+  using namespace mimdet;
+  const bool wide =
+      C % 4 == 0 && aligned(grad_y) && aligned(x) && aligned(bias) && aligned(grad_x) && aligned(partial);
+  switch (dtype) {
+    case kFloat:
+      return (wide ? run_bwd<float, 4> : run_bwd<float, 1>)(grad_y, x, bias, grad_x, partial, rows, C, step, stream);
+    case kBfloat16:
+      return (wide ? run_bwd<__nv_bfloat16, 4> : run_bwd<__nv_bfloat16, 1>)(grad_y, x, bias, grad_x, partial, rows, C,
+                                                                           step, stream);
+    case kHalf:
+      return (wide ? run_bwd<__half, 4> : run_bwd<__half, 1>)(grad_y, x, bias, grad_x, partial, rows, C, step,
+                                                              stream);
+  }
+  return cudaErrorInvalidValue;
+}

@@ -1,0 +1,69 @@
+#include "cuda_move.h"
+
+namespace mimdet {
+namespace {
+
+template <int V, class In, class Out>
+__global__ void gather_add_pos_kernel(const In* x, int64_t batch_stride, int64_t row_stride, const Out* pos,
+                                      const int64_t* index, Out* out, int64_t rows, int64_t count, int64_t channels) {
+  const int64_t r = warp_row();
+  if (r >= rows) return;
+  const int64_t i = index[r];
+  move_row<V>(x + r / count * batch_stride + i * row_stride, pos == nullptr ? nullptr : pos + i * channels,
+              out + r * channels, channels);
+}
+
+template <int V, class In, class Out>
+__global__ void gather_add_pos_backward_kernel(const In* grad, const int64_t* index, Out* out, int64_t rows,
+                                               int64_t count, int64_t length, int64_t channels) {
+  const int64_t r = warp_row();
+  if (r >= rows) return;
+  move_row<V>(grad + r * channels, static_cast<const Out*>(nullptr),
+              out + (r / count * length + index[r]) * channels, channels);
+}
+
+}  // namespace
+}  // namespace mimdet
+
+using namespace mimdet;
+
+// x: B x L rows of `channels` at two strides; pos: (L, channels) or null; index: (B, count); out: (B, count, channels).
+MIMDET_CUDA_API int mimdet_gather_add_pos(
+    const void* x, const void* pos, const int64_t* index, void* out, int64_t x_type, int64_t out_type,
+    int64_t batch_stride, int64_t row_stride, int64_t rows, int64_t count, int64_t channels, cudaStream_t stream) {
+  return dispatch(x_type, out_type, [&](auto in_type, auto to_type) {
+    using In = decltype(in_type);
+    using Out = decltype(to_type);
+    constexpr int V = kPack<In, Out>;
+    const auto *from = static_cast<const In*>(x);
+    const auto *shift = static_cast<const Out*>(pos);
+    auto* to = static_cast<Out*>(out);
+    if (packs<V>(from, batch_stride, row_stride) && packs<V>(shift, channels) && packs<V>(to, channels)) {
+      gather_add_pos_kernel<V><<<row_grid(rows), row_block(), 0, stream>>>(from, batch_stride, row_stride, shift, index,
+                                                                          to, rows, count, channels);
+    } else {
+      gather_add_pos_kernel<1><<<row_grid(rows), row_block(), 0, stream>>>(from, batch_stride, row_stride, shift, index,
+                                                                          to, rows, count, channels);
+    }
+  });
+}
+
+// grad: (B, count, channels); index: (B, count), unique in each row; out: (B, length, channels), zeros.
+MIMDET_CUDA_API int mimdet_gather_add_pos_backward(
+    const void* grad, const int64_t* index, void* out, int64_t grad_type, int64_t out_type, int64_t rows, int64_t count,
+    int64_t length, int64_t channels, cudaStream_t stream) {
+  return dispatch(grad_type, out_type, [&](auto in_type, auto to_type) {
+    using In = decltype(in_type);
+    using Out = decltype(to_type);
+    constexpr int V = kPack<In, Out>;
+    const auto* from = static_cast<const In*>(grad);
+    auto* to = static_cast<Out*>(out);
+    if (packs<V>(from, channels) && packs<V>(to, channels)) {
+      gather_add_pos_backward_kernel<V>
+          <<<row_grid(rows), row_block(), 0, stream>>>(from, index, to, rows, count, length, channels);
+    } else {
+      gather_add_pos_backward_kernel<1>
+          <<<row_grid(rows), row_block(), 0, stream>>>(from, index, to, rows, count, length, channels);
+    }
+  });
+}

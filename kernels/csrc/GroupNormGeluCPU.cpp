@@ -1,0 +1,157 @@
+#include "GroupNormGelu.h"
+
+#include "gelu.h"
+
+namespace mimdet {
+namespace MIMDET_ISA {
+namespace {
+
+constexpr int64_t kBlock = 2048;  // elements whose float sums stay exact enough to be added up in double
+
+template <typename T>
+void moments(const T* x, int64_t n, double* mean, double* m2) {
+  double total = 0.0;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t end = i + kBlock < n ? i + kBlock : n;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = i; j < end; ++j) sum += load(x + j);
+    total += sum;
+  }
+  const double average = total / n;
+  const float center = static_cast<float>(average);
+  double squares = 0.0, rest = 0.0;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t end = i + kBlock < n ? i + kBlock : n;
+    float sum = 0.0f, off = 0.0f;
+#pragma omp simd reduction(+ : sum, off)
+    for (int64_t j = i; j < end; ++j) {
+      const float d = load(x + j) - center;
+      sum += d * d;
+      off += d;
+    }
+    squares += sum;
+    rest += off;
+  }
+  // center is the mean rounded to float; what the rounding left is taken out of both moments.
+  const double shift = rest / n;
+  *mean = center + shift;
+  *m2 = squares - n * shift * shift;
+}
+
+template <typename T>
+void forward_nhwc(const T* x, T* y, int64_t n, int64_t C, float mean, float rstd, const float* w, const float* b) {
+  for (int64_t r = 0; r < n; ++r, x += C, y += C) {
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) store(y + c, gelu((load(x + c) - mean) * rstd * w[c] + b[c]));
+  }
+}
+
+template <typename T>
+void forward_nchw(const T* x, T* y, int64_t n, float mean, float rstd, float w, float b) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) store(y + i, gelu((load(x + i) - mean) * rstd * w + b));
+}
+
+template <typename T>
+void backward_sums_nhwc(
+    const T* dy, const T* x, T* dx, int64_t n, int64_t C, float mean, float rstd, const float* w, const float* b,
+    float* sums) {
+  float* sum = sums;
+  float* product = sums + C;
+  for (int64_t c = 0; c < 2 * C; ++c) sums[c] = 0.0f;
+  for (int64_t r = 0; r < n; ++r, x += C, dy += C, dx += C) {
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) {
+      const float xhat = (load(x + c) - mean) * rstd;
+      const float dz = load(dy + c) * gelu_derivative(xhat * w[c] + b[c]);
+      store(dx + c, dz);
+      sum[c] += dz;
+      product[c] += dz * xhat;
+    }
+  }
+}
+
+template <typename T>
+void backward_sums_nchw(
+    const T* dy, const T* x, T* dx, int64_t n, float mean, float rstd, float w, float b, double* sums) {
+  sums[0] = sums[1] = 0.0;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t end = i + kBlock < n ? i + kBlock : n;
+    float sum = 0.0f, product = 0.0f;
+#pragma omp simd reduction(+ : sum, product)
+    for (int64_t j = i; j < end; ++j) {
+      const float xhat = (load(x + j) - mean) * rstd;
+      const float dz = load(dy + j) * gelu_derivative(xhat * w + b);
+      store(dx + j, dz);
+      sum += dz;
+      product += dz * xhat;
+    }
+    sums[0] += sum;
+    sums[1] += product;
+  }
+}
+
+template <typename T>
+void backward_dx_nhwc(const T* x, T* dx, int64_t n, int64_t C, float mean, float rstd, const float* w, float a, float k) {
+  for (int64_t r = 0; r < n; ++r, x += C, dx += C) {
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) {
+      store(dx + c, rstd * (w[c] * load(dx + c) - a - (load(x + c) - mean) * rstd * k));
+    }
+  }
+}
+
+template <typename T>
+void backward_dx_nchw(const T* x, T* dx, int64_t n, float mean, float rstd, float w, float a, float k) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) store(dx + i, rstd * (w * load(dx + i) - a - (load(x + i) - mean) * rstd * k));
+}
+
+}  // namespace
+
+using In = const void*;
+
+void gng_moments(In x, bool bf16, int64_t n, double* mean, double* m2) {
+  MIMDET_BY_TYPE(bf16, moments(static_cast<const T*>(x), n, mean, m2))
+}
+
+void gng_forward_nhwc(
+    In x, void* y, bool bf16, int64_t n, int64_t C, float mean, float rstd, const float* weight, const float* bias) {
+  MIMDET_BY_TYPE(
+      bf16, forward_nhwc(static_cast<const T*>(x), static_cast<T*>(y), n, C, mean, rstd, weight, bias))
+}
+
+void gng_forward_nchw(In x, void* y, bool bf16, int64_t n, float mean, float rstd, float weight, float bias) {
+  MIMDET_BY_TYPE(bf16, forward_nchw(static_cast<const T*>(x), static_cast<T*>(y), n, mean, rstd, weight, bias))
+}
+
+void gng_backward_sums_nhwc(
+    In dy, In x, void* dx, bool bf16, int64_t n, int64_t C, float mean, float rstd, const float* weight,
+    const float* bias, float* sums) {
+  MIMDET_BY_TYPE(
+      bf16, backward_sums_nhwc(
+                static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), n, C, mean, rstd, weight,
+                bias, sums))
+}
+
+void gng_backward_sums_nchw(
+    In dy, In x, void* dx, bool bf16, int64_t n, float mean, float rstd, float weight, float bias, double* sums) {
+  MIMDET_BY_TYPE(
+      bf16, backward_sums_nchw(
+                static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), n, mean, rstd, weight, bias,
+                sums))
+}
+
+void gng_backward_dx_nhwc(
+    In x, void* dx, bool bf16, int64_t n, int64_t C, float mean, float rstd, const float* weight, float a, float b) {
+  MIMDET_BY_TYPE(
+      bf16, backward_dx_nhwc(static_cast<const T*>(x), static_cast<T*>(dx), n, C, mean, rstd, weight, a, b))
+}
+
+void gng_backward_dx_nchw(In x, void* dx, bool bf16, int64_t n, float mean, float rstd, float weight, float a, float b) {
+  MIMDET_BY_TYPE(bf16, backward_dx_nchw(static_cast<const T*>(x), static_cast<T*>(dx), n, mean, rstd, weight, a, b))
+}
+
+}  // namespace MIMDET_ISA
+}  // namespace mimdet

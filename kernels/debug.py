@@ -1,0 +1,32 @@
+"""Checks that cost a wait for the GPU, made only when MIMDET_DEBUG_KERNELS=1."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+ENVIRONMENT = "MIMDET_DEBUG_KERNELS"
+
+
+def enabled() -> bool:
+    """Whether the environment asks for checks; never inside compiled code, which cannot look at values."""
+    return not torch.compiler.is_compiling() and os.environ.get(ENVIRONMENT) == "1"
+
+
+def check_unique_index(index: torch.Tensor, length: int, name: str) -> None:
+    """``index`` (B, K) must hold numbers of 0 .. length - 1, none twice in a row of it.
+
+    Raises:
+        IndexError: a number outside of the range.
+        ValueError: a number twice.
+    """
+    outside = (index < 0) | (index >= length)
+    if outside.any():
+        b, k = outside.nonzero()[0].tolist()
+        raise IndexError(f"{name}[{b}, {k}] is {index[b, k].item()}, outside of 0 .. {length - 1}")
+    ordered = index.sort(dim=1).values
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    if twice.any():
+        b, k = twice.nonzero()[0].tolist()
+        raise ValueError(f"{name}[{b}] holds {ordered[b, k].item()} more than once")

@@ -1,0 +1,1 @@
+"""Gather of sampled tokens together with their position embedding."""

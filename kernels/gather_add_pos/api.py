@@ -1,0 +1,70 @@
+"""Gather of tokens together with their position embedding."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import debug, registry
+from . import ops, reference
+
+
+def gather_add_pos(
+    x: torch.Tensor, pos: torch.Tensor | None, index: torch.Tensor, *, impl: str | None = None
+) -> torch.Tensor:
+    """``x[b, index[b, k]] + pos[index[b, k]]`` in one pass over the gathered rows.
+
+    The sum is rounded once, so every implementation gives the same numbers. Backward writes each row's gradient to its
+    place in zeros, without atomics: it repeats bitwise. Gradients of first order.
+
+    Args:
+        x: (B, L, C) tokens, float; any strides, without a copy where C lies densely.
+        pos: (L, C) or (1, L, C) position embedding, float; None gathers alone.
+        index: (B, K) int32 or int64, tokens of each picture: within 0 .. L - 1 and none twice, or results and
+            gradients mean nothing. MIMDET_DEBUG_KERNELS=1 checks both.
+        impl: see ``mimdet.kernels.selector``.
+
+    Returns:
+        (B, K, C) in the dtype of ``x + pos``.
+
+    Raises:
+        TypeError: a dtype that is not float, or an index that is not int32 or int64.
+        ValueError: shapes or devices that do not fit together; while debugging, an index twice.
+        IndexError: while debugging, and always from eager, an index outside of 0 .. L - 1 (RuntimeError from cpp).
+        KernelUnavailableError: ``impl`` names what cannot run.
+    """
+    pos = _checked(x, pos, index)
+    if debug.enabled():
+        debug.check_unique_index(index, x.shape[1], "gather_add_pos: index")
+    if pos is not None:
+        # Kernels take x in pos's dtype, or in a 16-bit dtype beside a float32 pos.
+        wide = torch.promote_types(x.dtype, pos.dtype)
+        pos = pos.to(wide)
+        x = x if wide == torch.float32 else x.to(wide)
+    impl = registry.choose(ops.NAME, impl, x.device.type, x.dtype)
+    if impl == "eager":
+        return reference.gather_add_pos(x, pos, index)
+    return ops.run(x, pos, index, impl)
+
+
+def _checked(x: torch.Tensor, pos: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
+    """``pos`` as (L, C)."""
+    if not x.is_floating_point():
+        raise TypeError(f"gather_add_pos: x must be of a float dtype, got {x.dtype}")
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"gather_add_pos: index must be int32 or int64, got {index.dtype}")
+    if x.dim() != 3:
+        raise ValueError(f"gather_add_pos: x must be (B, L, C), got {tuple(x.shape)}")
+    if index.dim() != 2 or index.shape[0] != x.shape[0]:
+        raise ValueError(f"gather_add_pos: index must be ({x.shape[0]}, K), got {tuple(index.shape)}")
+    if index.device != x.device:
+        raise ValueError(f"gather_add_pos: index is on {index.device}, x on {x.device}")
+    if pos is None:
+        return None
+    if not pos.is_floating_point():
+        raise TypeError(f"gather_add_pos: pos must be of a float dtype, got {pos.dtype}")
+    if pos.device != x.device:
+        raise ValueError(f"gather_add_pos: pos is on {pos.device}, x on {x.device}")
+    table = pos.squeeze(0) if pos.dim() == 3 else pos
+    if table.shape != x.shape[1:]:
+        raise ValueError(f"gather_add_pos: pos must be {tuple(x.shape[1:])}, got {tuple(pos.shape)}")
+    return table

@@ -1,0 +1,1 @@
+"""GroupNorm with one group, and exact GELU."""

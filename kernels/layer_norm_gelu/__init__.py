@@ -1,0 +1,1 @@
+"""LayerNorm over the channels of each position, and exact GELU."""

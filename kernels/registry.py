@@ -1,0 +1,146 @@
+"""What can run here, and the choice among it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import build
+from .selector import KernelUnavailableError, requested
+
+# (device type, dtype) -> None when it can run, else the reason with the remedy.
+CanRun = Callable[[str, torch.dtype], "str | None"]
+
+# What auto tries, in this order, for a device type. Other devices run eager.
+_PREFERENCE = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
+_DTYPES = {
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "cpp": (torch.float32, torch.bfloat16),
+}
+_ops: dict[str, dict[str, CanRun]] = {}
+_lock = threading.Lock()
+
+
+class Row(NamedTuple):
+    """One line of ``table``."""
+
+    op: str
+    impl: str
+    device: str
+    usable: bool
+    chosen: bool
+    reason: str
+
+
+def register(op: str, **can_run: CanRun) -> None:
+    """Announce an operation. "eager" always exists; for triton, cuda and cpp give what decides, mostly
+    ``can_run_triton``, ``can_run_cuda`` and ``can_run_cpp``; leave out what is not written."""
+    with _lock:
+        _ops[op] = {**can_run, "eager": lambda device, dtype: None}
+
+
+def can_run_triton(device: str, dtype: torch.dtype) -> str | None:
+    """Triton needs a GPU, except under its interpreter."""
+    if dtype not in _DTYPES["triton"]:
+        return f"no Triton kernel for {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None if device == "cpu" else "Triton's interpreter works on CPU tensors (unset TRITON_INTERPRET)"
+    if device != "cuda":
+        return f"Triton kernels need a GPU, the tensor is on {device}"
+    if not torch.cuda.is_available():
+        return "no GPU found"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "the Triton kernels need a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def can_run_cuda(device: str, dtype: torch.dtype) -> str | None:
+    """CUDA C++ needs an NVIDIA GPU and either the shipped library or nvcc."""
+    if dtype not in _DTYPES["cuda"]:
+        return f"no CUDA kernel for {dtype}"
+    if device != "cuda":
+        return f"CUDA kernels need a GPU, the tensor is on {device}"
+    if not torch.cuda.is_available():
+        return "no GPU found"
+    if torch.version.hip is not None:
+        return "CUDA kernels do not run on ROCm; use triton"
+    return build.cuda_unavailable()
+
+
+def can_run_cpp(device: str, dtype: torch.dtype) -> str | None:
+    """C++ needs CPU tensors and either the shipped library or a compiler."""
+    if dtype not in _DTYPES["cpp"]:
+        return f"no C++ kernel for {dtype}"
+    if device != "cpu":
+        return f"C++ kernels need CPU tensors, the tensor is on {device}"
+    return build.cpp_unavailable()
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
+    """The implementation that runs: "triton", "cuda", "cpp" or "eager".
+
+    Args:
+        op: name given to ``register``.
+        impl: the caller's argument; None asks the context and the environment.
+        device: device type of the tensors.
+        dtype: dtype of the main input.
+
+    Raises:
+        KernelUnavailableError: a named implementation cannot run; says why. Only "auto" falls back.
+    """
+    word = requested(impl)
+    available = _ops[op]
+    if word == "auto":
+        for name in _preference(device):
+            if name in available and available[name](device, dtype) is None:
+                return name
+        return "eager"
+    if word not in available:
+        raise KernelUnavailableError(f"{op}: there is no {word} implementation; it has {', '.join(available)}")
+    reason = available[word](device, dtype)
+    if reason is not None:
+        raise KernelUnavailableError(f"{op}: {word} cannot run: {reason}. auto would choose what can.")
+    return word
+
+
+def table(device: str | None = None, dtype: torch.dtype = torch.float32) -> list[Row]:
+    """Every operation and implementation: usable here or why not, and which one auto chooses.
+
+    Args:
+        device: "cpu" or "cuda"; by default both are shown where there is a GPU, else "cpu".
+        dtype: dtype of the main input.
+    """
+    devices = [device] if device else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    _load_all()
+    rows = []
+    for op, implementations in _ops.items():
+        for where in devices:
+            auto = choose(op, "auto", where, dtype)
+            for name, can_run in implementations.items():
+                reason = can_run(where, dtype)
+                rows.append(Row(op, name, where, reason is None, name == auto, reason or "usable"))
+    return rows
+
+
+def _preference(device: str) -> tuple[str, ...]:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        # Thousands of times slower than eager: only by name.
+        return ("cpp", "eager") if device == "cpu" else ("eager",)
+    return _PREFERENCE.get(device, ("eager",))
+
+
+def _load_all() -> None:
+    from . import OPS
+
+    for op in OPS:
+        importlib.import_module(f".{op}.ops", __package__)

@@ -1,0 +1,1 @@
+"""Choice of the tokens that the encoder sees."""

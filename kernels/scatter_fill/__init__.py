@@ -1,0 +1,1 @@
+"""Assembly of the decoder's input from encoded and filled rows."""

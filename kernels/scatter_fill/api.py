@@ -1,0 +1,75 @@
+"""Assembly of the decoder's input from encoded and filled rows."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import debug, registry
+from . import ops, reference
+
+
+def scatter_fill(
+    kept: torch.Tensor, fill: torch.Tensor, restore: torch.Tensor, pos: torch.Tensor, *, impl: str | None = None
+) -> torch.Tensor:
+    """``cat([kept, fill], 1)[b, restore[b, i]] + pos[i]`` in one pass, without the concatenation.
+
+    The sum is rounded once, so every implementation gives the same numbers. Backward copies each row's gradient to the
+    source that the row came from, without atomics: it repeats bitwise. Gradients of first order. Source: He et al.,
+    "Masked Autoencoders Are Scalable Vision Learners", 2022 (the decoder's input).
+
+    Args:
+        kept: (B, K, D) encoded rows, float; any strides, without a copy where D lies densely.
+        fill: (B, L - K, D) rows of the other positions, in kept's dtype. One mask token for all of them is
+            ``token.expand(B, L - K, D)``; it is not materialised.
+        restore: (B, L) int32 or int64, for each position its row in ``cat([kept, fill], 1)``: a permutation of
+            0 .. L - 1, or results and gradients mean nothing. MIMDET_DEBUG_KERNELS=1 checks it.
+        pos: (L, D) or (1, L, D) position embedding, float.
+        impl: see ``mimdet.kernels.selector``.
+
+    Returns:
+        (B, L, D) in the dtype of ``kept + pos``.
+
+    Raises:
+        TypeError: a dtype that is not float or differs, or a restore that is not int32 or int64.
+        ValueError: shapes or devices that do not fit together; while debugging, a row twice.
+        IndexError: while debugging, and always from eager, a row outside of 0 .. L - 1 (RuntimeError from cpp).
+        KernelUnavailableError: ``impl`` names what cannot run.
+    """
+    pos = _checked(kept, fill, restore, pos)
+    if debug.enabled():
+        debug.check_unique_index(restore, restore.shape[1], "scatter_fill: restore")
+    # Kernels take the rows in pos's dtype, or in a 16-bit dtype beside a float32 pos.
+    wide = torch.promote_types(kept.dtype, pos.dtype)
+    pos = pos.to(wide)
+    if wide != torch.float32:
+        kept, fill = kept.to(wide), fill.to(wide)
+    impl = registry.choose(ops.NAME, impl, kept.device.type, kept.dtype)
+    if impl == "eager":
+        return reference.scatter_fill(kept, fill, restore, pos)
+    return ops.run(kept, fill, restore, pos, impl)
+
+
+def _checked(kept: torch.Tensor, fill: torch.Tensor, restore: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+    """``pos`` as (L, D)."""
+    for name, tensor in (("kept", kept), ("fill", fill), ("pos", pos)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"scatter_fill: {name} must be of a float dtype, got {tensor.dtype}")
+    if fill.dtype != kept.dtype:
+        raise TypeError(f"scatter_fill: kept and fill must have one dtype, got {kept.dtype} and {fill.dtype}")
+    if restore.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"scatter_fill: restore must be int32 or int64, got {restore.dtype}")
+    for name, tensor in (("fill", fill), ("restore", restore), ("pos", pos)):
+        if tensor.device != kept.device:
+            raise ValueError(f"scatter_fill: {name} is on {tensor.device}, kept on {kept.device}")
+    if kept.dim() != 3:
+        raise ValueError(f"scatter_fill: kept must be (B, K, D), got {tuple(kept.shape)}")
+    batch, count, channels = kept.shape
+    if fill.dim() != 3 or fill.shape[0] != batch or fill.shape[2] != channels:
+        raise ValueError(f"scatter_fill: fill must be ({batch}, L - K, {channels}), got {tuple(fill.shape)}")
+    length = count + fill.shape[1]
+    if restore.shape != (batch, length):
+        raise ValueError(f"scatter_fill: restore must be {(batch, length)}, got {tuple(restore.shape)}")
+    table = pos.squeeze(0) if pos.dim() == 3 else pos
+    if table.shape != (length, channels):
+        raise ValueError(f"scatter_fill: pos must be {(length, channels)}, got {tuple(pos.shape)}")
+    return table

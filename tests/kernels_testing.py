@@ -1,0 +1,103 @@
+"""How kernels are judged: an error budget, poisoned memory, guard bands, ahead-of-time compilation."""
+
+import contextlib
+
+import torch
+
+# Slack beside twice the reference's error, in units of the dtype's last place at the largest magnitude.
+ULPS = 4
+
+
+def quantised(*shape, dtype=torch.float32, seed=0, mean=0.0, std=1.0):
+    """Random numbers that ``dtype`` holds exactly, so that promoting them to float64 loses nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std + mean).to(dtype)
+
+
+def assert_within_budget(got, same_dtype, exact, reduction=1, name=""):
+    """``got`` may err at most twice as much as ``same_dtype`` does, plus a few units in the last place.
+
+    Args:
+        got: what is judged.
+        same_dtype: the plain PyTorch reference computed in the dtype of ``got``.
+        exact: the reference computed in float64 from the same inputs.
+        reduction: number of terms summed into one element; the slack grows with its square root.
+        name: of the tensor, for the message.
+    """
+    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    assert got.dtype == same_dtype.dtype, f"{name}: {got.dtype}, expected {same_dtype.dtype}"
+    if exact.numel() == 0:
+        return 0.0
+    assert torch.isfinite(got).all(), f"{name}: {(~torch.isfinite(got)).sum()} elements are not finite"
+    error = (got.double().cpu() - exact).abs().max().item()
+    reference = (same_dtype.double().cpu() - exact).abs().max().item()
+    slack = ULPS * torch.finfo(got.dtype).eps * exact.abs().max().item() * reduction**0.5
+    budget = 2 * reference + slack
+    assert error <= budget, f"{name}: error {error:.3g} above the budget {budget:.3g} (reference errs {reference:.3g})"
+    return error / budget if budget else 0.0
+
+
+@contextlib.contextmanager
+def poisoned_allocations():
+    """Inside, torch.empty, empty_like, empty_strided and new_empty return NaN (integers: an absurd value)."""
+
+    def poison(made):
+        if made.device.type != "meta" and not isinstance(made, torch._subclasses.FakeTensor):
+            if made.is_floating_point():
+                made.fill_(float("nan"))
+            elif made.dtype is not torch.bool:
+                made.fill_(torch.iinfo(made.dtype).max)
+        return made
+
+    def wrapped(function):
+        return lambda *args, **kwargs: poison(function(*args, **kwargs))
+
+    places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
+    originals = [getattr(owner, name) for owner, name in places]
+    try:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, wrapped(original))
+        yield
+    finally:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
+
+
+class Guarded:
+    """A copy of a tensor with the same strides, in the middle of memory that is NaN (integers: an absurd value).
+
+    ``tensor`` is the copy; a kernel that reads past it finds the poison, and ``check`` finds what it wrote there.
+    """
+
+    BAND = 64
+
+    def __init__(self, tensor):
+        span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+        poison = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+        self.memory = torch.full((span + 2 * self.BAND,), poison, dtype=tensor.dtype, device=tensor.device)
+        self.tensor = self.memory.as_strided(tensor.shape, tensor.stride(), self.BAND)
+        self.tensor.copy_(tensor)
+        self.before = self.memory.clone()
+
+    def check(self):
+        """Nothing outside the tensor, and no input inside it, has changed."""
+        assert torch.equal(self._bits(self.memory), self._bits(self.before)), "an input or memory around it was written"
+
+    @staticmethod
+    def _bits(memory):
+        if not memory.is_floating_point():
+            return memory
+        return memory.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[memory.element_size()])
+
+
+def layouts(x):
+    """The same values in five layouts, by name: dense, channels last (4-D), transposed, sliced, with an offset."""
+    made = {"contiguous": x.contiguous()}
+    if x.ndim == 4:
+        made["channels_last"] = x.contiguous(memory_format=torch.channels_last)
+    made["transposed"] = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+    wide[..., ::2] = x
+    made["sliced"] = wide[..., ::2]
+    made["offset"] = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    return made

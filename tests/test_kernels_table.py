@@ -1,0 +1,138 @@
+"""The table of implementations says what really runs, and the choice among them follows its rules."""
+
+import importlib
+import threading
+
+import pytest
+import torch
+
+from mimdet import kernels
+from mimdet.kernels import KernelUnavailableError, build, registry, table, use
+from mimdet.kernels.selector import requested
+
+CALLS = {
+    "add_layer_norm": lambda f, **k: f(torch.ones(1, 3, 8), torch.ones(1, 3, 8), None, *_affine(), 1e-6, **k),
+    "bias_gelu": lambda f, **k: f(torch.ones(3, 8), torch.ones(8), **k),
+    "gather_add_pos": lambda f, **k: f(torch.ones(1, 4, 8), torch.ones(4, 8), torch.tensor([[0, 2]]), **k),
+    "group_norm_gelu": lambda f, **k: f(torch.ones(1, 8, 2, 2), *_affine(), 1e-6, **k),
+    "layer_norm_gelu": lambda f, **k: f(torch.ones(1, 8, 2, 2), *_affine(), 1e-6, **k),
+    "sample_tokens": lambda f, **k: f(torch.rand(1, 8), torch.ones(1, 8, dtype=torch.bool), 0.5, **k),
+    "scatter_fill": lambda f, **k: f(
+        torch.ones(1, 2, 8), torch.ones(1, 2, 8), torch.tensor([[0, 2, 1, 3]]), torch.ones(4, 8), **k
+    ),
+}
+
+
+def _affine():
+    return torch.ones(8), torch.zeros(8)
+
+
+def call(op, **kwargs):
+    return CALLS[op](getattr(importlib.import_module(f"mimdet.kernels.{op}.api"), op), **kwargs)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Names that C++ was called with."""
+    names = []
+    original = build.call_cpp
+
+    def call_cpp(name, *arguments):
+        names.append(name)
+        original(name, *arguments)
+
+    monkeypatch.setattr(build, "call_cpp", call_cpp)
+    return names
+
+
+def test_every_operation_is_listed_and_called_here():
+    assert {row.op for row in table()} == set(kernels.OPS) == set(CALLS)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_rows_are_what_runs(op, ran):
+    rows = [row for row in table("cpu") if row.op == op]
+    assert sum(row.chosen for row in rows) == 1
+    assert "eager" in [row.impl for row in rows]
+    for row in rows:
+        ran.clear()
+        if row.usable:
+            call(op, impl=row.impl)
+            assert bool(ran) == (row.impl == "cpp"), row
+        else:
+            with pytest.raises(KernelUnavailableError, match=f"{op}: {row.impl} cannot run"):
+                call(op, impl=row.impl)
+    ran.clear()
+    call(op, impl="auto")
+    assert bool(ran) == any(row.chosen and row.impl == "cpp" for row in rows)
+
+
+def test_argument_before_context_before_environment(monkeypatch):
+    monkeypatch.delenv("MIMDET_KERNELS", raising=False)
+    assert requested() == "auto"
+    monkeypatch.setenv("MIMDET_KERNELS", "eager")
+    assert requested() == "eager"
+    with use("cpp"):
+        assert requested() == "cpp"
+        with use("triton"):
+            assert requested() == "triton"
+            assert requested("cuda") == "cuda"
+        assert requested() == "cpp"
+    assert requested() == "eager"
+
+
+def test_context_belongs_to_its_thread(monkeypatch):
+    monkeypatch.delenv("MIMDET_KERNELS", raising=False)
+    seen = []
+    with use("eager"):
+        thread = threading.Thread(target=lambda: seen.append(requested()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+def test_unknown_words_name_where_they_came_from(monkeypatch):
+    with pytest.raises(ValueError, match="impl: 'fast' is not an implementation"):
+        requested("fast")
+    with pytest.raises(ValueError, match=r"mimdet\.kernels\.use: 'fast'"), use("fast"):
+        pass
+    monkeypatch.setenv("MIMDET_KERNELS", "fast")
+    with pytest.raises(ValueError, match="MIMDET_KERNELS: 'fast'"):
+        requested()
+
+
+def test_only_auto_falls_back(monkeypatch):
+    monkeypatch.setattr(build, "cpp_unavailable", lambda: "no C++ compiler found")
+    for op in CALLS:
+        assert registry.choose(op, "auto", "cpu", torch.float32) == "eager"
+        call(op, impl="auto")
+        with pytest.raises(KernelUnavailableError):
+            call(op, impl="cpp")
+
+
+def test_without_a_compiler_the_reason_is_said_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    with pytest.raises(build.BuildError, match="cannot be run"):
+        build.compile_cpu(tmp_path)
+    monkeypatch.setenv("MIMDET_BUILD", "0")
+    with pytest.raises(build.BuildError, match="MIMDET_BUILD=0"):
+        build._find(build.CPU_LIBRARY + ".absent", build.compile_cpu)
+
+
+def test_a_failing_compiler_shows_its_words(monkeypatch, tmp_path):
+    compiler = tmp_path / "cxx"
+    compiler.write_text("#!/bin/sh\ncase $1 in --version) exit 0;; esac\necho 'no such luck' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(build.BuildError, match="no such luck"):
+        build.compile_cpu(tmp_path / "objects")
+    assert not list((tmp_path / "objects").rglob("*.o"))
+
+
+def test_info_shows_the_table():
+    from mimdet import info
+
+    shown = info.kernels()
+    assert [row[0] for row in shown] == [row.op for row in table()]
+    assert {row[3] for row in shown} <= {"chosen", "yes", "no"}
