@@ -3,7 +3,16 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["mimdet", "mimdet.*"]), "mimdet.kernels", "mimdet.configs"],
-    package_dir={"mimdet": "mimdet", "mimdet.kernels": "kernels", "mimdet.configs": "configs"},
-    package_data={"mimdet.configs": ["*.py", "*/*.py"]},
+    packages=[
+        *find_packages(include=["mimdet", "mimdet.*"]),
+        "mimdet.kernels",
+        "mimdet.configs",
+        "mimdet.configs.common",
+    ],
+    package_dir={
+        "mimdet": "mimdet",
+        "mimdet.kernels": "kernels",
+        "mimdet.configs": "configs",
+        "mimdet.configs.common": "configs/common",
+    },
 )
