@@ -58,8 +58,14 @@ setup(
         "mimdet.kernels",
         *(f"mimdet.kernels.{name}" for name in find_packages("kernels")),
         "mimdet.configs",
+        "mimdet.configs.common",
     ],
-    package_dir={"mimdet": "mimdet", "mimdet.kernels": "kernels", "mimdet.configs": "configs"},
-    package_data={"mimdet.configs": ["*.py", "*/*.py"], "mimdet.kernels": ["csrc/*"]},
+    package_dir={
+        "mimdet": "mimdet",
+        "mimdet.kernels": "kernels",
+        "mimdet.configs": "configs",
+        "mimdet.configs.common": "configs/common",
+    },
+    package_data={"mimdet.kernels": ["csrc/*"]},
     cmdclass={"build_py": BuildKernels, "bdist_wheel": PlatformWheel},
 )

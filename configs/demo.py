@@ -2,22 +2,14 @@
 
 from mimdet.config import LazyCall as L
 from mimdet.data import RandomFlip, ResizeShortestEdge
-from mimdet.engine import CosineParamScheduler
 
-from .common.backbone import bottom_up as _bottom_up
-from .common.coco import dataloader
-from .common.mask_rcnn import model
-from .common.schedule import lr_multiplier, mae_checkpoint, optimizer, train
+from .mimdet_tiny_mask_rcnn import dataloader, lr_multiplier, mae_checkpoint, model, optimizer, train
 
 _ITERATIONS = 800
 
-model.backbone.bottom_up = _bottom_up
-model.backbone.bottom_up.encoder.update(img_size=192, embed_dim=192, depth=4, num_heads=3, checkpointing=False)
-model.backbone.bottom_up.decoder.update(decoder_embed_dim=128, depth=2, num_heads=4)
-model.backbone.bottom_up._out_feature_channels = [48, 96, 128, 128]
+model.backbone.bottom_up.encoder.img_size = 192
 model.backbone.out_channels = 64
 model.proposal_generator.anchor_generator.sizes = [[16], [32], [64], [96], [128]]
-model.proposal_generator.head.conv_dims = [-1]
 model.proposal_generator.update(batch_size_per_image=128, pre_nms_topk=(400, 300), post_nms_topk=(200, 200))
 model.roi_heads.update(num_classes=4, batch_size_per_image=48)
 model.roi_heads.box_pooler.sampling_ratio = model.roi_heads.mask_pooler.sampling_ratio = 1
@@ -40,11 +32,7 @@ dataloader.test.mapper.augmentations = [L(ResizeShortestEdge)(short_edge_length=
 dataloader.train.update(total_batch_size=4, num_workers=0)
 dataloader.test.update(batch_size=4, num_workers=0)
 
-# Nothing is pre-trained here, so all parts learn at one rate.
 optimizer.lr = 2e-3
-optimizer.params.multiplier = 1.0
-lr_multiplier.warmup_length = 0.05
-lr_multiplier.scheduler = L(CosineParamScheduler)(start_value=1.0, end_value=0.0)
 train.update(
     output_dir="output/demo",
     reference_batch_size=4,

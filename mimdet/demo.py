@@ -50,7 +50,8 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict:
     write_json(output / "metrics.json", {"metrics": metrics, "minutes": round(minutes, 2)}, indent=2)
     plot_training(output / "metrics.jsonl", output / "curves.png", title="mimdet demo")
     _draw_predictions(cfg, output)
-    console.print(_summary(metrics, minutes))
+    console.print(f"{NUM_VAL} held-out pictures, inference ratio 1.0, after {minutes:.1f} minutes:")
+    console.print(_summary(metrics))
     for name, what in (
         ("predictions.png", "held-out pictures: ground truth above, predictions below"),
         ("curves.png", "losses and AP during training"),
@@ -58,9 +59,8 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict:
         ("model_final.pth", "the weights"),
     ):
         console.print(f"  {output / name}  {what}", soft_wrap=True, highlight=False)
-    console.print(
-        f"Next: mimdet predict --weights {output / 'model_final.pth'} {output / 'shapes' / 'val'}", soft_wrap=True
-    )
+    command = f"mimdet predict --weights {output / 'model_final.pth'} {output / 'shapes' / 'val'}"
+    console.print(f"Next: {command}", soft_wrap=True, highlight=False)
     return metrics
 
 
@@ -78,8 +78,8 @@ def _draw_predictions(cfg: DictConfig, output: Path) -> None:
     )
 
 
-def _summary(metrics: dict, minutes: float) -> Table:
-    table = Table(title=f"Held-out pictures, inference ratio 1.0, after {minutes:.1f} minutes", title_justify="left")
+def _summary(metrics: dict) -> Table:
+    table = Table()
     for column in ("", "AP", "AP50", "AP75"):
         table.add_column(column, justify="left" if not column else "right")
     for task, name in (("bbox", "box"), ("segm", "mask")):

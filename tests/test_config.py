@@ -2,6 +2,7 @@
 
 import functools
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +92,19 @@ def test_shipped_config_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load("configs/mimdet_b_mask_rcnn.py").model.roi_heads.num_classes == 80
     assert load("mimdet_l_mask_rcnn").optimizer.params.multiplier == 3.5
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_shipped_config_builds_and_survives_yaml(path, tmp_path):
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(to_yaml(load(path)))
+    with torch.device("meta"):
+        models = [instantiate(load(source).model) for source in (path, saved)]
+    first, second = ({k: v.shape for k, v in m.state_dict().items()} for m in models)
+    assert first == second
+    for source in (path, saved):
+        multiplier = instantiate(load(source).lr_multiplier)
+        assert 0 <= multiplier(0.0) <= multiplier(0.5) <= 1
 
 
 def test_syntax_error_names_file_and_line(tmp_path):

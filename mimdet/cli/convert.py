@@ -24,8 +24,8 @@ def convert(
 ) -> None:
     """Turn one kind of checkpoint into another.
 
-    * `detector`: only the weights (and class names) of a training checkpoint, in the original's form; a tenth less
-      than a third of its size, and loadable by the original MIMDet.
+    * `detector`: only the weights and class names of a training checkpoint, about a third of its size, in the form
+      that the original MIMDet loads too.
     * `mae`: encoder and decoder of a detector under MAE's names, to start another detector from.
     * `backbone`: the part of a MAE checkpoint that a detector uses, under the detector's names.
     """

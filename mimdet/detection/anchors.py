@@ -52,11 +52,6 @@ class DefaultAnchorGenerator(nn.Module):
                 rows.append([-width / 2, -height / 2, width / 2, height / 2])
         return torch.tensor(rows, device="cpu")
 
-    @property
-    def num_anchors(self) -> list[int]:
-        """Anchors at one cell, for each level."""
-        return [len(cell) for cell in self.cells]
-
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """(B, C, H, W) of each level -> (H * W * A, 4) float32 anchors of each, in order row, column, anchor."""
         key = (*(tuple(f.shape[-2:]) for f in features), features[0].device)

@@ -18,7 +18,6 @@ from .norm import get_norm
 class LastLevelMaxPool(nn.Module):
     """p6 by taking every second cell of p5."""
 
-    in_feature = "p5"
     num_levels = 1
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:

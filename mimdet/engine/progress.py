@@ -52,9 +52,9 @@ class TrainingProgress:
             self._recent.setdefault(key, deque(maxlen=_WINDOW)).append(value)
         due = self.due(iteration) or iteration == self._start
         if due or self._bar is not None:
-            line = self._line(iteration, lr)
+            line, short = self._lines(iteration, lr)
             if self._bar is not None:
-                self._bar.update(self._task, completed=iteration + 1, status=line)
+                self._bar.update(self._task, completed=iteration + 1, status=short)
             if due:
                 logger.info("%d/%d %s", iteration + 1, self.max_iter, line, extra={"file_only": True})
 
@@ -63,13 +63,16 @@ class TrainingProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def _line(self, iteration: int, lr: float) -> str:
+    def _lines(self, iteration: int, lr: float) -> tuple[str, str]:
+        """All figures for the log, and the few that fit behind a bar in 80 columns."""
         median = {key: statistics.median(values) for key, values in self._recent.items()}
         seconds, data = median.pop("seconds"), median.pop("data")
         losses = " ".join(f"{key.removeprefix('loss_')} {value:.4g}" for key, value in median.items())
         eta = datetime.timedelta(seconds=round(seconds * (self.max_iter - iteration - 1)))
         speed = f"{seconds:.3f} s/it (data {data:.3f}) {self.batch_size / max(seconds, 1e-9):.1f} images/s"
-        return f"{losses} lr {lr:.3g} {speed} eta {eta}{_gpu_memory()}"
+        total = f"loss {median['total_loss']:.3f} " if "total_loss" in median else ""
+        line = f"{losses} lr {lr:.3g} {speed} eta {eta}{_gpu_memory()}"
+        return line, f"{total}{seconds:.2f} s/it eta {eta}"
 
 
 def _gpu_memory() -> str:

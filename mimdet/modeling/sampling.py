@@ -22,7 +22,7 @@ def valid_cells(
     image_sizes: Sequence[tuple[int, int]], grid: tuple[int, int], patch_size: int, device: torch.device | str
 ) -> torch.Tensor:
     """(B, rows * columns) bool: True where a token holds at least one pixel of its picture, not only padding."""
-    sides = torch.tensor([[-(-h // patch_size), -(-w // patch_size)] for h, w in image_sizes], device=device)
+    sides = torch.tensor([[-(-int(h) // patch_size), -(-int(w) // patch_size)] for h, w in image_sizes], device=device)
     rows = torch.arange(grid[0], device=device) < sides[:, :1]
     columns = torch.arange(grid[1], device=device) < sides[:, 1:]
     return (rows[:, :, None] & columns[:, None, :]).flatten(1)
