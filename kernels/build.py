@@ -15,6 +15,7 @@ extension cache. This module is also what ``setup.py`` runs, so it imports nothi
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import os
 import platform
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -135,11 +137,11 @@ def _cache_folder() -> Path:
 def compile_cpu(folder: Path) -> Path:
     """Compile ``csrc/*.cpp`` into ``folder``; files ending in ``CPU.cpp`` once for each instruction set.
 
-    Objects and the library are named by the hash of all they depend on, so that nothing is compiled twice and nothing
-    stale is loaded.
+    Objects and the library are named by the hash of all they depend on, wherever the sources lie, so that nothing is
+    compiled twice and nothing stale is loaded.
 
     Raises:
-        BuildError: no compiler, or it failed.
+        BuildError: no compiler, it failed, or ``folder`` cannot be written.
     """
     if sys.platform == "win32":
         raise BuildError("the C++ kernels are not built on Windows")
@@ -157,7 +159,7 @@ def compile_cpu(folder: Path) -> Path:
                 jobs.append((source, [*_COMMON, "-fopenmp-simd", *flags, f"-DMIMDET_ISA={isa}"]))
         else:
             jobs.append((source, [*_COMMON, "-DTORCH_TARGET_VERSION=0x020b000000000000", *includes]))
-    commands = [[*compiler.split(), *flags, f"-I{CSRC}", "-c", str(source)] for source, flags in jobs]
+    commands = [[*compiler.split(), *flags, "-I.", "-c", source.name] for source, flags in jobs]
     lib = Path(torch.__file__).parent / "lib"
     link = [*compiler.split(), "-shared", f"-L{lib}", "-ltorch_cpu"]
     if sys.platform == "darwin":
@@ -171,7 +173,7 @@ def compile_cuda(folder: Path) -> Path:
     80, 86 and 90.
 
     Raises:
-        BuildError: no nvcc, or it failed.
+        BuildError: no nvcc, it failed, or ``folder`` cannot be written.
     """
     nvcc = find_nvcc()
     if nvcc is None:
@@ -179,7 +181,7 @@ def compile_cuda(folder: Path) -> Path:
     wanted = os.environ.get("MIMDET_CUDA_ARCHS") or _found_architectures() or _CUDA_ARCHITECTURES
     arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted.replace(".", "").split(";")]
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *arch]
-    commands = [[nvcc, *flags, f"-I{CSRC}", "-c", str(source)] for source in sorted(CSRC.glob("*.cu"))]
+    commands = [[nvcc, *flags, "-I.", "-c", source.name] for source in sorted(CSRC.glob("*.cu"))]
     return _compile(folder, CUDA_LIBRARY, commands, [nvcc, "-shared"], _digest(_version([nvcc])))
 
 
@@ -203,31 +205,52 @@ def _compile(folder: Path, name: str, commands: list[list[str]], link: list[str]
     if not commands:
         raise BuildError(f"no sources for {name} in {CSRC}")
     headers = _digest(*(path.read_bytes() for path in sorted(CSRC.glob("*.h"))))
-    folder.mkdir(parents=True, exist_ok=True)
-    objects = [folder / f"{_digest(identity, headers, *c, Path(c[-1]).read_bytes())}.o" for c in commands]
-    library = folder / _digest(identity, *link, *map(str, objects)) / name
+    folder = folder.resolve()
+    objects = [folder / f"{_digest(identity, headers, *c, (CSRC / c[-1]).read_bytes())}.o" for c in commands]
+    library = folder / _digest(identity, *link, *(made.name for made in objects)) / name
     if library.is_file():
         return library
-    missing = [(c, o) for c, o in zip(commands, objects, strict=True) if not o.is_file()]
-    with concurrent.futures.ThreadPoolExecutor(_workers()) as pool:
-        list(pool.map(lambda job: _run_to(*job), missing))
-    library.parent.mkdir(exist_ok=True)
-    # Libraries follow what they are linked from.
-    _run_to([*link[:1], *map(str, objects), *link[1:]], library)
+    workers = _workers()
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            if library.is_file():
+                return library
+            missing = [(c, o) for c, o in zip(commands, objects, strict=True) if not o.is_file()]
+            list(pool.map(lambda job: _run_to(*job), missing))
+            # Libraries follow what they are linked from.
+            _run_to([*link[:1], *map(str, objects), *link[1:]], library)
+    except OSError as error:
+        raise BuildError(f"cannot build in {folder} (set TORCH_EXTENSIONS_DIR to a writable folder): {error}") from error
     return library
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One build at a time in ``folder``: the processes of a training job start together, and one of them is enough."""
+    with open(folder / "lock", "w") as file:
+        # Without locks (some network file systems, Windows) several build the same; each result still appears whole.
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(os.environ.get("MAX_JOBS") or cores)
+    asked = os.environ.get("MAX_JOBS") or str(cores)
+    if not asked.isdecimal() or int(asked) < 1:
+        raise BuildError(f"MAX_JOBS must be a positive whole number, got {asked!r}")
+    return int(asked)
 
 
 def _run_to(command: list[str], output: Path) -> None:
-    """Run a compiler so that ``output`` appears whole or not at all, whoever else builds it."""
+    """Run a compiler among the sources so that ``output`` appears whole or not at all, whoever else builds it."""
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         made = Path(scratch) / output.name
         try:
-            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, cwd=CSRC)
         except OSError as error:
             raise BuildError(f"{command[0]} cannot be run: {error}") from error
         if done.returncode:
