@@ -221,7 +221,7 @@ def _compile(folder: Path, name: str, commands: list[list[str]], link: list[str]
             # Libraries follow what they are linked from.
             _run_to([*link[:1], *map(str, objects), *link[1:]], library)
     except OSError as error:
-        raise BuildError(f"cannot build in {folder} (set TORCH_EXTENSIONS_DIR to a writable folder): {error}") from error
+        raise BuildError(f"cannot build in {folder}: {error} (set TORCH_EXTENSIONS_DIR to another folder)") from error
     return library
 
 

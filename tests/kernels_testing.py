@@ -37,16 +37,19 @@ def assert_within_budget(got, same_dtype, exact, reduction=1, name=""):
     return error / budget if budget else 0.0
 
 
+def _poison(tensor):
+    if tensor.is_floating_point():
+        return float("nan")
+    return True if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).max
+
+
 @contextlib.contextmanager
 def poisoned_allocations():
-    """Inside, torch.empty, empty_like, empty_strided and new_empty return NaN (integers: an absurd value)."""
+    """Inside, torch.empty, empty_like, empty_strided and new_empty return NaN (integers: their largest value)."""
 
     def poison(made):
         if made.device.type != "meta" and not isinstance(made, torch._subclasses.FakeTensor):
-            if made.is_floating_point():
-                made.fill_(float("nan"))
-            elif made.dtype is not torch.bool:
-                made.fill_(torch.iinfo(made.dtype).max)
+            made.fill_(_poison(made))
         return made
 
     def wrapped(function):
@@ -64,7 +67,7 @@ def poisoned_allocations():
 
 
 class Guarded:
-    """A copy of a tensor with the same strides, in the middle of memory that is NaN (integers: an absurd value).
+    """A copy of a tensor with the same strides, in the middle of memory that is NaN (integers: their largest value).
 
     ``tensor`` is the copy; a kernel that reads past it finds the poison, and ``check`` finds what it wrote there.
     """
@@ -73,7 +76,7 @@ class Guarded:
 
     def __init__(self, tensor):
         span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-        poison = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+        poison = _poison(tensor)
         self.memory = torch.full((span + 2 * self.BAND,), poison, dtype=tensor.dtype, device=tensor.device)
         self.tensor = self.memory.as_strided(tensor.shape, tensor.stride(), self.BAND)
         self.tensor.copy_(tensor)

@@ -1,0 +1,157 @@
+"""One case for every operation, at any size, dtype and layout, for what must hold of all of them."""
+
+import importlib
+from typing import NamedTuple
+
+import pytest
+import torch
+from kernels_testing import assert_within_budget, layouts, quantised
+
+from mimdet.kernels import OPS, registry
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+EPS = 1e-6
+# Operations by what they have in common.
+IMAGES = ("group_norm_gelu", "layer_norm_gelu")
+NORMS = ("add_layer_norm", *IMAGES)
+DIFFERENTIABLE = tuple(op for op in OPS if op != "sample_tokens")
+
+
+class Case(NamedTuple):
+    """Arguments of an operation: float tensors that get gradients, the main one first, and all others."""
+
+    op: str
+    inputs: dict
+    others: dict
+
+    def __call__(self, impl=None, **inputs):
+        return public(self.op)(**{**self.inputs, **inputs}, **self.others, impl=impl)
+
+    def to(self, device=None, dtype=None):
+        """The same with tensors on ``device``, those of ``inputs`` in ``dtype``."""
+        others = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.others.items()}
+        return self._replace(inputs={k: v.to(device, dtype) for k, v in self.inputs.items()}, others=others)
+
+
+def public(op):
+    """The public function."""
+    return getattr(importlib.import_module(f"mimdet.kernels.{op}.api"), op)
+
+
+def case(op, batch=2, length=6, channels=24, dtype=F32, parameters=F32, mean=0.5, std=1.0, layout=None):
+    """Quantised random arguments of ``op``.
+
+    Args:
+        op: an operation.
+        batch, length, channels: B, the number of tokens or positions, C.
+        dtype: of the main inputs.
+        parameters: dtype of weight, bias and position embedding.
+        mean, std: of the main input.
+        layout: name in ``kernels_testing.layouts`` for the main inputs; by default dense.
+    """
+
+    def tokens(count, seed=0):
+        made = quantised(batch, count, channels, dtype=dtype, mean=mean, std=std, seed=seed)
+        return layouts(made)[layout] if layout else made
+
+    affine = {
+        "weight": quantised(channels, dtype=parameters, seed=1, mean=1.0, std=0.3),
+        "bias": quantised(channels, dtype=parameters, seed=2, std=0.3),
+    }
+    order = torch.rand(batch, length, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
+    pos = quantised(length, channels, dtype=parameters, seed=3)
+    kept = length // 2
+    if op == "add_layer_norm":
+        inputs = {"r": tokens(length), "branch": tokens(length, seed=4), **affine}
+        return Case(op, inputs, {"scale": torch.arange(batch) % 3 * 1.25, "eps": EPS})
+    if op == "bias_gelu":
+        return Case(op, {"x": tokens(length), "bias": affine["bias"]}, {})
+    if op == "gather_add_pos":
+        return Case(op, {"x": tokens(length), "pos": pos}, {"index": order[:, :kept]})
+    if op in IMAGES:
+        x = quantised(batch, channels, *_sides(length), dtype=dtype, mean=mean, std=std)
+        return Case(op, {"x": layouts(x)[layout] if layout else x, **affine}, {"eps": EPS})
+    if op == "sample_tokens":
+        noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(5))
+        return Case(op, {}, {"noise": noise, "valid": noise < 0.9, "ratio": 0.5})
+    assert op == "scatter_fill", op
+    inputs = {"kept": tokens(kept), "fill": tokens(length - kept, seed=4), "pos": pos}
+    return Case(op, inputs, {"restore": order})
+
+
+def _sides(length):
+    height = next((n for n in (4, 3, 2) if length % n == 0), 1)
+    return height, length // height
+
+
+def differentiate(made, impl, gradients=None, function=None):
+    """Outputs, and gradients of all of ``made.inputs``, by name.
+
+    Args:
+        made: a ``Case``.
+        impl: implementation.
+        gradients: outputs' gradients; by default ``cotangents``.
+        function: called with the inputs in place of the case itself, a compiled one for example.
+    """
+    inputs = {k: v.detach().requires_grad_() for k, v in made.inputs.items()}
+    outputs = (function or made)(**({} if function else {"impl": impl}), **inputs)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    found = {f"output{i}": o.detach() for i, o in enumerate(outputs)}
+    if inputs:
+        given = cotangents(outputs) if gradients is None else gradients
+        made_of = torch.autograd.grad(outputs, list(inputs.values()), given)
+        found |= {f"grad_{k}": g for k, g in zip(inputs, made_of, strict=True)}
+    return found
+
+
+def cotangents(outputs):
+    """Fixed gradients like ``outputs``, in their memory format."""
+    return [
+        torch.empty_like(o).copy_(quantised(*o.shape, dtype=BF16, seed=7 + i, mean=0.3)) for i, o in enumerate(outputs)
+    ]
+
+
+def judge(made, got, gradients=None):
+    """``got``, from ``differentiate``, within the error budget of plain PyTorch."""
+    same = differentiate(made.to("cpu"), "eager", _on_cpu(gradients))
+    exact = differentiate(made.to("cpu", torch.float64), "eager", _on_cpu(gradients, torch.float64))
+    main = next(iter(made.inputs.values()), None)
+    for name, value in got.items():
+        if not value.is_floating_point():
+            assert torch.equal(value.cpu(), same[name]), name
+            continue
+        summed = name in ("grad_weight", "grad_bias", "grad_pos")
+        rows = main.numel() // value.shape[-1] if summed else 1
+        assert_within_budget(value, same[name].to(value.dtype), exact[name], rows, name)
+
+
+def _on_cpu(gradients, dtype=None):
+    return None if gradients is None else [g.to("cpu", dtype) for g in gradients]
+
+
+def assert_same_bits(first, second):
+    """Two results of ``differentiate`` are equal, NaN included."""
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+# What can run here, beside eager: (implementation, device).
+_PLACES = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
+def runners(ops=OPS):
+    """pytest parameters (op, impl, device): whatever of ``ops`` can run on this machine."""
+    registry._load_all()
+    made = [
+        pytest.param(op, impl, device, id=f"{op}-{impl}")
+        for op in ops
+        for impl, device in _PLACES.items()
+        if impl in registry._ops[op] and registry._ops[op][impl](device, F32) is None
+    ]
+    return made or [pytest.param(None, None, None, marks=pytest.mark.skip(reason="neither a compiler nor a GPU"))]
+
+
+def on_runners(ops=OPS):
+    """Decorator: the test runs for every one of ``runners``."""
+    return pytest.mark.parametrize(("op", "impl", "device"), runners(ops))
