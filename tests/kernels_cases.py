@@ -155,3 +155,16 @@ def runners(ops=OPS):
 def on_runners(ops=OPS):
     """Decorator: the test runs for every one of ``runners``."""
     return pytest.mark.parametrize(("op", "impl", "device"), runners(ops))
+
+
+def triton_launches(op, length=12, channels=48, **sizes):
+    """Launches that ``op``'s Triton kernels would make, forward and backward; images in both memory formats."""
+    from kernels_aot import launches
+
+    registry._load_all()
+    with pytest.MonkeyPatch.context() as patch, launches() as made:
+        patch.setitem(registry._ops[op], "triton", lambda device, dtype: None)
+        for layout in (None, "channels_last") if op in IMAGES else (None,):
+            differentiate(case(op, length=length, channels=channels, layout=layout, **sizes), "triton")
+    assert made
+    return made

@@ -25,12 +25,13 @@ from kernels_cases import (
     judge,
     on_runners,
     public,
+    triton_launches,
 )
 from kernels_testing import Guarded, layouts, poisoned_allocations, quantised
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimdet import kernels
-from mimdet.kernels import OPS, registry
+from mimdet.kernels import OPS
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
@@ -55,19 +56,8 @@ def threads(count):
         torch.set_num_threads(before)
 
 
-def recorded(op, monkeypatch, **sizes):
-    """Launches of ``op``'s Triton kernels, forward and backward, none of which is made."""
-    from kernels_aot import launches
-
-    registry._load_all()
-    monkeypatch.setitem(registry._ops[op], "triton", lambda device, dtype: None)
-    with launches() as made:
-        differentiate(case(op, **sizes), "triton")
-    assert made
-    return made
-
-
-RANKS = dict.fromkeys(("add_layer_norm", "bias_gelu"), (2, 3, 4)) | dict.fromkeys(IMAGES, (4,)) | {"sample_tokens": (2,)}
+# Ranks of the main input; (3,) for all others.
+RANKS = {"add_layer_norm": (2, 3, 4), "bias_gelu": (2, 3, 4), "sample_tokens": (2,)} | dict.fromkeys(IMAGES, (4,))
 
 
 @on_runners()
@@ -118,13 +108,11 @@ def test_strides(op, impl, device, of_input):
 
 @needs_compiler
 @pytest.mark.parametrize("op", OPS)
-def test_int64_addresses(op, monkeypatch):
+def test_int64_addresses(op):
     """32-bit offsets corrupt silently past 2**31 [fla #1080]: no address comes from a 32-bit product that may wrap."""
     from kernels_aot import compile_for
 
-    dense = recorded(op, monkeypatch, length=12, channels=48)
-    other = recorded(op, monkeypatch, length=12, channels=48, layout="channels_last") if op in IMAGES else []
-    for launch in dense + other:
+    for launch in triton_launches(op):
         compile_for(90, launch.kernel, *launch.arguments, grid=launch.grid, **launch.constants)
 
 
@@ -136,7 +124,7 @@ def test_int64_addresses_are_really_looked_at(kernel):
 
     expected = contextlib.nullcontext() if kernel == "wide" else pytest.raises(AssertionError, match="32-bit products")
     with expected:
-        compile_for(90, getattr(narrow_kernels, kernel), torch.empty(4), 96, BLOCK=128)
+        compile_for(90, getattr(narrow_kernels, kernel), torch.empty(4), 96, block=128)
 
 
 @on_runners(("gather_add_pos", "scatter_fill"))
@@ -295,10 +283,10 @@ def test_determinism(op, impl, device):
 
 @needs_compiler
 @pytest.mark.parametrize("op", OPS)
-def test_grid(op, monkeypatch):
+def test_grid(op):
     """A grid has at most 65535 programs along y and z [fla #172]."""
     for sizes in ({"batch": 70_000, "length": 2, "channels": 4}, {"batch": 1, "length": 140_000, "channels": 4}):
-        for launch in recorded(op, monkeypatch, **sizes):
+        for launch in triton_launches(op, **sizes):
             x, *rest = launch.grid
             assert 0 < x < 2**31, launch
             assert all(0 < n < 2**16 for n in rest), launch
