@@ -24,6 +24,7 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "cpp": (torch.float32, torch.bfloat16),
 }
+_NO_GPU = "PyTorch finds no GPU (install a driver, and a build of PyTorch for it)"
 _ops: dict[str, dict[str, CanRun]] = {}
 _lock = threading.Lock()
 
@@ -49,39 +50,39 @@ def register(op: str, **can_run: CanRun) -> None:
 def can_run_triton(device: str, dtype: torch.dtype) -> str | None:
     """Triton needs a GPU, except under its interpreter."""
     if dtype not in _DTYPES["triton"]:
-        return f"no Triton kernel for {dtype}"
+        return f"no Triton kernel for {dtype} (use eager, or {_names('triton')})"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None if device == "cpu" else "Triton's interpreter works on CPU tensors (unset TRITON_INTERPRET)"
     if device != "cuda":
-        return f"Triton kernels need a GPU, the tensor is on {device}"
+        return f"Triton kernels take tensors on a GPU, not on {device} (move them, or use cpp or eager)"
     if not torch.cuda.is_available():
-        return "no GPU found"
+        return _NO_GPU
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return "the Triton kernels need a GPU of compute capability 8.0 or newer"
+        return "the Triton kernels need a GPU of compute capability 8.0 or newer (use cuda or eager)"
     return None
 
 
 def can_run_cuda(device: str, dtype: torch.dtype) -> str | None:
     """CUDA C++ needs an NVIDIA GPU and either the shipped library or nvcc."""
     if dtype not in _DTYPES["cuda"]:
-        return f"no CUDA kernel for {dtype}"
+        return f"no CUDA kernel for {dtype} (use eager, or {_names('cuda')})"
     if device != "cuda":
-        return f"CUDA kernels need a GPU, the tensor is on {device}"
+        return f"CUDA kernels take tensors on a GPU, not on {device} (move them, or use cpp or eager)"
     if not torch.cuda.is_available():
-        return "no GPU found"
+        return _NO_GPU
     if torch.version.hip is not None:
-        return "CUDA kernels do not run on ROCm; use triton"
+        return "CUDA kernels do not run on ROCm (use triton)"
     return build.cuda_unavailable()
 
 
 def can_run_cpp(device: str, dtype: torch.dtype) -> str | None:
     """C++ needs CPU tensors and either the shipped library or a compiler."""
     if dtype not in _DTYPES["cpp"]:
-        return f"no C++ kernel for {dtype}"
+        return f"no C++ kernel for {dtype} (use eager, or {_names('cpp')})"
     if device != "cpu":
-        return f"C++ kernels need CPU tensors, the tensor is on {device}"
+        return f"C++ kernels take tensors on the CPU, not on {device} (move them, or use triton, cuda or eager)"
     return build.cpp_unavailable()
 
 
@@ -130,6 +131,10 @@ def table(device: str | None = None, dtype: torch.dtype = torch.float32) -> list
                 reason = can_run(where, dtype)
                 rows.append(Row(op, name, where, reason is None, name == auto, reason or "usable"))
     return rows
+
+
+def _names(impl: str) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[impl])
 
 
 def _preference(device: str) -> tuple[str, ...]:

@@ -24,6 +24,8 @@ _PACKAGES = (
     "flash-attn",
     "detectron2",
 )
+# Implementations of an operation, in the order in which they are shown.
+KERNELS = ("triton", "cuda", "cpp", "eager")
 
 
 def versions() -> list[tuple[str, str]]:
@@ -74,16 +76,26 @@ def implementations() -> list[tuple[str, str, str]]:
     ]
 
 
-def kernels() -> list[tuple[str, str, str, str, str]]:
-    """(operation, device, implementation, usable or chosen, why) for every implementation of every operation."""
+def kernels() -> tuple[list[tuple[str, ...]], list[str]]:
+    """What every operation can run here.
+
+    Returns:
+        Rows of operation, device, and a state for each of ``KERNELS``: "chosen" by auto, "yes", "no" with the number
+        of a note, or "-" where it is not written; and the notes, the first of which is number 1.
+    """
     from .kernels import table
 
-    return [
-        (row.op, row.device, row.impl, "chosen" if row.chosen else "yes" if row.usable else "no", row.reason)
-        for row in table()
-    ]
+    states: dict[tuple[str, str], dict[str, str]] = {}
+    notes: list[str] = []
+    for row in table():
+        if not row.usable and row.reason not in notes:
+            notes.append(row.reason)
+        state = "chosen" if row.chosen else "yes" if row.usable else f"no ({notes.index(row.reason) + 1})"
+        states.setdefault((row.op, row.device), {})[row.impl] = state
+    return [(*place, *(of.get(impl, "-") for impl in KERNELS)) for place, of in states.items()], notes
 
 
 def _kernels_in_use() -> tuple[str, str]:
-    chosen = sorted({impl for _, _, impl, state, _ in kernels() if state == "chosen"})
-    return ", ".join(chosen), "MIMDET_KERNELS, mimdet.kernels.use or impl= choose another"
+    rows, _ = kernels()
+    chosen = {impl for row in rows for impl, state in zip(KERNELS, row[2:], strict=True) if state == "chosen"}
+    return ", ".join(sorted(chosen)), "MIMDET_KERNELS, mimdet.kernels.use or impl= choose another"

@@ -1,6 +1,7 @@
 """Compiling Triton kernels for GPUs that are not here.
 
-``python tests/kernels_aot.py`` prints what becomes of every launch that the test_kernels_*_aot.py declare.
+``python tests/kernels_aot.py`` prints what becomes of every launch that the test_kernels_*_aot.py declare; it takes
+pytest's options, ``-k gather`` for example.
 """
 
 import contextlib
@@ -213,25 +214,30 @@ def narrow_products(ttir):
     return found
 
 
-def table():
-    """Markdown, one row for each launch that the test files declare.
+def table(*options):
+    """Markdown, one row for each launch that the test files declare; pytest's own words go to stderr.
 
-    Raises:
-        SystemExit: a test failed.
+    Args:
+        options: for pytest, such as "-k gather".
+
+    Returns:
+        the table, and pytest's exit status.
     """
     import kernels_aot
     import pytest
 
     files = sorted(map(str, Path(__file__).parent.glob("test_kernels_*_aot.py")))
-    if pytest.main(["-q", "-p", "no:cacheprovider", *files]):
-        raise SystemExit(1)
+    with contextlib.redirect_stdout(sys.stderr):
+        status = pytest.main(["-q", "-p", "no:cacheprovider", *options, *files])
     rows = [["kernel", "target", "registers", "stack", "shared", "16-byte loads", "16-byte stores"]]
     rows += [["-"] * len(rows[0])]
     # Tests of several shapes may ask for the same kernel.
     rows += [list(map(str, made)) for made in dict.fromkeys(kernels_aot.made_so_far)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows), status
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    print(table())
+    text, exit_status = table(*sys.argv[1:])
+    print(text)
+    sys.exit(exit_status)

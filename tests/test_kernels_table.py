@@ -113,6 +113,19 @@ def test_only_auto_falls_back(monkeypatch):
 def test_info_shows_the_table():
     from mimdet import info
 
-    shown = info.kernels()
-    assert [row[0] for row in shown] == [row.op for row in table()]
-    assert {row[3] for row in shown} <= {"chosen", "yes", "no"}
+    rows, notes = info.kernels()
+    shown = {(*row[:2], impl): state for row in rows for impl, state in zip(info.KERNELS, row[2:], strict=True)}
+    listed = {(row.op, row.device, row.impl): row for row in table()}
+    assert set(listed) == {place for place, state in shown.items() if state != "-"}
+    for place, row in listed.items():
+        if row.usable:
+            assert shown[place] == ("chosen" if row.chosen else "yes")
+        else:
+            assert row.reason == notes[int(shown[place].removeprefix("no (").removesuffix(")")) - 1]
+
+
+@pytest.mark.parametrize(("impl", "device"), [("triton", "cpu"), ("cuda", "cpu"), ("cpp", "cuda")])
+def test_reasons_name_the_remedy(impl, device):
+    can_run = getattr(registry, f"can_run_{impl}")
+    for dtype, words in ((torch.float32, "(move them, or use "), (torch.float64, "(use eager, or float32 or ")):
+        assert words in can_run(device, dtype)

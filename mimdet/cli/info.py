@@ -8,17 +8,20 @@ def info() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..info import devices, implementations, kernels, versions
+    from ..info import KERNELS, devices, implementations, kernels, versions
 
     console = Console()
+    operations, notes = kernels()
     sections = (
         ("Versions", ("package", "version"), versions()),
         ("Devices", ("device", "what"), devices()),
         ("Implementations", ("part", "used", "why"), implementations()),
-        ("Operations", ("operation", "device", "implementation", "usable", "why"), kernels()),
+        ("Operations", ("operation", "device", *KERNELS), operations),
     )
     for title, columns, rows in sections:
         table = Table(*columns, title=title, title_justify="left", title_style="bold")
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    for number, note in enumerate(notes, 1):
+        console.print(f"({number}) {note}", markup=False, highlight=False)
