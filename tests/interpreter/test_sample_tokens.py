@@ -3,27 +3,42 @@
 import pytest
 import torch
 from kernels_testing import Guarded
-from sampling_cases import sampling_cases
+from sampling_cases import packed_cases, sampling_cases
 
+from mimdet.kernels.sample_tokens import ops
 from mimdet.kernels.sample_tokens import triton as kernels
-from mimdet.kernels.sample_tokens.api import sample_tokens
+from mimdet.kernels.sample_tokens.api import sample_packed_tokens, sample_tokens
 
-CASES = sampling_cases(257)
+CASES, PACKED = sampling_cases(257), packed_cases()
 
 
-@pytest.fixture
-def _small_blocks(monkeypatch):
+@pytest.fixture(params=[8192, 128], ids=["one-block", "blocks"])
+def block(request, monkeypatch):
     # Several blocks a picture, without long pictures.
-    monkeypatch.setattr(kernels, "_BLOCK", 128)
+    monkeypatch.setattr(kernels, "_BLOCK", request.param)
 
 
-@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.usefixtures("block")
 @pytest.mark.parametrize("case", CASES)
 def test_same_integers(case):
     noise, valid, ratio = CASES[case]
     got = sample_tokens(noise, valid, ratio, impl="triton")
     want = sample_tokens(noise, valid, ratio, impl="eager")
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_same_integers(case):
+    got = sample_packed_tokens(*PACKED[case], impl="triton")
+    want = sample_packed_tokens(*PACKED[case], impl="eager")
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(got, want, strict=True))
+
+
+def test_nothing_to_keep():
+    split = ops.run(torch.rand(2, 9), torch.ones(2, 9, dtype=torch.bool), None, 0, 9, "triton")
+    assert torch.equal(split[1], torch.arange(9).expand(2, 9))
+    assert torch.equal(split[2], split[1])
 
 
 @pytest.mark.parametrize("length", [255, 256, 257])
