@@ -12,27 +12,37 @@ from mimdet.kernels.sample_tokens.api import sample_packed_tokens, sample_tokens
 CASES, PACKED = sampling_cases(257), packed_cases()
 
 
-@pytest.fixture(params=[8192, 128], ids=["one-block", "blocks"])
-def block(request, monkeypatch):
+@pytest.fixture
+def _small_blocks(monkeypatch):
     # Several blocks a picture, without long pictures.
-    monkeypatch.setattr(kernels, "_BLOCK", request.param)
+    monkeypatch.setattr(kernels, "_BLOCK", 128)
 
 
-@pytest.mark.usefixtures("block")
+def check(function, case):
+    got, want = function(*case, impl="triton"), function(*case, impl="eager")
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_same_integers(case):
-    noise, valid, ratio = CASES[case]
-    got = sample_tokens(noise, valid, ratio, impl="triton")
-    want = sample_tokens(noise, valid, ratio, impl="eager")
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    check(sample_tokens, CASES[case])
 
 
-@pytest.mark.usefixtures("block")
 @pytest.mark.parametrize("case", PACKED)
 def test_packed_same_integers(case):
-    got = sample_packed_tokens(*PACKED[case], impl="triton")
-    want = sample_packed_tokens(*PACKED[case], impl="eager")
-    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(got, want, strict=True))
+    check(sample_packed_tokens, PACKED[case])
+
+
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize("case", ["uniform-255", "uniform-257", "ratio-1.0", "padding-and-ties", "strange-0.5"])
+def test_same_integers_from_several_blocks(case):
+    check(sample_tokens, CASES[case])
+
+
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize("case", ["ties", "strange"])
+def test_packed_same_integers_from_several_blocks(case):
+    check(sample_packed_tokens, PACKED[case])
 
 
 def test_nothing_to_keep():
