@@ -14,19 +14,23 @@ def enabled() -> bool:
     return not torch.compiler.is_compiling() and os.environ.get(ENVIRONMENT) == "1"
 
 
-def check_unique_index(index: torch.Tensor, length: int, name: str) -> None:
+def check_unique_index(index: torch.Tensor, length: int, name: str, padding: int = 0) -> None:
     """``index`` (B, K) must hold numbers of 0 .. length - 1, none twice in a row of it.
+
+    With ``padding``, K is length + padding: every number must be there, and -1 in the places left.
 
     Raises:
         IndexError: a number outside of the range.
-        ValueError: a number twice.
+        ValueError: a number twice, or -1 too often.
     """
-    outside = (index < 0) | (index >= length)
+    outside = (index < (-1 if padding else 0)) | (index >= length)
     if outside.any():
         b, k = outside.nonzero()[0].tolist()
         raise IndexError(f"{name}[{b}, {k}] is {index[b, k].item()}, outside of 0 .. {length - 1}")
-    ordered = index.sort(dim=1).values
+    # One of the -1 stays in, so that it is found twice if there are too many.
+    ordered = index.sort(dim=1).values[:, max(0, padding - 1) :]
     twice = ordered[:, 1:] == ordered[:, :-1]
     if twice.any():
         b, k = twice.nonzero()[0].tolist()
-        raise ValueError(f"{name}[{b}] holds {ordered[b, k].item()} more than once")
+        value = ordered[b, k].item()
+        raise ValueError(f"{name}[{b}] holds {value} more than {'once' if value >= 0 else f'{padding} times'}")

@@ -41,3 +41,22 @@ def sampling_cases(longest):
     cases["no-pictures"] = noise[:0], holes[:0], 0.5
     cases["no-tokens"] = noise[:, :0], holes[:, :0], 0.5
     return cases
+
+
+def packed_cases():
+    """name -> (noise, sizes, grid, ratio) for tokens of pictures of several sizes."""
+    generator = torch.Generator().manual_seed(4)
+    grid = 9, 31
+    noise = torch.rand(4, 9 * 31, generator=generator)
+    sizes = [(9, 31), (1, 1), (5, 30), (9, 2)]
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.5])
+    strange = odd[torch.randint(len(odd), noise.shape, generator=generator)]
+    return {
+        "sizes": (noise, sizes, grid, 0.5),
+        "at-least-one": (noise, sizes, grid, 0.001),
+        "everything": (noise, sizes, grid, 1.0),
+        "ties": ((noise * 3).floor(), sizes, grid, 0.3),
+        # What a picture holds comes before padding, whatever its noise.
+        "strange": (strange, sizes, grid, 0.9),
+        "no-pictures": (noise[:0], [], grid, 0.5),
+    }

@@ -123,6 +123,22 @@ def test_positions_with_a_leading_one_and_int32(impl):
     assert torch.equal(gather_add_pos(x, pos[None], index.int(), impl=impl), plainly(x, pos, index))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_packed_tokens_of_a_feature_map(impl):
+    # Three pictures' tokens as one picture's, each with a position of its own.
+    feature = quantised(3, 16, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    pos = quantised(60, 16, seed=1).requires_grad_()
+    keep = torch.tensor([0, 7, 19, 20, 41, 59])
+    tokens = feature.permute(0, 2, 3, 1).reshape(1, 60, 16)
+    assert tokens.data_ptr() == feature.data_ptr()
+    out = gather_add_pos(tokens, pos, keep[None], impl=impl)
+    assert torch.equal(out[0], tokens[0, keep] + pos[keep])
+    out.sum().backward()
+    kept = torch.zeros(60).index_fill_(0, keep, 1.0)
+    assert torch.equal(pos.grad, kept[:, None].expand(60, 16))
+    assert torch.equal(feature.grad, kept.view(3, 1, 4, 5).expand(3, 16, 4, 5))
+
+
 @needs_cpp
 @pytest.mark.parametrize("channels", [15, 16, 17, 96])
 def test_reads_and_writes_nothing_else(channels):

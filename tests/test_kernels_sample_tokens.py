@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 from kernels_testing import Guarded, poisoned_allocations
-from sampling_cases import sampling_cases
+from sampling_cases import packed_cases, sampling_cases
 
 from mimdet.kernels import KernelUnavailableError
 from mimdet.kernels.registry import can_run_cpp
-from mimdet.kernels.sample_tokens import ops
-from mimdet.kernels.sample_tokens.api import sample_tokens
+from mimdet.kernels.sample_tokens import ops, reference
+from mimdet.kernels.sample_tokens.api import sample_packed_tokens, sample_tokens, valid_tokens
 
 CASES = sampling_cases(4200)
+PACKED = packed_cases()
 needs_cpp = pytest.mark.skipif(can_run_cpp("cpu", torch.float32) is not None, reason="no C++ kernels here")
 IMPLS = ["eager", pytest.param("cpp", marks=needs_cpp)]
 
@@ -47,6 +48,62 @@ def test_is_the_definition(case, impl):
     assert torch.equal(sample.drop, drop)
     together = torch.cat([keep, drop], dim=1)
     assert torch.equal(together.gather(1, sample.restore), torch.arange(noise.shape[1]).expand(noise.shape))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_is_each_picture_alone(case, impl):
+    noise, sizes, grid, ratio = PACKED[case]
+    sample = sample_packed_tokens(noise, sizes, grid, ratio, impl=impl)
+    keep, drop, lengths = [], [], []
+    tokens = torch.arange(noise.numel()).view(-1, *grid)
+    for row, mine, (height, width) in zip(noise, tokens, sizes, strict=True):
+        own = row.view(grid)[:height, :width].reshape(1, -1)
+        split = plainly(own, torch.ones_like(own, dtype=torch.bool), ratio)
+        numbers = mine[:height, :width].flatten()
+        keep.append(numbers[split[0][0]]), drop.append(numbers[split[1][0]])
+        lengths.append((len(keep[-1]), len(drop[-1])))
+    kept, dropped = (torch.cat([tokens.flatten()[:0], *parts]) for parts in (keep, drop))
+    assert torch.equal(sample.keep, kept)
+    assert torch.equal(sample.drop, dropped)
+    restore = torch.full((noise.numel(),), -1)
+    restore[torch.cat([kept, dropped])] = torch.arange(len(kept) + len(dropped))
+    assert torch.equal(sample.restore, restore.view_as(noise))
+    lengths = torch.tensor(lengths).view(-1, 2)
+    for starts, most, column in ((sample.cu_keep, sample.max_keep, 0), (sample.cu_drop, sample.max_drop, 1)):
+        assert starts.dtype == torch.int32
+        assert torch.equal(starts.diff(), lengths[:, column].int())
+        assert starts[0] == 0
+        assert most == max(lengths[:, column].tolist(), default=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_packed_without_padding_is_the_canvas(impl):
+    noise = torch.rand(3, 60)
+    canvas = sample_tokens(noise, torch.ones(3, 60, dtype=torch.bool), 0.3, impl=impl)
+    packed = sample_packed_tokens(noise, [(6, 10)] * 3, (6, 10), 0.3, impl=impl)
+    first = 60 * torch.arange(3)[:, None]
+    assert torch.equal(packed.keep.view(3, -1) - first, canvas.keep)
+    assert torch.equal(packed.drop.view(3, -1) - first, canvas.drop)
+    rows = torch.cat([packed.keep, packed.drop])[packed.restore]
+    assert torch.equal(rows, torch.arange(180).view(3, 60))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_to_keep(impl):
+    # Never asked for by the functions above; the operation must still not write anywhere.
+    noise, valid = torch.rand(2, 9), torch.ones(2, 9, dtype=torch.bool)
+    everything = torch.arange(9).expand(2, 9)
+    split = reference.sample_tokens(noise, valid, 0) if impl == "eager" else ops.run(noise, valid, None, 0, 9, impl)
+    assert split[0].shape == (2, 0)
+    assert torch.equal(split[1], everything)
+    assert torch.equal(split[2], everything)
+
+
+def test_valid_tokens():
+    valid = valid_tokens([(2, 1), (1, 3)], (2, 3), "cpu")
+    assert valid.tolist() == [[True, False, False, True, False, False], [True, True, True, False, False, False]]
+    assert valid_tokens([], (2, 3), "cpu").shape == (0, 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -89,7 +146,14 @@ def two_threads():
 @pytest.mark.parametrize("count", [1, 7, 10])
 def test_opcheck(count):
     noise, valid = torch.rand(2, 10), torch.rand(2, 10) > 0.5
-    torch.library.opcheck(ops.run, (noise, valid, count, "cpp"))
+    torch.library.opcheck(ops.run, (noise, valid, None, count, 10 - count, "cpp"))
+
+
+@needs_cpp
+def test_opcheck_packed():
+    valid = valid_tokens([(1, 4), (2, 5)], (2, 5), "cpu")
+    offsets = torch.tensor([[0, 2, 7], [0, 2, 7]], dtype=torch.int32)
+    torch.library.opcheck(ops.run, (torch.rand(2, 10), valid, offsets, 7, 7, "cpp"))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -107,10 +171,25 @@ def test_compiles_as_one_graph(impl, dynamic):
             assert torch.equal(got, want)
 
 
+@needs_cpp
+def test_packed_compiles_as_one_graph():
+    torch._dynamo.reset()
+    run = torch.compile(
+        lambda n, sizes: sample_packed_tokens(n, sizes, (6, 10), 0.3, impl="cpp"), fullgraph=True, backend="aot_eager"
+    )
+    for sizes in ([(6, 10), (2, 3)], [(4, 4), (5, 9)]):
+        noise = torch.rand(2, 60)
+        for got, want in zip(run(noise, sizes), sample_packed_tokens(noise, sizes, (6, 10), 0.3), strict=True):
+            assert torch.equal(torch.as_tensor(got), torch.as_tensor(want))
+
+
 def test_meta_tensors():
     noise, valid = torch.rand(2, 10, device="meta"), torch.ones(2, 10, dtype=torch.bool, device="meta")
-    shapes = [tuple(t.shape) for t in ops.run(noise, valid, 4, "cpp")]
+    shapes = [tuple(t.shape) for t in ops.run(noise, valid, None, 4, 6, "cpp")]
     assert shapes == [(2, 4), (2, 6), (2, 10)]
+    offsets = torch.empty(2, 3, dtype=torch.int32, device="meta")
+    shapes = [tuple(t.shape) for t in ops.run(noise, valid, offsets, 7, 5, "cpp")]
+    assert shapes == [(7,), (5,), (2, 10)]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +198,7 @@ def test_meta_tensors():
         (torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool), 0.5, TypeError, "noise must be"),
         (torch.rand(2, 3), torch.ones(2, 3), 0.5, TypeError, "valid must be bool"),
         (torch.rand(2, 3), torch.ones(2, 4, dtype=torch.bool), 0.5, ValueError, r"\(2, 3\) and \(2, 4\)"),
-        (torch.rand(6), torch.ones(6, dtype=torch.bool), 0.5, ValueError, r"must both be \(B, L\)"),
+        (torch.rand(6), torch.ones(6, dtype=torch.bool), 0.5, ValueError, r"noise must be \(B, L\), got \(6,\)"),
         (torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool, device="meta"), 0.5, ValueError, "valid is on meta"),
         (torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool), 0.0, ValueError, "ratio must be"),
         (torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool), 1.5, ValueError, "ratio must be"),
@@ -130,6 +209,22 @@ def test_meta_tensors():
 def test_bad_input(noise, valid, ratio, error, message):
     with pytest.raises(error, match=message):
         sample_tokens(noise, valid, ratio)
+
+
+@pytest.mark.parametrize(
+    ("noise", "sizes", "error", "message"),
+    [
+        (torch.ones(2, 6, dtype=torch.int64), [(1, 1)] * 2, TypeError, "noise must be"),
+        (torch.rand(2, 6), [(1, 1)], ValueError, r"noise must be \(1, 6\) for the sizes, got \(2, 6\)"),
+        (torch.rand(2, 7), [(1, 1)] * 2, ValueError, r"noise must be \(2, 6\) for the sizes, got \(2, 7\)"),
+        (torch.rand(2, 6), [(1, 1), (0, 3)], ValueError, r"sizes\[1\] is \(0, 3\), not within 1 .. \(2, 3\)"),
+        (torch.rand(2, 6), [(1, 4), (1, 1)], ValueError, r"sizes\[0\] is \(1, 4\), not within 1 .. \(2, 3\)"),
+    ],
+    ids=["integer-noise", "pictures", "tokens", "empty-picture", "larger-than-the-grid"],
+)
+def test_bad_packed_input(noise, sizes, error, message):
+    with pytest.raises(error, match=message):
+        sample_packed_tokens(noise, sizes, (2, 3), 0.5)
 
 
 @pytest.mark.parametrize("impl", ["triton", "cuda"])

@@ -6,6 +6,7 @@ from kernels_testing import Guarded, assert_within_budget, layouts, poisoned_all
 
 from mimdet.kernels import KernelUnavailableError
 from mimdet.kernels.registry import can_run_cpp
+from mimdet.kernels.sample_tokens.api import sample_packed_tokens, valid_tokens
 from mimdet.kernels.scatter_fill import ops, reference
 from mimdet.kernels.scatter_fill.api import scatter_fill
 
@@ -20,16 +21,18 @@ def _poisoned():
         yield
 
 
-def inputs(batch, length, count, channels, dtype=F32, pos_dtype=F32):
-    restore = torch.rand(batch, length, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
+def inputs(batch, length, count, channels, dtype=F32, pos_dtype=F32, padding=0):
+    restore = torch.rand(batch, length + padding, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
+    restore = torch.where(restore < length, restore, -1)
     kept = quantised(batch, count, channels, dtype=dtype)
     fill = quantised(batch, length - count, channels, dtype=dtype, seed=1)
-    return kept, fill, restore, quantised(length, channels, dtype=pos_dtype, seed=3)
+    return kept, fill, restore, quantised(length + padding, channels, dtype=pos_dtype, seed=3)
 
 
 def plainly(kept, fill, restore, pos):
     rows = torch.cat([kept, fill], dim=1)
-    return rows.gather(1, restore.unsqueeze(-1).expand(-1, -1, rows.shape[-1])) + pos
+    out = rows.gather(1, restore.clamp(min=0).unsqueeze(-1).expand(-1, -1, rows.shape[-1])) + pos
+    return torch.where((restore < 0)[..., None], 0, out)
 
 
 def gradients(function, kept, fill, restore, pos, grad):
@@ -65,6 +68,29 @@ def test_gradients(dtype, pos_dtype):
     assert torch.equal(got[0], same[0])
     assert torch.equal(got[1], same[1])
     assert_within_budget(got[2], same[2], exact[2], reduction=3, name="pos")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(2, 20, 9, 24), (1, 7, 7, 17), (3, 5, 0, 16)], ids=str)
+def test_padding_is_zeros_without_gradient(shape, impl):
+    args = inputs(*shape, padding=6)
+    assert torch.equal(scatter_fill(*args, impl=impl), plainly(*args))
+    grad = quantised(shape[0], shape[1] + 6, shape[3], seed=5)
+    got = gradients(lambda *a: scatter_fill(*a, impl=impl), *args, grad)
+    want = gradients(plainly, *args, grad)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[2], want[2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_packed_rows_as_one_picture(impl):
+    sizes, grid = [(2, 3), (4, 1)], (4, 3)
+    sample = sample_packed_tokens(torch.rand(2, 12), sizes, grid, 0.5)
+    tokens, pos = quantised(24, 8), quantised(24, 8, seed=1)
+    out = scatter_fill(tokens[sample.keep][None], tokens[sample.drop][None], sample.restore.view(1, -1), pos, impl=impl)
+    valid = valid_tokens(sizes, grid, "cpu").view(1, 24, 1)
+    assert torch.equal(out, torch.where(valid, tokens + pos, 0))
 
 
 @needs_cpp
@@ -181,21 +207,22 @@ def test_gradcheck_of_the_reference():
 
 
 def test_backward_reference_is_the_gradient():
-    kept, fill, restore, pos = inputs(3, 11, 4, 5)
-    grad = quantised(3, 11, 5, seed=5)
+    kept, fill, restore, pos = inputs(3, 11, 4, 5, padding=2)
+    grad = quantised(3, 13, 5, seed=5)
     want = gradients(reference.scatter_fill, kept, fill, restore, pos, grad)
-    got = reference.scatter_fill_backward(grad, restore, 4, F32)
+    got = reference.scatter_fill_backward(grad, restore, 4, 7, F32)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
 
 
 @needs_cpp
-def test_opcheck():
-    kept, fill, restore, pos = inputs(2, 12, 5, 8)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_opcheck(padding):
+    kept, fill, restore, pos = inputs(2, 12, 5, 8, padding=padding)
     for t in (kept, fill, pos):
         t.requires_grad_()
     torch.library.opcheck(ops.run, (kept, fill, restore, pos, "cpp"))
-    torch.library.opcheck(ops.run_backward, (quantised(2, 12, 8), restore, 5, BF16, "cpp"))
+    torch.library.opcheck(ops.run_backward, (quantised(2, 12 + padding, 8), restore, 5, 7, BF16, "cpp"))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -254,15 +281,33 @@ def test_debug_mode_names_a_bad_row(monkeypatch, impl, value, error, message):
         scatter_fill(kept, fill, restore, pos, impl=impl)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ((0, -1), ValueError, r"restore\[1\] holds -1 more than 3 times"),
+        ((-1, 4), ValueError, r"restore\[1\] holds 4 more than once"),
+        ((-1, -2), IndexError, r"is -2, outside of 0 .. 11"),
+    ],
+    ids=["too-much-padding", "too-little-padding", "below"],
+)
+def test_debug_mode_counts_padding(monkeypatch, change, error, message):
+    monkeypatch.setenv("MIMDET_DEBUG_KERNELS", "1")
+    kept, fill, restore, pos = inputs(2, 12, 5, 8, padding=3)
+    scatter_fill(kept, fill, restore, pos)
+    restore[1, (restore[1] == change[0]).nonzero()[0]] = change[1]
+    with pytest.raises(error, match=message):
+        scatter_fill(kept, fill, restore, pos)
+
+
 @needs_cpp
 @pytest.mark.parametrize("value", [-1, 20])
 def test_cpp_never_reads_or_writes_outside(value):
     kept, fill, restore, pos = inputs(2, 20, 9, 24)
     restore[1, 2] = value
-    with pytest.raises(RuntimeError, match=f"restore holds {value}, outside of 0 .. L - 1 with L = 20"):
+    with pytest.raises(RuntimeError, match=f"restore holds {value}, outside of 0 .. K \\+ F - 1 with K \\+ F = 20"):
         scatter_fill(kept, fill, restore, pos, impl="cpp")
     with pytest.raises(RuntimeError, match=f"restore holds {value}"):
-        ops.run_backward(torch.zeros(2, 20, 24), restore, 9, F32, "cpp")
+        ops.run_backward(torch.zeros(2, 20, 24), restore, 9, 11, F32, "cpp")
 
 
 KEPT, FILL, POS = torch.zeros(2, 3, 8), torch.zeros(2, 2, 8), torch.zeros(5, 8)
@@ -278,10 +323,10 @@ RESTORE = torch.arange(5).repeat(2, 1)
         ((KEPT, FILL.bfloat16(), RESTORE, POS), TypeError, "kept and fill must have one dtype"),
         ((KEPT, FILL, RESTORE.float(), POS), TypeError, "restore must be int32 or int64"),
         ((KEPT[0], FILL, RESTORE, POS), ValueError, r"kept must be \(B, K, D\), got \(3, 8\)"),
-        ((KEPT, FILL[0], RESTORE, POS), ValueError, r"fill must be \(2, L - K, 8\), got \(2, 8\)"),
-        ((KEPT, FILL[..., :7], RESTORE, POS), ValueError, r"fill must be \(2, L - K, 8\), got \(2, 2, 7\)"),
-        ((KEPT, FILL[:1], RESTORE, POS), ValueError, r"fill must be \(2, L - K, 8\), got \(1, 2, 8\)"),
-        ((KEPT, FILL, RESTORE[:, :4], POS), ValueError, r"restore must be \(2, 5\), got \(2, 4\)"),
+        ((KEPT, FILL[0], RESTORE, POS), ValueError, r"fill must be \(2, F, 8\), got \(2, 8\)"),
+        ((KEPT, FILL[..., :7], RESTORE, POS), ValueError, r"fill must be \(2, F, 8\), got \(2, 2, 7\)"),
+        ((KEPT, FILL[:1], RESTORE, POS), ValueError, r"fill must be \(2, F, 8\), got \(1, 2, 8\)"),
+        ((KEPT, FILL, RESTORE[:, :4], POS), ValueError, r"restore must be \(2, 5 or more\), got \(2, 4\)"),
         ((KEPT, FILL, RESTORE, POS[:4]), ValueError, r"pos must be \(5, 8\), got \(4, 8\)"),
         ((KEPT, FILL, RESTORE.to("meta"), POS), ValueError, "restore is on meta, kept on cpu"),
         ((KEPT, FILL.to("meta"), RESTORE, POS), ValueError, "fill is on meta, kept on cpu"),

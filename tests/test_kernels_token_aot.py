@@ -93,25 +93,23 @@ def test_scatter_fill_bwd(capability, channels, dtypes):
     rows, grad = (pointer(d) for d in dtypes)
     made = compile_for(
         capability, k._scatter_fill_bwd_kernel,
-        grad, pointer(torch.int64), rows, rows, 8400, 2100, 4200, channels,
+        grad, pointer(torch.int64), rows, rows, 8400, 2100, 2100, 4200, channels,
         ROWS=k._ROWS, COLUMNS=k._COLUMNS, num_warps=4,
     )  # fmt: skip
     check(made, channels % 16 == 0)
 
 
 @TARGETS
-@pytest.mark.parametrize("length", [1, 1200, 4200, 4201, 16384])
-def test_sample_tokens(capability, length):
+@pytest.mark.parametrize("packed", [False, True], ids=["canvas", "packed"])
+@pytest.mark.parametrize("length", [1, 1200, 4200, 16384])
+def test_sample_tokens(capability, length, packed):
     from kernels_aot import compile_for
 
     from mimdet.kernels.sample_tokens import triton as k
 
-    block = min(k._BLOCK, k.triton.next_power_of_2(length))
-    index = pointer(torch.int64)
-    made = compile_for(
-        capability, k._sample_tokens_kernel,
-        pointer(F32), pointer(torch.uint8), index, index, index, length, max(1, length // 2),
-        BLOCK=block, num_warps=max(1, block // 256),
-    )  # fmt: skip
+    noise, valid = torch.empty(2, length), torch.empty(2, length, dtype=torch.bool)
+    keep, drop, restore = (torch.empty(2, n, dtype=torch.int64) for n in (max(1, length // 2), length // 2, length))
+    offsets = torch.empty(2, 3, dtype=torch.int32) if packed else None
+    arguments, constants = k._launch_arguments(noise, valid, offsets, keep, drop, restore)
     # One program a picture: how many fit on a multiprocessor does not matter.
-    check(made, wide=False, registers=128)
+    check(compile_for(capability, k._sample_tokens_kernel, *arguments, **constants), wide=False, registers=128)

@@ -1,20 +1,20 @@
-#include "SampleTokens.h"
-
 #include <cstring>
 #include <memory>
+#include <optional>
 
 #include "binding.h"
 
 namespace mimdet {
 namespace {
 
-// Unsigned integers in the order of argsort: padding as infinity, -0 equal to 0, NaN last.
-inline uint32_t sort_key(float noise, bool valid) {
-  if (!valid) return 0xff800000u;
+constexpr uint32_t kOutside = 0xffffffffu, kNan = 0xfffffffeu, kInfinity = 0xff800000u;
+
+// Unsigned integers in the order of argsort: -0 equal to 0, NaN last.
+inline uint32_t sort_key(float noise) {
   uint32_t bits;
   std::memcpy(&bits, &noise, 4);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return 0xffffffffu;
+  if (magnitude > 0x7f800000u) return kNan;
   if (magnitude == 0) return 0x80000000u;
   return bits == magnitude ? bits | 0x80000000u : ~bits;
 }
@@ -45,53 +45,73 @@ uint32_t kth_smallest(uint32_t* keys, int64_t n, int64_t k, int64_t* below) {
   return prefix;
 }
 
-}  // namespace
+// Where one picture's results go, and how tokens and rows are numbered.
+struct Part {
+  int64_t count;  // tokens to keep
+  int64_t *keep, *drop, *restore;
+  int64_t token, kept_row, dropped_row;  // numbers of its first token, kept row and dropped row
+};
 
-void sample_tokens_row(const float* noise, const bool* valid, int64_t length, int64_t count, int64_t* keep,
-                       int64_t* drop, int64_t* restore, uint32_t* scratch) {
-  uint32_t* keys = scratch;
-  for (int64_t i = 0; i < length; ++i) keys[i] = sort_key(noise[i], valid[i]);
-  uint32_t last = 0;
-  int64_t ties = 0;  // how many keys equal to the last one are kept: the first ones
-  if (count > 0) {
-    std::memcpy(scratch + length, keys, sizeof(uint32_t) * length);
+// noise, valid: length; scratch: 2 * length.
+void sample_picture(const float* noise, const bool* valid, int64_t length, uint32_t padding, const Part& to,
+                    uint32_t* keys) {
+  for (int64_t i = 0; i < length; ++i) keys[i] = valid[i] ? sort_key(noise[i]) : padding;
+  uint32_t last = 0;  // no key is 0
+  int64_t ties = 0;   // how many keys equal to the last one are kept: the first ones
+  if (to.count > 0) {
+    std::memcpy(keys + length, keys, sizeof(uint32_t) * length);
     int64_t below;
-    last = kth_smallest(scratch + length, length, count, &below);
-    ties = count - below;
+    last = kth_smallest(keys + length, length, to.count, &below);
+    ties = to.count - below;
   }
-  int64_t kept = 0;
+  int64_t kept = 0, dropped = 0, nowhere;
   for (int64_t i = 0; i < length; ++i) {
-    const bool equal = keys[i] == last;
+    const bool equal = keys[i] == last, inside = keys[i] != kOutside;
     const bool take = keys[i] < last || (equal && ties > 0);
     ties -= equal;
-    const int64_t dropped = i - kept;
-    *(take ? keep + kept : drop + dropped) = i;
-    restore[i] = take ? kept : count + dropped;
+    *(take ? to.keep + kept : inside ? to.drop + dropped : &nowhere) = to.token + i;
+    to.restore[i] = take ? to.kept_row + kept : inside ? to.dropped_row + dropped : -1;
     kept += take;
+    dropped += inside && !take;
   }
 }
 
-// noise (B, L) float32, valid (B, L) bool -> keep (B, K), drop (B, L - K), restore (B, L) int64; all contiguous.
-void sample_tokens(const Tensor& noise, const Tensor& valid, Tensor keep, Tensor drop, Tensor restore) {
-  const int64_t length = noise.size(1), count = keep.size(1);
+// noise (B, L) float32, valid (B, L) bool -> restore (B, L), and keep (B, K) and drop (B, L - K), or with offsets
+// (2, B + 1) int32 keep (T) and drop (D), int64; all contiguous.
+void sample_tokens(const Tensor& noise, const Tensor& valid, std::optional<Tensor> offsets, Tensor keep, Tensor drop,
+                   Tensor restore) {
+  const int64_t batch = noise.size(0), length = noise.size(1), kept = keep.size(-1), dropped = drop.size(-1);
   const float* noise_at = floats(noise);
   const auto* valid_at = static_cast<const bool*>(valid.data_ptr());
+  const auto* starts = offsets ? static_cast<const int32_t*>(offsets->data_ptr()) : nullptr;
   auto* keep_at = static_cast<int64_t*>(keep.data_ptr());
   auto* drop_at = static_cast<int64_t*>(drop.data_ptr());
   auto* restore_at = static_cast<int64_t*>(restore.data_ptr());
   // A token costs about as much as eight elements of a row.
   const int64_t grain = kGrain / 8 / (length + 1) + 1;
-  torch::stable::parallel_for(0, noise.size(0), grain, [=](int64_t begin, int64_t end) {
-    const std::unique_ptr<uint32_t[]> scratch(new uint32_t[2 * length]);
+  torch::stable::parallel_for(0, batch, grain, [=](int64_t begin, int64_t end) {
+    const std::unique_ptr<uint32_t[]> keys(new uint32_t[2 * length]);
     for (int64_t b = begin; b < end; ++b) {
-      sample_tokens_row(noise_at + b * length, valid_at + b * length, length, count, keep_at + b * count,
-                        drop_at + b * (length - count), restore_at + b * length, scratch.get());
+      Part to;
+      if (starts == nullptr) {
+        to = {kept, keep_at + b * kept, drop_at + b * dropped, nullptr, 0, 0, kept};
+      } else {
+        const int64_t first = starts[b], second = starts[batch + 1 + b];
+        to = {starts[b + 1] - first, keep_at + first, drop_at + second, nullptr, b * length, first, kept + second};
+      }
+      to.restore = restore_at + b * length;
+      sample_picture(noise_at + b * length, valid_at + b * length, length, starts ? kOutside : kInfinity, to,
+                     keys.get());
     }
   });
 }
 
+}  // namespace
+
 STABLE_TORCH_LIBRARY_FRAGMENT(mimdet_cpu, m) {
-  m.def("sample_tokens(Tensor noise, Tensor valid, Tensor(a!) keep, Tensor(b!) drop, Tensor(c!) restore) -> ()");
+  m.def(
+      "sample_tokens(Tensor noise, Tensor valid, Tensor? offsets, Tensor(a!) keep, Tensor(b!) drop, "
+      "Tensor(c!) restore) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mimdet_cpu, CPU, m) { m.impl("sample_tokens", TORCH_BOX(&sample_tokens)); }

@@ -12,23 +12,28 @@ void assemble(const In* kept, int64_t kept_batch_stride, int64_t kept_row_stride
               int64_t kept_rows, int64_t length, int64_t channels, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const int64_t b = r / length, row = restore[r];
+    Out* to = out + r * channels;
+    if (row < 0) {
+      __builtin_memset(to, 0, sizeof(Out) * channels);
+      continue;
+    }
     const In* from = row < kept_rows ? kept + b * kept_batch_stride + row * kept_row_stride
                                      : fill + b * fill_batch_stride + (row - kept_rows) * fill_row_stride;
     const Out* shift = pos + (r - b * length) * channels;
-    Out* to = out + r * channels;
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) store(to + c, load(from + c) + load(shift + c));
   }
 }
 
 template <typename In, typename Out>
-void split(const In* grad, const int64_t* restore, Out* kept, Out* fill, int64_t kept_rows, int64_t length,
-           int64_t channels, int64_t begin, int64_t end) {
+void split(const In* grad, const int64_t* restore, Out* kept, Out* fill, int64_t kept_rows, int64_t fill_rows,
+           int64_t length, int64_t channels, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const int64_t b = r / length, row = restore[r];
+    if (row < 0) continue;
     const In* from = grad + r * channels;
     Out* to = row < kept_rows ? kept + (b * kept_rows + row) * channels
-                              : fill + (b * (length - kept_rows) + row - kept_rows) * channels;
+                              : fill + (b * fill_rows + row - kept_rows) * channels;
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) store(to + c, load(from + c));
   }
@@ -56,20 +61,20 @@ void scatter_fill_rows(const void* kept, int64_t kept_batch_stride, int64_t kept
 }
 
 void scatter_fill_backward_rows(const void* grad, bool grad_bf16, const int64_t* restore, void* kept, void* fill,
-                                bool out_bf16, int64_t kept_rows, int64_t length, int64_t channels, int64_t begin,
-                                int64_t end) {
+                                bool out_bf16, int64_t kept_rows, int64_t fill_rows, int64_t length,
+                                int64_t channels, int64_t begin, int64_t end) {
   if (grad_bf16 && out_bf16) {
     split(static_cast<const bf16*>(grad), restore, static_cast<bf16*>(kept), static_cast<bf16*>(fill), kept_rows,
-          length, channels, begin, end);
+          fill_rows, length, channels, begin, end);
   } else if (out_bf16) {
     split(static_cast<const float*>(grad), restore, static_cast<bf16*>(kept), static_cast<bf16*>(fill), kept_rows,
-          length, channels, begin, end);
+          fill_rows, length, channels, begin, end);
   } else if (grad_bf16) {
     split(static_cast<const bf16*>(grad), restore, static_cast<float*>(kept), static_cast<float*>(fill), kept_rows,
-          length, channels, begin, end);
+          fill_rows, length, channels, begin, end);
   } else {
     split(static_cast<const float*>(grad), restore, static_cast<float*>(kept), static_cast<float*>(fill), kept_rows,
-          length, channels, begin, end);
+          fill_rows, length, channels, begin, end);
   }
 }
 

@@ -11,6 +11,7 @@ __global__ void scatter_fill_kernel(const In* kept, int64_t kept_batch_stride, i
   const int64_t r = warp_row();
   if (r >= rows) return;
   const int64_t b = r / length, row = restore[r];
+  if (row < 0) return clear_row<V>(out + r * channels, channels);
   const In* from = row < kept_rows ? kept + b * kept_batch_stride + row * kept_row_stride
                                    : fill + b * fill_batch_stride + (row - kept_rows) * fill_row_stride;
   move_row<V>(from, pos + (r - b * length) * channels, out + r * channels, channels);
@@ -18,12 +19,13 @@ __global__ void scatter_fill_kernel(const In* kept, int64_t kept_batch_stride, i
 
 template <int V, class In, class Out>
 __global__ void scatter_fill_backward_kernel(const In* grad, const int64_t* restore, Out* kept, Out* fill, int64_t rows,
-                                             int64_t kept_rows, int64_t length, int64_t channels) {
+                                             int64_t kept_rows, int64_t fill_rows, int64_t length, int64_t channels) {
   const int64_t r = warp_row();
   if (r >= rows) return;
   const int64_t b = r / length, row = restore[r];
+  if (row < 0) return;
   Out* to = row < kept_rows ? kept + (b * kept_rows + row) * channels
-                            : fill + (b * (length - kept_rows) + row - kept_rows) * channels;
+                            : fill + (b * fill_rows + row - kept_rows) * channels;
   move_row<V>(grad + r * channels, static_cast<const Out*>(nullptr), to, channels);
 }
 
@@ -32,7 +34,8 @@ __global__ void scatter_fill_backward_kernel(const In* grad, const int64_t* rest
 
 using namespace mimdet;
 
-// kept: kept_rows rows a picture, fill: the others, each at two strides; restore: (rows); pos: (length, channels).
+// kept: kept_rows rows a picture, fill: the others, each at two strides; restore: (rows), -1 for zeros; pos: (length,
+// channels).
 MIMDET_CUDA_API int mimdet_scatter_fill(
     const void* kept, const void* fill, const int64_t* restore, const void* pos, void* out, int64_t in_type,
     int64_t out_type, int64_t kept_batch_stride, int64_t kept_row_stride, int64_t fill_batch_stride,
@@ -61,7 +64,7 @@ MIMDET_CUDA_API int mimdet_scatter_fill(
 // grad: (rows, channels); restore: (rows); kept and fill: their gradients, contiguous.
 MIMDET_CUDA_API int mimdet_scatter_fill_backward(
     const void* grad, const int64_t* restore, void* kept, void* fill, int64_t grad_type, int64_t out_type, int64_t rows,
-    int64_t kept_rows, int64_t length, int64_t channels, cudaStream_t stream) {
+    int64_t kept_rows, int64_t fill_rows, int64_t length, int64_t channels, cudaStream_t stream) {
   return dispatch(grad_type, out_type, [&](auto in_type, auto to_type) {
     using In = decltype(in_type);
     using Out = decltype(to_type);
@@ -70,10 +73,12 @@ MIMDET_CUDA_API int mimdet_scatter_fill_backward(
     auto *a = static_cast<Out*>(kept), *b = static_cast<Out*>(fill);
     if (packs<V>(from, channels) && packs<V>(a, channels) && packs<V>(b, channels)) {
       scatter_fill_backward_kernel<V>
-          <<<row_grid(rows), row_block(), 0, stream>>>(from, restore, a, b, rows, kept_rows, length, channels);
+          <<<row_grid(rows), row_block(), 0, stream>>>(from, restore, a, b, rows, kept_rows, fill_rows, length,
+                                                       channels);
     } else {
       scatter_fill_backward_kernel<1>
-          <<<row_grid(rows), row_block(), 0, stream>>>(from, restore, a, b, rows, kept_rows, length, channels);
+          <<<row_grid(rows), row_block(), 0, stream>>>(from, restore, a, b, rows, kept_rows, fill_rows, length,
+                                                       channels);
     }
   });
 }

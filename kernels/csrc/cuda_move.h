@@ -27,6 +27,13 @@ __device__ __forceinline__ void move_row(const In* from, const Out* shift, Out* 
   }
 }
 
+// to = 0 over one row by the lanes of a warp.
+template <int V, class Out>
+__device__ __forceinline__ void clear_row(Out* to, int64_t channels) {
+  const float zeros[V] = {};
+  for (int64_t c = threadIdx.x * V; c < channels; c += 32 * V) store<V>(to + c, zeros);
+}
+
 // Elements of the wider type in 16 bytes.
 template <class In, class Out>
 constexpr int kPack = 16 / static_cast<int>(sizeof(In) > sizeof(Out) ? sizeof(In) : sizeof(Out));

@@ -20,7 +20,8 @@ def gather_add_pos(
         x: (B, L, C) tokens, float; any strides, without a copy where C lies densely.
         pos: (L, C) or (1, L, C) position embedding, float; None gathers alone.
         index: (B, K) int32 or int64, tokens of each picture: within 0 .. L - 1 and none twice, or results and
-            gradients mean nothing. MIMDET_DEBUG_KERNELS=1 checks both.
+            gradients mean nothing. MIMDET_DEBUG_KERNELS=1 checks both. Packed tokens of several pictures come as one
+            picture: x (1, B * L, C), pos (B * L, C), index (1, T).
         impl: see ``mimdet.kernels.selector``.
 
     Returns:
@@ -29,13 +30,13 @@ def gather_add_pos(
     Raises:
         TypeError: a dtype that is not float, or an index that is not int32 or int64.
         ValueError: shapes or devices that do not fit together; while debugging, an index twice.
-        IndexError: while debugging, and always from eager, an index outside of 0 .. L - 1 (RuntimeError from cpp).
+        IndexError: while debugging, an index outside of 0 .. L - 1 (from cpp always a RuntimeError).
         KernelUnavailableError: ``impl`` names what cannot run.
     """
     pos = _checked(x, pos, index)
     if debug.enabled():
         debug.check_unique_index(index, x.shape[1], "gather_add_pos: index")
-    if pos is not None:
+    if pos is not None and pos.dtype != x.dtype:
         # Kernels take x in pos's dtype, or in a 16-bit dtype beside a float32 pos.
         wide = torch.promote_types(x.dtype, pos.dtype)
         pos = pos.to(wide)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,30 @@ class TokenSample(NamedTuple):
     restore: torch.Tensor
 
 
+class PackedTokenSample(NamedTuple):
+    """A split of the pictures' own tokens, one picture's after the other's, each in raster order; no padding.
+
+    Tokens are rows of the (B * L, C) matrix of all the batch's tokens.
+
+    Attributes:
+        keep: (T,) int64, tokens the encoder sees.
+        drop: (D,) int64, the other valid ones.
+        restore: (B, L) int64, where each token stands in ``cat([keep, drop])``; -1 for padding.
+        cu_keep: (B + 1,) int32, where each picture's kept tokens begin, and T: attention's ``cu_seqlens``.
+        cu_drop: (B + 1,) int32, the same of the dropped tokens.
+        max_keep: most kept tokens of a picture.
+        max_drop: most dropped tokens of a picture.
+    """
+
+    keep: torch.Tensor
+    drop: torch.Tensor
+    restore: torch.Tensor
+    cu_keep: torch.Tensor
+    cu_drop: torch.Tensor
+    max_keep: int
+    max_drop: int
+
+
 def sample_tokens(noise: torch.Tensor, valid: torch.Tensor, ratio: float, *, impl: str | None = None) -> TokenSample:
     """Keep the int(L * ratio) tokens of smallest noise, at least one; padding comes last.
 
@@ -34,7 +60,7 @@ def sample_tokens(noise: torch.Tensor, valid: torch.Tensor, ratio: float, *, imp
 
     Args:
         noise: (B, L) uniform numbers, any float dtype; any strides.
-        valid: (B, L) bool, False for padding.
+        valid: (B, L) bool, False for padding; ``valid_tokens`` makes it.
         ratio: keep ratio in (0, 1].
         impl: see ``mimdet.kernels.selector``.
 
@@ -43,21 +69,106 @@ def sample_tokens(noise: torch.Tensor, valid: torch.Tensor, ratio: float, *, imp
         ValueError: ratio outside (0, 1], shapes or devices that do not fit together.
         KernelUnavailableError: ``impl`` names what cannot run.
     """
-    if not noise.is_floating_point():
-        raise TypeError(f"sample_tokens: noise must be of a float dtype, got {noise.dtype}")
+    _check_noise(noise, ratio)
     if valid.dtype != torch.bool:
         raise TypeError(f"sample_tokens: valid must be bool, got {valid.dtype}")
-    if noise.dim() != 2 or valid.shape != noise.shape:
+    if valid.shape != noise.shape:
         shapes = f"{tuple(noise.shape)} and {tuple(valid.shape)}"
         raise ValueError(f"sample_tokens: noise and valid must both be (B, L), got {shapes}")
     if valid.device != noise.device:
         raise ValueError(f"sample_tokens: valid is on {valid.device}, noise on {noise.device}")
-    if not 0.0 < ratio <= 1.0:
-        raise ValueError(f"sample_tokens: ratio must be in (0, 1], got {ratio}")
     length = noise.shape[1]
-    count = min(max(1, int(length * ratio)), length)
+    count = min(_count(length, ratio), length)
     impl = registry.choose(ops.NAME, impl, noise.device.type, noise.dtype)
     noise = noise.detach()
     if impl == "eager":
         return TokenSample(*reference.sample_tokens(noise, valid, count))
-    return TokenSample(*ops.run(noise.float(), valid, count, impl))
+    return TokenSample(*ops.run(noise.float(), valid, None, count, length - count, impl))
+
+
+def sample_packed_tokens(
+    noise: torch.Tensor,
+    sizes: Sequence[tuple[int, int]],
+    grid: tuple[int, int],
+    ratio: float,
+    *,
+    impl: str | None = None,
+) -> PackedTokenSample:
+    """Keep, of each picture's n own tokens, the int(n * ratio) of smallest noise, at least one.
+
+    A picture keeps what it would keep alone, whatever it is batched with. Equal noise is taken in raster order, NaN
+    last. All lengths follow from ``sizes``: nothing waits for the GPU. Without padding the choice is that of
+    ``sample_tokens``.
+
+    Args:
+        noise: (B, L) uniform numbers, any float dtype; any strides. L is rows times columns of ``grid``.
+        sizes: (rows, columns) of tokens of each picture, from the top left corner of its grid.
+        grid: (rows, columns) of tokens of the padded pictures.
+        ratio: keep ratio in (0, 1].
+        impl: see ``mimdet.kernels.selector``.
+
+    Raises:
+        TypeError: noise is not of a float dtype.
+        ValueError: ratio outside (0, 1], sizes that are not B or not within the grid, noise of another shape.
+        KernelUnavailableError: ``impl`` names what cannot run.
+    """
+    _check_noise(noise, ratio)
+    _check_sizes(sizes, grid)
+    if noise.shape != (len(sizes), grid[0] * grid[1]):
+        wanted = len(sizes), grid[0] * grid[1]
+        raise ValueError(f"sample_packed_tokens: noise must be {wanted} for the sizes, got {tuple(noise.shape)}")
+    keep = [_count(rows * columns, ratio) for rows, columns in sizes]
+    drop = [rows * columns - count for (rows, columns), count in zip(sizes, keep, strict=True)]
+    # One transfer takes all the numbers to the device.
+    starts = [list(accumulate(counts, initial=0)) for counts in (keep, drop)]
+    sides = [[*side, 0] for side in zip(*sizes, strict=True)] or [[0], [0]]
+    numbers = _upload([*starts, *sides], noise.device)
+    offsets, valid = numbers[:2], _inside(numbers[2:, :-1], grid)
+    impl = registry.choose(ops.NAME, impl, noise.device.type, noise.dtype)
+    totals = sum(keep), sum(drop)
+    noise = noise.detach()
+    if impl == "eager":
+        split = reference.sample_packed_tokens(noise, valid, offsets, *totals)
+    else:
+        split = ops.run(noise.float(), valid, offsets, *totals, impl)
+    return PackedTokenSample(*split, offsets[0], offsets[1], max(keep, default=0), max(drop, default=0))
+
+
+def valid_tokens(sizes: Sequence[tuple[int, int]], grid: tuple[int, int], device: torch.device | str) -> torch.Tensor:
+    """(B, rows * columns of ``grid``) bool: True inside each picture's (rows, columns); does not wait for the GPU.
+
+    Raises:
+        ValueError: sizes that are not within the grid.
+    """
+    _check_sizes(sizes, grid)
+    sides = [list(side) for side in zip(*sizes, strict=True)] or [[], []]
+    return _inside(_upload(sides, torch.device(device)), grid)
+
+
+def _upload(numbers: list[list[int]], device: torch.device) -> torch.Tensor:
+    pinned = device.type == "cuda"  # else the copy would wait for all that the GPU has to do
+    return torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=pinned).to(device, non_blocking=pinned)
+
+
+def _inside(sides: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    rows, columns = (torch.arange(n, device=sides.device) < side[:, None] for n, side in zip(grid, sides, strict=True))
+    return (rows[:, :, None] & columns[:, None, :]).flatten(1)
+
+
+def _count(length: int, ratio: float) -> int:
+    return max(1, int(length * ratio))
+
+
+def _check_noise(noise: torch.Tensor, ratio: float) -> None:
+    if not noise.is_floating_point():
+        raise TypeError(f"sample_tokens: noise must be of a float dtype, got {noise.dtype}")
+    if noise.dim() != 2:
+        raise ValueError(f"sample_tokens: noise must be (B, L), got {tuple(noise.shape)}")
+    if not 0.0 < ratio <= 1.0:
+        raise ValueError(f"sample_tokens: ratio must be in (0, 1], got {ratio}")
+
+
+def _check_sizes(sizes: Sequence[tuple[int, int]], grid: tuple[int, int]) -> None:
+    for b, (rows, columns) in enumerate(sizes):
+        if not (1 <= rows <= grid[0] and 1 <= columns <= grid[1]):
+            raise ValueError(f"sample_tokens: sizes[{b}] is {(rows, columns)}, not within 1 .. {tuple(grid)}")

@@ -6,71 +6,117 @@ import torch
 import triton
 import triton.language as tl
 
-# Tokens that a program looks at together; more of them spill registers.
-_BLOCK = 2048
+# Tokens whose keys a program holds in registers. Pictures of more tokens are read again in every round.
+_BLOCK = 8192
+# Each warp holds 16 keys a lane, and places 4 tokens a lane at a time: more of these spill registers.
+_HELD, _PLACED = 512, 128
+# Keys of what is not part of the picture, and of NaN and infinity.
+_OUTSIDE = tl.constexpr(0x7FFFFFFF)
+_NAN = tl.constexpr(0x7FFFFFFE)
+_INFINITY = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def _sort_key(noise, valid, token, L):
-    """int32 in the order of argsort: padding as infinity, -0 equal to 0, NaN last. noise: (L,) float32; valid: (L,)."""
+def _sort_key(noise, valid, token, L, PACKED: tl.constexpr):
+    """int32 in the order of argsort, -0 equal to 0. noise: (L,) float32; valid: (L,) uint8."""
     x = tl.load(noise + token, mask=token < L, other=0.0)
-    x = tl.where(tl.load(valid + token, mask=token < L, other=0) != 0, x, float("inf"))
+    inside = tl.load(valid + token, mask=token < L, other=0) != 0
     key = x.to(tl.int32, bitcast=True)
     key = tl.where(key < 0, key ^ 0x7FFFFFFF, key)
     key = tl.where(x == 0, 0, key)
-    return tl.where(x != x, 0x7FFFFFFF, key)
+    key = tl.where(x != x, _NAN, key)
+    key = tl.where(inside, key, _OUTSIDE if PACKED else _INFINITY)
+    return tl.where(token < L, key, _OUTSIDE)
 
 
 @triton.jit
-def _sample_tokens_kernel(noise, valid, keep, drop, restore, L, K, BLOCK: tl.constexpr):
-    """noise: (B, L) float32; valid: (B, L) uint8; keep: (B, K), drop: (B, L - K), restore: (B, L) int64."""
+def _sample_tokens_kernel(
+    noise, valid, offsets, keep, drop, restore, L, kept, dropped,
+    PACKED: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """noise: (B, L) float32; valid: (B, L) uint8; restore: (B, L) int64. Packed: offsets: (2, B + 1) int32;
+    keep: (kept,), drop: (dropped,) int64; else keep: (B, kept), drop: (B, dropped)."""
     b = tl.program_id(0).to(tl.int64)
     noise, valid, restore = noise + b * L, valid + b * L, restore + b * L
-    keep, drop = keep + b * K, drop + b * (L - K)
+    if PACKED:
+        count = tl.load(offsets + b + 1) - tl.load(offsets + b)
+        first_kept = tl.load(offsets + b).to(tl.int64)
+        first_dropped = tl.load(offsets + tl.num_programs(0) + 1 + b).to(tl.int64)
+        keep, drop = keep + first_kept, drop + first_dropped
+        first_token, first_dropped = b * L, kept + first_dropped
+    else:
+        count = kept
+        keep, drop = keep + b * kept, drop + b * dropped
+        first_token, first_kept, first_dropped = 0, 0, kept
+    if ONE_BLOCK:
+        keys = _sort_key(noise, valid, tl.arange(0, BLOCK), L, PACKED)
 
-    # Bisection for the K-th smallest key: K keys or more are <= high, fewer are < low.
-    low = tl.full((), -2147483648, tl.int64)
-    high = tl.full((), 2147483647, tl.int64)
-    for _ in range(32):
-        middle = (low + high) >> 1
-        counts = tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, L, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            key = _sort_key(noise, valid, token, L)
-            counts += ((token < L) & (key <= middle.to(tl.int32))).to(tl.int32)
-        enough = tl.sum(counts, axis=0) >= K
-        high = tl.where(enough, middle, high)
-        low = tl.where(enough, low, middle + 1)
-    last = high.to(tl.int32)
+    # The count-th smallest key, two bits a round: it is >= low; `below` keys, fewer than count, are < low.
+    low = tl.full((), -2147483648, tl.int32)
+    below = tl.full((), 0, tl.int32)
+    step = tl.full((), 1073741824, tl.int32)
+    for _ in range(16):
+        t1, t2, t3 = low + step, low + step + step, low + step + step + step
+        n1, n2, n3 = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+        for start in range(0, BLOCK if ONE_BLOCK else L, BLOCK):
+            if not ONE_BLOCK:
+                keys = _sort_key(noise, valid, start + tl.arange(0, BLOCK), L, PACKED)
+            # Three counts in one sum.
+            some = (keys < t1).to(tl.int64) + ((keys < t2).to(tl.int64) << 20) + ((keys < t3).to(tl.int64) << 40)
+            total = tl.sum(some, axis=0)
+            n1 += (total & 0xFFFFF).to(tl.int32)
+            n2 += (total >> 20 & 0xFFFFF).to(tl.int32)
+            n3 += (total >> 40).to(tl.int32)
+        low = tl.where(n3 < count, t3, tl.where(n2 < count, t2, tl.where(n1 < count, t1, low)))
+        below = tl.where(n3 < count, n3, tl.where(n2 < count, n2, tl.where(n1 < count, n1, below)))
+        step = step >> 2
 
-    counts = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, L, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        counts += ((token < L) & (_sort_key(noise, valid, token, L) < last)).to(tl.int32)
-    # Of the keys equal to the last one, the first in raster order fill up the count.
-    ties = K - tl.sum(counts, axis=0)
-    kept = tl.full((), 0, tl.int32)
-    for start in range(0, L, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        inside = token < L
-        key = _sort_key(noise, valid, token, L)
-        equal = (inside & (key == last)).to(tl.int32)
-        taken = inside & ((key < last) | ((equal != 0) & (tl.cumsum(equal, axis=0) <= ties)))
-        place = kept + tl.cumsum(taken.to(tl.int32), axis=0) - taken.to(tl.int32)
-        tl.store(keep + place, token.to(tl.int64), mask=taken)
-        tl.store(drop + token - place, token.to(tl.int64), mask=inside & (taken == 0))
-        tl.store(restore + token, tl.where(taken, place, K + token - place).to(tl.int64), mask=inside)
-        ties -= tl.sum(equal, axis=0)
-        kept += tl.sum(taken.to(tl.int32), axis=0)
+    # Of the keys equal to it, the first in raster order fill up the count.
+    ties = count - below
+    smaller, equal, members = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    for start in range(0, L, SCAN):
+        token = start + tl.arange(0, SCAN)
+        key = _sort_key(noise, valid, token, L, PACKED)
+        # Two counts in one scan.
+        both = (key < low).to(tl.int32) + ((key == low).to(tl.int32) << 16)
+        earlier = tl.cumsum(both, axis=0) - both
+        equal_before = equal + (earlier >> 16)
+        place = smaller + (earlier & 0xFFFF) + tl.minimum(equal_before, ties)
+        taken = (key < low) | ((key == low) & (equal_before < ties))
+        member = key != _OUTSIDE
+        if PACKED:
+            others = members + tl.cumsum(member.to(tl.int32), axis=0) - member.to(tl.int32) - place
+            members += tl.sum(member.to(tl.int32), axis=0)
+        else:
+            others = token - place
+        tl.store(keep + place, first_token + token, mask=taken)
+        tl.store(drop + others, first_token + token, mask=member & (taken == 0))
+        row = tl.where(taken, first_kept + place, first_dropped + others)
+        tl.store(restore + token, tl.where(member, row, -1), mask=token < L)
+        total = tl.sum(both, axis=0)
+        smaller += total & 0xFFFF
+        equal += total >> 16
 
 
 def launch_sample_tokens(
-    noise: torch.Tensor, valid: torch.Tensor, keep: torch.Tensor, drop: torch.Tensor, restore: torch.Tensor
+    noise: torch.Tensor,
+    valid: torch.Tensor,
+    offsets: torch.Tensor | None,
+    keep: torch.Tensor,
+    drop: torch.Tensor,
+    restore: torch.Tensor,
 ) -> None:
-    """Contiguous noise (B, L) float32 and valid (B, L) bool -> keep (B, K >= 1), drop (B, L - K), restore (B, L)."""
-    batch, length = noise.shape
+    """Contiguous noise (B, L) float32, valid (B, L) bool and offsets -> keep, drop, restore, see ``ops``."""
+    arguments, constants = _launch_arguments(noise, valid, offsets, keep, drop, restore)
+    _sample_tokens_kernel[(len(noise),)](*arguments, **constants)
+
+
+def _launch_arguments(noise, valid, offsets, keep, drop, restore) -> tuple[tuple, dict]:
+    length = noise.shape[1]
     block = min(_BLOCK, triton.next_power_of_2(length))
-    _sample_tokens_kernel[(batch,)](
-        noise, valid.view(torch.uint8), keep, drop, restore, length, keep.shape[1],
-        BLOCK=block, num_warps=max(1, block // 256),
-    )  # fmt: skip
+    arguments = noise, valid.view(torch.uint8), offsets, keep, drop, restore, length, keep.shape[-1], drop.shape[-1]
+    warps = max(1, block // _HELD)
+    return arguments, {
+        "PACKED": offsets is not None, "ONE_BLOCK": length <= block, "BLOCK": block,
+        "SCAN": min(block, warps * _PLACED), "num_warps": warps,
+    }  # fmt: skip

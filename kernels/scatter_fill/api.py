@@ -11,7 +11,7 @@ from . import ops, reference
 def scatter_fill(
     kept: torch.Tensor, fill: torch.Tensor, restore: torch.Tensor, pos: torch.Tensor, *, impl: str | None = None
 ) -> torch.Tensor:
-    """``cat([kept, fill], 1)[b, restore[b, i]] + pos[i]`` in one pass, without the concatenation.
+    """``cat([kept, fill], 1)[b, restore[b, i]] + pos[i]`` in one pass, without the concatenation; padding is zeros.
 
     The sum is rounded once, so every implementation gives the same numbers. Backward copies each row's gradient to the
     source that the row came from, without atomics: it repeats bitwise. Gradients of first order. Source: He et al.,
@@ -19,10 +19,12 @@ def scatter_fill(
 
     Args:
         kept: (B, K, D) encoded rows, float; any strides, without a copy where D lies densely.
-        fill: (B, L - K, D) rows of the other positions, in kept's dtype. One mask token for all of them is
-            ``token.expand(B, L - K, D)``; it is not materialised.
-        restore: (B, L) int32 or int64, for each position its row in ``cat([kept, fill], 1)``: a permutation of
-            0 .. L - 1, or results and gradients mean nothing. MIMDET_DEBUG_KERNELS=1 checks it.
+        fill: (B, F, D) rows of the other positions, in kept's dtype. One mask token for all of them is
+            ``token.expand(B, F, D)``; it is not materialised.
+        restore: (B, L) int32 or int64, for each position its row in ``cat([kept, fill], 1)``. Every row is named once;
+            the L - K - F positions left are padding and hold -1: zeros in the result, no gradient. Otherwise results
+            and gradients mean nothing; MIMDET_DEBUG_KERNELS=1 checks it. Packed rows of several pictures come as one
+            picture: kept (1, T, D), fill (1, F, D), restore (1, B * L), pos (B * L, D).
         pos: (L, D) or (1, L, D) position embedding, float.
         impl: see ``mimdet.kernels.selector``.
 
@@ -31,18 +33,20 @@ def scatter_fill(
 
     Raises:
         TypeError: a dtype that is not float or differs, or a restore that is not int32 or int64.
-        ValueError: shapes or devices that do not fit together; while debugging, a row twice.
-        IndexError: while debugging, and always from eager, a row outside of 0 .. L - 1 (RuntimeError from cpp).
+        ValueError: shapes or devices that do not fit together; while debugging, a row twice or padding too often.
+        IndexError: while debugging, a row outside of 0 .. K + F - 1 (from cpp always a RuntimeError).
         KernelUnavailableError: ``impl`` names what cannot run.
     """
     pos = _checked(kept, fill, restore, pos)
     if debug.enabled():
-        debug.check_unique_index(restore, restore.shape[1], "scatter_fill: restore")
+        rows = kept.shape[1] + fill.shape[1]
+        debug.check_unique_index(restore, rows, "scatter_fill: restore", padding=restore.shape[1] - rows)
     # Kernels take the rows in pos's dtype, or in a 16-bit dtype beside a float32 pos.
-    wide = torch.promote_types(kept.dtype, pos.dtype)
-    pos = pos.to(wide)
-    if wide != torch.float32:
-        kept, fill = kept.to(wide), fill.to(wide)
+    if pos.dtype != kept.dtype:
+        wide = torch.promote_types(kept.dtype, pos.dtype)
+        pos = pos.to(wide)
+        if wide != torch.float32:
+            kept, fill = kept.to(wide), fill.to(wide)
     impl = registry.choose(ops.NAME, impl, kept.device.type, kept.dtype)
     if impl == "eager":
         return reference.scatter_fill(kept, fill, restore, pos)
@@ -65,10 +69,11 @@ def _checked(kept: torch.Tensor, fill: torch.Tensor, restore: torch.Tensor, pos:
         raise ValueError(f"scatter_fill: kept must be (B, K, D), got {tuple(kept.shape)}")
     batch, count, channels = kept.shape
     if fill.dim() != 3 or fill.shape[0] != batch or fill.shape[2] != channels:
-        raise ValueError(f"scatter_fill: fill must be ({batch}, L - K, {channels}), got {tuple(fill.shape)}")
-    length = count + fill.shape[1]
-    if restore.shape != (batch, length):
-        raise ValueError(f"scatter_fill: restore must be {(batch, length)}, got {tuple(restore.shape)}")
+        raise ValueError(f"scatter_fill: fill must be ({batch}, F, {channels}), got {tuple(fill.shape)}")
+    rows = count + fill.shape[1]
+    if restore.dim() != 2 or restore.shape[0] != batch or restore.shape[1] < rows:
+        raise ValueError(f"scatter_fill: restore must be ({batch}, {rows} or more), got {tuple(restore.shape)}")
+    length = restore.shape[1]
     table = pos.squeeze(0) if pos.dim() == 3 else pos
     if table.shape != (length, channels):
         raise ValueError(f"scatter_fill: pos must be {(length, channels)}, got {tuple(pos.shape)}")

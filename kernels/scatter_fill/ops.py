@@ -39,9 +39,13 @@ def _fake(kept, fill, restore, pos, impl):
     return kept.new_empty((*restore.shape, kept.shape[2]), dtype=pos.dtype)
 
 
-def _run_backward(grad, restore, kept_rows, dtype, impl):
-    batch, length, channels = grad.shape
-    kept, fill = (grad.new_empty((batch, n, channels), dtype=dtype) for n in (kept_rows, length - kept_rows))
+def _fake_backward(grad, restore, kept_rows, fill_rows, dtype, impl):
+    batch, _length, channels = grad.shape
+    return tuple(grad.new_empty((batch, n, channels), dtype=dtype) for n in (kept_rows, fill_rows))
+
+
+def _run_backward(grad, restore, kept_rows, fill_rows, dtype, impl):
+    kept, fill = _fake_backward(grad, restore, kept_rows, fill_rows, dtype, impl)
     if grad.numel() == 0:
         return kept, fill
     grad = grad.contiguous()
@@ -53,22 +57,18 @@ def _run_backward(grad, restore, kept_rows, dtype, impl):
     restore = restore.long().contiguous()
     if impl == "cuda":
         codes = _CUDA_DTYPES[grad.dtype], _CUDA_DTYPES[dtype]
-        sizes = batch * length, kept_rows, length, channels
+        batch, length, channels = grad.shape
+        sizes = batch * length, kept_rows, fill_rows, length, channels
         build.call_cuda(f"{NAME}_backward", grad, restore, kept, fill, *codes, *sizes)
     else:
         build.call_cpp(f"{NAME}_backward", grad, restore, kept, fill)
     return kept, fill
 
 
-def _fake_backward(grad, restore, kept_rows, dtype, impl):
-    batch, length, channels = grad.shape
-    return tuple(grad.new_empty((batch, n, channels), dtype=dtype) for n in (kept_rows, length - kept_rows))
-
-
 run = library.define(NAME, "(Tensor kept, Tensor fill, Tensor restore, Tensor pos, str impl) -> Tensor", _run, _fake)
 run_backward = library.define(
     f"{NAME}_backward",
-    "(Tensor grad, Tensor restore, SymInt kept_rows, ScalarType dtype, str impl)"
+    "(Tensor grad, Tensor restore, SymInt kept_rows, SymInt fill_rows, ScalarType dtype, str impl)"
     " -> (Tensor grad_kept, Tensor grad_fill)",
     _run_backward,
     _fake_backward,
@@ -76,8 +76,8 @@ run_backward = library.define(
 
 
 def _setup_context(ctx, inputs, output):
-    kept, _fill, restore, _pos, ctx.impl = inputs
-    ctx.kept_rows, ctx.dtype = kept.shape[1], kept.dtype
+    kept, fill, restore, _pos, ctx.impl = inputs
+    ctx.rows, ctx.dtype = (kept.shape[1], fill.shape[1]), kept.dtype
     ctx.save_for_backward(restore)
 
 
@@ -85,8 +85,10 @@ def _backward(ctx, grad):
     (restore,) = ctx.saved_tensors
     grad_kept = grad_fill = grad_pos = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        grad_kept, grad_fill = run_backward(grad, restore, ctx.kept_rows, ctx.dtype, ctx.impl)
+        grad_kept, grad_fill = run_backward(grad, restore, *ctx.rows, ctx.dtype, ctx.impl)
     if ctx.needs_input_grad[3]:
+        if grad.shape[1] > sum(ctx.rows):  # there is padding
+            grad = grad.masked_fill((restore < 0)[..., None], 0)
         grad_pos = grad.sum(0)
     return grad_kept, grad_fill, None, grad_pos, None
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..kernels.sample_tokens.api import TokenSample, sample_tokens
+from ..kernels.sample_tokens.api import TokenSample, sample_tokens, valid_tokens
 
 __all__ = ["TokenSample", "check_ratio", "sample_tokens", "valid_cells"]
 
@@ -22,7 +22,5 @@ def valid_cells(
     image_sizes: Sequence[tuple[int, int]], grid: tuple[int, int], patch_size: int, device: torch.device | str
 ) -> torch.Tensor:
     """(B, rows * columns) bool: True where a token holds at least one pixel of its picture, not only padding."""
-    sides = torch.tensor([[-(-int(h) // patch_size), -(-int(w) // patch_size)] for h, w in image_sizes], device=device)
-    rows = torch.arange(grid[0], device=device) < sides[:, :1]
-    columns = torch.arange(grid[1], device=device) < sides[:, 1:]
-    return (rows[:, :, None] & columns[:, None, :]).flatten(1)
+    sizes = [(-(-int(height) // patch_size), -(-int(width) // patch_size)) for height, width in image_sizes]
+    return valid_tokens(sizes, grid, device)

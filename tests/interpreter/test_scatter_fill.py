@@ -10,11 +10,12 @@ from mimdet.kernels.scatter_fill.api import scatter_fill
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-def inputs(batch, length, count, channels, dtype=F32, pos_dtype=F32):
-    restore = torch.rand(batch, length, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
+def inputs(batch, length, count, channels, dtype=F32, pos_dtype=F32, padding=0):
+    restore = torch.rand(batch, length + padding, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
+    restore = torch.where(restore < length, restore, -1)
     kept = quantised(batch, count, channels, dtype=dtype)
     fill = quantised(batch, length - count, channels, dtype=dtype, seed=1)
-    return kept, fill, restore, quantised(length, channels, dtype=pos_dtype, seed=3)
+    return kept, fill, restore, quantised(length + padding, channels, dtype=pos_dtype, seed=3)
 
 
 def forward_backward(function, kept, fill, restore, pos, grad):
@@ -37,6 +38,17 @@ def test_same_bits(shape, dtypes):
     for a, b in zip(got[:3], want[:3], strict=True):
         assert torch.equal(a, b)
     torch.testing.assert_close(got[3], want[3], rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 4, 24), (1, 5, 0, 257)], ids=str)
+def test_padding_is_zeros_without_gradient(shape):
+    args = inputs(*shape, padding=3)
+    grad = quantised(shape[0], shape[1] + 3, shape[3], seed=5)
+    got = forward_backward(lambda *a: scatter_fill(*a, impl="triton"), *args, grad)
+    want = forward_backward(reference.scatter_fill, *args, grad)
+    for a, b in zip(got[:3], want[:3], strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(got[3], want[3], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "offset"])
