@@ -7,9 +7,10 @@ from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels.group_norm_gelu.api import group_norm_gelu
+from .convolution import Conv2d
+from .recompute import checkpointed
 
 
 class GroupNormGELU(nn.GroupNorm):
@@ -62,7 +63,7 @@ class ConvStem(nn.Module):
         widths = [in_chans, *(embed_dim // 2**i for i in reversed(range(depth)))]
         self.proj = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1, bias=False),
+                Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1),
                 GroupNormGELU(c_out, eps=1e-6),
                 nn.Identity(),  # the GELU's place: the 1x1's key counts it
             )
@@ -75,7 +76,7 @@ class ConvStem(nn.Module):
         """(B, in_chans, H, W), sides multiples of 16 -> features of strides 4, 8 and 16, finest first."""
         outputs = []
         for stage in self.proj:
-            x = checkpoint(stage, x, use_reentrant=False) if self.checkpointing and x.requires_grad else stage(x)
+            x = checkpointed(stage, x) if self.checkpointing and x.requires_grad else stage(x)
             outputs.append(x)
         outputs[-1] = self.norm(outputs[-1])
         return outputs[1:]
