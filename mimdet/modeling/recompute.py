@@ -69,15 +69,16 @@ class _Linear(torch.autograd.Function):
         weight, *sources = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            with use(ctx.kernels):
-                x = ctx.make(*sources)
-            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
-            del x
-        if ctx.needs_input_grad[0]:
-            grad_x = (rows @ weight).view(*grad.shape[:-1], -1)
-        if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[1]:
+                with use(ctx.kernels):
+                    x = ctx.make(*sources)
+                grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+                del x
+            if ctx.needs_input_grad[0]:
+                grad_x = (rows @ weight).view(*grad.shape[:-1], weight.shape[1])
+            if ctx.needs_input_grad[2]:
+                grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias, None, *(None for _ in sources)
 
 

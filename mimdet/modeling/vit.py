@@ -153,9 +153,7 @@ def make_blocks(
     """Blocks for ``run_layers``, one for each stochastic depth rate in ``drop_path``."""
     if dim % num_heads:
         raise ValueError(f"transformer: width {dim} is not divisible by {num_heads} heads")
-    return nn.ModuleList(
-        TransformerBlock(dim, num_heads, mlp_ratio, rate, norm_layer, recompute) for rate in drop_path
-    )
+    return nn.ModuleList(TransformerBlock(dim, num_heads, mlp_ratio, rate, norm_layer, recompute) for rate in drop_path)
 
 
 def init_vit_weights(module: nn.Module) -> None:
