@@ -66,6 +66,23 @@ def poisoned_allocations():
             setattr(owner, name, original)
 
 
+def kept_bytes(module, run):
+    """Bytes that the graph of ``run()`` keeps for backward beside the module's parameters and buffers."""
+    known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    del result
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 class Guarded:
     """A copy of a tensor with the same strides, in the middle of memory that is NaN (integers: their largest value).
 

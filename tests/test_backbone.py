@@ -9,9 +9,12 @@ import pytest
 import torch
 from fill_weights import fill_module, gradient, image
 from golden import Golden
+from kernels_testing import kept_bytes
 from small import normalised, pictures, small_config, small_model
 
 from mimdet.config import instantiate
+from mimdet.kernels import use
+from mimdet.kernels.registry import can_run_cpp
 from mimdet.modeling import ConvStem, ImageList
 from mimdet.modeling.pos_embed import PosEmbedCache, interpolate_pos_embed, sincos_pos_embed_2d
 from mimdet.modeling.sampling import sample_tokens, valid_cells
@@ -167,6 +170,26 @@ def test_checkpointing_changes_nothing():
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for name, want in grads[0].items():
         assert relative(grads[1][name], want) < 1e-6, name
+
+
+def test_lean_changes_nothing_and_keeps_little():
+    """Plain PyTorch, nothing recomputed, against what runs by default."""
+    images = ImageList.from_tensors(normalised(pictures()), 32)
+    images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
+    noise, grads, kept = torch.rand(2, 280), [], []
+    for kernels, recompute in (("eager", "none"), ("auto", "lean")):
+        change = [f"model.backbone.bottom_up.{part}.recompute={recompute}" for part in ("encoder", "decoder")]
+        model = small_model(*change).backbone.bottom_up.to(memory_format=torch.channels_last)
+        with use(kernels):
+            kept.append(kept_bytes(model, lambda model=model: model(images, noise=noise)))
+            features = model(images, noise=noise)
+        # Not c5: rounding may choose the other of two nearly equal cells in its pooling.
+        sum(features[name].square().mean() for name in ("c2", "c3", "c4")).backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, want in grads[0].items():
+        assert relative(grads[1][name], want) < 2e-5, name
+    if not can_run_cpp("cpu", torch.float32):
+        assert kept[1] <= 0.7 * kept[0]
 
 
 def test_full_ratio_gives_the_projection_a_zero_gradient():

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from kernels_testing import kept_bytes
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from mimdet.kernels import use
+from mimdet.kernels.registry import can_run_cpp
 from mimdet.modeling.vit import TransformerBlock, make_blocks, run_layers
 
 
-def twins(depth=3, rate=0.5, eps=1e-6):
+def twins(depth=3, rate=0.5, eps=1e-6, recompute="lean"):
     """timm's blocks and norm, and ours with the same weights."""
     torch.manual_seed(0)
 
@@ -17,7 +20,7 @@ def twins(depth=3, rate=0.5, eps=1e-6):
 
     theirs = nn.ModuleList(Block(48, 3, 4.0, qkv_bias=True, drop_path=rate, norm_layer=norm) for _ in range(depth))
     theirs.append(norm(48))
-    ours = make_blocks(48, 3, 4.0, [rate] * depth, norm)
+    ours = make_blocks(48, 3, 4.0, [rate] * depth, norm, recompute)
     ours.append(norm(48))
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -84,11 +87,54 @@ def test_checkpointing_draws_the_same_paths_again(autocast):
         assert distance(again[name], value) <= (5e-2 if autocast else 1e-5), name
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["alone", "checkpointing"])
+def test_lean_changes_nothing(checkpointing, autocast):
+    """Neither a number nor a draw: what is made again in backward has the bits that it had."""
+    results = []
+    for recompute in ("lean", "none"):
+        _, ours = twins(recompute=recompute)
+        results.append(step(ours, lambda layers, x: run_ours(layers, x, checkpointing), autocast))
+    (lean, state), (none, other_state) = results
+    assert torch.equal(state, other_state)
+    for name, value in none.items():
+        assert torch.equal(lean[name], value), name
+
+
+def test_lean_keeps_ten_of_sixteen_widths():
+    if can_run_cpp("cpu", torch.float32):
+        pytest.skip("needs the C++ kernels")
+    theirs, lean = twins()
+    _, none = twins(recompute="none")
+    x = torch.randn(2, 40, 48, requires_grad=True)
+    with use("cpp"):
+        plain = kept_bytes(theirs, lambda: run_theirs(theirs, x))
+        assert kept_bytes(lean, lambda: run_ours(lean, x)) <= 0.66 * plain
+        assert 0.9 * plain <= kept_bytes(none, lambda: run_ours(none, x)) <= plain
+
+
+def test_frozen_parameters():
+    _, ours = twins()
+    want, _ = step(ours, run_ours)
+    frozen = ["0.attn.qkv.weight", "0.mlp.fc2.bias", "1.mlp.fc1.weight", "1.norm2.weight", "2.mlp.fc2.weight"]
+    for name in frozen:
+        ours.get_parameter(name).requires_grad_(False).grad = None
+    got, _ = step(ours, run_ours)
+    for name, value in want.items():
+        assert (got[name] is None) if name in frozen else torch.equal(got[name], value), name
+
+
+def test_unknown_recomputation():
+    with pytest.raises(ValueError, match="'full' is unknown; choose from lean, none"):
+        make_blocks(8, 2, 4.0, [0.0], nn.LayerNorm, "full")
+
+
 def test_blocks_compile_whole():
-    _, ours = twins(rate=0.0)
-    x = torch.randn(2, 5, 48)
+    _, ours = twins(depth=1, rate=0.0)
     compiled = torch.compile(run_ours, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(ours, x), run_ours(ours, x))
+    (got, _), (want, _) = step(ours, compiled), step(ours, run_ours)
+    for name, value in want.items():
+        assert distance(got[name], value) <= 1e-6, name
 
 
 def test_each_sample_is_dropped_alone_and_kept_ones_are_scaled():

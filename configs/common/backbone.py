@@ -20,6 +20,7 @@ bottom_up = L(MIMDetBackbone)(
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
         pretrained="${mae_checkpoint.path}",
         checkpointing=True,
+        recompute="lean",
     ),
     decoder=L(MIMDetDecoder)(
         img_size="${..encoder.img_size}",
@@ -32,6 +33,7 @@ bottom_up = L(MIMDetBackbone)(
         norm_layer=nn.LayerNorm,
         pretrained="${..encoder.pretrained}",
         checkpointing="${..encoder.checkpointing}",
+        recompute="${..encoder.recompute}",
     ),
     sample_ratio=0.5,
     inference_sample_ratio=1.0,

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels.group_norm_gelu.api import group_norm_gelu
+from .convolution import Conv2d
+from .recompute import Remade, checkpointed, is_lean
 
 
 class GroupNormGELU(nn.GroupNorm):
-    """GroupNorm over whole samples and exact GELU in one operation; parameters and keys are GroupNorm's."""
+    """GroupNorm over whole samples and exact GELU in one operation; parameters and keys are GroupNorm's.
 
-    def __init__(self, channels: int, eps: float):
+    Args:
+        channels: C.
+        eps: added to the variance.
+        remade: give a ``Remade``, which only a ``Conv2d`` of this package takes.
+    """
+
+    def __init__(self, channels: int, eps: float, remade: bool = False):
         super().__init__(1, channels, eps=eps)
+        self.remade = remade
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | Remade:
         """(B, C, H, W) -> the same."""
-        return group_norm_gelu(x, self.weight, self.bias, self.eps)
+        sources = x, self.weight, self.bias
+        y = group_norm_gelu(*sources, self.eps)
+        return Remade(y, partial(group_norm_gelu, eps=self.eps), sources) if self.remade else y
 
 
 class ConvStem(nn.Module):
@@ -35,7 +46,9 @@ class ConvStem(nn.Module):
         embed_dim: channels of the last stage; each earlier stage has half of the next.
         depth: number of stages.
         norm_layer: optional norm of the last output, called with embed_dim.
-        checkpointing: recompute every stage but the first in backward.
+        checkpointing: recompute stages in backward: all but the first, or with "lean" all but the first two.
+        recompute: "lean" computes the first stage's output, the largest and no feature, again in backward from its
+            convolution; "none" keeps it.
 
     Raises:
         ValueError: embed_dim does not divide into the stages, or patch_size is not 2**depth.
@@ -50,6 +63,7 @@ class ConvStem(nn.Module):
         depth: int = 4,
         norm_layer: Callable[[int], nn.Module] | None = None,
         checkpointing: bool = False,
+        recompute: str = "lean",
     ):
         super().__init__()
         if embed_dim % 2 ** (depth - 1):
@@ -59,14 +73,15 @@ class ConvStem(nn.Module):
         self.patch_size = patch_size
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.checkpointing = checkpointing
+        remade = is_lean(recompute) and depth > 1
         widths = [in_chans, *(embed_dim // 2**i for i in reversed(range(depth)))]
         self.proj = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1, bias=False),
-                GroupNormGELU(c_out, eps=1e-6),
+                Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1),
+                GroupNormGELU(c_out, eps=1e-6, remade=remade and i == 0),
                 nn.Identity(),  # the GELU's place: the 1x1's key counts it
             )
-            for c_in, c_out in pairwise(widths)
+            for i, (c_in, c_out) in enumerate(pairwise(widths))
         )
         self.proj[-1].append(nn.Conv2d(embed_dim, embed_dim, kernel_size=1))
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
@@ -75,7 +90,8 @@ class ConvStem(nn.Module):
         """(B, in_chans, H, W), sides multiples of 16 -> features of strides 4, 8 and 16, finest first."""
         outputs = []
         for stage in self.proj:
-            x = checkpoint(stage, x, use_reentrant=False) if self.checkpointing and x.requires_grad else stage(x)
+            again = self.checkpointing and isinstance(x, torch.Tensor) and x.requires_grad
+            x = checkpointed(stage, x) if again else stage(x)
             outputs.append(x)
         outputs[-1] = self.norm(outputs[-1])
         return outputs[1:]

@@ -30,6 +30,8 @@ class MIMDetDecoder(nn.Module):
         norm_layer: called with decoder_embed_dim.
         pretrained: path of a full MAE checkpoint, or None for random weights.
         checkpointing: recompute blocks in backward.
+        recompute: what else backward computes again: "lean" the outputs of LayerNorm and GELU,
+            "none" nothing.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class MIMDetDecoder(nn.Module):
         norm_layer: Callable[[int], nn.LayerNorm] = nn.LayerNorm,
         pretrained: str | None = None,
         checkpointing: bool = False,
+        recompute: str = "lean",
     ):
         super().__init__()
         self.checkpointing = checkpointing
@@ -52,7 +55,7 @@ class MIMDetDecoder(nn.Module):
         self.conv_feat_proj = nn.Linear(embed_dim, decoder_embed_dim)
         rows = img_size // patch_size
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, rows * rows + 1, decoder_embed_dim), requires_grad=False)
-        self.decoder_blocks = make_blocks(decoder_embed_dim, num_heads, mlp_ratio, [dpr] * depth, norm_layer)
+        self.decoder_blocks = make_blocks(decoder_embed_dim, num_heads, mlp_ratio, [dpr] * depth, norm_layer, recompute)
         self.decoder_norm = norm_layer(decoder_embed_dim)
         self.apply(init_vit_weights)
         self.decoder_pos_embed.data.copy_(sincos_pos_embed_2d(decoder_embed_dim, rows))

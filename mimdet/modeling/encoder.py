@@ -49,6 +49,8 @@ class MIMDetEncoder(nn.Module):
         norm_layer: called with embed_dim.
         pretrained: path of a full MAE checkpoint, or None for random weights.
         checkpointing: recompute ConvStem stages and blocks in backward.
+        recompute: what else backward computes again: "lean" the outputs of LayerNorm and GELU
+            and of the ConvStem's first stage, "none" nothing.
     """
 
     def __init__(
@@ -64,14 +66,17 @@ class MIMDetEncoder(nn.Module):
         norm_layer: Callable[[int], nn.LayerNorm] = MAE_NORM,
         pretrained: str | None = None,
         checkpointing: bool = False,
+        recompute: str = "lean",
     ):
         super().__init__()
         self.checkpointing = checkpointing
-        self.patch_embed = ConvStem(img_size, patch_size, in_chans, embed_dim, checkpointing=checkpointing)
+        self.patch_embed = ConvStem(
+            img_size, patch_size, in_chans, embed_dim, checkpointing=checkpointing, recompute=recompute
+        )
         rows = self.patch_embed.grid_size[0]
         self.pos_embed = nn.Parameter(torch.empty(1, rows * rows + 1, embed_dim), requires_grad=False)
         rates = torch.linspace(0, dpr, depth, device="cpu").tolist()
-        self.blocks = make_blocks(embed_dim, num_heads, mlp_ratio, rates, norm_layer)
+        self.blocks = make_blocks(embed_dim, num_heads, mlp_ratio, rates, norm_layer, recompute)
         self.norm = norm_layer(embed_dim)
         self.apply(init_vit_weights)
         self.pos_embed.data.copy_(sincos_pos_embed_2d(embed_dim, rows))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels.add_layer_norm.api import add_layer_norm
 from ..kernels.bias_gelu.api import bias_gelu
+from .recompute import Linear, Remade, checkpointed, is_lean
 
 
 class Pending(NamedTuple):
@@ -68,26 +69,27 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, dim = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(*qkv.unbind(0))
-        return self.proj(x.transpose(1, 2).reshape(batch, length, dim))
+    def forward(self, x: torch.Tensor | Remade) -> torch.Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
     """Linear, exact GELU, linear."""
 
-    def __init__(self, dim: int, hidden_dim: int):
+    def __init__(self, dim: int, hidden_dim: int, recompute: str = "lean"):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.lean = is_lean(recompute)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
+    def forward(self, x: torch.Tensor | Remade) -> torch.Tensor:
+        sources = self.fc1(x, add_bias=False), self.fc1.bias
+        y = bias_gelu(*sources)
+        return self.fc2(Remade(y, bias_gelu, sources) if self.lean else y)
 
 
 class TransformerBlock(nn.Module):
@@ -99,6 +101,8 @@ class TransformerBlock(nn.Module):
         mlp_ratio: hidden width of the MLP over dim.
         drop_path: stochastic depth rate in [0, 1].
         norm_layer: called with dim; must give an affine LayerNorm.
+        recompute: "lean" computes the outputs of LayerNorm and GELU, 6 of the 16 dim that a token would keep for
+            backward, a second time there; "none" keeps them.
     """
 
     def __init__(
@@ -108,13 +112,15 @@ class TransformerBlock(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         norm_layer: Callable[[int], nn.LayerNorm] = nn.LayerNorm,
+        recompute: str = "lean",
     ):
         super().__init__()
+        self.lean = is_lean(recompute)
         self.norm1 = _layer_norm(norm_layer, dim)
         self.attn = Attention(dim, num_heads)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else None
         self.norm2 = _layer_norm(norm_layer, dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), recompute)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else None
 
     def forward(
@@ -128,6 +134,9 @@ class TransformerBlock(nn.Module):
             (self.norm2, self.mlp, self.drop_path2),
         ):
             residual, x = state.normalised(norm, dtype)
+            if self.lean:
+                sources = residual, norm.weight, norm.bias
+                x = Remade(x, partial(_normalised, eps=norm.eps, dtype=dtype), sources)
             branch = function(x)
             state = Pending(residual, branch, drop_path and drop_path(branch))
         return state
@@ -139,11 +148,12 @@ def make_blocks(
     mlp_ratio: float,
     drop_path: Sequence[float],
     norm_layer: Callable[[int], nn.LayerNorm],
+    recompute: str = "lean",
 ) -> nn.ModuleList:
     """Blocks for ``run_layers``, one for each stochastic depth rate in ``drop_path``."""
     if dim % num_heads:
         raise ValueError(f"transformer: width {dim} is not divisible by {num_heads} heads")
-    return nn.ModuleList(TransformerBlock(dim, num_heads, mlp_ratio, rate, norm_layer) for rate in drop_path)
+    return nn.ModuleList(TransformerBlock(dim, num_heads, mlp_ratio, rate, norm_layer, recompute) for rate in drop_path)
 
 
 def init_vit_weights(module: nn.Module) -> None:
@@ -168,10 +178,14 @@ def run_layers(
     state = Pending(x)
     for block in blocks:
         if checkpointing and state.residual.requires_grad:
-            state = Pending(checkpoint(_run_whole, block, state.added(), use_reentrant=False))
+            state = Pending(checkpointed(_run_whole, block, state.added()))
         else:
             state = block(*state)
     return state.normalised(norm)[1]
+
+
+def _normalised(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype | None):
+    return add_layer_norm(x, None, None, weight, bias, eps, dtype=dtype)[1]
 
 
 def _run_whole(block: TransformerBlock, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,114 @@
+"""Convolutions that keep less for backward, and whose weight's gradient is fast on a CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from ..kernels import use
+from ..kernels.selector import requested
+from .recompute import Remade
+
+# Elements of the patches that are multiplied at once: they stay in the cache.
+_BAND = 2**19
+
+
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d`` with a square kernel and no bias that keeps the sources of a ``Remade`` input for backward.
+
+    In float32 and channels_last memory oneDNN takes 2-3 times as long over the gradient of such a weight as the same
+    sums take as matrix products, so on a CPU these are used. In both cases gradients are of first order.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+
+    def forward(self, x: torch.Tensor | Remade) -> torch.Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H', W')."""
+        value, make, sources = (x, _same, (x,)) if isinstance(x, torch.Tensor) else x
+        device, weight = value.device.type, self.weight
+        if torch.is_autocast_enabled(device) and value.dtype != torch.float64:
+            # Autocast would keep what it casts inside the function, where no gradients flow, for use outside it.
+            value, weight = (t.to(torch.get_autocast_dtype(device)) for t in (value, weight))
+        if (
+            torch.compiler.is_compiling()
+            or not (torch.is_grad_enabled() and weight.requires_grad)
+            or (make is _same and not _by_products(value))
+        ):
+            return super().forward(value)
+        sources = [source.detach() for source in sources]
+        return _Convolution.apply(value, weight, self.stride[0], self.padding[0], make, *sources)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding, make, *sources):
+        ctx.shape, ctx.stride, ctx.padding, ctx.make, ctx.kernels = x.shape[2:], stride, padding, make, requested()
+        ctx.save_for_backward(weight, *sources)
+        return F.conv2d(x, weight, stride=stride, padding=padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weight, *sources = ctx.saved_tensors
+        kernel, stride, padding = weight.shape[-1], ctx.stride, ctx.padding
+        grad_x = grad_weight = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[1]:
+                with use(ctx.kernels):
+                    x = ctx.make(*sources).to(grad.dtype)
+                if _by_products(x):
+                    grad_weight = weight_gradient(grad, x, kernel, stride, padding)
+                else:
+                    grad_weight = torch.nn.grad.conv2d_weight(x, weight.shape, grad, stride, padding)
+                del x
+            if ctx.needs_input_grad[0]:
+                # Unlike convolution_backward it needs no tensor of the input's size beside the result.
+                left = [
+                    size - (of_grad - 1) * stride + 2 * padding - kernel
+                    for size, of_grad in zip(ctx.shape, grad.shape[2:], strict=True)
+                ]
+                grad_x = F.conv_transpose2d(grad, weight, None, stride, padding, left)
+        return grad_x, grad_weight, None, None, None, *(None for _ in sources)
+
+
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
+    """Gradient of a convolution's square weight as products of matrices, a band of rows at a time.
+
+    Args:
+        grad: (B, out_channels, H', W') gradient of the output.
+        x: (B, in_channels, H, W) input.
+        kernel: side of the weight.
+        stride: of the convolution.
+        padding: of the convolution, on every side.
+
+    Returns:
+        (out_channels, in_channels, kernel, kernel) in channels_last memory.
+    """
+    x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
+    height, channels = x.shape[1], x.shape[3]
+    result = x.new_zeros(grad.shape[-1], kernel * kernel * channels)
+    band = max(1, _BAND // (grad.shape[2] * result.shape[1]))
+    for sample, of_sample in zip(x, grad, strict=True):
+        for first in range(0, grad.shape[1], band):
+            rows = of_sample[first : first + band]
+            top = first * stride - padding
+            bottom = top + (len(rows) - 1) * stride + kernel
+            taken = sample[max(top, 0) : bottom]
+            taken = F.pad(taken, (0, 0, padding, padding, max(-top, 0), max(bottom - height, 0)))
+            patches = taken.unfold(0, kernel, stride).unfold(1, kernel, stride).movedim(2, -1)
+            columns = patches[:, : rows.shape[1]].reshape(-1, result.shape[1])
+            result.addmm_(rows.flatten(0, 1).t(), columns)
+    return result.view(-1, kernel, kernel, channels).permute(0, 3, 1, 2)
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _by_products(x: torch.Tensor) -> bool:
+    """Whether ``weight_gradient`` is fastest for an input x. Pixels of few channels are slow to copy."""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    return on_cpu and x.shape[1] >= 16 and x.is_contiguous(memory_format=torch.channels_last)
