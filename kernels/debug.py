@@ -30,3 +30,15 @@ def check_unique_index(index: torch.Tensor, length: int, name: str) -> None:
     if twice.any():
         b, k = twice.nonzero()[0].tolist()
         raise ValueError(f"{name}[{b}] holds {ordered[b, k].item()} more than once")
+
+
+def check_sizes(sizes: torch.Tensor, limits: tuple[int, int], name: str) -> None:
+    """``sizes`` (B, 2) must hold numbers of 1 .. limits[0] and 1 .. limits[1].
+
+    Raises:
+        ValueError: a number outside of its range.
+    """
+    outside = (sizes < 1) | (sizes > torch.tensor(limits, device=sizes.device))
+    if outside.any():
+        b, k = outside.nonzero()[0].tolist()
+        raise ValueError(f"{name}[{b}, {k}] is {sizes[b, k].item()}, outside of 1 .. {limits[k]}")
