@@ -34,3 +34,15 @@ def check_unique_index(index: torch.Tensor, length: int, name: str, padding: int
         b, k = twice.nonzero()[0].tolist()
         value = ordered[b, k].item()
         raise ValueError(f"{name}[{b}] holds {value} more than {'once' if value >= 0 else f'{padding} times'}")
+
+
+def check_sizes(sizes: torch.Tensor, limits: tuple[int, int], name: str) -> None:
+    """``sizes`` (B, 2) must hold numbers of 1 .. limits[0] and 1 .. limits[1].
+
+    Raises:
+        ValueError: a number outside of its range.
+    """
+    outside = (sizes < 1) | (sizes > torch.tensor(limits, device=sizes.device))
+    if outside.any():
+        b, k = outside.nonzero()[0].tolist()
+        raise ValueError(f"{name}[{b}, {k}] is {sizes[b, k].item()}, outside of 1 .. {limits[k]}")

@@ -6,96 +6,139 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
-#include "binding.h"
+#include "image_area.h"
 
 namespace mimdet {
 namespace {
+
+using Maybe = std::optional<Tensor>;
 
 const char* at(const void* p, int64_t elements, bool bf16) {
   return static_cast<const char*>(p) + elements * (bf16 ? 2 : 4);
 }
 char* at(void* p, int64_t elements, bool bf16) { return static_cast<char*>(p) + elements * (bf16 ? 2 : 4); }
 
-// Tasks of one sample: rows of width elements, length rows a task. For channel-major samples a row is a channel.
+// Tasks of B samples: rows of width elements, length rows a task. For channel-major samples a row is a channel.
 struct Tasks {
-  int64_t rows, width, length, count;
+  bool nhwc;
+  int64_t B, C, S, rows, width, length, per_sample;
+  Areas areas;
 
-  Tasks(int64_t C, int64_t S, bool nhwc)
-      : rows(nhwc ? S : C),
+  Tasks(const Tensor& x, const Maybe& sizes, bool nhwc)
+      : nhwc(nhwc),
+        B(x.size(0)),
+        C(x.size(1)),
+        S(x.size(2) * x.size(3)),
+        rows(nhwc ? S : C),
         width(nhwc ? C : S),
-        length(std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width))),
-        count((rows + length - 1) / length) {}
+        length(std::max<int64_t>(1, kGrain / width)),
+        per_sample((rows + length - 1) / length),
+        areas(x, sizes) {}
 
-  int64_t begin(int64_t task) const { return task * length; }
-  int64_t size(int64_t task) const { return std::min(length, rows - begin(task)); }
+  int64_t count() const { return B * per_sample; }
+  double elements(int64_t sample) const { return static_cast<double>(C) * areas.positions(sample); }
+
+  // Calls f(task, sample) for every task, on all threads.
+  template <class F>
+  void each(F f) const {
+    torch::stable::parallel_for(0, count(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(i, i / per_sample);
+    });
+  }
+
+  // Calls f(start, n, channel, valid) for the stretches of a task: n positions whose elements begin at start, of all
+  // channels (nhwc) or of one. Without sizes, a task is one stretch, or one a channel.
+  template <class F>
+  void stretches(int64_t task, F f) const {
+    const int64_t sample = task / per_sample, first = task % per_sample * length, N = C * S;
+    const int64_t last = std::min(first + length, rows);
+    if (nhwc) {
+      areas.stretches(sample, first, last - first, [&](int64_t position, int64_t n, bool valid) {
+        f(sample * N + position * C, n, int64_t(0), valid);
+      });
+      return;
+    }
+    for (int64_t c = first; c < last; ++c) {
+      areas.stretches(sample, 0, S, [&](int64_t position, int64_t n, bool valid) {
+        f(sample * N + c * S + position, n, c, valid);
+      });
+    }
+  }
+
+  // Writes zeros over a stretch.
+  void clear(void* p, bool bf16, int64_t start, int64_t n) const {
+    std::memset(at(p, start, bf16), 0, n * (nhwc ? C : 1) * (bf16 ? 2 : 4));
+  }
+};
+
+// Count, mean and sum of squared deviations.
+struct Moments {
+  double count = 0.0, mean = 0.0, m2 = 0.0;
+
+  // Chan, Golub, LeVeque 1979: those of parts -> those of the whole.
+  void add(const Moments& part) {
+    if (part.count == 0.0) return;
+    const double both = count + part.count, delta = part.mean - mean;
+    mean += delta * part.count / both;
+    m2 += part.m2 + delta * delta * count * part.count / both;
+    count = both;
+  }
 };
 
 void group_norm_gelu(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool nhwc, const Tensor& y,
-    const Tensor& mean, const Tensor& rstd) {
-  const int64_t B = x.size(0), C = weight.numel(), N = B ? x.numel() / B : 0;
-  if (B == 0 || N == 0) return;
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& sizes, double eps, bool nhwc,
+    const Tensor& y, const Tensor& mean, const Tensor& rstd) {
   const bool bf16 = is_bfloat16(x);
-  const Tasks tasks(C, N / C, nhwc);
+  const Tasks tasks(x, sizes, nhwc);
   const void* xs = rows(x);
   void* ys = rows(y);
   const float *w = floats(weight), *b = floats(bias);
   float *means = floats(mean), *rstds = floats(rstd);
 
   const auto moments = MIMDET_PICK_ISA(gng_moments);
-  std::vector<double> partial(2 * B * tasks.count);
-  torch::stable::parallel_for(0, B * tasks.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t sample = i / tasks.count, task = i % tasks.count;
-      const void* start = at(xs, sample * N + tasks.begin(task) * tasks.width, bf16);
-      moments(start, bf16, tasks.size(task) * tasks.width, &partial[2 * i], &partial[2 * i + 1]);
-    }
+  std::vector<Moments> partial(tasks.count());
+  tasks.each([&](int64_t task, int64_t) {
+    tasks.stretches(task, [&](int64_t start, int64_t n, int64_t, bool valid) {
+      if (!valid) return;
+      const int64_t elements = n * (nhwc ? tasks.C : 1);
+      Moments part{static_cast<double>(elements)};
+      moments(at(xs, start, bf16), bf16, elements, &part.mean, &part.m2);
+      partial[task].add(part);
+    });
   });
-  for (int64_t sample = 0; sample < B; ++sample) {
-    // Chan, Golub, LeVeque 1979: means and squared deviations of parts -> those of the whole.
-    double count = 0.0, average = 0.0, m2 = 0.0;
-    for (int64_t task = 0; task < tasks.count; ++task) {
-      const double* part = &partial[2 * (sample * tasks.count + task)];
-      const double n = static_cast<double>(tasks.size(task) * tasks.width), delta = part[0] - average;
-      average += delta * n / (count + n);
-      m2 += part[1] + delta * delta * count * n / (count + n);
-      count += n;
-    }
-    means[sample] = static_cast<float>(average);
-    rstds[sample] = static_cast<float>(1.0 / std::sqrt(m2 / N + eps));
+  for (int64_t sample = 0; sample < tasks.B; ++sample) {
+    Moments all;
+    for (int64_t i = 0; i < tasks.per_sample; ++i) all.add(partial[sample * tasks.per_sample + i]);
+    means[sample] = static_cast<float>(all.mean);
+    rstds[sample] = static_cast<float>(1.0 / std::sqrt(all.m2 / all.count + eps));
   }
 
   const auto by_position = MIMDET_PICK_ISA(gng_forward_nhwc);
   const auto by_channel = MIMDET_PICK_ISA(gng_forward_nchw);
-  torch::stable::parallel_for(0, B * tasks.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t sample = i / tasks.count, task = i % tasks.count;
-      const int64_t first = tasks.begin(task), n = tasks.size(task), start = sample * N + first * tasks.width;
-      if (nhwc) {
-        by_position(at(xs, start, bf16), at(ys, start, bf16), bf16, n, C, means[sample], rstds[sample], w, b);
-        continue;
+  tasks.each([&](int64_t task, int64_t s) {
+    tasks.stretches(task, [&](int64_t start, int64_t n, int64_t c, bool valid) {
+      const char* from = at(xs, start, bf16);
+      char* to = at(ys, start, bf16);
+      if (!valid) {
+        tasks.clear(ys, bf16, start, n);
+      } else if (nhwc) {
+        by_position(from, to, bf16, n, tasks.C, means[s], rstds[s], w, b);
+      } else {
+        by_channel(from, to, bf16, n, means[s], rstds[s], w[c], b[c]);
       }
-      for (int64_t c = first; c < first + n; ++c) {
-        const int64_t channel = sample * N + c * tasks.width;
-        by_channel(
-            at(xs, channel, bf16), at(ys, channel, bf16), bf16, tasks.width, means[sample], rstds[sample], w[c], b[c]);
-      }
-    }
+    });
   });
 }
 
 void group_norm_gelu_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-    const Tensor& rstd, bool nhwc, const Tensor& dx, const Tensor& dweight, const Tensor& dbias) {
-  const int64_t B = x.size(0), C = weight.numel(), N = B ? x.numel() / B : 0;
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& sizes,
+    const Tensor& mean, const Tensor& rstd, bool nhwc, const Tensor& dx, const Tensor& dweight, const Tensor& dbias) {
   const bool bf16 = is_bfloat16(x);
-  float *dw = floats(dweight), *db = floats(dbias);
-  std::fill(dw, dw + C, 0.0f);
-  std::fill(db, db + C, 0.0f);
-  if (B == 0 || N == 0) return;
-  const Tasks tasks(C, N / C, nhwc);
+  const Tasks tasks(x, sizes, nhwc);
+  const int64_t B = tasks.B, C = tasks.C;
   const void *xs = rows(x), *dys = rows(dy);
   void* dxs = rows(dx);
   const float *w = floats(weight), *b = floats(bias), *means = floats(mean), *rstds = floats(rstd);
@@ -104,70 +147,66 @@ void group_norm_gelu_backward(
   std::vector<double> channel_sums(B * 2 * C, 0.0);
   if (nhwc) {
     const auto sums = MIMDET_PICK_ISA(gng_backward_sums_nhwc);
-    std::vector<float> partial(B * tasks.count * 2 * C);
-    torch::stable::parallel_for(0, B * tasks.count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t sample = i / tasks.count, task = i % tasks.count;
-        const int64_t start = sample * N + tasks.begin(task) * C;
+    std::vector<float> partial(tasks.count() * 2 * C, 0.0f);
+    tasks.each([&](int64_t task, int64_t s) {
+      tasks.stretches(task, [&](int64_t start, int64_t n, int64_t, bool valid) {
+        if (!valid) return;
         sums(
-            at(dys, start, bf16), at(xs, start, bf16), at(dxs, start, bf16), bf16, tasks.size(task), C, means[sample],
-            rstds[sample], w, b, &partial[i * 2 * C]);
-      }
+            at(dys, start, bf16), at(xs, start, bf16), bf16, n, C, means[s], rstds[s], w, b, &partial[task * 2 * C]);
+      });
     });
-    for (int64_t i = 0; i < B * tasks.count; ++i) {
-      double* total = &channel_sums[i / tasks.count * 2 * C];
-      for (int64_t c = 0; c < 2 * C; ++c) total[c] += partial[i * 2 * C + c];
+    for (int64_t task = 0; task < tasks.count(); ++task) {
+      double* total = &channel_sums[task / tasks.per_sample * 2 * C];
+      for (int64_t c = 0; c < 2 * C; ++c) total[c] += partial[task * 2 * C + c];
     }
   } else {
     const auto sums = MIMDET_PICK_ISA(gng_backward_sums_nchw);
-    torch::stable::parallel_for(0, B * C, tasks.length, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t sample = i / C, c = i % C, start = i * tasks.width;
-        double pair[2];
-        sums(
-            at(dys, start, bf16), at(xs, start, bf16), at(dxs, start, bf16), bf16, tasks.width, means[sample],
-            rstds[sample], w[c], b[c], pair);
-        channel_sums[sample * 2 * C + c] = pair[0];
-        channel_sums[sample * 2 * C + C + c] = pair[1];
-      }
+    tasks.each([&](int64_t task, int64_t s) {
+      double pair[2] = {};
+      int64_t channel = -1;
+      tasks.stretches(task, [&](int64_t start, int64_t n, int64_t c, bool valid) {
+        if (c != channel) pair[0] = pair[1] = 0.0;
+        channel = c;
+        if (valid) {
+          sums(at(dys, start, bf16), at(xs, start, bf16), bf16, n, means[s], rstds[s], w[c], b[c], pair);
+        }
+        channel_sums[s * 2 * C + c] = pair[0];
+        channel_sums[s * 2 * C + C + c] = pair[1];
+      });
     });
   }
 
   std::vector<float> a(B), k(B);
-  std::vector<double> dw_sum(C, 0.0), db_sum(C, 0.0);
+  std::vector<double> total(2 * C, 0.0);
   for (int64_t sample = 0; sample < B; ++sample) {
     const double *dz = &channel_sums[sample * 2 * C], *dz_xhat = dz + C;
     double a_sum = 0.0, k_sum = 0.0;
     for (int64_t c = 0; c < C; ++c) {
       a_sum += w[c] * dz[c];
       k_sum += w[c] * dz_xhat[c];
-      db_sum[c] += dz[c];
-      dw_sum[c] += dz_xhat[c];
+      total[c] += dz[c];
+      total[C + c] += dz_xhat[c];
     }
-    a[sample] = static_cast<float>(a_sum / N);
-    k[sample] = static_cast<float>(k_sum / N);
+    a[sample] = static_cast<float>(a_sum / tasks.elements(sample));
+    k[sample] = static_cast<float>(k_sum / tasks.elements(sample));
   }
-  for (int64_t c = 0; c < C; ++c) {
-    dw[c] = static_cast<float>(dw_sum[c]);
-    db[c] = static_cast<float>(db_sum[c]);
-  }
+  std::copy(total.begin(), total.begin() + C, floats(dbias));
+  std::copy(total.begin() + C, total.end(), floats(dweight));
 
   const auto by_position = MIMDET_PICK_ISA(gng_backward_dx_nhwc);
   const auto by_channel = MIMDET_PICK_ISA(gng_backward_dx_nchw);
-  torch::stable::parallel_for(0, B * tasks.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t s = i / tasks.count, task = i % tasks.count;
-      const int64_t first = tasks.begin(task), n = tasks.size(task), start = s * N + first * tasks.width;
-      if (nhwc) {
-        by_position(at(xs, start, bf16), at(dxs, start, bf16), bf16, n, C, means[s], rstds[s], w, a[s], k[s]);
-        continue;
+  tasks.each([&](int64_t task, int64_t s) {
+    tasks.stretches(task, [&](int64_t start, int64_t n, int64_t c, bool valid) {
+      const char *grad = at(dys, start, bf16), *from = at(xs, start, bf16);
+      char* to = at(dxs, start, bf16);
+      if (!valid) {
+        tasks.clear(dxs, bf16, start, n);
+      } else if (nhwc) {
+        by_position(grad, from, to, bf16, n, C, means[s], rstds[s], w, b, a[s], k[s]);
+      } else {
+        by_channel(grad, from, to, bf16, n, means[s], rstds[s], w[c], b[c], a[s], k[s]);
       }
-      for (int64_t c = first; c < first + n; ++c) {
-        const int64_t channel = s * N + c * tasks.width;
-        by_channel(
-            at(xs, channel, bf16), at(dxs, channel, bf16), bf16, tasks.width, means[s], rstds[s], w[c], a[s], k[s]);
-      }
-    }
+    });
   });
 }
 
@@ -176,11 +215,11 @@ void group_norm_gelu_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mimdet_cpu, m) {
   m.def(
-      "group_norm_gelu_fwd(Tensor x, Tensor weight, Tensor bias, float eps, bool nhwc, Tensor(a!) y, Tensor(b!) mean, "
-      "Tensor(c!) rstd) -> ()");
+      "group_norm_gelu_fwd(Tensor x, Tensor weight, Tensor bias, Tensor? sizes, float eps, bool nhwc, "
+      "Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
   m.def(
-      "group_norm_gelu_bwd(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool nhwc, "
-      "Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias) -> ()");
+      "group_norm_gelu_bwd(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? sizes, Tensor mean, Tensor rstd, "
+      "bool nhwc, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mimdet_cpu, CPU, m) {

@@ -55,17 +55,15 @@ void forward_nchw(const T* x, T* y, int64_t n, float mean, float rstd, float w, 
 
 template <typename T>
 void backward_sums_nhwc(
-    const T* dy, const T* x, T* dx, int64_t n, int64_t C, float mean, float rstd, const float* w, const float* b,
+    const T* dy, const T* x, int64_t n, int64_t C, float mean, float rstd, const float* w, const float* b,
     float* sums) {
   float* sum = sums;
   float* product = sums + C;
-  for (int64_t c = 0; c < 2 * C; ++c) sums[c] = 0.0f;
-  for (int64_t r = 0; r < n; ++r, x += C, dy += C, dx += C) {
+  for (int64_t r = 0; r < n; ++r, x += C, dy += C) {
 #pragma omp simd
     for (int64_t c = 0; c < C; ++c) {
       const float xhat = (load(x + c) - mean) * rstd;
       const float dz = load(dy + c) * gelu_derivative(xhat * w[c] + b[c]);
-      store(dx + c, dz);
       sum[c] += dz;
       product[c] += dz * xhat;
     }
@@ -74,8 +72,7 @@ void backward_sums_nhwc(
 
 template <typename T>
 void backward_sums_nchw(
-    const T* dy, const T* x, T* dx, int64_t n, float mean, float rstd, float w, float b, double* sums) {
-  sums[0] = sums[1] = 0.0;
+    const T* dy, const T* x, int64_t n, float mean, float rstd, float w, float b, double* sums) {
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t end = i + kBlock < n ? i + kBlock : n;
     float sum = 0.0f, product = 0.0f;
@@ -83,7 +80,6 @@ void backward_sums_nchw(
     for (int64_t j = i; j < end; ++j) {
       const float xhat = (load(x + j) - mean) * rstd;
       const float dz = load(dy + j) * gelu_derivative(xhat * w + b);
-      store(dx + j, dz);
       sum += dz;
       product += dz * xhat;
     }
@@ -92,20 +88,26 @@ void backward_sums_nchw(
   }
 }
 
+inline float gradient(float dy, float x, float mean, float rstd, float w, float b, float a, float k) {
+  const float xhat = (x - mean) * rstd;
+  return rstd * (w * dy * gelu_derivative(xhat * w + b) - a - xhat * k);
+}
+
 template <typename T>
-void backward_dx_nhwc(const T* x, T* dx, int64_t n, int64_t C, float mean, float rstd, const float* w, float a, float k) {
-  for (int64_t r = 0; r < n; ++r, x += C, dx += C) {
+void backward_dx_nhwc(
+    const T* dy, const T* x, T* dx, int64_t n, int64_t C, float mean, float rstd, const float* w, const float* b,
+    float a, float k) {
+  for (int64_t r = 0; r < n; ++r, dy += C, x += C, dx += C) {
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c) {
-      store(dx + c, rstd * (w[c] * load(dx + c) - a - (load(x + c) - mean) * rstd * k));
-    }
+    for (int64_t c = 0; c < C; ++c) store(dx + c, gradient(load(dy + c), load(x + c), mean, rstd, w[c], b[c], a, k));
   }
 }
 
 template <typename T>
-void backward_dx_nchw(const T* x, T* dx, int64_t n, float mean, float rstd, float w, float a, float k) {
+void backward_dx_nchw(
+    const T* dy, const T* x, T* dx, int64_t n, float mean, float rstd, float w, float b, float a, float k) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) store(dx + i, rstd * (w * load(dx + i) - a - (load(x + i) - mean) * rstd * k));
+  for (int64_t i = 0; i < n; ++i) store(dx + i, gradient(load(dy + i), load(x + i), mean, rstd, w, b, a, k));
 }
 
 }  // namespace
@@ -127,30 +129,34 @@ void gng_forward_nchw(In x, void* y, bool bf16, int64_t n, float mean, float rst
 }
 
 void gng_backward_sums_nhwc(
-    In dy, In x, void* dx, bool bf16, int64_t n, int64_t C, float mean, float rstd, const float* weight,
-    const float* bias, float* sums) {
+    In dy, In x, bool bf16, int64_t n, int64_t C, float mean, float rstd, const float* weight, const float* bias,
+    float* sums) {
   MIMDET_BY_TYPE(
       bf16, backward_sums_nhwc(
-                static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), n, C, mean, rstd, weight,
-                bias, sums))
+                static_cast<const T*>(dy), static_cast<const T*>(x), n, C, mean, rstd, weight, bias, sums))
 }
 
 void gng_backward_sums_nchw(
-    In dy, In x, void* dx, bool bf16, int64_t n, float mean, float rstd, float weight, float bias, double* sums) {
+    In dy, In x, bool bf16, int64_t n, float mean, float rstd, float weight, float bias, double* sums) {
   MIMDET_BY_TYPE(
-      bf16, backward_sums_nchw(
-                static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), n, mean, rstd, weight, bias,
-                sums))
+      bf16, backward_sums_nchw(static_cast<const T*>(dy), static_cast<const T*>(x), n, mean, rstd, weight, bias, sums))
 }
 
 void gng_backward_dx_nhwc(
-    In x, void* dx, bool bf16, int64_t n, int64_t C, float mean, float rstd, const float* weight, float a, float b) {
+    In dy, In x, void* dx, bool bf16, int64_t n, int64_t C, float mean, float rstd, const float* weight,
+    const float* bias, float a, float k) {
   MIMDET_BY_TYPE(
-      bf16, backward_dx_nhwc(static_cast<const T*>(x), static_cast<T*>(dx), n, C, mean, rstd, weight, a, b))
+      bf16, backward_dx_nhwc(
+                static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), n, C, mean, rstd, weight,
+                bias, a, k))
 }
 
-void gng_backward_dx_nchw(In x, void* dx, bool bf16, int64_t n, float mean, float rstd, float weight, float a, float b) {
-  MIMDET_BY_TYPE(bf16, backward_dx_nchw(static_cast<const T*>(x), static_cast<T*>(dx), n, mean, rstd, weight, a, b))
+void gng_backward_dx_nchw(
+    In dy, In x, void* dx, bool bf16, int64_t n, float mean, float rstd, float weight, float bias, float a, float k) {
+  MIMDET_BY_TYPE(
+      bf16, backward_dx_nchw(
+                static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), n, mean, rstd, weight, bias,
+                a, k))
 }
 
 }  // namespace MIMDET_ISA

@@ -3,97 +3,118 @@
 #include "LayerNormGelu.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
-#include "binding.h"
+#include "image_area.h"
 
 namespace mimdet {
 namespace {
 
-// Tasks of consecutive positions, none of which spans two samples.
-struct Positions {
-  int64_t C, S, length, per_sample, count;
+using Maybe = std::optional<Tensor>;
 
-  Positions(int64_t B, int64_t C, int64_t S)
-      : C(C),
-        S(S),
+// Tasks of consecutive positions, none of which spans two samples.
+struct Tasks {
+  bool nhwc;
+  int64_t bytes, B, C, S, length, per_sample;
+  Areas areas;
+
+  Tasks(const Tensor& x, const Maybe& sizes, bool nhwc)
+      : nhwc(nhwc),
+        bytes(is_bfloat16(x) ? 2 : 4),
+        B(x.size(0)),
+        C(x.size(1)),
+        S(x.size(2) * x.size(3)),
         length(std::max<int64_t>(1, kGrain / C / kPositions) * kPositions),
         per_sample((S + length - 1) / length),
-        count(B * per_sample) {}
+        areas(x, sizes) {}
 
-  int64_t sample(int64_t task) const { return task / per_sample; }
-  int64_t first(int64_t task) const { return task % per_sample * length; }
-  int64_t size(int64_t task) const { return std::min(length, S - first(task)); }
-  // Where the task's first position lies among all elements, and among all positions.
-  int64_t element(int64_t task, bool nhwc) const { return sample(task) * C * S + first(task) * (nhwc ? C : 1); }
-  int64_t position(int64_t task) const { return sample(task) * S + first(task); }
+  int64_t count() const { return B * per_sample; }
+
+  // Calls f(start, position, n, valid) for the stretches of a task: n positions, the first at byte start, and number
+  // position among those of all samples. Without sizes, a task is one stretch.
+  template <class F>
+  void stretches(int64_t task, F f) const {
+    const int64_t sample = task / per_sample, first = task % per_sample * length;
+    areas.stretches(sample, first, std::min(length, S - first), [&](int64_t position, int64_t n, bool valid) {
+      f((sample * C * S + position * (nhwc ? C : 1)) * bytes, sample * S + position, n, valid);
+    });
+  }
+
+  // Writes zeros over n positions.
+  void clear(char* p, int64_t n) const {
+    if (nhwc) {
+      std::memset(p, 0, n * C * bytes);
+    } else {
+      for (int64_t c = 0; c < C; ++c) std::memset(p + c * S * bytes, 0, n * bytes);
+    }
+  }
 };
 
 void layer_norm_gelu(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool nhwc, const Tensor& y,
-    const Tensor& mean, const Tensor& rstd) {
-  if (x.numel() == 0) return;
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& sizes, double eps, bool nhwc,
+    const Tensor& y, const Tensor& mean, const Tensor& rstd) {
   const bool bf16 = is_bfloat16(x);
-  const int64_t C = weight.numel(), bytes = bf16 ? 2 : 4;
-  const Positions tasks(x.size(0), C, x.numel() / x.size(0) / C);
+  const Tasks tasks(x, sizes, nhwc);
+  const int64_t C = tasks.C;
   const char* xs = static_cast<const char*>(rows(x));
   char* ys = static_cast<char*>(rows(y));
   const float *w = floats(weight), *b = floats(bias), e = static_cast<float>(eps);
   float *means = floats(mean), *rstds = floats(rstd);
   const auto by_position = MIMDET_PICK_ISA(lng_forward_nhwc);
   const auto by_channel = MIMDET_PICK_ISA(lng_forward_nchw);
-  torch::stable::parallel_for(0, tasks.count, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t start = tasks.element(i, nhwc) * bytes, p = tasks.position(i), n = tasks.size(i);
-      if (nhwc) {
-        by_position(xs + start, ys + start, bf16, n, C, w, b, e, means + p, rstds + p);
-      } else {
-        by_channel(xs + start, ys + start, bf16, n, C, tasks.S, w, b, e, means + p, rstds + p);
-      }
+      tasks.stretches(i, [&](int64_t start, int64_t p, int64_t n, bool valid) {
+        if (!valid) {
+          tasks.clear(ys + start, n);
+          std::fill_n(means + p, n, 0.0f);
+          std::fill_n(rstds + p, n, 0.0f);
+        } else if (nhwc) {
+          by_position(xs + start, ys + start, bf16, n, C, w, b, e, means + p, rstds + p);
+        } else {
+          by_channel(xs + start, ys + start, bf16, n, C, tasks.S, w, b, e, means + p, rstds + p);
+        }
+      });
     }
   });
 }
 
 void layer_norm_gelu_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-    const Tensor& rstd, bool nhwc, const Tensor& dx, const Tensor& dweight, const Tensor& dbias) {
-  const int64_t C = weight.numel();
-  float *dw = floats(dweight), *db = floats(dbias);
-  std::fill(dw, dw + C, 0.0f);
-  std::fill(db, db + C, 0.0f);
-  if (x.numel() == 0) return;
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& sizes,
+    const Tensor& mean, const Tensor& rstd, bool nhwc, const Tensor& dx, const Tensor& dweight, const Tensor& dbias) {
   const bool bf16 = is_bfloat16(x);
-  const int64_t bytes = bf16 ? 2 : 4;
-  const Positions tasks(x.size(0), C, x.numel() / x.size(0) / C);
+  const Tasks tasks(x, sizes, nhwc);
+  const int64_t C = tasks.C;
   const char *xs = static_cast<const char*>(rows(x)), *dys = static_cast<const char*>(rows(dy));
   char* dxs = static_cast<char*>(rows(dx));
   const float *w = floats(weight), *b = floats(bias), *means = floats(mean), *rstds = floats(rstd);
   const auto by_position = MIMDET_PICK_ISA(lng_backward_nhwc);
   const auto by_channel = MIMDET_PICK_ISA(lng_backward_nchw);
-  std::vector<float> sums(tasks.count * 2 * C);
-  torch::stable::parallel_for(0, tasks.count, 1, [&](int64_t begin, int64_t end) {
+  std::vector<float> sums(tasks.count() * 2 * C, 0.0f);
+  torch::stable::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(C * (nhwc ? 1 : kPositions));
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t start = tasks.element(i, nhwc) * bytes, p = tasks.position(i), n = tasks.size(i);
       float* sum = &sums[i * 2 * C];
-      if (nhwc) {
-        by_position(
-            dys + start, xs + start, dxs + start, bf16, n, C, w, b, means + p, rstds + p, scratch.data(), sum);
-      } else {
-        by_channel(
-            dys + start, xs + start, dxs + start, bf16, n, C, tasks.S, w, b, means + p, rstds + p, scratch.data(),
-            sum);
-      }
+      tasks.stretches(i, [&](int64_t start, int64_t p, int64_t n, bool valid) {
+        const char *grad = dys + start, *from = xs + start;
+        char* to = dxs + start;
+        if (!valid) {
+          tasks.clear(to, n);
+        } else if (nhwc) {
+          by_position(grad, from, to, bf16, n, C, w, b, means + p, rstds + p, scratch.data(), sum);
+        } else {
+          by_channel(grad, from, to, bf16, n, C, tasks.S, w, b, means + p, rstds + p, scratch.data(), sum);
+        }
+      });
     }
   });
   std::vector<double> total(2 * C, 0.0);
-  for (int64_t i = 0; i < tasks.count; ++i) {
+  for (int64_t i = 0; i < tasks.count(); ++i) {
     for (int64_t c = 0; c < 2 * C; ++c) total[c] += sums[i * 2 * C + c];
   }
-  for (int64_t c = 0; c < C; ++c) {
-    db[c] = static_cast<float>(total[c]);
-    dw[c] = static_cast<float>(total[C + c]);
-  }
+  std::copy(total.begin(), total.begin() + C, floats(dbias));
+  std::copy(total.begin() + C, total.end(), floats(dweight));
 }
 
 }  // namespace
@@ -101,11 +122,11 @@ void layer_norm_gelu_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mimdet_cpu, m) {
   m.def(
-      "layer_norm_gelu_fwd(Tensor x, Tensor weight, Tensor bias, float eps, bool nhwc, Tensor(a!) y, Tensor(b!) mean, "
-      "Tensor(c!) rstd) -> ()");
+      "layer_norm_gelu_fwd(Tensor x, Tensor weight, Tensor bias, Tensor? sizes, float eps, bool nhwc, "
+      "Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
   m.def(
-      "layer_norm_gelu_bwd(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool nhwc, "
-      "Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias) -> ()");
+      "layer_norm_gelu_bwd(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? sizes, Tensor mean, Tensor rstd, "
+      "bool nhwc, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mimdet_cpu, CPU, m) {

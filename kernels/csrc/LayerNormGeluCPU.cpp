@@ -83,7 +83,6 @@ void backward_nhwc(
     const float* rstd, float* dz, float* sums) {
   float* db = sums;
   float* dw = sums + C;
-  for (int64_t c = 0; c < 2 * C; ++c) sums[c] = 0.0f;
   for (int64_t r = 0; r < n; ++r, x += C, dy += C, dx += C) {
     const float m = mean[r], s = rstd[r];
     float a = 0.0f, k = 0.0f;
@@ -143,7 +142,6 @@ template <typename T>
 void backward_nchw(
     const T* dy, const T* x, T* dx, int64_t n, int64_t C, int64_t S, const float* w, const float* b,
     const float* mean, const float* rstd, float* scratch, float* sums) {
-  for (int64_t c = 0; c < 2 * C; ++c) sums[c] = 0.0f;
   for (int64_t p = 0; p < n; p += kPositions) {
     backward_tile(
         dy + p, x + p, dx + p, n - p < kPositions ? n - p : kPositions, C, S, w, b, mean + p, rstd + p, scratch, sums,

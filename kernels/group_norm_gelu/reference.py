@@ -5,7 +5,22 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..image_norm import valid
 
-def group_norm_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """``gelu((x - mean) / sqrt(var + eps) * weight + bias)``, mean and variance over (C, H, W) of each sample."""
-    return F.gelu(F.group_norm(x, 1, weight, bias, eps))
+
+def group_norm_gelu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, sizes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``gelu((x - mean) / sqrt(var + eps) * weight + bias)``, mean and variance over (C, H, W) of each sample.
+
+    With ``sizes`` (B, 2), over the top left rows and columns of the sample alone; zero elsewhere.
+    """
+    if sizes is None:
+        return F.gelu(F.group_norm(x, 1, weight, bias, eps))
+    outside = ~valid(x, sizes)
+    count = x.shape[1] * sizes.prod(1).view(-1, 1, 1, 1)
+    inner = x.masked_fill(outside, 0).to(torch.promote_types(x.dtype, torch.float32))
+    deviation = (inner - inner.sum((1, 2, 3), keepdim=True) / count).masked_fill(outside, 0)
+    rstd = (deviation.square().sum((1, 2, 3), keepdim=True) / count + eps).rsqrt()
+    normed = deviation * rstd * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
+    return F.gelu(normed.to(x.dtype)).masked_fill(outside, 0)

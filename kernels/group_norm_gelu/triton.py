@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..triton_gelu import gelu, gelu_derivative
+from ..triton_valid import valid
 
 # Elements that a program's registers hold at once, and the most programs that share a sample: a power of two.
 _TILE = 4096
@@ -18,19 +19,42 @@ _MOST_PARTS = 256
 
 
 @triton.jit
-def _group_norm_gelu_moments_kernel(x, moments, N, parts, per_part, BLOCK: tl.constexpr):
-    """x: (B, N); moments: (B, parts, 2) float32, mean and sum of squared deviations of per_part elements."""
-    program = tl.program_id(0).to(tl.int64)
-    part = program % parts
-    x += (program // parts) * N
+def _group_norm_gelu_moments_kernel(
+    x,
+    sizes,
+    moments,
+    rows,
+    width,
+    W,
+    S,
+    parts,
+    per_part,
+    HAS_SIZES: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """x: (B, rows, width); sizes: (B, 2); moments: (B, parts, 3) float32: count, mean, sum of squared deviations.
+
+    Rows are what per_part counts; with sizes, row r is of position r % S in a map of W columns.
+    """
+    program = tl.program_id(0)
+    sample = (program // parts).to(tl.int64)
+    x += sample * rows * width
+    column = tl.arange(0, BLOCK_C)[None, :]
+    lane = tl.arange(0, BLOCK_S)[:, None]
     count, mean, m2 = 0.0, 0.0, 0.0
-    begin = part * per_part
-    for offset in range(0, per_part, BLOCK):
-        at = begin + offset + tl.arange(0, BLOCK)
-        inside = at < N
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        # A part has at least one element, but its last blocks may have none.
-        n = tl.minimum(tl.maximum(N - begin - offset, 0), BLOCK).to(tl.float32)
+    begin = (program % parts).to(tl.int64) * per_part
+    for offset in range(0, per_part, BLOCK_S):
+        first = begin + offset
+        row = first + lane
+        inside = (row < rows) & (column < width)
+        if HAS_SIZES:
+            inside &= valid(((first % S).to(tl.int32) + lane) % S, sizes + 2 * sample, W)
+            n = tl.sum(inside.to(tl.float32))
+        else:
+            # A part has at least one row, but its last blocks may have none.
+            n = (tl.minimum(tl.maximum(rows - first, 0), BLOCK_S) * width).to(tl.float32)
+        value = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
         block_mean = tl.sum(value) / tl.maximum(n, 1.0)
         deviation = tl.where(inside, value - block_mean, 0.0)
         both = tl.maximum(count + n, 1.0)
@@ -38,25 +62,27 @@ def _group_norm_gelu_moments_kernel(x, moments, N, parts, per_part, BLOCK: tl.co
         m2 += tl.sum(deviation * deviation) + delta * delta * (count * n / both)
         mean += delta * (n / both)
         count += n
-    tl.store(moments + 2 * program, mean)
-    tl.store(moments + 2 * program + 1, m2)
+    moments += 3 * program.to(tl.int64)
+    tl.store(moments, count)
+    tl.store(moments + 1, mean)
+    tl.store(moments + 2, m2)
 
 
 @triton.jit
-def _combine(moments, N, parts, per_part, eps, PARTS: tl.constexpr):
-    """Mean and rstd of a sample from moments (parts, 2)."""
+def _combine(moments, parts, eps, PARTS: tl.constexpr):
+    """Mean and rstd of a sample from moments (parts, 3)."""
     part = tl.arange(0, PARTS)
     inside = part < parts
-    means = tl.load(moments + 2 * part, mask=inside, other=0.0)
-    m2s = tl.load(moments + 2 * part + 1, mask=inside, other=0.0)
-    left = N - part.to(tl.int64) * per_part
-    counts = tl.where(inside, tl.minimum(left, per_part), 0).to(tl.float32)
+    counts = tl.load(moments + 3 * part, mask=inside, other=0.0)
+    means = tl.load(moments + 3 * part + 1, mask=inside, other=0.0)
+    m2s = tl.load(moments + 3 * part + 2, mask=inside, other=0.0)
+    total = tl.sum(counts)
     # Deviations from the first part's mean: adding up large means would lose what they differ in.
     first = tl.sum(tl.where(part == 0, means, 0.0))
-    mean = first + tl.sum(counts * tl.where(inside, means - first, 0.0)) / N
-    deviation = tl.where(inside, means - mean, 0.0)
+    mean = first + tl.sum(counts * (means - first)) / total
+    deviation = means - mean
     m2 = tl.sum(m2s + counts * deviation * deviation)
-    return mean, tl.rsqrt(m2 / N + eps)
+    return mean, tl.rsqrt(m2 / total + eps)
 
 
 @triton.jit
@@ -64,55 +90,62 @@ def _group_norm_gelu_fwd_kernel(
     x,
     weight,
     bias,
+    sizes,
     moments,
     y,
     mean_out,
     rstd_out,
     C,
     S,
+    W,
     tiles,
     parts,
-    per_part,
     eps,
     NHWC: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """x, y: (B, S, C) if NHWC else (B, C, S); weight, bias: (C,); moments: (B, parts, 2); mean, rstd: (B,).
+    """x, y: (B, S, C) if NHWC else (B, C, S); weight, bias: (C,); moments: (B, parts, 3); mean, rstd: (B,).
 
     A program has one tile of a sample: BLOCK_S positions, and all channels (NHWC) or one (BLOCK_C = 1).
     """
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // tiles
-    tile = program % tiles
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
     size = tl.cast(C, tl.int64) * S
-    mean, rstd = _combine(moments + 2 * sample * parts, size, parts, per_part, eps, PARTS)
+    mean, rstd = _combine(moments + 3 * sample * parts, parts, eps, PARTS)
     if tile == 0:
         tl.store(mean_out + sample, mean)
         tl.store(rstd_out + sample, rstd)
     x += sample * size
     y += sample * size
-    at, inside, channel, channel_inside = _tile(tile, C, S, NHWC, BLOCK_S, BLOCK_C)
+    at, inside, position, channel, channel_inside = _tile(tile, C, S, NHWC, BLOCK_S, BLOCK_C)
+    use = inside
+    if HAS_SIZES:
+        use = inside & valid(position, sizes + 2 * sample, W)
     w = tl.load(weight + channel, mask=channel_inside, other=0.0)
     b = tl.load(bias + channel, mask=channel_inside, other=0.0)
-    xhat = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
-    tl.store(y + at, gelu(xhat * w + b).to(y.dtype.element_ty), mask=inside)
+    xhat = (tl.load(x + at, mask=use, other=0.0).to(tl.float32) - mean) * rstd
+    result = gelu(xhat * w + b)
+    if HAS_SIZES:
+        result = tl.where(use, result, 0.0)
+    tl.store(y + at, result.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _tile(tile, C, S, NHWC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Offsets and mask (positions, channels) of a tile within its sample, and its channels with their mask."""
+    """Offsets and mask (positions, channels) of a tile in its sample, its positions, its channels and their mask."""
     channel = tl.arange(0, BLOCK_C)[None, :]
     if NHWC:
         position = tile * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
-        at = position * C + channel
+        at = position.to(tl.int64) * C + channel
     else:
         blocks = tl.cdiv(S, BLOCK_S)
         position = (tile % blocks) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
         channel = channel + tile // blocks
         at = channel.to(tl.int64) * S + position
-    return at, (position < S) & (channel < C), channel, channel < C
+    return at, (position < S) & (channel < C), position, channel, channel < C
 
 
 @triton.jit
@@ -121,14 +154,17 @@ def _group_norm_gelu_bwd_sums_kernel(
     x,
     weight,
     bias,
+    sizes,
     mean,
     rstd,
     sums,
     C,
     S,
+    W,
     tiles,
     steps,
     NHWC: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -136,9 +172,8 @@ def _group_norm_gelu_bwd_sums_kernel(
 
     A program has steps * BLOCK_S positions and all channels (NHWC) or one (BLOCK_C = 1); tiles such make a sample.
     """
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // tiles
-    tile = program % tiles
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
     size = tl.cast(C, tl.int64) * S
     dy += sample * size
     x += sample * size
@@ -159,7 +194,9 @@ def _group_norm_gelu_bwd_sums_kernel(
     for step in range(steps):
         position = (part * steps + step) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
         inside = (position < S) & channel_inside
-        at = position * C + column if NHWC else column.to(tl.int64) * S + position
+        if HAS_SIZES:
+            inside &= valid(position, sizes + 2 * sample, W)
+        at = position.to(tl.int64) * C + column if NHWC else column.to(tl.int64) * S + position
         xhat = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - center) * scale
         dz = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * gelu_derivative(xhat * w + b)
         dz = tl.where(inside, dz, 0.0)
@@ -174,7 +211,17 @@ def _group_norm_gelu_bwd_sums_kernel(
 
 @triton.jit
 def _group_norm_gelu_bwd_combine_kernel(
-    sums, weight, totals, means, C, S, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+    sums,
+    weight,
+    sizes,
+    totals,
+    means,
+    C,
+    S,
+    parts,
+    HAS_SIZES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """sums: (B, parts, 2, C) -> totals: (B, 2, C); means: (B, 2), of weight * dz and of weight * dz * xhat."""
     sample = tl.program_id(0).to(tl.int64)
@@ -199,6 +246,8 @@ def _group_norm_gelu_bwd_combine_kernel(
         a += tl.sum(dz_row * w)
         k += tl.sum(product_row * w)
     size = tl.cast(C, tl.float32) * S
+    if HAS_SIZES:
+        size = tl.cast(C, tl.float32) * tl.load(sizes + 2 * sample) * tl.load(sizes + 2 * sample + 1)
     tl.store(means + 2 * sample, a / size)
     tl.store(means + 2 * sample + 1, k / size)
 
@@ -209,20 +258,23 @@ def _group_norm_gelu_bwd_dx_kernel(
     x,
     weight,
     bias,
+    sizes,
     mean,
     rstd,
     means,
     dx,
     C,
     S,
+    W,
     tiles,
     NHWC: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """dy, x, dx: (B, S, C) if NHWC else (B, C, S); weight, bias: (C,); mean, rstd: (B,); means: (B, 2)."""
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // tiles
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
     size = tl.cast(C, tl.int64) * S
     dy += sample * size
     x += sample * size
@@ -230,12 +282,18 @@ def _group_norm_gelu_bwd_dx_kernel(
     scale = tl.load(rstd + sample)
     a = tl.load(means + 2 * sample)
     k = tl.load(means + 2 * sample + 1)
-    at, inside, channel, channel_inside = _tile(program % tiles, C, S, NHWC, BLOCK_S, BLOCK_C)
+    at, inside, position, channel, channel_inside = _tile(tile, C, S, NHWC, BLOCK_S, BLOCK_C)
+    use = inside
+    if HAS_SIZES:
+        use = inside & valid(position, sizes + 2 * sample, W)
     w = tl.load(weight + channel, mask=channel_inside, other=0.0)
     b = tl.load(bias + channel, mask=channel_inside, other=0.0)
-    xhat = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - tl.load(mean + sample)) * scale
-    dz = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * gelu_derivative(xhat * w + b)
-    tl.store(dx + at, (scale * (dz * w - a - xhat * k)).to(dx.dtype.element_ty), mask=inside)
+    xhat = (tl.load(x + at, mask=use, other=0.0).to(tl.float32) - tl.load(mean + sample)) * scale
+    dz = tl.load(dy + at, mask=use, other=0.0).to(tl.float32) * gelu_derivative(xhat * w + b)
+    result = scale * (dz * w - a - xhat * k)
+    if HAS_SIZES:
+        result = tl.where(use, result, 0.0)
+    tl.store(dx + at, result.to(dx.dtype.element_ty), mask=inside)
 
 
 def _blocks(channels: int, nhwc: bool, tile: int = _TILE) -> tuple[int, int]:
@@ -246,36 +304,52 @@ def _blocks(channels: int, nhwc: bool, tile: int = _TILE) -> tuple[int, int]:
     return max(1, tile // width), width
 
 
-def _sizes(x: torch.Tensor) -> tuple[int, int, int]:
-    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-
-
-def launch_group_norm_gelu_fwd(x, weight, bias, eps, nhwc, y, mean, rstd):
+def launch_group_norm_gelu_fwd(x, weight, bias, sizes, eps, nhwc, y, mean, rstd):
     """Fill y (as x), mean and rstd (B,) float32 from dense x (B, C, H, W), weight and bias (C,) float32."""
-    batch, channels, positions = _sizes(x)
-    size = channels * positions
-    parts = min(_MOST_PARTS, triton.cdiv(size, _TILE))
-    per_part = triton.cdiv(triton.cdiv(size, parts), _TILE) * _TILE
-    parts = triton.cdiv(size, per_part)
-    moments = torch.empty((batch, parts, 2), dtype=torch.float32, device=x.device)
-    _group_norm_gelu_moments_kernel[(batch * parts,)](x, moments, size, parts, per_part, BLOCK=_TILE, num_warps=8)
+    batch, channels, height, width = x.shape
+    positions, has_sizes = height * width, sizes is not None
+    # Without sizes, and channel by channel, the moments are those of one long row of numbers.
+    by_position = has_sizes and nhwc
+    block_s, block_c = _blocks(channels, True) if by_position else (_TILE, 1)
+    rows, row_width = (positions, channels) if by_position else (positions * channels, 1)
+    parts = min(_MOST_PARTS, triton.cdiv(rows, block_s))
+    per_part = triton.cdiv(triton.cdiv(rows, parts), block_s) * block_s
+    parts = triton.cdiv(rows, per_part)
+    moments = torch.empty((batch, parts, 3), dtype=torch.float32, device=x.device)
+    _group_norm_gelu_moments_kernel[(batch * parts,)](
+        x,
+        sizes,
+        moments,
+        rows,
+        row_width,
+        width,
+        positions,
+        parts,
+        per_part,
+        HAS_SIZES=has_sizes,
+        BLOCK_S=block_s,
+        BLOCK_C=block_c,
+        num_warps=8,
+    )
     block_s, block_c = _blocks(channels, nhwc)
     tiles = triton.cdiv(positions, block_s) * (1 if nhwc else channels)
     _group_norm_gelu_fwd_kernel[(batch * tiles,)](
         x,
         weight,
         bias,
+        sizes,
         moments,
         y,
         mean,
         rstd,
         channels,
         positions,
+        width,
         tiles,
         parts,
-        per_part,
         eps,
         NHWC=nhwc,
+        HAS_SIZES=has_sizes,
         BLOCK_S=block_s,
         BLOCK_C=block_c,
         PARTS=triton.next_power_of_2(parts),
@@ -283,9 +357,10 @@ def launch_group_norm_gelu_fwd(x, weight, bias, eps, nhwc, y, mean, rstd):
     )
 
 
-def launch_group_norm_gelu_bwd(dy, x, weight, bias, mean, rstd, nhwc, dx, dweight, dbias):
+def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx, dweight, dbias):
     """Fill dx (as x), dweight and dbias (C,) float32; dy and x dense with the same strides."""
-    batch, channels, positions = _sizes(x)
+    batch, channels, height, width = x.shape
+    positions, has_sizes = height * width, sizes is not None
     # Half as much at once as forward: the sums take registers too.
     block_s, block_c = _blocks(channels, nhwc, _TILE // 2)
     blocks = triton.cdiv(positions, block_s)
@@ -295,16 +370,28 @@ def launch_group_norm_gelu_bwd(dy, x, weight, bias, mean, rstd, nhwc, dx, dweigh
     totals = torch.empty((batch, 2, channels), dtype=torch.float32, device=x.device)
     means = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
     tiles = parts * (1 if nhwc else channels)
-    blocks_of = {"NHWC": nhwc, "BLOCK_S": block_s, "BLOCK_C": block_c, "num_warps": 8 if nhwc else 4}
+    options = {"NHWC": nhwc, "HAS_SIZES": has_sizes, "BLOCK_S": block_s, "BLOCK_C": block_c}
+    options["num_warps"] = 8 if nhwc else 4
     _group_norm_gelu_bwd_sums_kernel[(batch * tiles,)](
-        dy, x, weight, bias, mean, rstd, sums, channels, positions, tiles, steps, **blocks_of
+        dy, x, weight, bias, sizes, mean, rstd, sums, channels, positions, width, tiles, steps, **options
     )
     _group_norm_gelu_bwd_combine_kernel[(batch,)](
-        sums, weight, totals, means, channels, positions, parts, BLOCK_P=32, BLOCK_C=64, num_warps=4
+        sums,
+        weight,
+        sizes,
+        totals,
+        means,
+        channels,
+        positions,
+        parts,
+        HAS_SIZES=has_sizes,
+        BLOCK_P=32,
+        BLOCK_C=64,
+        num_warps=4,
     )
     tiles = blocks * (1 if nhwc else channels)
     _group_norm_gelu_bwd_dx_kernel[(batch * tiles,)](
-        dy, x, weight, bias, mean, rstd, means, dx, channels, positions, tiles, **blocks_of
+        dy, x, weight, bias, sizes, mean, rstd, means, dx, channels, positions, width, tiles, **options
     )
     torch.sum(totals[:, 0], 0, out=dbias)
     torch.sum(totals[:, 1], 0, out=dweight)

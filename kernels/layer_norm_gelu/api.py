@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from .. import image_norm, registry
+from .. import image_norm
 from . import ops, reference
 
 
 def layer_norm_gelu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, *, impl: str | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    *,
+    sizes: torch.Tensor | None = None,
+    impl: str | None = None,
 ) -> torch.Tensor:
     """LayerNorm over the channels of each position, then the exact (erf) GELU.
 
@@ -22,6 +28,10 @@ def layer_norm_gelu(
         weight: (C,) scale of each channel, of x's dtype or wider.
         bias: (C,), likewise.
         eps: added to the variance.
+        sizes: (B, 2) int32 or int64 on x's device, rows and columns of each sample's valid area, which begins at its
+            top left: 1 .. H and 1 .. W (MIMDET_DEBUG_KERNELS=1 checks). Only positions in the area are normed.
+            Whatever x and the gradient hold outside of it, NaN too, is not looked at; result and gradient are zero
+            there. None: everything is valid.
         impl: see ``mimdet.kernels.selector``.
 
     Returns:
@@ -29,12 +39,9 @@ def layer_norm_gelu(
         are kept for backward. Results repeat bitwise, whatever the number of threads.
 
     Raises:
-        TypeError: an argument that is not of a floating point dtype.
-        ValueError: an argument of another rank, size or device.
+        TypeError: an argument that is not of a floating point dtype, or sizes that are not int32 or int64.
+        ValueError: an argument of another rank, size or device; while debugging, sizes outside of their range
+            (RuntimeError from cpp, always).
         KernelUnavailableError: ``impl`` names what cannot run.
     """
-    image_norm.check(ops.NAME, x, weight, bias)
-    impl = registry.choose(ops.NAME, impl, x.device.type, x.dtype)
-    if impl == "eager":
-        return reference.layer_norm_gelu(x, weight, bias, eps)
-    return torch.ops.mimdet.layer_norm_gelu(x, weight, bias, eps, impl)[0]
+    return image_norm.run(ops.NAME, reference.layer_norm_gelu, x, weight, bias, eps, sizes, impl)

@@ -5,8 +5,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..image_norm import valid
 
-def layer_norm_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """``gelu((x - mean) / sqrt(var + eps) * weight + bias)``, mean and variance over the channels of each position."""
+
+def layer_norm_gelu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, sizes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``gelu((x - mean) / sqrt(var + eps) * weight + bias)``, mean and variance over the channels of each position.
+
+    With ``sizes`` (B, 2), zero outside of the top left rows and columns of each sample.
+    """
+    if sizes is not None:
+        outside = ~valid(x, sizes)
+        return layer_norm_gelu(x.masked_fill(outside, 0), weight, bias, eps).masked_fill(outside, 0)
     normed = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps)
     return F.gelu(normed).permute(0, 3, 1, 2)

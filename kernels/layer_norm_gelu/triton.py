@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..triton_gelu import gelu, gelu_derivative
+from ..triton_valid import valid
 
 # Elements that a program's registers hold at once; the most programs whose partial gradients are summed (NHWC).
 _TILE = 4096
@@ -22,13 +23,29 @@ _BLOCK_P = 64
 
 @triton.jit
 def _layer_norm_gelu_fwd_nhwc_kernel(
-    x, weight, bias, y, mean, rstd, rows, C, eps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    weight,
+    bias,
+    sizes,
+    y,
+    mean,
+    rstd,
+    rows,
+    C,
+    S,
+    W,
+    eps,
+    HAS_SIZES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """x, y: (rows, C); weight, bias: (C,); mean, rstd: (rows,) float32."""
+    """x, y: (rows, C); weight, bias: (C,); sizes: (rows / S, 2); mean, rstd: (rows,) float32."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     channel = tl.arange(0, BLOCK_C)[None, :]
     channel_inside = channel < C
-    inside = (row < rows) & channel_inside
+    here = row < rows
+    use = _valid_rows(row, here, sizes, S, W, HAS_SIZES)
+    inside = use & channel_inside
     at = row * C + channel
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + channel, mask=channel_inside, other=0.0)
@@ -36,14 +53,46 @@ def _layer_norm_gelu_fwd_nhwc_kernel(
     center = tl.sum(value, axis=1)[:, None] / C
     deviation = tl.where(inside, value - center, 0.0)
     scale = tl.rsqrt(tl.sum(deviation * deviation, axis=1)[:, None] / C + eps)
-    tl.store(y + at, gelu(deviation * scale * w + b).to(y.dtype.element_ty), mask=inside)
-    tl.store(mean + row, center, mask=row < rows)
-    tl.store(rstd + row, scale, mask=row < rows)
+    result = gelu(deviation * scale * w + b)
+    if HAS_SIZES:
+        result = tl.where(use, result, 0.0)
+        scale = tl.where(use, scale, 0.0)
+    tl.store(y + at, result.to(y.dtype.element_ty), mask=here & channel_inside)
+    tl.store(mean + row, center, mask=here)
+    tl.store(rstd + row, scale, mask=here)
+
+
+@triton.jit
+def _valid_rows(row, here, sizes, S, W, HAS_SIZES: tl.constexpr):
+    """Which rows, S to a sample, are here and in the valid area."""
+    if HAS_SIZES:
+        position = (row % S).to(tl.int32)
+        size = sizes + 2 * (row // S)
+        height = tl.load(size, mask=here, other=0)
+        width = tl.load(size + 1, mask=here, other=0)
+        here = here & (position // W < height) & (position % W < width)
+    return here
 
 
 @triton.jit
 def _layer_norm_gelu_bwd_nhwc_kernel(
-    dy, x, weight, bias, mean, rstd, dx, sums, rows, C, steps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    dy,
+    x,
+    weight,
+    bias,
+    sizes,
+    mean,
+    rstd,
+    dx,
+    sums,
+    rows,
+    C,
+    S,
+    W,
+    steps,
+    HAS_SIZES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """dy, x, dx: (rows, C); weight, bias: (C,); mean, rstd: (rows,); sums: (programs, 2, C), of dz and dz * xhat."""
     program = tl.program_id(0).to(tl.int64)
@@ -55,10 +104,13 @@ def _layer_norm_gelu_bwd_nhwc_kernel(
     product = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for step in range(steps):
         row = (program * steps + step) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-        inside = (row < rows) & channel_inside
+        here = row < rows
+        use = _valid_rows(row, here, sizes, S, W, HAS_SIZES)
+        inside = use & channel_inside
         at = row * C + channel
-        scale = tl.load(rstd + row, mask=row < rows, other=0.0)
-        center = tl.load(mean + row, mask=row < rows, other=0.0)
+        # Zero where the row is not valid: so are xhat's scale and dz, and with them every gradient.
+        scale = tl.load(rstd + row, mask=use, other=0.0)
+        center = tl.load(mean + row, mask=use, other=0.0)
         xhat = tl.where(inside, (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - center) * scale, 0.0)
         dz = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * gelu_derivative(xhat * w + b)
         total += dz
@@ -66,7 +118,7 @@ def _layer_norm_gelu_bwd_nhwc_kernel(
         g = dz * w
         a = tl.sum(g, axis=1)[:, None] / C
         k = tl.sum(g * xhat, axis=1)[:, None] / C
-        tl.store(dx + at, (scale * (g - a - xhat * k)).to(dx.dtype.element_ty), mask=inside)
+        tl.store(dx + at, (scale * (g - a - xhat * k)).to(dx.dtype.element_ty), mask=here & channel_inside)
     out = sums + program * 2 * C + channel
     tl.store(out, tl.sum(total, axis=0)[None, :], mask=channel_inside)
     tl.store(out + C, tl.sum(product, axis=0)[None, :], mask=channel_inside)
@@ -74,25 +126,40 @@ def _layer_norm_gelu_bwd_nhwc_kernel(
 
 @triton.jit
 def _layer_norm_gelu_fwd_nchw_kernel(
-    x, weight, bias, y, mean, rstd, C, S, eps, STEP_C: tl.constexpr, BLOCK_P: tl.constexpr
+    x,
+    weight,
+    bias,
+    sizes,
+    y,
+    mean,
+    rstd,
+    C,
+    S,
+    W,
+    eps,
+    HAS_SIZES: tl.constexpr,
+    STEP_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    """x, y: (B, C, S); weight, bias: (C,); mean, rstd: (B, S) float32. A program has BLOCK_P positions."""
-    program = tl.program_id(0).to(tl.int64)
+    """x, y: (B, C, S); weight, bias: (C,); sizes: (B, 2); mean, rstd: (B, S) float32. BLOCK_P positions a program."""
     blocks = tl.cdiv(S, BLOCK_P)
-    sample = program // blocks
-    position = (program % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    position = (tl.program_id(0) % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     here = position < S
+    use = here
+    if HAS_SIZES:
+        use = here & valid(position, sizes + 2 * sample, W)
     base = sample * C * S + position
     total = tl.zeros((STEP_C, BLOCK_P), tl.float32)
     for first in range(0, C, STEP_C):
         channel = (first + tl.arange(0, STEP_C)[:, None]).to(tl.int64)
-        total += tl.load(x + base + channel * S, mask=here & (channel < C), other=0.0).to(tl.float32)
+        total += tl.load(x + base + channel * S, mask=use & (channel < C), other=0.0).to(tl.float32)
     center = tl.sum(total, axis=0)[None, :] / C
     total = tl.zeros((STEP_C, BLOCK_P), tl.float32)
     rest = tl.zeros((STEP_C, BLOCK_P), tl.float32)
     for first in range(0, C, STEP_C):
         channel = (first + tl.arange(0, STEP_C)[:, None]).to(tl.int64)
-        inside = here & (channel < C)
+        inside = use & (channel < C)
         deviation = tl.load(x + base + channel * S, mask=inside, other=0.0).to(tl.float32) - center
         deviation = tl.where(inside, deviation, 0.0)
         total += deviation * deviation
@@ -106,36 +173,58 @@ def _layer_norm_gelu_fwd_nchw_kernel(
         inside = here & (channel < C)
         w = tl.load(weight + channel, mask=channel < C, other=0.0)
         b = tl.load(bias + channel, mask=channel < C, other=0.0)
-        xhat = (tl.load(x + base + channel * S, mask=inside, other=0.0).to(tl.float32) - center) * scale
-        tl.store(y + base + channel * S, gelu(xhat * w + b).to(y.dtype.element_ty), mask=inside)
+        xhat = (tl.load(x + base + channel * S, mask=use & (channel < C), other=0.0).to(tl.float32) - center) * scale
+        result = gelu(xhat * w + b)
+        if HAS_SIZES:
+            result = tl.where(use, result, 0.0)
+        tl.store(y + base + channel * S, result.to(y.dtype.element_ty), mask=inside)
+    if HAS_SIZES:
+        scale = tl.where(use, scale, 0.0)
     tl.store(mean + sample * S + position, center, mask=here)
     tl.store(rstd + sample * S + position, scale, mask=here)
 
 
 @triton.jit
 def _layer_norm_gelu_bwd_nchw_kernel(
-    dy, x, weight, bias, mean, rstd, dx, sums, C, S, STEP_C: tl.constexpr, BLOCK_P: tl.constexpr
+    dy,
+    x,
+    weight,
+    bias,
+    sizes,
+    mean,
+    rstd,
+    dx,
+    sums,
+    C,
+    S,
+    W,
+    HAS_SIZES: tl.constexpr,
+    STEP_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """dy, x, dx: (B, C, S); weight, bias: (C,); mean, rstd: (B, S); sums: (programs, 2, C), of dz and dz * xhat."""
-    program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(S, BLOCK_P)
-    sample = program // blocks
-    position = (program % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    position = (tl.program_id(0) % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     here = position < S
+    use = here
+    if HAS_SIZES:
+        use = here & valid(position, sizes + 2 * sample, W)
     base = sample * C * S + position
-    center = tl.load(mean + sample * S + position, mask=here, other=0.0)
-    scale = tl.load(rstd + sample * S + position, mask=here, other=0.0)
+    # Zero where the position is not valid: so are xhat's scale and dz, and with them every gradient.
+    center = tl.load(mean + sample * S + position, mask=use, other=0.0)
+    scale = tl.load(rstd + sample * S + position, mask=use, other=0.0)
     a = tl.zeros((STEP_C, BLOCK_P), tl.float32)
     k = tl.zeros((STEP_C, BLOCK_P), tl.float32)
     for first in range(0, C, STEP_C):
         channel = (first + tl.arange(0, STEP_C)[:, None]).to(tl.int64)
-        inside = here & (channel < C)
+        inside = use & (channel < C)
         w = tl.load(weight + channel, mask=channel < C, other=0.0)
         b = tl.load(bias + channel, mask=channel < C, other=0.0)
         xhat = (tl.load(x + base + channel * S, mask=inside, other=0.0).to(tl.float32) - center) * scale
         xhat = tl.where(inside, xhat, 0.0)
         dz = tl.load(dy + base + channel * S, mask=inside, other=0.0).to(tl.float32) * gelu_derivative(xhat * w + b)
-        out = sums + program * 2 * C + channel
+        out = sums + tl.program_id(0).to(tl.int64) * 2 * C + channel
         tl.store(out, tl.sum(dz, axis=1)[:, None], mask=channel < C)
         tl.store(out + C, tl.sum(dz * xhat, axis=1)[:, None], mask=channel < C)
         a += dz * w
@@ -144,13 +233,13 @@ def _layer_norm_gelu_bwd_nchw_kernel(
     k_mean = tl.sum(k, axis=0)[None, :] / C
     for first in range(0, C, STEP_C):
         channel = (first + tl.arange(0, STEP_C)[:, None]).to(tl.int64)
-        inside = here & (channel < C)
+        inside = use & (channel < C)
         w = tl.load(weight + channel, mask=channel < C, other=0.0)
         b = tl.load(bias + channel, mask=channel < C, other=0.0)
         xhat = (tl.load(x + base + channel * S, mask=inside, other=0.0).to(tl.float32) - center) * scale
         dz = tl.load(dy + base + channel * S, mask=inside, other=0.0).to(tl.float32) * gelu_derivative(xhat * w + b)
         result = scale * (dz * w - a_mean - xhat * k_mean)
-        tl.store(dx + base + channel * S, result.to(dx.dtype.element_ty), mask=inside)
+        tl.store(dx + base + channel * S, result.to(dx.dtype.element_ty), mask=here & (channel < C))
 
 
 def _row_blocks(channels: int, tile: int = _TILE) -> dict[str, int]:
@@ -158,49 +247,37 @@ def _row_blocks(channels: int, tile: int = _TILE) -> dict[str, int]:
     return {"BLOCK_R": max(1, tile // width), "BLOCK_C": width, "num_warps": 8}
 
 
-def launch_layer_norm_gelu_fwd(x, weight, bias, eps, nhwc, y, mean, rstd):
+def launch_layer_norm_gelu_fwd(x, weight, bias, sizes, eps, nhwc, y, mean, rstd):
     """Fill y (as x), mean and rstd (B, H, W) float32 from dense x (B, C, H, W), weight and bias (C,) float32."""
-    batch, channels, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    batch, channels, height, width = x.shape
+    positions, tensors = height * width, (x, weight, bias, sizes, y, mean, rstd)
     if nhwc:
-        rows, blocks = batch * positions, _row_blocks(channels)
-        grid = (triton.cdiv(rows, blocks["BLOCK_R"]),)
-        _layer_norm_gelu_fwd_nhwc_kernel[grid](x, weight, bias, y, mean, rstd, rows, channels, eps, **blocks)
+        rows, options = batch * positions, _row_blocks(channels) | {"HAS_SIZES": sizes is not None}
+        grid = (triton.cdiv(rows, options["BLOCK_R"]),)
+        _layer_norm_gelu_fwd_nhwc_kernel[grid](*tensors, rows, channels, positions, width, eps, **options)
     else:
         grid = (batch * triton.cdiv(positions, _BLOCK_P),)
-        _layer_norm_gelu_fwd_nchw_kernel[grid](
-            x, weight, bias, y, mean, rstd, channels, positions, eps, STEP_C=_STEP_C, BLOCK_P=_BLOCK_P, num_warps=4
-        )
+        options = {"HAS_SIZES": sizes is not None, "STEP_C": _STEP_C, "BLOCK_P": _BLOCK_P, "num_warps": 4}
+        _layer_norm_gelu_fwd_nchw_kernel[grid](*tensors, channels, positions, width, eps, **options)
 
 
-def launch_layer_norm_gelu_bwd(dy, x, weight, bias, mean, rstd, nhwc, dx, dweight, dbias):
+def launch_layer_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx, dweight, dbias):
     """Fill dx (as x), dweight and dbias (C,) float32; dy and x dense with the same strides."""
-    batch, channels, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    batch, channels, height, width = x.shape
+    positions, has_sizes = height * width, sizes is not None
     if nhwc:
-        rows, blocks = batch * positions, _row_blocks(channels, _TILE // 2)
-        tiles = triton.cdiv(rows, blocks["BLOCK_R"])
+        rows, options = batch * positions, _row_blocks(channels, _TILE // 2) | {"HAS_SIZES": has_sizes}
+        tiles = triton.cdiv(rows, options["BLOCK_R"])
         steps = triton.cdiv(tiles, _MOST_PARTS)
         programs = triton.cdiv(tiles, steps)
-        sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
-        _layer_norm_gelu_bwd_nhwc_kernel[(programs,)](
-            dy, x, weight, bias, mean, rstd, dx, sums, rows, channels, steps, **blocks
-        )
     else:
+        options = {"HAS_SIZES": has_sizes, "STEP_C": _STEP_C, "BLOCK_P": _BLOCK_P, "num_warps": 8}
         programs = batch * triton.cdiv(positions, _BLOCK_P)
-        sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
-        _layer_norm_gelu_bwd_nchw_kernel[(programs,)](
-            dy,
-            x,
-            weight,
-            bias,
-            mean,
-            rstd,
-            dx,
-            sums,
-            channels,
-            positions,
-            STEP_C=_STEP_C,
-            BLOCK_P=_BLOCK_P,
-            num_warps=8,
-        )
+    sums = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
+    tensors = (dy, x, weight, bias, sizes, mean, rstd, dx, sums)
+    if nhwc:
+        _layer_norm_gelu_bwd_nhwc_kernel[(programs,)](*tensors, rows, channels, positions, width, steps, **options)
+    else:
+        _layer_norm_gelu_bwd_nchw_kernel[(programs,)](*tensors, channels, positions, width, **options)
     torch.sum(sums[:, 0], 0, out=dbias)
     torch.sum(sums[:, 1], 0, out=dweight)

@@ -1,0 +1,52 @@
+// The valid areas of padded feature maps, for the bindings of the CPU kernels.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+
+#include "binding.h"
+
+namespace mimdet {
+
+// Rows and columns at the top left of each map; without sizes, all of them.
+class Areas {
+ public:
+  // x (B, C, H, W), sizes (B, 2) int32 or none.
+  Areas(const Tensor& x, const std::optional<Tensor>& sizes)
+      : H_(x.size(2)), W_(x.size(3)), sizes_(sizes ? static_cast<const int32_t*>(sizes->data_ptr()) : nullptr) {
+    for (int64_t i = 0; sizes_ && i < x.size(0); ++i) {
+      // Reading outside of a tensor is worse than what this takes.
+      STD_TORCH_CHECK(rows(i) >= 1 && rows(i) <= H_ && columns(i) >= 1 && columns(i) <= W_, "mimdet: sizes[", i,
+                      "] is ", rows(i), ", ", columns(i), ", outside of 1 .. ", H_, " and 1 .. ", W_);
+    }
+  }
+
+  int64_t rows(int64_t sample) const { return sizes_ ? sizes_[2 * sample] : H_; }
+  int64_t columns(int64_t sample) const { return sizes_ ? sizes_[2 * sample + 1] : W_; }
+  int64_t positions(int64_t sample) const { return rows(sample) * columns(sample); }
+
+  // Calls f(first, n, valid) for neighbouring positions that are all valid or all not, over n positions from first.
+  template <class F>
+  void stretches(int64_t sample, int64_t first, int64_t n, F f) const {
+    const int64_t last = first + n, rows = this->rows(sample), columns = this->columns(sample);
+    for (int64_t end; first < last; first = end) {
+      const int64_t row = first / W_;
+      const bool valid = row < rows && first % W_ < columns;
+      if (row >= rows) {
+        end = last;
+      } else if (columns == W_) {
+        end = rows * W_;
+      } else {
+        end = row * W_ + (valid ? columns : W_);
+      }
+      end = std::min(end, last);
+      f(first, end - first, valid);
+    }
+  }
+
+ private:
+  int64_t H_, W_;
+  const int32_t* sizes_;
+};
+
+}  // namespace mimdet
