@@ -27,10 +27,10 @@ class Case(NamedTuple):
     def __call__(self, impl=None, **inputs):
         return public(self.op)(**{**self.inputs, **inputs}, **self.others, impl=impl)
 
-    def to(self, device=None, dtype=None):
-        """The same with tensors on ``device``, those of ``inputs`` in ``dtype``."""
-        others = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.others.items()}
-        return self._replace(inputs={k: v.to(device, dtype) for k, v in self.inputs.items()}, others=others)
+    def on_cpu(self, dtype=None):
+        """The same on the CPU, ``inputs`` in ``dtype``."""
+        others = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in self.others.items()}
+        return self._replace(inputs={k: v.to("cpu", dtype) for k, v in self.inputs.items()}, others=others)
 
 
 def public(op):
@@ -38,7 +38,9 @@ def public(op):
     return getattr(importlib.import_module(f"mimdet.kernels.{op}.api"), op)
 
 
-def case(op, batch=2, length=6, channels=24, dtype=F32, parameters=F32, mean=0.5, std=1.0, layout=None):
+def case(
+    op, batch=2, length=6, channels=24, dtype=F32, parameters=F32, mean=0.5, std=1.0, layout=None, device="cpu"
+):  # fmt: skip
     """Quantised random arguments of ``op``.
 
     Args:
@@ -47,36 +49,45 @@ def case(op, batch=2, length=6, channels=24, dtype=F32, parameters=F32, mean=0.5
         dtype: of the main inputs.
         parameters: dtype of weight, bias and position embedding.
         mean, std: of the main input.
-        layout: name in ``kernels_testing.layouts`` for the main inputs; by default dense.
+        layout: name in ``kernels_testing.layouts`` for the main inputs, or "expanded"; by default dense.
+        device: of all tensors.
     """
 
+    def main(*shape, seed=0):
+        return lay_out(quantised(*shape, dtype=dtype, mean=mean, std=std, seed=seed).to(device), layout)
+
     def tokens(count, seed=0):
-        made = quantised(batch, count, channels, dtype=dtype, mean=mean, std=std, seed=seed)
-        return layouts(made)[layout] if layout else made
+        return main(batch, count, channels, seed=seed)
 
     affine = {
-        "weight": quantised(channels, dtype=parameters, seed=1, mean=1.0, std=0.3),
-        "bias": quantised(channels, dtype=parameters, seed=2, std=0.3),
+        "weight": quantised(channels, dtype=parameters, seed=1, mean=1.0, std=0.3).to(device),
+        "bias": quantised(channels, dtype=parameters, seed=2, std=0.3).to(device),
     }
-    order = torch.rand(batch, length, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
-    pos = quantised(length, channels, dtype=parameters, seed=3)
+    order = torch.rand(batch, length, generator=torch.Generator().manual_seed(2)).argsort(dim=1).to(device)
+    pos = quantised(length, channels, dtype=parameters, seed=3).to(device)
     kept = length // 2
     if op == "add_layer_norm":
         inputs = {"r": tokens(length), "branch": tokens(length, seed=4), **affine}
-        return Case(op, inputs, {"scale": torch.arange(batch) % 3 * 1.25, "eps": EPS})
+        return Case(op, inputs, {"scale": torch.arange(batch, device=device) % 3 * 1.25, "eps": EPS})
     if op == "bias_gelu":
         return Case(op, {"x": tokens(length), "bias": affine["bias"]}, {})
     if op == "gather_add_pos":
         return Case(op, {"x": tokens(length), "pos": pos}, {"index": order[:, :kept]})
     if op in IMAGES:
-        x = quantised(batch, channels, *_sides(length), dtype=dtype, mean=mean, std=std)
-        return Case(op, {"x": layouts(x)[layout] if layout else x, **affine}, {"eps": EPS})
+        return Case(op, {"x": main(batch, channels, *_sides(length)), **affine}, {"eps": EPS})
     if op == "sample_tokens":
-        noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(5))
+        noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(5)).to(device)
         return Case(op, {}, {"noise": noise, "valid": noise < 0.9, "ratio": 0.5})
     assert op == "scatter_fill", op
     inputs = {"kept": tokens(kept), "fill": tokens(length - kept, seed=4), "pos": pos}
     return Case(op, inputs, {"restore": order})
+
+
+def lay_out(x, layout):
+    """``x`` in a layout of ``kernels_testing.layouts``, or the first of its batch "expanded"; as it is for None."""
+    if layout is None:
+        return x
+    return x[:1].expand(x.shape) if layout == "expanded" else layouts(x)[layout]
 
 
 def _sides(length):
@@ -113,8 +124,8 @@ def cotangents(outputs):
 
 def judge(made, got, gradients=None):
     """``got``, from ``differentiate``, within the error budget of plain PyTorch."""
-    same = differentiate(made.to("cpu"), "eager", _on_cpu(gradients))
-    exact = differentiate(made.to("cpu", torch.float64), "eager", _on_cpu(gradients, torch.float64))
+    same = differentiate(made.on_cpu(), "eager", _on_cpu(gradients))
+    exact = differentiate(made.on_cpu(torch.float64), "eager", _on_cpu(gradients, torch.float64))
     main = next(iter(made.inputs.values()), None)
     for name, value in got.items():
         if not value.is_floating_point():

@@ -49,7 +49,7 @@ def poisoned_allocations():
 
     def poison(made):
         if made.device.type != "meta" and not isinstance(made, torch._subclasses.FakeTensor):
-            made.fill_(_poison(made))
+            made.detach().fill_(_poison(made))
         return made
 
     def wrapped(function):

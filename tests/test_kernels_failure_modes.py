@@ -23,11 +23,12 @@ from kernels_cases import (
     cotangents,
     differentiate,
     judge,
+    lay_out,
     on_runners,
     public,
     triton_launches,
 )
-from kernels_testing import Guarded, layouts, poisoned_allocations, quantised
+from kernels_testing import Guarded, poisoned_allocations, quantised
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimdet import kernels
@@ -64,7 +65,7 @@ RANKS = {"add_layer_norm": (2, 3, 4), "bias_gelu": (2, 3, 4), "sample_tokens": (
 @pytest.mark.parametrize("rank", [2, 3, 4])
 def test_rank(op, impl, device, rank):
     """A backward that assumes a rank reads out of bounds [Liger #1375]: right, or refused by name."""
-    made = case(op).to(device)
+    made = case(op, device=device)
     shape = {2: (2, 24), 3: (2, 6, 24), 4: (2, 2, 3, 24)}[rank]
     if op == "sample_tokens":
         made = made._replace(others=made.others | {"noise": torch.rand(shape).to(device)})
@@ -86,23 +87,22 @@ def test_rank(op, impl, device, rank):
 @pytest.mark.parametrize("channels", [17, 96, 192, 384, 1000])
 def test_padded_lanes(op, impl, device, channels):
     """Lanes past the last channel leak into the variance unless the mean is 0 [triton #9838]."""
-    made = case(op, channels=channels, mean=3.0).to(device)
+    made = case(op, channels=channels, mean=3.0, device=device)
     judge(made, differentiate(made, impl))
 
 
+LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "expanded")
+
+
 @on_runners(DIFFERENTIABLE)
-@pytest.mark.parametrize("of_input", ["contiguous", "channels_last", "transposed", "sliced", "offset"])
+@pytest.mark.parametrize("of_input", LAYOUTS)
 def test_strides(op, impl, device, of_input):
-    """Strided inputs, and gradients that are strided or expanded, are misread [quack #88]."""
-    if of_input == "channels_last" and op not in IMAGES:
-        pytest.skip("not an image")
-    made = case(op, layout=of_input).to(device)
-    if next(iter(made.inputs.values())).is_contiguous() != (of_input in ("contiguous", "offset")):
-        pytest.fail("the copy to the device lost the layout")
+    """Strided or expanded inputs and gradients are misread [quack #88]."""
+    made = case(op, layout=of_input, device=device)
     outputs = made(impl)
     dense = cotangents(list(outputs) if isinstance(outputs, tuple) else [outputs])
-    for of_gradient in ("contiguous", "transposed", "sliced", "offset", "expanded"):
-        given = [g[:1].expand(g.shape) if of_gradient == "expanded" else layouts(g)[of_gradient] for g in dense]
+    for of_gradient in LAYOUTS:
+        given = [lay_out(g, of_gradient) for g in dense]
         judge(made, differentiate(made, impl, given), given)
 
 
@@ -129,38 +129,44 @@ def test_int64_addresses_are_really_looked_at(kernel):
 
 @on_runners(("gather_add_pos", "scatter_fill"))
 def test_int64_and_int32_indices(op, impl, device):
-    made = case(op).to(device)
+    made = case(op, device=device)
     narrow = made._replace(others={k: v.int() for k, v in made.others.items()})
     assert_same_bits(differentiate(made, impl), differentiate(narrow, impl))
 
 
-@needs_gpu
 @on_runners(DIFFERENTIABLE)
-def test_int64_more_than_two_to_the_31_elements(op, impl, device):
-    """The last of 513 pictures of 2**22 elements gives the same alone."""
-    if device == "cpu":
-        pytest.skip("too slow on a CPU")
-    if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
+@pytest.mark.parametrize("many", [False, True], ids=["small", "more-than-two-to-the-31"])
+def test_int64_last_picture(op, impl, device, many):
+    """The last of many pictures gives the same alone, 2**31 elements later too."""
+    if many and (device == "cpu" or torch.cuda.get_device_properties(0).total_memory < 70 * 2**30):
         pytest.skip("needs a GPU of 80 GB")
-    alone = case(op, batch=1, length=4096, channels=1024, dtype=BF16, parameters=BF16).to(device)
-    inputs, others = dict(alone.inputs), dict(alone.others)
-    for group in (inputs, others):
-        for name, value in group.items():
-            if isinstance(value, torch.Tensor) and value.shape[0] == 1:
-                group[name] = value.new_zeros(513, *value.shape[1:]) if group is inputs else value.expand(513, -1)
-                if group is inputs:
-                    group[name][-1:] = value
-    many = alone._replace(inputs=inputs, others={k: v.flatten() if k == "scale" else v for k, v in others.items()})
-    for name, value in differentiate(alone, impl).items():
+    count, length, channels = (513, 4096, 1024) if many else (3, 6, 24)
+    last = case(op, 1, length, channels, dtype=BF16, parameters=BF16, device=device)
+
+    def after_zeros(tensor):
+        made = tensor.new_zeros(count, *tensor.shape[1:])
+        made[-1:] = tensor
+        return made
+
+    def of_pictures(values, repeat):
+        return {k: repeat(v) if isinstance(v, torch.Tensor) and len(v) == 1 else v for k, v in values.items()}
+
+    others = of_pictures(last.others, lambda v: v.repeat(count, *[1] * (v.dim() - 1)))
+    all_of_them = last._replace(inputs=of_pictures(last.inputs, after_zeros), others=others)
+    outputs = last(impl)
+    gradients = cotangents(list(outputs) if isinstance(outputs, tuple) else [outputs])
+    want = differentiate(last, impl, gradients)
+    got = differentiate(all_of_them, impl, [after_zeros(g) for g in gradients])
+    for name in want:
         if name.removeprefix("grad_") not in ("weight", "bias", "pos"):
-            assert torch.equal(differentiate(many, impl)[name][-1:], value), name
+            assert torch.equal(got[name][-1:], want[name]), name
 
 
 @on_runners()
 def test_first_call(op, impl, device):
     """Tuning that mutates outputs hides partial writes [triton #6547, #9230]: the first call is the second, and all
     that was allocated (NaN here) is written."""
-    made = case(op, length=30, channels=40).to(device)
+    made = case(op, length=30, channels=40, device=device)
     first, second = differentiate(made, impl), differentiate(made, impl)
     assert_same_bits(first, second)
     assert all(value.isfinite().all() for value in first.values())
@@ -175,7 +181,7 @@ def test_nothing_is_tuned_at_run_time(op):
 def test_compiled_output(op, impl, device):
     """Compiled results are silently others; Python scalars become float64 [Liger #871]."""
     torch._dynamo.reset()
-    run, made = public(op), case(op).to(device)
+    run, made = public(op), case(op, device=device)
     scalars = {k: v for k, v in made.others.items() if isinstance(v, float)}
     tensors = {k: v for k, v in made.others.items() if k not in scalars}
 
@@ -204,7 +210,7 @@ def test_graph_breaks(op, impl, device):
     compiled = torch.compile(public(op), fullgraph=True, dynamic=True, backend=counter)
     # No two sizes of the first call are equal: the tracer would take them for one.
     for batch, length in ((2, 15), (3, 28), (5, 27)):
-        made = case(op, batch=batch, length=length).to(device)
+        made = case(op, batch=batch, length=length, device=device)
         compiled(**made.inputs, **made.others, impl=impl)
     assert counter.frame_count == 1
 
@@ -215,7 +221,7 @@ def test_cuda_graph(op, impl, device):
     """Tuning, or a wait, inside a capture [triton #10596]: warm, capture, replay on other numbers, compare."""
     if device == "cpu":
         pytest.skip("a CPU has no graphs")
-    made, other = case(op).to(device), case(op, mean=-1.0, std=2.0).to(device)
+    made, other = case(op, device=device), case(op, mean=-1.0, std=2.0, device=device)
     want = differentiate(other, impl)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -240,7 +246,7 @@ def test_wrong_gpu(op, impl, device):
     if device == "cpu":
         pytest.skip("no GPU's")
     assert torch.cuda.current_device() == 0
-    first, second = (differentiate(case(op).to(f"cuda:{i}"), impl) for i in (0, 1))
+    first, second = (differentiate(case(op, device=f"cuda:{i}"), impl) for i in (0, 1))
     assert {v.device.index for v in second.values()} == {1}
     assert_same_bits({k: v.cpu() for k, v in first.items()}, {k: v.cpu() for k, v in second.items()})
 
@@ -249,7 +255,7 @@ def test_wrong_gpu(op, impl, device):
 def test_cancellation(op, impl, device):
     """E[x^2] - E[x]^2 far from zero is noise [pytorch #54293]."""
     sizes = {"batch": 1, "length": 2048, "channels": 24} if op == "group_norm_gelu" else {"channels": 4096}
-    made = case(op, mean=1e3, std=0.1, **sizes).to(device)
+    made = case(op, mean=1e3, std=0.1, **sizes, device=device)
     if "branch" in made.inputs:
         made.inputs["branch"] = made.inputs["branch"] - 1e3
     judge(made, differentiate(made, impl))
@@ -258,7 +264,7 @@ def test_cancellation(op, impl, device):
 @on_runners(DIFFERENTIABLE)
 def test_mixed_dtypes(op, impl, device):
     """float32 parameters beside bfloat16 activations under autocast, forward and backward [mamba #868]."""
-    made = case(op, dtype=BF16).to(device)
+    made = case(op, dtype=BF16, device=device)
     with torch.autocast(device, dtype=BF16):
         got = differentiate(made, impl)
     judge(made, got)
@@ -268,7 +274,7 @@ def test_mixed_dtypes(op, impl, device):
 @on_runners()
 def test_determinism(op, impl, device):
     """Atomics make sums differ from run to run [mamba #493]."""
-    made = case(op, length=600, channels=64).to(device)
+    made = case(op, length=600, channels=64, device=device)
     torch.use_deterministic_algorithms(True)
     try:
         runs = []
@@ -299,10 +305,10 @@ def test_empty(op, impl, device, empty):
     if empty == "kept":
         if op not in ("gather_add_pos", "scatter_fill"):
             pytest.skip("keeps nothing")
-        made = case(op, length=1).to(device)
+        made = case(op, length=1, device=device)
         assert (made.others.get("index", made.inputs.get("kept"))).shape[1] == 0
     else:
-        made = case(op, **{empty: 0}).to(device)
+        made = case(op, **{empty: 0}, device=device)
     got = differentiate(made, impl)
     if empty == "kept":
         judge(made, got)
@@ -321,7 +327,7 @@ FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 @pytest.mark.parametrize("of_input", FORMATS)
 def test_channels_last(op, impl, device, of_input, of_gradient):
     """channels_last is lost, or read as if the gradient had the input's format [pytorch #111824]."""
-    made = case(op, length=12).to(device)
+    made = case(op, length=12, device=device)
     made.inputs["x"] = made.inputs["x"].contiguous(memory_format=FORMATS[of_input])
     given = [g.contiguous(memory_format=FORMATS[of_gradient]) for g in cotangents([made.inputs["x"]])]
     got = differentiate(made, impl, given)
@@ -335,7 +341,7 @@ def test_partial_tile(op, impl, device, tile):
     """Past the last element lies NaN, and 0 x NaN is NaN; nothing is written there [NATTEN #341]."""
     for size in (tile - 1, tile, tile + 1):
         for sizes in ({"channels": size}, {"length": size, "channels": 8}):
-            made = case(op, **sizes).to(device)
+            made = case(op, **sizes, device=device)
             groups = made.inputs, {k: v for k, v in made.others.items() if isinstance(v, torch.Tensor)}
             guards = [{k: Guarded(v) for k, v in group.items()} for group in groups]
             inputs, others = ({k: g.tensor for k, g in group.items()} for group in guards)
@@ -382,7 +388,7 @@ SAVED = {"add_layer_norm": "output", "gather_add_pos": "index", "scatter_fill": 
 @on_runners(DIFFERENTIABLE)
 def test_write_after_forward(op, impl, device):
     """Kernels that save what is written to later give wrong gradients [Liger #272]: backward raises."""
-    made = case(op).to(device)
+    made = case(op, device=device)
     inputs = {k: v.requires_grad_() * 1 for k, v in made.inputs.items()}
     outputs = made(impl, **inputs)
     saved = SAVED.get(op, "x")
@@ -410,7 +416,7 @@ class Calls(TorchDispatchMode):
 @on_runners()
 def test_alias(op, impl, device):
     """An output that is an input breaks autograd and compilation [pytorch #134278]: operations keep their schema."""
-    made = case(op, length=8).to(device)
+    made = case(op, length=8, device=device)
     with Calls() as calls:
         differentiate(made, impl)
     assert len(calls.made) == (1 if op == "sample_tokens" else 2)
