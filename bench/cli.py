@@ -1,0 +1,116 @@
+"""``mimdet bench``."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+
+class Device(str, Enum):
+    """Where to measure."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+DeviceOption = Annotated[Device, typer.Option(help="auto takes the GPU where there is one.")]
+Rounds = Annotated[int, typer.Option(min=3, help="Interleaved rounds; 15 or more for figures to publish.")]
+Output = Annotated[
+    Path | None, typer.Option(help="File of results, .json or .csv; default: output/bench/.", show_default=False)
+]
+Size = Annotated[
+    str | None,
+    typer.Option(metavar="HxW", help="Pictures; default: 800x1344 on a GPU, 480x640 on a CPU.", show_default=False),
+]
+
+
+@app.callback()
+def prepare() -> None:
+    """Measure speed and memory: always beside peers and the machine's limit, checked equal first."""
+    # The profiler that counts memory on a CPU writes two lines a use; it reads this when torch is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
+@app.command("ops")
+def ops(
+    op: Annotated[list[str] | None, typer.Option(help="Operation; may be repeated. Default: all.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16 or fp16; may be repeated.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="BxNxC", help="Instead of the model's shapes; may be repeated.")
+    ] = None,
+    impl: Annotated[list[str] | None, typer.Option(help="Form, as the table names it; may be repeated.")] = None,
+    direction: Annotated[list[str] | None, typer.Option(help="forward or backward. Default: both.")] = None,
+    size: Size = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Of the model's shapes; may be repeated.")] = None,
+    rounds: Rounds = 15,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> None:
+    """Each operation, forward and backward: every implementation, torch.compile, and the original's form.
+
+    A form is timed only if its outputs and gradients are right. A speed-up whose 95% interval includes 1 is written
+    "no difference"; A/A in a title is the first form against itself.
+    """
+    from .ops import DIRECTIONS, Options, run_ops
+
+    where = _device(device)
+    directions = tuple(direction or DIRECTIONS)
+    unknown = set(directions) - set(DIRECTIONS)
+    if unknown:
+        raise ValueError(f"no direction {', '.join(unknown)}; choose from {', '.join(DIRECTIONS)}")
+    options = Options(
+        device=where,
+        output=_output(output, "ops"),
+        ops=tuple(op or ()),
+        dtypes=tuple(dtype or ()),
+        directions=directions,
+        shapes=tuple(map(_sizes, shape or ())),
+        impls=tuple(impl or ()),
+        size=_picture(size, where),
+        batches=tuple(batch or (1,)),
+        rounds=rounds,
+    )
+    run_ops(options)
+    typer.echo(f"results in {options.output}")
+
+
+def _device(device: Device) -> str:
+    import torch
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU found; mimdet info shows what PyTorch sees")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
+
+
+def _output(given: Path | None, name: str) -> Path:
+    path = given or Path("output/bench") / f"{name}.json"
+    if path.suffix not in (".json", ".csv"):
+        raise ValueError(f"--output {path}: the name must end in .json or .csv")
+    return path
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise ValueError(f"sizes are numbers with x between them, as 2x600x768; got {text!r}") from None
+
+
+def _picture(text: str | None, device: str) -> tuple[int, int]:
+    """Height and width, multiples of 32."""
+    if text is None:
+        return (800, 1344) if device == "cuda" else (480, 640)
+    sizes = _sizes(text)
+    if len(sizes) != 2 or any(side < 32 or side % 32 for side in sizes):
+        raise ValueError(f"--size must be HxW, multiples of 32, got {text!r}")
+    return sizes
