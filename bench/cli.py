@@ -84,6 +84,120 @@ def ops(
     typer.echo(f"results in {options.output}")
 
 
+Peers = Annotated[list[str] | None, typer.Option("--peers", help="Model to measure; may be repeated. Default: all.")]
+Part = Annotated[str, typer.Option(help="backbone, or detector: the whole step with its update.")]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures.")]
+Dtype = Annotated[str | None, typer.Option(help="fp32, or bf16 or fp16 autocast; default: bf16 on a GPU, else fp32.")]
+Config = Annotated[str, typer.Option(help="The detector's config.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides.", show_default=False)
+]
+RATIOS = (0.125, 0.25, 0.5, 0.75, 1.0)
+DEPTHS = (1, 2, 4, 8)
+
+
+@app.command("table1")
+def table1(
+    opts: Overrides = None,
+    part: Part = "backbone",
+    peers: Peers = None,
+    size: Size = None,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    config: Config = "mimdet_b_mask_rcnn",
+    rounds: Rounds = 15,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> None:
+    """Time and memory over the keep ratio, in training and inference, beside the paper's Table 1."""
+    _tables("table1", opts, part, peers, size, batch, dtype, config, rounds, device, output, RATIOS, (), None)
+
+
+@app.command("table7")
+def table7(
+    opts: Overrides = None,
+    part: Part = "backbone",
+    peers: Peers = None,
+    size: Size = None,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    config: Config = "mimdet_b_mask_rcnn",
+    rounds: Rounds = 15,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> None:
+    """Time and memory over the decoder's depth, in training, beside the paper's Table 7."""
+    _tables("table7", opts, part, peers, size, batch, dtype, config, rounds, device, output, (), DEPTHS, ("train",))
+
+
+@app.command("backbone")
+def backbone(
+    opts: Overrides = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Keep ratio; may be repeated. Default: 0.5.")] = None,
+    depth: Annotated[list[int] | None, typer.Option(min=1, help="Decoder blocks; may be repeated.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="train or inference. Default: both.")] = None,
+    part: Part = "backbone",
+    peers: Peers = None,
+    size: Size = None,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    config: Config = "mimdet_b_mask_rcnn",
+    rounds: Rounds = 15,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> None:
+    """Time and memory of chosen ratios and depths; the row of ratio 0.5 and the config's depth is always there."""
+    _tables(
+        "backbone",
+        opts,
+        part,
+        peers,
+        size,
+        batch,
+        dtype,
+        config,
+        rounds,
+        device,
+        output,
+        ratio or (),
+        depth or (),
+        mode,
+    )
+
+
+def _tables(name, opts, part, peers, size, batch, dtype, config, rounds, device, output, ratios, depths, modes) -> None:
+    from ..config import load
+    from .backbone import MODES, Options, run_tables
+    from .cases import DTYPES
+    from .models import PEERS
+
+    where = _device(device)
+    dtype = dtype or ("bf16" if where == "cuda" else "fp32")
+    if dtype not in DTYPES:
+        raise ValueError(f"no dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+    if any(not 0 < ratio <= 1 for ratio in ratios):
+        raise ValueError(f"a keep ratio is in (0, 1], got {', '.join(map(str, ratios))}")
+    default = load(config, opts or []).model.backbone.bottom_up
+    options = Options(
+        device=where,
+        output=_output(output, name if part == "backbone" else f"{name}_{part}"),
+        ratios=tuple(ratios),
+        depths=tuple(depths),
+        default=(0.5, default.decoder.depth),
+        modes=tuple(modes or MODES),
+        part=part,
+        peers=tuple(peers or PEERS),
+        config=config,
+        overrides=tuple(opts or ()),
+        size=_picture(size, where),
+        batch=batch,
+        dtype=dtype,
+        rounds=rounds,
+    )
+    run_tables(options)
+    typer.echo(f"results in {options.output}")
+
+
 def _device(device: Device) -> str:
     import torch
 

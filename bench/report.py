@@ -30,12 +30,13 @@ def progress() -> Progress:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Text to the left in the first column, figures to the right."""
+    """Text to the left in the first column, figures to the right; columns of dashes alone are left out."""
+    used = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
     made = Table(title=title, title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="right" if index else "left", overflow="fold")
+    for i in used:
+        made.add_column(columns[i], justify="right" if i else "left", no_wrap=not i, overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*(row[i] for i in used))
     return made
 
 

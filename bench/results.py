@@ -61,6 +61,8 @@ COLUMNS = {
         "paper_time": "float?",
         "paper_memory": "float?",
         **{f"vs_original{end}": kind for end, kind in _RATIO.items()},
+        **{f"vs_original_sdpa{end}": kind for end, kind in _RATIO.items()},
+        **{f"vs_clean{end}": kind for end, kind in _RATIO.items()},
     },
 }
 # What names a row: equal in two files, their figures can be compared.
