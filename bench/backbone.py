@@ -252,9 +252,9 @@ def _exact_convolutions() -> Iterator[None]:
 
 def _memory(work: Workload, mode: str, options: Options) -> dict[str, float | None]:
     work.step()
-    gc.collect()
     gpu = torch.device(options.device).type == "cuda"
     if gpu:
+        gc.collect()
         torch.cuda.empty_cache()
     found = {"allocated_mib": work.resident + peak_bytes(work.step, options.device)}
     found["reserved_mib"] = torch.cuda.max_memory_reserved() if gpu else None

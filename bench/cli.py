@@ -165,6 +165,40 @@ def backbone(
     )
 
 
+@app.command("compare")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Results of one run.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Results of another.")],
+) -> None:
+    """How fast B is over A, for every row that both files have, with 95% intervals.
+
+    `mimdet bench compare before.json after.json`
+
+    Two runs can differ by more than their intervals say, in load or clocks: what one run measured side by side is
+    the better evidence.
+    """
+    from .compare import show
+
+    show(first, second)
+
+
+@app.command("plot")
+def plot(
+    files: Annotated[list[Path], typer.Argument(help="Files of results.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures; default: beside each file.", show_default=False)
+    ] = None,
+) -> None:
+    """Draw each file: time and memory beside the paper's curve, or the bandwidth of every operation."""
+    from .plot import plot
+    from .results import Results
+
+    for file in files:
+        path = (output or file.parent) / f"{file.stem}.png"
+        plot(Results.read(file), path)
+        typer.echo(str(path))
+
+
 def _tables(name, opts, part, peers, size, batch, dtype, config, rounds, device, output, ratios, depths, modes) -> None:
     from ..config import load
     from .backbone import MODES, Options, run_tables

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +102,6 @@ def measure_case(made: Case, options: Options, limits: Mapping[str, float]) -> I
                     _row(made, direction, cold, name, timings, limits, runs.get(name), faults.get(name), options)
                     for name in forms
                 ]
-            del runs
-            gc.collect()
 
 
 def _forms(made: Case, options: Options) -> dict[str, Form]:
