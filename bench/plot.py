@@ -81,10 +81,11 @@ def _curves(rows: Sequence[dict]) -> Figure:
             axes.set_xlabel("keep ratio" if axis == "ratio" else "decoder blocks")
             axes.set_ylabel(label)
             axes.grid(alpha=0.3)
+        panels[0].set_title(mode, fontsize=10)
         panels[0].set_ylim(bottom=0)
         panels[1].legend(fontsize=7)
     first = rows[0]
-    figure.suptitle(f"{first['part']}, {first['size']}, batch {first['batch']}, {first['dtype']}: {', '.join(modes)}")
+    figure.suptitle(f"{first['part']}, {first['size']}, batch {first['batch']}, {first['dtype']}")
     return figure
 
 
