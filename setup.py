@@ -57,15 +57,17 @@ setup(
         *find_packages(include=["mimdet", "mimdet.*"]),
         "mimdet.kernels",
         *(f"mimdet.kernels.{name}" for name in find_packages("kernels")),
+        "mimdet.bench",
         "mimdet.configs",
         "mimdet.configs.common",
     ],
     package_dir={
         "mimdet": "mimdet",
         "mimdet.kernels": "kernels",
+        "mimdet.bench": "bench",
         "mimdet.configs": "configs",
         "mimdet.configs.common": "configs/common",
     },
-    package_data={"mimdet.kernels": ["csrc/*"]},
+    package_data={"mimdet.kernels": ["csrc/*"], "mimdet.bench": ["*.json"]},
     cmdclass={"build_py": BuildKernels, "bdist_wheel": PlatformWheel},
 )

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ..bench.cli import app as bench
 from . import convert, demo, info, predict, train
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.command("eval")(train.evaluate)
 app.command("predict")(predict.predict)
 app.command("info")(info.info)
 app.command("convert")(convert.convert)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

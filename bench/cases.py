@@ -1,0 +1,330 @@
+"""Inputs of every operation as MIMDet-Base has them, its peers, and the fewest bytes that any form must move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.add_layer_norm.api import add_layer_norm
+from ..kernels.bias_gelu.api import bias_gelu
+from ..kernels.gather_add_pos.api import gather_add_pos
+from ..kernels.group_norm_gelu.api import group_norm_gelu
+from ..kernels.layer_norm_gelu.api import layer_norm_gelu
+from ..kernels.sample_tokens.api import sample_tokens
+from ..kernels.scatter_fill.api import scatter_fill
+
+Tensors = dict[str, torch.Tensor]
+Outputs = tuple[torch.Tensor, ...]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_RATIO = 0.5
+_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one shape.
+
+    Attributes:
+        op: name; ``kernels_op`` is the registered operation whose implementations it has.
+        name: where in the model it stands.
+        shape: of the main input.
+        dtype: word of ``DTYPES``: of the main input. The residual stream and the position embedding are float32, as
+            they are under autocast.
+        make: device -> inputs, random.
+        run: (inputs, impl) -> outputs.
+        differentiable: inputs that get a gradient; empty for an operation without.
+        moved: direction -> fewest bytes read and written.
+        flops: direction -> multiplications and additions of its matrix products.
+        peers: other forms of the same, by name.
+        terms: see ``equality.why_wrong``.
+        comparable: what of the outputs must be equal in all forms.
+    """
+
+    op: str
+    kernels_op: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    make: Callable[[str], Tensors]
+    run: Callable[[Tensors, str], Outputs]
+    differentiable: tuple[str, ...]
+    moved: dict[str, int]
+    flops: dict[str, int] = field(default_factory=dict)
+    peers: dict[str, Callable[[Tensors], Outputs]] = field(default_factory=dict)
+    terms: dict[str, int] = field(default_factory=dict)
+    comparable: Callable[[Outputs], Outputs] = tuple
+
+
+def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) -> list[Case]:
+    """The operation at each place it has in MIMDet-Base for pictures of this size, for each batch.
+
+    Raises:
+        ValueError: an unknown operation.
+    """
+    grid, tokens = (height // 16, width // 16), (height // 16) * (width // 16)
+    kept = int(tokens * _RATIO)
+    stem = [(f"stage {i + 1}", (96 * 2**i, grid[0] * 2 ** (3 - i), grid[1] * 2 ** (3 - i))) for i in range(4)]
+    places = {
+        "add_layer_norm": [("encoder", (kept, 768)), ("decoder", (tokens, 512))],
+        "bias_gelu": [("encoder", (kept, 3072)), ("decoder", (tokens, 2048))],
+        "decoder_assembly": [("decoder", (tokens, 512))],
+        "gather_add_pos": [("encoder", (tokens, 768))],
+        "group_norm_gelu": stem,
+        "layer_norm_gelu": stem,
+        "sample_tokens": [("encoder", (tokens,))],
+        "scatter_fill": [("decoder", (tokens, 512))],
+    }
+    _known(op)
+    return [OPS[op](name, (batch, *shape), dtype) for batch in batches for name, shape in places[op]]
+
+
+def case(op: str, dtype: str, shape: Sequence[int]) -> Case:
+    """The operation on one shape: (B, N, C), (B, C, H, W) for the norms of images, (B, L) for sampling.
+
+    Raises:
+        ValueError: an unknown operation, or a shape of another rank.
+    """
+    _known(op)
+    rank = {"group_norm_gelu": 4, "layer_norm_gelu": 4, "sample_tokens": 2}.get(op, 3)
+    if len(shape) != rank or min(shape) < 1:
+        raise ValueError(f"{op}: the shape must have {rank} positive sizes, got {'x'.join(map(str, shape))}")
+    return OPS[op]("given", tuple(shape), dtype)
+
+
+def _known(op: str) -> None:
+    if op not in OPS:
+        raise ValueError(f"no operation {op!r}; choose from {', '.join(OPS)}")
+
+
+def _normal(shape: Sequence[int], device: str, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+
+def _sample(batch: int, length: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(0)).to(device)
+    return sample_tokens(noise, torch.ones_like(noise, dtype=torch.bool), _RATIO, impl="eager")
+
+
+def _flat(index: torch.Tensor, length: int) -> torch.Tensor:
+    return (index + length * torch.arange(len(index), device=index.device)[:, None]).flatten()
+
+
+def _repeated(index: torch.Tensor, channels: int) -> torch.Tensor:
+    """The index as the original gathers with it: an int64 for each element."""
+    return index.unsqueeze(-1).repeat(1, 1, channels)
+
+
+def _add_layer_norm(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    size, count, rows = DTYPES[dtype].itemsize, prod(shape), prod(shape[:-1])
+    channels = shape[-1:]
+
+    def make(device: str) -> Tensors:
+        scale = (torch.arange(shape[0], device=device) % 8 != 7).float() / 0.9
+        return {
+            "r": _normal(shape, device, 0),
+            "branch": _normal(shape, device, 1, DTYPES[dtype]),
+            "scale": scale,
+            "weight": 1 + 0.1 * _normal(channels, device, 2),
+            "bias": _normal(channels, device, 3),
+        }
+
+    def run(t: Tensors, impl: str) -> Outputs:
+        return add_layer_norm(*t.values(), _EPS, dtype=t["branch"].dtype, impl=impl)
+
+    # Forward: r, branch in; their sum, y out. Backward: the sum, both gradients in; both gradients out.
+    moved = {"forward": count * (4 + size + 4 + size), "backward": count * (4 + 4 + size + 4 + size)}
+    terms = dict.fromkeys(("gradient of weight", "gradient of bias"), rows)
+    names = ("r", "branch", "weight", "bias")
+    return Case("add_layer_norm", "add_layer_norm", name, shape, dtype, make, run, names, moved, terms=terms)
+
+
+def _bias_gelu(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    size, count = DTYPES[dtype].itemsize, prod(shape)
+
+    def make(device: str) -> Tensors:
+        return {"x": _normal(shape, device, 0, DTYPES[dtype]), "bias": _normal(shape[-1:], device, 1)}
+
+    def run(t: Tensors, impl: str) -> Outputs:
+        return (bias_gelu(t["x"], t["bias"], impl=impl),)
+
+    moved = {"forward": 2 * count * size, "backward": 3 * count * size}
+    terms = {"gradient of bias": prod(shape[:-1])}
+    return Case("bias_gelu", "bias_gelu", name, shape, dtype, make, run, ("x", "bias"), moved, terms=terms)
+
+
+def _image_norm(op: str, function: Callable) -> Callable[[str, tuple[int, ...], str], Case]:
+    def build(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+        size, count = DTYPES[dtype].itemsize, prod(shape)
+
+        def make(device: str) -> Tensors:
+            x = _normal(shape, device, 0, DTYPES[dtype])
+            return {
+                "x": x.contiguous(memory_format=torch.channels_last),
+                "weight": (1 + 0.1 * _normal(shape[1:2], device, 1)).to(DTYPES[dtype]),
+                "bias": _normal(shape[1:2], device, 2, DTYPES[dtype]),
+            }
+
+        def run(t: Tensors, impl: str) -> Outputs:
+            return (function(**t, eps=_EPS, impl=impl),)
+
+        moved = {"forward": 2 * count * size, "backward": 3 * count * size}
+        terms = dict.fromkeys(("gradient of weight", "gradient of bias"), count // shape[1])
+        return Case(op, op, name, shape, dtype, make, run, ("x", "weight", "bias"), moved, terms=terms)
+
+    return build
+
+
+def _sample_tokens(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    """Its noise is float32 whatever the model computes in."""
+
+    def make(device: str) -> Tensors:
+        noise = torch.rand(*shape, generator=torch.Generator().manual_seed(0)).to(device)
+        return {"noise": noise, "valid": torch.ones_like(noise, dtype=torch.bool)}
+
+    def run(t: Tensors, impl: str) -> Outputs:
+        return tuple(sample_tokens(t["noise"], t["valid"], _RATIO, impl=impl))
+
+    def original(t: Tensors) -> Outputs:
+        # The encoder sorts twice, and the decoder once more to invert the inverse.
+        order = torch.argsort(t["noise"].masked_fill(~t["valid"], 100), dim=1)
+        restore = torch.argsort(order, dim=1)
+        kept = int(shape[1] * _RATIO)
+        return order[:, :kept], torch.argsort(restore, dim=1)[:, kept:], restore
+
+    def comparable(outputs: Outputs) -> Outputs:
+        keep, drop, restore = outputs
+        return keep.sort(dim=1).values, drop.sort(dim=1).values, torch.cat([keep, drop], dim=1).gather(1, restore)
+
+    moved = {"forward": prod(shape) * (4 + 1 + 2 * 8)}
+    return Case(
+        "sample_tokens", "sample_tokens", name, shape, "fp32", make, run, (), moved,
+        peers={"original": original}, comparable=comparable,
+    )  # fmt: skip
+
+
+def _gather_add_pos(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    batch, length, channels = shape
+    size, kept = DTYPES[dtype].itemsize, batch * int(length * _RATIO)
+
+    def make(device: str) -> Tensors:
+        return {
+            "x": _normal(shape, device, 0, DTYPES[dtype]),
+            "pos": _normal(shape[1:], device, 1),
+            "index": _sample(batch, length, device)[0],
+        }
+
+    def run(t: Tensors, impl: str) -> Outputs:
+        return (gather_add_pos(t["x"], t["pos"], t["index"], impl=impl),)
+
+    def original(t: Tensors) -> Outputs:
+        return (torch.gather(t["x"] + t["pos"], 1, _repeated(t["index"], channels)),)
+
+    def fancy(t: Tensors) -> Outputs:
+        rows = torch.arange(batch, device=t["x"].device)[:, None]
+        return (t["x"][rows, t["index"]] + t["pos"][t["index"]],)
+
+    def in_place(t: Tensors) -> Outputs:
+        rows = t["x"].view(-1, channels).index_select(0, _flat(t["index"], length))
+        return (t["pos"].index_select(0, t["index"].flatten()).add_(rows).view(batch, -1, channels),)
+
+    rows_read = min(kept, length)  # of pos, shared by the batch
+    moved = {
+        "forward": kept * (channels * (size + 4) + 8) + rows_read * channels * 4,
+        "backward": kept * (channels * 4 + 8) + batch * length * channels * size,
+    }
+    peers = {"original": original, "x[i] + p[i]": fancy, "index_select add_": in_place}
+    return Case("gather_add_pos", "gather_add_pos", name, shape, dtype, make, run, ("x",), moved, peers=peers)
+
+
+def _scatter_fill(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    batch, length, channels = shape
+    size, kept = DTYPES[dtype].itemsize, int(length * _RATIO)
+
+    def make(device: str) -> Tensors:
+        return {
+            "kept": _normal((batch, kept, channels), device, 0, DTYPES[dtype]),
+            "fill": _normal((batch, length - kept, channels), device, 1, DTYPES[dtype]),
+            "restore": _sample(batch, length, device)[2],
+            "pos": _normal(shape[1:], device, 2),
+        }
+
+    def run(t: Tensors, impl: str) -> Outputs:
+        return (scatter_fill(**t, impl=impl),)
+
+    def original(t: Tensors) -> Outputs:
+        rows = torch.cat([t["kept"], t["fill"]], dim=1)
+        return (torch.gather(rows, 1, _repeated(t["restore"], channels)) + t["pos"],)
+
+    total = batch * length
+    moved = {
+        "forward": total * (channels * (size + 4) + 8) + length * channels * 4,
+        "backward": total * (channels * (4 + size) + 8),
+    }
+    names, peers = ("kept", "fill"), {"original": original}
+    return Case("scatter_fill", "scatter_fill", name, shape, dtype, make, run, names, moved, peers=peers)
+
+
+def _decoder_assembly(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    """``scatter_fill`` with the projection of the ConvStem's rows, whose input is 1.5 times as wide."""
+    batch, length, channels = shape
+    size, kept, wide = DTYPES[dtype].itemsize, int(length * _RATIO), channels * 3 // 2
+
+    def make(device: str) -> Tensors:
+        _, drop, restore = _sample(batch, length, device)
+        kind = DTYPES[dtype]
+        return {
+            "kept": _normal((batch, kept, channels), device, 0, kind),
+            "stem": _normal((batch, length, wide), device, 1, kind),
+            "weight": (_normal((channels, wide), device, 2) / wide**0.5).to(kind),
+            "bias": _normal((channels,), device, 3, kind),
+            "drop": drop,
+            "restore": restore,
+            "pos": _normal(shape[1:], device, 4),
+        }
+
+    def run(t: Tensors, impl: str) -> Outputs:
+        fill = F.linear(gather_add_pos(t["stem"], None, t["drop"], impl=impl), t["weight"], t["bias"])
+        return (scatter_fill(t["kept"], fill, t["restore"], t["pos"], impl=impl),)
+
+    def original(t: Tensors) -> Outputs:
+        fill = F.linear(t["stem"], t["weight"], t["bias"])
+        order = torch.argsort(t["restore"], dim=1)
+        fill = torch.gather(fill, 1, _repeated(order, channels))
+        rows = torch.cat([t["kept"], fill[:, kept:]], dim=1)
+        return (torch.gather(rows, 1, _repeated(t["restore"], channels)) + t["pos"],)
+
+    dropped = batch * (length - kept)
+    flops = 2 * dropped * channels * wide
+    rows = batch * length
+    moved = {
+        "forward": (batch * kept * channels + dropped * wide + channels * wide) * size
+        + rows * (channels * 4 + 8)
+        + length * channels * 4,
+        "backward": rows * (channels * 4 + 8)
+        + (batch * kept * channels + dropped * wide + rows * wide + 2 * channels * wide) * size,
+    }
+    names = ("kept", "stem", "weight", "bias")
+    return Case(
+        "decoder_assembly", "scatter_fill", name, shape, dtype, make, run, names, moved,
+        flops={"forward": flops, "backward": 2 * flops}, peers={"original": original},
+        terms={"output 0": wide, "gradient of stem": channels}
+        | dict.fromkeys(("gradient of weight", "gradient of bias"), dropped),
+    )  # fmt: skip
+
+
+OPS: dict[str, Callable[[str, tuple[int, ...], str], Case]] = {
+    "add_layer_norm": _add_layer_norm,
+    "bias_gelu": _bias_gelu,
+    "decoder_assembly": _decoder_assembly,
+    "gather_add_pos": _gather_add_pos,
+    "group_norm_gelu": _image_norm("group_norm_gelu", group_norm_gelu),
+    "layer_norm_gelu": _image_norm("layer_norm_gelu", layer_norm_gelu),
+    "sample_tokens": _sample_tokens,
+    "scatter_fill": _scatter_fill,
+}

@@ -1,0 +1,264 @@
+"""``mimdet bench``."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+
+class Device(str, Enum):
+    """Where to measure."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+DeviceOption = Annotated[Device, typer.Option(help="auto takes the GPU where there is one.")]
+Rounds = Annotated[int, typer.Option(min=3, help="Interleaved rounds; 15 or more for figures to publish.")]
+Output = Annotated[
+    Path | None, typer.Option(help="File of results, .json or .csv; default: output/bench/.", show_default=False)
+]
+Size = Annotated[
+    str | None,
+    typer.Option(metavar="HxW", help="Pictures; default: 800x1344 on a GPU, 480x640 on a CPU.", show_default=False),
+]
+
+
+@app.callback()
+def prepare() -> None:
+    """Measure speed and memory: always beside peers and the machine's limit, checked equal first."""
+    # The profiler that counts memory on a CPU writes two lines a use; it reads this when torch is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
+@app.command("ops")
+def ops(
+    op: Annotated[list[str] | None, typer.Option(help="Operation; may be repeated. Default: all.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16 or fp16; may be repeated.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="BxNxC", help="Instead of the model's shapes; may be repeated.")
+    ] = None,
+    impl: Annotated[list[str] | None, typer.Option(help="Form, as the table names it; may be repeated.")] = None,
+    direction: Annotated[list[str] | None, typer.Option(help="forward or backward. Default: both.")] = None,
+    size: Size = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Of the model's shapes; may be repeated.")] = None,
+    rounds: Rounds = 15,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> None:
+    """Each operation, forward and backward: every implementation, torch.compile, and the original's form.
+
+    A form is timed only if its outputs and gradients are right. A speed-up whose 95% interval includes 1 is written
+    "no difference"; A/A in a title is the first form against itself.
+    """
+    from .ops import DIRECTIONS, Options, run_ops
+
+    where = _device(device)
+    directions = tuple(direction or DIRECTIONS)
+    unknown = set(directions) - set(DIRECTIONS)
+    if unknown:
+        raise ValueError(f"no direction {', '.join(unknown)}; choose from {', '.join(DIRECTIONS)}")
+    options = Options(
+        device=where,
+        output=_output(output, "ops"),
+        ops=tuple(op or ()),
+        dtypes=tuple(dtype or ()),
+        directions=directions,
+        shapes=tuple(map(_sizes, shape or ())),
+        impls=tuple(impl or ()),
+        size=_picture(size, where),
+        batches=tuple(batch or (1,)),
+        rounds=rounds,
+    )
+    run_ops(options)
+    typer.echo(f"results in {options.output}")
+
+
+Peers = Annotated[list[str] | None, typer.Option("--peers", help="Model to measure; may be repeated. Default: all.")]
+Part = Annotated[str, typer.Option(help="backbone, or detector: the whole step with its update.")]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures.")]
+Dtype = Annotated[str | None, typer.Option(help="fp32, or bf16 or fp16 autocast; default: bf16 on a GPU, else fp32.")]
+Config = Annotated[str, typer.Option(help="The detector's config.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides.", show_default=False)
+]
+RATIOS = (0.125, 0.25, 0.5, 0.75, 1.0)
+DEPTHS = (1, 2, 4, 8)
+
+
+@app.command("table1")
+def table1(
+    opts: Overrides = None,
+    part: Part = "backbone",
+    peers: Peers = None,
+    size: Size = None,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    config: Config = "mimdet_b_mask_rcnn",
+    rounds: Rounds = 15,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> None:
+    """Time and memory over the keep ratio, in training and inference, beside the paper's Table 1."""
+    _tables("table1", opts, part, peers, size, batch, dtype, config, rounds, device, output, RATIOS, (), None)
+
+
+@app.command("table7")
+def table7(
+    opts: Overrides = None,
+    part: Part = "backbone",
+    peers: Peers = None,
+    size: Size = None,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    config: Config = "mimdet_b_mask_rcnn",
+    rounds: Rounds = 15,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> None:
+    """Time and memory over the decoder's depth, in training, beside the paper's Table 7."""
+    _tables("table7", opts, part, peers, size, batch, dtype, config, rounds, device, output, (), DEPTHS, ("train",))
+
+
+@app.command("backbone")
+def backbone(
+    opts: Overrides = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Keep ratio; may be repeated. Default: 0.5.")] = None,
+    depth: Annotated[list[int] | None, typer.Option(min=1, help="Decoder blocks; may be repeated.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="train or inference. Default: both.")] = None,
+    part: Part = "backbone",
+    peers: Peers = None,
+    size: Size = None,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    config: Config = "mimdet_b_mask_rcnn",
+    rounds: Rounds = 15,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> None:
+    """Time and memory of chosen ratios and depths; the row of ratio 0.5 and the config's depth is always there."""
+    _tables(
+        "backbone",
+        opts,
+        part,
+        peers,
+        size,
+        batch,
+        dtype,
+        config,
+        rounds,
+        device,
+        output,
+        ratio or (),
+        depth or (),
+        mode,
+    )
+
+
+@app.command("compare")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Results of one run.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Results of another.")],
+) -> None:
+    """How fast B is over A, for every row that both files have, with 95% intervals.
+
+    `mimdet bench compare before.json after.json`
+
+    Two runs can differ by more than their intervals say, in load or clocks: what one run measured side by side is
+    the better evidence.
+    """
+    from .compare import show
+
+    show(first, second)
+
+
+@app.command("plot")
+def plot(
+    files: Annotated[list[Path], typer.Argument(help="Files of results.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures; default: beside each file.", show_default=False)
+    ] = None,
+) -> None:
+    """Draw each file: time and memory beside the paper's curve, or the bandwidth of every operation."""
+    from .plot import plot
+    from .results import Results
+
+    for file in files:
+        path = (output or file.parent) / f"{file.stem}.png"
+        plot(Results.read(file), path)
+        typer.echo(str(path))
+
+
+def _tables(name, opts, part, peers, size, batch, dtype, config, rounds, device, output, ratios, depths, modes) -> None:
+    from ..config import load
+    from .backbone import MODES, Options, run_tables
+    from .cases import DTYPES
+    from .models import PEERS
+
+    where = _device(device)
+    dtype = dtype or ("bf16" if where == "cuda" else "fp32")
+    if dtype not in DTYPES:
+        raise ValueError(f"no dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+    if any(not 0 < ratio <= 1 for ratio in ratios):
+        raise ValueError(f"a keep ratio is in (0, 1], got {', '.join(map(str, ratios))}")
+    default = load(config, opts or []).model.backbone.bottom_up
+    options = Options(
+        device=where,
+        output=_output(output, name if part == "backbone" else f"{name}_{part}"),
+        ratios=tuple(ratios),
+        depths=tuple(depths),
+        default=(0.5, default.decoder.depth),
+        modes=tuple(modes or MODES),
+        part=part,
+        peers=tuple(peers or PEERS),
+        config=config,
+        overrides=tuple(opts or ()),
+        size=_picture(size, where),
+        batch=batch,
+        dtype=dtype,
+        rounds=rounds,
+    )
+    run_tables(options)
+    typer.echo(f"results in {options.output}")
+
+
+def _device(device: Device) -> str:
+    import torch
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU found; mimdet info shows what PyTorch sees")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
+
+
+def _output(given: Path | None, name: str) -> Path:
+    path = given or Path("output/bench") / f"{name}.json"
+    if path.suffix not in (".json", ".csv"):
+        raise ValueError(f"--output {path}: the name must end in .json or .csv")
+    return path
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise ValueError(f"sizes are numbers with x between them, as 2x600x768; got {text!r}") from None
+
+
+def _picture(text: str | None, device: str) -> tuple[int, int]:
+    """Height and width, multiples of 32."""
+    if text is None:
+        return (800, 1344) if device == "cuda" else (480, 640)
+    sizes = _sizes(text)
+    if len(sizes) != 2 or any(side < 32 or side % 32 for side in sizes):
+        raise ValueError(f"--size must be HxW, multiples of 32, got {text!r}")
+    return sizes

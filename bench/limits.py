@@ -1,0 +1,55 @@
+"""What this machine can do at best: copy bandwidth and GEMM rate, measured in the run that is compared with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from .measure import measure, timer_for
+
+_ROUNDS = 5
+
+
+def measure_limits(device: str, dtypes: Iterable[torch.dtype], scale: float = 1.0) -> dict[str, float]:
+    """Copy bandwidth and one GEMM rate for each dtype.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtypes: of the matrices.
+        scale: of the buffers' and the matrices' sizes, for tests.
+
+    Returns:
+        ``copy_gb_s``, bytes read and written; ``gemm_<dtype>_tflop_s``.
+    """
+    found = {"copy_gb_s": _copy(device, scale)}
+    return found | {gemm_key(dtype): _gemm(device, dtype, scale) for dtype in dtypes}
+
+
+def gemm_key(dtype: torch.dtype) -> str:
+    """Name of a dtype's rate in ``measure_limits``."""
+    return f"gemm_{str(dtype).removeprefix('torch.')}_tflop_s"
+
+
+def _copy(device: str, scale: float) -> float:
+    size = int((512 if _is_gpu(device) else 128) * 2**20 * scale)
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _median(lambda: target.copy_(source), device) / 1e9
+
+
+def _gemm(device: str, dtype: torch.dtype, scale: float) -> float:
+    side = int((8192 if _is_gpu(device) and dtype.itemsize < 4 else 4096 if _is_gpu(device) else 1536) * scale)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * side**3 / _median(lambda: torch.mm(a, b, out=out), device) / 1e12
+
+
+def _is_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def _median(run, device: str) -> float:
+    with torch.no_grad():
+        timings = measure({"run": run}, _ROUNDS, timer=timer_for(device))
+    return timings.percentiles("run")[1]

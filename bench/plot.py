@@ -1,0 +1,135 @@
+"""``mimdet bench plot``: pictures of a file of results."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..files import write_bytes
+from .results import Results
+
+_COLORS = {
+    "ours": "#d55e00",
+    "ours-checkpointed": "#e69f00",
+    "original": "#0072b2",
+    "original-kept": "#56b4e9",
+    "original-sdpa": "#009e73",
+    "original-sdpa-kept": "#66c2a5",
+    "clean": "#cc79a7",
+    "paper": "#222222",
+}
+_BARS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#999999")
+
+
+def plot(results: Results, path: str | Path) -> None:
+    """Draw time and memory over keep ratio or depth, or the bandwidth of every form of every operation.
+
+    Args:
+        results: from a file.
+        path: picture to write; its suffix says the format.
+
+    Raises:
+        ValueError: no row has a figure.
+    """
+    rows = [row for row in results.rows if row["p50_ms"] is not None]
+    if not rows:
+        raise ValueError("nothing to plot: no row has a figure")
+    figure = _ops(rows, results) if results.kind == "ops" else _curves(rows)
+    figure.text(0.995, 0.002, _caption(results), ha="right", va="bottom", fontsize=6, color="#666666")
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix.lstrip(".") or "png")
+    write_bytes(path, content.getvalue())
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.02, 1, 0.98))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _caption(results: Results) -> str:
+    environment = results.environment
+    versions = environment.get("versions", {})
+    return f"{environment.get('device')}, {environment.get('threads')} threads, torch {versions.get('torch')}, " + (
+        f"{environment.get('date')}, commit {environment.get('commit')}"
+    )
+
+
+def _curves(rows: Sequence[dict]) -> Figure:
+    """A row of panels for each mode: milliseconds, time relative to the default row, memory likewise."""
+    axis = "ratio" if len({row["ratio"] for row in rows}) >= len({row["depth"] for row in rows}) else "depth"
+    # Rows along the other axis share one point of this one: the default's.
+    other = "depth" if axis == "ratio" else "ratio"
+    default = max({row[other] for row in rows}, key=lambda value: sum(row[other] == value for row in rows))
+    rows = [row for row in rows if row[other] == default]
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    figure = _figure(12, 3.6 * len(modes))
+    for mode, panels in zip(modes, figure.subplots(len(modes), 3, squeeze=False), strict=True):
+        chosen = [row for row in rows if row["mode"] == mode]
+        for axes, column, label, theirs in (
+            (panels[0], "p50_ms", "ms", None),
+            (panels[1], "relative_time", "time, default row = 1", "paper_time"),
+            (panels[2], "relative_memory", "memory, default row = 1", "paper_memory"),
+        ):
+            _lines(axes, chosen, axis, column, theirs)
+            axes.set_xlabel("keep ratio" if axis == "ratio" else "decoder blocks")
+            axes.set_ylabel(label)
+            axes.grid(alpha=0.3)
+        panels[0].set_title(mode, fontsize=10)
+        panels[0].set_ylim(bottom=0)
+        panels[1].legend(fontsize=7)
+    first = rows[0]
+    figure.suptitle(f"{first['part']}, {first['size']}, batch {first['batch']}, {first['dtype']}")
+    return figure
+
+
+def _lines(axes: Axes, rows: Sequence[dict], axis: str, column: str, theirs: str | None) -> None:
+    for model in dict.fromkeys(row["model"] for row in rows):
+        points = sorted((row[axis], row) for row in rows if row["model"] == model and row[column] is not None)
+        xs, found = [x for x, _ in points], [row for _, row in points]
+        color = _COLORS.get(model)
+        axes.plot(xs, [row[column] for row in found], "o-", color=color, label=model, markersize=4, linewidth=1.4)
+        if column == "p50_ms":
+            axes.fill_between(xs, [r["p20_ms"] for r in found], [r["p80_ms"] for r in found], color=color, alpha=0.15)
+    if theirs:
+        points = sorted({(row[axis], row[theirs]) for row in rows if row[theirs] is not None})
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), "s--", color=_COLORS["paper"], label="paper", markersize=4, linewidth=1.4
+            )
+
+
+def _ops(rows: Sequence[dict], results: Results) -> Figure:
+    """One panel a direction, dtype and cache state; a group of bars for each case, one bar a form."""
+    panels = list(dict.fromkeys((row["direction"], row["dtype"], row["cache"]) for row in rows))
+    groups = list(dict.fromkeys((row["op"], row["case"], row["shape"]) for row in rows))
+    forms = list(dict.fromkeys(row["impl"] for row in rows))
+    figure = _figure(12, max(3.0, 0.5 + 0.16 * len(groups) * (len(forms) + 1)))
+    limit = results.limits.get("copy_gb_s")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
+        chosen = {
+            (row["op"], row["case"], row["shape"], row["impl"]): row["gb_s"]
+            for row in rows
+            if (row["direction"], row["dtype"], row["cache"]) == panel
+        }
+        for index, form in enumerate(forms):
+            places = [g * (len(forms) + 1) + index for g, group in enumerate(groups) if (*group, form) in chosen]
+            widths = [chosen[(*group, form)] for group in groups if (*group, form) in chosen]
+            axes.barh(places, widths, 0.9, color=_BARS[index % len(_BARS)], label=form)
+        if limit:
+            axes.axvline(limit, color="#222222", linestyle="--", linewidth=1, label="copy, measured")
+        axes.set_title(" ".join(panel), fontsize=10)
+        axes.set_xlabel("GB/s of the fewest bytes")
+        axes.grid(alpha=0.3, axis="x")
+    first = figure.axes[0]
+    first.set_yticks([g * (len(forms) + 1) + (len(forms) - 1) / 2 for g in range(len(groups))])
+    first.set_yticklabels([f"{op}\n{case} {shape}" for op, case, shape in groups], fontsize=7)
+    first.invert_yaxis()
+    figure.axes[-1].legend(fontsize=7)
+    return figure
