@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,63 +17,40 @@ from .cases import DTYPES
 from .limits import measure_limits
 from .measure import Timings, measure, wall_timer
 from .memory import peak_bytes, saved_bytes
-from .models import PEERS, bottom_up, build_detector, random_batch, variant
+from .models import PEERS, bottom_up, build_detector, variant
 from .results import Results
+from .workload import MODES, PARTS, Setting, Workload, check_words, gradients, idle_optimizer, pictures, workload
 
-MODES = ("train", "inference")
-PARTS = ("backbone", "detector")
 # Speed-ups are given over these.
 OVER = ("original", "original-sdpa", "clean")
 # Relative distance allowed between two models: features, gradients.
 _TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (3e-2, 1e-1), "fp16": (4e-3, 2e-2)}
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Setting):
     """What to measure.
 
     Attributes:
         ratios, depths: every ratio at ``default``'s depth and every depth at its ratio.
         default: (ratio, depth) of the row that the others are relative to.
-        modes, part, peers: words of ``MODES``, ``PARTS`` and ``PEERS``.
-        config, overrides: the detector.
-        size, batch, dtype, device: of the pictures; dtype other than fp32 means autocast.
+        modes, peers: words of ``MODES`` and ``PEERS``.
         rounds: see ``measure``.
         output: file of results.
     """
 
-    device: str
     output: Path
     ratios: Sequence[float] = (0.5,)
     depths: Sequence[int] = ()
     default: tuple[float, int] = (0.5, 4)
-    modes: Sequence[str] = ("train",)
-    part: str = "backbone"
+    modes: Sequence[str] = MODES[:1]
     peers: Sequence[str] = tuple(PEERS)
-    config: str = "mimdet_b_mask_rcnn"
-    overrides: Sequence[str] = ()
-    size: tuple[int, int] = (480, 640)
-    batch: int = 1
-    dtype: str = "fp32"
     rounds: int = 15
 
     def rows(self) -> list[tuple[float, int]]:
         """(ratio, depth) of each row, the default's among them."""
         ratio, depth = self.default
         return sorted({self.default, *((r, depth) for r in self.ratios), *((ratio, d) for d in self.depths)})
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A model and what is done with it; ``forward`` stands alone for what it saves."""
-
-    model: nn.Module
-    step: Callable[[], object]
-    forward: Callable[[], object]
-    resident: int
-
-
-Key = tuple[float, int, str]
 
 
 def run_tables(options: Options) -> Results:
@@ -83,14 +60,12 @@ def run_tables(options: Options) -> Results:
         ValueError: a word that is not known.
     """
     for given, known in ((options.modes, MODES), ([options.part], PARTS), (options.peers, PEERS)):
-        unknown = [word for word in given if word not in known]
-        if unknown:
-            raise ValueError(f"no {', '.join(unknown)} to measure; choose from {', '.join(known)}")
+        check_words(given, known)
     limits = measure_limits(options.device, [DTYPES[options.dtype]])
     found = Results("backbone", environment.command(), environment.describe(options.device), limits)
     depth = max(depth for _, depth in options.rows())
     detector = build_detector(options.config, options.overrides, depth, options.device)
-    optimizer = torch.optim.AdamW((p for p in detector.parameters() if p.requires_grad), lr=0.0)
+    optimizer = idle_optimizer(detector)
     out = report.console()
     out.print(f"{found.environment['device']}, {found.environment['threads']} threads")
     with report.progress() as bar, _settings(options):
@@ -102,7 +77,7 @@ def run_tables(options: Options) -> Results:
                 plain = bottom_up(variant(detector, "original-kept", ratio, depth)).train(mode == "train")
                 want = _outcome(plain, mode, options)
                 for key in [key for key in keys if key[:2] == (ratio, depth)]:
-                    works[key] = _workload(detector, optimizer, mode, key, options)
+                    works[key] = workload(detector, optimizer, mode, key, options)
                     faults[key] = _fault(works[key].model, want, mode, options)
                     if faults[key] is None:
                         notes[key] = _memory(works[key], mode, options)
@@ -143,66 +118,6 @@ def _settings(options: Options) -> contextlib.AbstractContextManager:
     return stack
 
 
-def _autocast(options: Options) -> contextlib.AbstractContextManager:
-    kind = torch.device(options.device).type
-    return torch.autocast(kind, DTYPES[options.dtype], enabled=options.dtype != "fp32")
-
-
-def _workload(detector: nn.Module, optimizer: torch.optim.Optimizer, mode: str, key: Key, options: Options) -> Workload:
-    ratio, depth, peer = key
-    model = variant(detector, peer, ratio, depth)
-    whole = options.part == "detector"
-    model = (model if whole else bottom_up(model)).train(mode == "train")
-    parameters = list(model.parameters())
-    resident = sum(p.nbytes for p in parameters)
-    if whole:
-        images, targets = random_batch(options.batch, options.size, model.roi_heads.num_classes, options.device)
-    else:
-        images, targets = _pictures(options), None
-
-    def forward() -> object:
-        with _autocast(options):
-            return model(images, targets) if whole and mode == "train" else model(images)
-
-    def inference() -> object:
-        with torch.inference_mode():
-            return forward()
-
-    def train() -> None:
-        if whole:
-            sum(forward().values()).backward()
-            # The learning rate is zero: the work of an update, and weights that stay.
-            optimizer.step()
-        else:
-            features = forward()
-            torch.autograd.backward(list(features.values()), _gradients(features))
-        for parameter in parameters:
-            parameter.grad = None
-
-    if whole and mode == "train":
-        resident += sum(2 * p.nbytes for p in parameters if p.requires_grad)
-    return Workload(model, train if mode == "train" else inference, forward, resident)
-
-
-def _pictures(options: Options) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(options.batch, 3, *options.size, generator=generator).to(options.device)
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-_made: dict[tuple, list[torch.Tensor]] = {}
-
-
-def _gradients(features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Random, the same for all models; made once."""
-    key = tuple((f.shape, f.dtype, f.device) for f in features.values())
-    if key not in _made:
-        _made.clear()
-        generator = torch.Generator().manual_seed(2)
-        _made[key] = [torch.randn(f.shape, generator=generator).to(f) for f in features.values()]
-    return _made[key]
-
-
 def _fault(model: nn.Module, want: Mapping[str, torch.Tensor], mode: str, options: Options) -> str | None:
     """Why this model must not be timed: features or gradients that are not the plain reference's."""
     try:
@@ -219,15 +134,15 @@ def _fault(model: nn.Module, want: Mapping[str, torch.Tensor], mode: str, option
 
 def _outcome(model: nn.Module, mode: str, options: Options) -> dict[str, torch.Tensor]:
     """Features, and in training the gradient of all encoder, decoder and stem parameters, each as one vector."""
-    images = _pictures(options)
+    images = pictures(options)
     length = options.size[0] // 16 * (options.size[1] // 16)
     noise = torch.rand(options.batch, length, generator=torch.Generator().manual_seed(3)).to(options.device)
     torch.manual_seed(4)  # of the drop path
-    with torch.set_grad_enabled(mode == "train"), _exact_convolutions(), _autocast(options):
+    with torch.set_grad_enabled(mode == "train"), _exact_convolutions(), options.autocast():
         features = model(images, noise=noise)
     found = {name: feature.detach().float() for name, feature in features.items()}
     if mode == "train":
-        torch.autograd.backward(list(features.values()), _gradients(features))
+        torch.autograd.backward(list(features.values()), gradients(features))
         for part in ("encoder.patch_embed", "encoder.blocks", "decoder"):
             named = [p for _, p in sorted(model.get_submodule(part).named_parameters()) if p.requires_grad]
             found[f"gradient of {part}"] = torch.cat([p.grad.flatten() for p in named])

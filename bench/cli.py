@@ -165,6 +165,51 @@ def backbone(
     )
 
 
+@app.command("roofline")
+def roofline(
+    opts: Overrides = None,
+    ratio: Annotated[float, typer.Option(help="Keep ratio.")] = 0.5,
+    depth: Annotated[int | None, typer.Option(min=1, help="Decoder blocks; default: the config's.")] = None,
+    mode: Annotated[str, typer.Option(help="train or inference.")] = "train",
+    model: Annotated[str, typer.Option(help="Model to measure, as the tables name it.")] = "ours",
+    part: Part = "detector",
+    size: Size = None,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    config: Config = "mimdet_b_mask_rcnn",
+    rounds: Annotated[int, typer.Option(min=3, help="Of the step, and of each operation.")] = 5,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> None:
+    """What a step computes and moves by component, the machine's floor for it, and where the time goes.
+
+    Floors come from the copy bandwidth and the GEMM rate measured in the same run: an operation needs at least the
+    longer of computing its FLOPs and moving each of its tensors once. Operations are timed one at a time.
+    """
+    from ..config import load
+    from .roofline import Options, run_roofline
+
+    where = _device(device)
+    default = load(config, opts or []).model.backbone.bottom_up.decoder.depth
+    options = Options(
+        device=where,
+        output=_output(output, "roofline"),
+        ratio=_ratio(ratio),
+        depth=depth or default,
+        mode=mode,
+        peer=model,
+        part=part,
+        config=config,
+        overrides=tuple(opts or ()),
+        size=_picture(size, where),
+        batch=batch,
+        dtype=_dtype(dtype, where),
+        rounds=rounds,
+    )
+    run_roofline(options)
+    typer.echo(f"results in {options.output}")
+
+
 @app.command("compare")
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Results of one run.")],
@@ -201,21 +246,16 @@ def plot(
 
 def _tables(name, opts, part, peers, size, batch, dtype, config, rounds, device, output, ratios, depths, modes) -> None:
     from ..config import load
-    from .backbone import MODES, Options, run_tables
-    from .cases import DTYPES
+    from .backbone import Options, run_tables
     from .models import PEERS
+    from .workload import MODES
 
     where = _device(device)
-    dtype = dtype or ("bf16" if where == "cuda" else "fp32")
-    if dtype not in DTYPES:
-        raise ValueError(f"no dtype {dtype!r}; choose from {', '.join(DTYPES)}")
-    if any(not 0 < ratio <= 1 for ratio in ratios):
-        raise ValueError(f"a keep ratio is in (0, 1], got {', '.join(map(str, ratios))}")
     default = load(config, opts or []).model.backbone.bottom_up
     options = Options(
         device=where,
         output=_output(output, name if part == "backbone" else f"{name}_{part}"),
-        ratios=tuple(ratios),
+        ratios=tuple(map(_ratio, ratios)),
         depths=tuple(depths),
         default=(0.5, default.decoder.depth),
         modes=tuple(modes or MODES),
@@ -225,7 +265,7 @@ def _tables(name, opts, part, peers, size, batch, dtype, config, rounds, device,
         overrides=tuple(opts or ()),
         size=_picture(size, where),
         batch=batch,
-        dtype=dtype,
+        dtype=_dtype(dtype, where),
         rounds=rounds,
     )
     run_tables(options)
@@ -238,6 +278,21 @@ def _device(device: Device) -> str:
     if device is Device.cuda and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU found; mimdet info shows what PyTorch sees")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
+
+
+def _dtype(word: str | None, device: str) -> str:
+    from .cases import DTYPES
+
+    word = word or ("bf16" if device == "cuda" else "fp32")
+    if word not in DTYPES:
+        raise ValueError(f"no dtype {word!r}; choose from {', '.join(DTYPES)}")
+    return word
+
+
+def _ratio(ratio: float) -> float:
+    if not 0 < ratio <= 1:
+        raise ValueError(f"a keep ratio is in (0, 1], got {ratio}")
+    return ratio
 
 
 def _output(given: Path | None, name: str) -> Path:

@@ -64,11 +64,33 @@ COLUMNS = {
         **{f"vs_original_sdpa{end}": kind for end, kind in _RATIO.items()},
         **{f"vs_clean{end}": kind for end, kind in _RATIO.items()},
     },
+    "roofline": {
+        "part": "str",
+        "mode": "str",
+        "size": "str",
+        "batch": "int",
+        "dtype": "str",
+        "ratio": "float",
+        "depth": "int",
+        "model": "str",
+        "component": "str",
+        "direction": "str",
+        "op": "str",
+        "shapes": "str",
+        "calls": "int",
+        "gflop": "float",
+        "mib": "float",
+        "floor_ms": "float",
+        "p50_ms": "float",
+        "samples_ms": "floats",
+    },
 }
 # What names a row: equal in two files, their figures can be compared.
+_MODEL_KEYS = ("part", "mode", "size", "batch", "dtype", "ratio", "depth", "model")
 KEYS = {
     "ops": ("op", "case", "shape", "dtype", "direction", "cache", "impl"),
-    "backbone": ("part", "mode", "size", "batch", "dtype", "ratio", "depth", "model"),
+    "backbone": _MODEL_KEYS,
+    "roofline": (*_MODEL_KEYS, "component", "direction", "op", "shapes"),
 }
 
 
@@ -81,7 +103,7 @@ class Results:
     """Figures of one run.
 
     Attributes:
-        kind: "ops" or "backbone".
+        kind: "ops", "backbone" or "roofline".
         command: that made them.
         environment: see ``environment.describe``.
         limits: see ``limits.measure_limits``.

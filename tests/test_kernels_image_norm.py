@@ -190,7 +190,7 @@ def test_meta_tensors_keep_shape_and_strides(op):
 def test_reference_gradients(op, sizes):
     x, weight, bias, _ = inputs((2, 5, 3, 3), torch.float64)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    # A large eps: the padding that layer_norm_gelu looks at is constant, and finite differences would see 1 / sqrt(eps).
+    # A large eps: padding is constant, and finite differences would see 1 / sqrt(eps).
     assert torch.autograd.gradcheck(lambda *a: reference(op)(*a, 1e-2, sizes), leaves)
 
 
