@@ -113,3 +113,15 @@ def test_sample_tokens(capability, length, packed):
     arguments, constants = k._launch_arguments(noise, valid, offsets, keep, drop, restore)
     # One program a picture: how many fit on a multiprocessor does not matter.
     check(compile_for(capability, k._sample_tokens_kernel, *arguments, **constants), wide=False, registers=128)
+
+
+def test_rows_lie_on_the_first_axis_of_the_grid():
+    # The other axes end at 65535.
+    from mimdet.kernels.gather_add_pos import triton as gather
+    from mimdet.kernels.scatter_fill import triton as scatter
+
+    for k in (gather, scatter):
+        rows, columns = k._grid(2**31, 768)
+        assert rows * k._ROWS >= 2**31
+        assert columns * k._COLUMNS >= 768
+        assert columns <= 65535

@@ -131,7 +131,7 @@ def sample_packed_tokens(
         split = reference.sample_packed_tokens(noise, valid, offsets, *totals)
     else:
         split = ops.run(noise.float(), valid, offsets, *totals, impl)
-    return PackedTokenSample(*split, offsets[0], offsets[1], max(keep, default=0), max(drop, default=0))
+    return PackedTokenSample(*split, offsets[0], offsets[1], max([0, *keep]), max([0, *drop]))
 
 
 def valid_tokens(sizes: Sequence[tuple[int, int]], grid: tuple[int, int], device: torch.device | str) -> torch.Tensor:

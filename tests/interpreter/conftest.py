@@ -19,7 +19,14 @@ def _mend():
     from triton.runtime import interpreter
 
     # range() over a runtime bound asks the bound for an index; numpy >= 2.4 no longer gives one for 1-element arrays.
-    tl.tensor.__index__ = lambda self: int(self.handle.data.reshape(-1)[0])
+    # Triton sets its own again at every launch.
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.reshape(-1)[0])
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
     # float32 -> bfloat16 is cut off by the interpreter; GPUs round to nearest even.
     original = interpreter.InterpreterBuilder.create_fp_trunc
