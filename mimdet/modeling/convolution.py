@@ -30,7 +30,7 @@ class Conv2d(nn.Conv2d):
         value, make, sources = (x, _same, (x,)) if isinstance(x, torch.Tensor) else x
         device, weight = value.device.type, self.weight
         if torch.is_autocast_enabled(device) and value.dtype != torch.float64:
-            # Autocast would keep what it casts inside the function, where no gradients flow, for use outside it.
+            # Cast where gradients flow: the function then sees one dtype, and the parameter's gradient has its own.
             value, weight = (t.to(torch.get_autocast_dtype(device)) for t in (value, weight))
         if (
             torch.compiler.is_compiling()

@@ -51,7 +51,7 @@ class Linear(nn.Linear):
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
             return F.linear(x.value, weight, bias)
         if torch.is_autocast_enabled(x.value.device.type):
-            # Autocast would keep what it casts inside the function, where no gradients flow, for use outside it.
+            # Cast where gradients flow: the function then sees one dtype, and the parameter's gradient has its own.
             weight, bias = weight.to(x.value.dtype), None if bias is None else bias.to(x.value.dtype)
         return _Linear.apply(x.value, weight, bias, x.make, *(source.detach() for source in x.sources))
 
