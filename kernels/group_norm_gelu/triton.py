@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..triton_gelu import gelu, gelu_derivative
-from ..triton_valid import valid
+from ..triton_map import start, valid
 
 # Elements that a program's registers hold at once, and the most programs that share a sample: a power of two.
 _TILE = 4096
@@ -138,11 +138,11 @@ def _tile(tile, C, S, NHWC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.con
     """Offsets and mask (positions, channels) of a tile in its sample, its positions, its channels and their mask."""
     channel = tl.arange(0, BLOCK_C)[None, :]
     if NHWC:
-        position = tile * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
+        position = start(tile, BLOCK_S) + tl.arange(0, BLOCK_S)[:, None]
         at = position.to(tl.int64) * C + channel
     else:
         blocks = tl.cdiv(S, BLOCK_S)
-        position = (tile % blocks) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
+        position = start(tile % blocks, BLOCK_S) + tl.arange(0, BLOCK_S)[:, None]
         channel = channel + tile // blocks
         at = channel.to(tl.int64) * S + position
     return at, (position < S) & (channel < C), position, channel, channel < C
@@ -192,7 +192,7 @@ def _group_norm_gelu_bwd_sums_kernel(
     total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     product = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     for step in range(steps):
-        position = (part * steps + step) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
+        position = start(start(part, steps) + step, BLOCK_S) + tl.arange(0, BLOCK_S)[:, None]
         inside = (position < S) & channel_inside
         if HAS_SIZES:
             inside &= valid(position, sizes + 2 * sample, W)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..triton_gelu import gelu, gelu_derivative
-from ..triton_valid import valid
+from ..triton_map import start, valid
 
 # Elements that a program's registers hold at once; the most programs whose partial gradients are summed (NHWC).
 _TILE = 4096
@@ -144,7 +144,7 @@ def _layer_norm_gelu_fwd_nchw_kernel(
     """x, y: (B, C, S); weight, bias: (C,); sizes: (B, 2); mean, rstd: (B, S) float32. BLOCK_P positions a program."""
     blocks = tl.cdiv(S, BLOCK_P)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
-    position = (tl.program_id(0) % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    position = start(tl.program_id(0) % blocks, BLOCK_P) + tl.arange(0, BLOCK_P)[None, :]
     here = position < S
     use = here
     if HAS_SIZES:
@@ -205,7 +205,7 @@ def _layer_norm_gelu_bwd_nchw_kernel(
     """dy, x, dx: (B, C, S); weight, bias: (C,); mean, rstd: (B, S); sums: (programs, 2, C), of dz and dz * xhat."""
     blocks = tl.cdiv(S, BLOCK_P)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
-    position = (tl.program_id(0) % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    position = start(tl.program_id(0) % blocks, BLOCK_P) + tl.arange(0, BLOCK_P)[None, :]
     here = position < S
     use = here
     if HAS_SIZES:

@@ -1,4 +1,4 @@
-"""The valid area of padded feature maps inside Triton kernels."""
+"""Positions of feature maps inside Triton kernels: an int32 is enough for one, their sum over a batch is not."""
 
 from __future__ import annotations
 
@@ -12,3 +12,9 @@ def valid(position, size, width):
     position = position.to(tl.int32)
     row = position // width
     return (row < tl.load(size)) & (position - row * width < tl.load(size + 1))
+
+
+@triton.jit
+def start(block, size):
+    """``block * size``, a position of one map (or one past its end by less than its length) and so within int32."""
+    return (block.to(tl.int64) * size).to(tl.int32)
