@@ -1,0 +1,117 @@
+// What the CUDA kernels of the feature map norms share: GELU, valid areas, sums of partial gradients. No torch.
+#pragma once
+
+#include "cuda_rows.h"
+
+namespace mimdet {
+namespace {
+
+constexpr int kThreads = 256;
+
+__device__ __forceinline__ float normal_cdf(float h) { return 0.5f * (1.0f + erff(h * 0.707106781186547524f)); }
+__device__ __forceinline__ float gelu(float h) { return h * normal_cdf(h); }
+__device__ __forceinline__ float gelu_derivative(float h) {
+  return normal_cdf(h) + h * 0.398942280401432678f * expf(-0.5f * h * h);
+}
+
+// A batch of feature maps: (B, H, W, C) if nhwc else (B, C, H, W). sizes (B, 2) int32 are the rows and columns of each
+// sample's valid area, or null: all of them.
+struct Maps {
+  int64_t B, C, H, W;
+  bool nhwc;
+  const int32_t* sizes;
+
+  __host__ __device__ int64_t positions() const { return H * W; }
+  __host__ __device__ int64_t size() const { return C * H * W; }
+
+  __device__ __forceinline__ bool valid(int64_t sample, unsigned position) const {
+    if (sizes == nullptr) return true;
+    const unsigned w = static_cast<unsigned>(W), row = position / w;
+    return row < static_cast<unsigned>(sizes[2 * sample]) &&
+           position - row * w < static_cast<unsigned>(sizes[2 * sample + 1]);
+  }
+
+  // Valid elements of a sample.
+  __device__ __forceinline__ float count(int64_t sample) const {
+    const float positions = sizes == nullptr ? static_cast<float>(H) * static_cast<float>(W)
+                                             : static_cast<float>(sizes[2 * sample]) * sizes[2 * sample + 1];
+    return positions * static_cast<float>(C);
+  }
+};
+
+// V neighbours of an array of floats that is aligned to 16 bytes.
+template <int V>
+__device__ __forceinline__ void load_floats(const float* p, float (&x)[V]) {
+  if constexpr (V == 1) {
+    x[0] = *p;
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) load<4>(p + i, reinterpret_cast<float(&)[4]>(x[i]));
+  }
+}
+
+template <int V>
+__device__ __forceinline__ void store_floats(float* p, const float (&x)[V]) {
+  if constexpr (V == 1) {
+    *p = x[0];
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) store<4>(p + i, reinterpret_cast<const float(&)[4]>(x[i]));
+  }
+}
+
+// sums (samples, parts, 2, C) -> totals (samples, 2, C) unless null, and over the samples dbias and dweight (C,).
+// A block of 32 x 32 threads takes 32 of the 2 * C columns; always adds in one order.
+__global__ void __launch_bounds__(1024)
+    add_up(const float* __restrict__ sums, float* __restrict__ totals, float* __restrict__ dbias,
+           float* __restrict__ dweight, int64_t samples, int64_t parts, int64_t C) {
+  __shared__ float shared[32][33];
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+  float all = 0.0f;
+  for (int64_t sample = 0; sample < samples; ++sample) {
+    float sum = 0.0f;
+    if (column < 2 * C) {
+#pragma unroll 4
+      for (int64_t part = threadIdx.y; part < parts; part += 32) sum += sums[(sample * parts + part) * 2 * C + column];
+    }
+    __syncthreads();  // the last sample's sums have been read
+    shared[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && column < 2 * C) {
+      sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) sum += shared[i][threadIdx.x];
+      if (totals != nullptr) totals[sample * 2 * C + column] = sum;
+      all += sum;
+    }
+  }
+  if (threadIdx.y == 0 && column < 2 * C) (column < C ? dbias[column] : dweight[column - C]) = all;
+}
+
+inline unsigned blocks_for(int64_t work, int64_t per_block) {
+  return static_cast<unsigned>((work + per_block - 1) / per_block);
+}
+
+inline void launch_add_up(const float* sums, float* totals, float* dbias, float* dweight, int64_t samples,
+                          int64_t parts, int64_t C, cudaStream_t stream) {
+  add_up<<<blocks_for(2 * C, 32), dim3(32, 32), 0, stream>>>(sums, totals, dbias, dweight, samples, parts, C);
+}
+
+template <int V>
+struct Lanes {
+  static constexpr int value = V;
+};
+
+// Calls f(element, Lanes) for the dtype: as many lanes as 16 bytes hold where wide(lanes), else one.
+template <class F, class Wide>
+int dispatch(int64_t dtype, Wide wide, F f) {
+  const bool vectors = wide(dtype == kFloat ? 4 : 8);
+  if (dtype == kFloat) vectors ? f(float(), Lanes<4>()) : f(float(), Lanes<1>());
+  else if (dtype == kBfloat16) vectors ? f(__nv_bfloat16(), Lanes<8>()) : f(__nv_bfloat16(), Lanes<1>());
+  else if (dtype == kHalf) vectors ? f(__half(), Lanes<8>()) : f(__half(), Lanes<1>());
+  else return cudaErrorInvalidValue;
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace mimdet

@@ -1,0 +1,45 @@
+"""GroupNorm with one group and exact GELU on a GPU through CUDA C++: scratch, and how much one block takes.
+
+How a sample is cut into parts depends on its size alone, so its numbers do not depend on the rest of the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import build
+from ..image_norm import CUDA_DTYPES
+
+# Elements that a block reads at once, and the most that it may count.
+_CHUNK = 4096
+_MOST = 2**24
+# Parts that a sample should be cut into.
+_PARTS = 512
+
+
+def launch_group_norm_gelu_fwd(x, weight, bias, sizes, eps, nhwc, y, mean, rstd):
+    """Fill y (as x), mean and rstd (B,) float32 from dense x (B, C, H, W), weight and bias (C,) float32."""
+    per_part = min(_up(-(-x[0].numel() // _PARTS), _CHUNK), _MOST)
+    parts = -(-x[0].numel() // per_part)
+    moments = torch.empty((x.shape[0], parts, 4), dtype=torch.float32, device=x.device)
+    tensors = (x, weight, bias, sizes, moments, y, mean, rstd)
+    code = CUDA_DTYPES[x.dtype]
+    build.call_cuda("group_norm_gelu_fwd", *tensors, *x.shape, nhwc, parts, per_part, eps, code)
+
+
+def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx, dweight, dbias):
+    """Fill dx (as x), dweight and dbias (C,) float32; dy and x dense with the same strides."""
+    batch, channels, height, width = x.shape
+    positions = height * width
+    # Positions of all channels for a block, or of one channel.
+    step = max(16, -(-positions // _PARTS)) if nhwc else _up(-(-positions // 16), _CHUNK // 2)
+    parts = -(-positions // step)
+    sums = torch.empty((batch, parts, 2, channels), dtype=torch.float32, device=x.device)
+    totals = torch.empty((batch, 2, channels), dtype=torch.float32, device=x.device)
+    means = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
+    tensors = (dy, x, weight, bias, sizes, mean, rstd, sums, totals, means, dx, dweight, dbias)
+    build.call_cuda("group_norm_gelu_bwd", *tensors, *x.shape, nhwc, parts, step, CUDA_DTYPES[x.dtype])
+
+
+def _up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
