@@ -244,6 +244,14 @@ def plot(
         typer.echo(str(path))
 
 
+@app.command("readme")
+def readme(path: Annotated[Path, typer.Argument(help="Markdown with places for results.")] = Path("README.md")) -> None:
+    """Fill a README's tables from the files of results that it names."""
+    from .readme import update
+
+    typer.echo(f"{path}: {'filled' if update(path) else 'as it was'}")
+
+
 def _tables(name, opts, part, peers, size, batch, dtype, config, rounds, device, output, ratios, depths, modes) -> None:
     from ..config import load
     from .backbone import Options, run_tables

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import registry
+from .. import checks, registry
 from ..selector import KernelUnavailableError, requested
 from . import ops, reference
 
@@ -46,6 +46,7 @@ def add_layer_norm(
         ValueError: shapes or devices that do not fit together, a scale without a branch or with a gradient.
         KernelUnavailableError: ``impl`` names what cannot run.
     """
+    checks.tensors(ops.NAME, r=r, weight=weight, bias=bias)
     dtype = r.dtype if dtype is None else dtype
     _check(r, branch, scale, weight, bias, dtype)
     impl = _choose(impl, r, branch, dtype)
@@ -67,6 +68,7 @@ def _rows(shape: torch.Size) -> tuple[int, int, int]:
 def _check(r, branch, scale, weight, bias, dtype) -> None:
     given = {"r": r, "branch": branch, "scale": scale, "weight": weight, "bias": bias}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
+    checks.tensors(ops.NAME, **given)
     for name, tensor in given.items():
         if not tensor.is_floating_point():
             raise TypeError(f"add_layer_norm: {name} must be of a float dtype, got {tensor.dtype}")

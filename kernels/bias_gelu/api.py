@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import registry
+from .. import checks, registry
 from . import ops, reference
 
 
@@ -28,6 +28,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, impl: str | None = None) -
         ValueError: a bias of another length or on another device.
         KernelUnavailableError: ``impl`` names what cannot run.
     """
+    checks.tensors(ops.NAME, x=x, bias=bias)
     for name, tensor in (("x", x), ("bias", bias)):
         if not tensor.is_floating_point():
             raise TypeError(f"bias_gelu: {name} must be of a float dtype, got {tensor.dtype}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import debug, registry
+from .. import checks, debug, registry
 from . import ops, reference
 
 
@@ -49,6 +49,7 @@ def gather_add_pos(
 
 def _checked(x: torch.Tensor, pos: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
     """``pos`` as (L, C)."""
+    checks.tensors(ops.NAME, x=x, index=index, **({} if pos is None else {"pos": pos}))
     if not x.is_floating_point():
         raise TypeError(f"gather_add_pos: x must be of a float dtype, got {x.dtype}")
     if index.dtype not in (torch.int32, torch.int64):

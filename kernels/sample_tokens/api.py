@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import registry
+from .. import checks, registry
 from . import ops, reference
 
 
@@ -70,6 +70,7 @@ def sample_tokens(noise: torch.Tensor, valid: torch.Tensor, ratio: float, *, imp
         KernelUnavailableError: ``impl`` names what cannot run.
     """
     _check_noise(noise, ratio)
+    checks.tensors(ops.NAME, valid=valid)
     if valid.dtype != torch.bool:
         raise TypeError(f"sample_tokens: valid must be bool, got {valid.dtype}")
     if valid.shape != noise.shape:
@@ -160,6 +161,7 @@ def _count(length: int, ratio: float) -> int:
 
 
 def _check_noise(noise: torch.Tensor, ratio: float) -> None:
+    checks.tensors(ops.NAME, noise=noise)
     if not noise.is_floating_point():
         raise TypeError(f"sample_tokens: noise must be of a float dtype, got {noise.dtype}")
     if noise.dim() != 2:

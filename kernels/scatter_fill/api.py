@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import debug, registry
+from .. import checks, debug, registry
 from . import ops, reference
 
 
@@ -55,6 +55,7 @@ def scatter_fill(
 
 def _checked(kept: torch.Tensor, fill: torch.Tensor, restore: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
     """``pos`` as (L, D)."""
+    checks.tensors(ops.NAME, kept=kept, fill=fill, restore=restore, pos=pos)
     for name, tensor in (("kept", kept), ("fill", fill), ("pos", pos)):
         if not tensor.is_floating_point():
             raise TypeError(f"scatter_fill: {name} must be of a float dtype, got {tensor.dtype}")

@@ -1,0 +1,121 @@
+"""``mimdet bench readme``: the README's tables of figures, made from the files of results that stand beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..files import write_bytes
+from ..kernels.selector import WORDS
+from .measure import paired_ratio
+from .results import Results
+from .roofline import STEP, by_component
+
+# <!-- results: bench/results/<device>/ops.json --> table <!-- end of results -->
+_PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+_OURS = ("triton", "cuda", "cpp")
+
+
+def fill(text: str, root: Path) -> str:
+    """``text`` with every place for results filled from its file, which is named relative to ``root``.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ResultsError: a file that holds something else.
+        ValueError: no place at all.
+    """
+    if not _PLACE.search(text):
+        raise ValueError(
+            "no place for results: <!-- results: FILE --> and <!-- end of results --> on lines of their own"
+        )
+    return _PLACE.sub(lambda place: place[1] + render(Results.read(root / place[2])) + place[3], text)
+
+
+def update(path: Path) -> bool:
+    """Fill a file in place; whether it changed."""
+    text = path.read_text(encoding="utf-8")
+    filled = fill(text, path.parent)
+    if filled != text:
+        write_bytes(path, filled.encode())
+    return filled != text
+
+
+def render(results: Results) -> str:
+    """A file of results as Markdown: the command and the machine, then the figures."""
+    there = results.environment
+    versions = ", ".join(
+        f"{name} {there['versions'][name]}" for name in ("torch", "triton") if name in there["versions"]
+    )
+    made = {"ops": _ops, "backbone": _backbone, "roofline": _roofline}[results.kind](results.rows)
+    source = f"`{results.command}` on {there['device']}, {there['threads']} threads, {versions}, {there['date']}"
+    return f"{source}:\n\n{made}"
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _speed(row: dict, peer: dict | None) -> str:
+    if peer is None or not peer["samples_ms"]:
+        return ""
+    return str(paired_ratio(peer["samples_ms"], row["samples_ms"]))
+
+
+def _ops(rows: Sequence[dict]) -> str:
+    """Each implementation of ours, against plain PyTorch, torch.compile and the fastest other form."""
+    columns = ("operation, tensor", "direction", "ms", "of limit", "vs eager", "vs torch.compile", "vs best other form")
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            key = tuple(row[k] for k in ("op", "case", "shape", "dtype", "direction", "cache"))
+            groups.setdefault(key, {})[row["impl"]] = row
+    body = []
+    for (op, case, shape, dtype, direction, cache), forms in groups.items():
+        others = [row for name, row in forms.items() if name not in (*WORDS, "inductor")]
+        best = min(others, key=lambda row: row["p50_ms"], default=None)
+        for impl in _OURS:
+            if impl in forms:
+                row = forms[impl]
+                name = f"`{op}` {impl}, {case} {shape} {dtype}" + (" cold" if cache == "cold" else "")
+                speeds = [_speed(row, peer) for peer in (forms.get("eager"), forms.get("inductor"), best)]
+                body.append((name, direction, f"{row['p50_ms']:.3g}", f"{row['of_limit']:.0%}", *speeds))
+    return _markdown(columns, body)
+
+
+def _backbone(rows: Sequence[dict]) -> str:
+    """Time and memory of every model, and both relative to the default row beside the paper's."""
+    columns = (
+        "mode, ratio, decoder depth", "model", "ms", "saved MiB", "peak MiB", "speed vs original-sdpa",
+        "time, relative", "paper's", "memory, relative", "paper's",
+    )  # fmt: skip
+    body = []
+    for row in rows:
+        if row["status"] != "ok":
+            continue
+        relative = (row[k] for k in ("relative_time", "paper_time", "relative_memory", "paper_memory"))
+        peers = [r for r in rows if r["model"] == "original-sdpa" and _same_point(r, row)]
+        body.append((
+            f"{row['mode']}, {row['ratio']:g}, {row['depth']}", row["model"], f"{row['p50_ms']:.4g}",
+            *("" if row[k] is None else f"{row[k]:.0f}" for k in ("saved_mib", "allocated_mib")),
+            "" if row["model"] == "original-sdpa" else _speed(row, peers[0] if peers else None),
+            *("" if value is None else f"{value:.2f}" for value in relative),
+        ))  # fmt: skip
+    return _markdown(columns, body)
+
+
+def _same_point(a: dict, b: dict) -> bool:
+    return all(a[k] == b[k] for k in ("mode", "ratio", "depth"))
+
+
+def _roofline(rows: Sequence[dict]) -> str:
+    """Components, forward and backward."""
+    columns = ("component", "GFLOP", "MiB", "floor ms", "ms", "floor / measured")
+    whole = next(row for row in rows if row["component"] == STEP)
+    lines = [(f"{row['component']}, {row['direction']}", row) for row in by_component(rows)] + [(STEP, whole)]
+    body = []
+    for name, row in lines:
+        figures = [f"{row[k]:.4g}" for k in ("gflop", "mib", "floor_ms", "p50_ms")]
+        body.append((name, *figures, f"{row['floor_ms'] / row['p50_ms']:.0%}"))
+    return _markdown(columns, body)

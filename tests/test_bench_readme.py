@@ -1,0 +1,52 @@
+"""The README's figures are those of the committed files of results."""
+
+from pathlib import Path
+
+import pytest
+from test_cli import run
+
+from mimdet.bench.readme import fill, update
+from mimdet.bench.results import Results, ResultsError
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "bench" / "results").rglob("*.json"))
+
+
+def test_readme_is_what_the_results_say():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert fill(text, ROOT) == text, "run: mimdet bench readme"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_committed_results_can_be_read_and_name_nobody(path):
+    found = Results.read(path)
+    assert found.command.startswith("mimdet bench")
+    assert found.environment["commit"]
+    assert "/root" not in path.read_text(encoding="utf-8")
+    assert path.stat().st_size < 400_000
+
+
+def test_changed_figures_are_noticed(tmp_path):
+    (tmp_path / "r.json").write_bytes(FILES[0].read_bytes())
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- results: r.json -->\nold\n<!-- end of results -->\nb\n")
+    assert update(page)
+    assert not update(page)
+    filled = page.read_text()
+    assert filled.startswith("a\n<!-- results: r.json -->\n`mimdet bench")
+    assert filled.endswith("<!-- end of results -->\nb\n")
+    assert "old" not in filled
+
+
+def test_no_place_and_no_file(tmp_path, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="no place for results"):
+        fill("text", tmp_path)
+    place = "<!-- results: absent.json -->\n<!-- end of results -->"
+    with pytest.raises(FileNotFoundError, match=r"absent\.json"):
+        fill(place, tmp_path)
+    (tmp_path / "absent.json").write_text("{}")
+    with pytest.raises(ResultsError, match=r"absent\.json: not a file of results"):
+        fill(place, tmp_path)
+    (tmp_path / "page.md").write_text("text")
+    assert run(monkeypatch, "bench", "readme", tmp_path / "page.md") != 0
+    assert "no place for results" in capsys.readouterr().err
