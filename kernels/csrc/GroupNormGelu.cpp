@@ -152,7 +152,8 @@ void group_norm_gelu_backward(
       tasks.stretches(task, [&](int64_t start, int64_t n, int64_t, bool valid) {
         if (!valid) return;
         sums(
-            at(dys, start, bf16), at(xs, start, bf16), bf16, n, C, means[s], rstds[s], w, b, &partial[task * 2 * C]);
+            at(dys, start, bf16), at(xs, start, bf16), at(dxs, start, bf16), bf16, n, C, means[s], rstds[s], w, b,
+            &partial[task * 2 * C]);
       });
     });
     for (int64_t task = 0; task < tasks.count(); ++task) {
@@ -168,7 +169,9 @@ void group_norm_gelu_backward(
         if (c != channel) pair[0] = pair[1] = 0.0;
         channel = c;
         if (valid) {
-          sums(at(dys, start, bf16), at(xs, start, bf16), bf16, n, means[s], rstds[s], w[c], b[c], pair);
+          sums(
+              at(dys, start, bf16), at(xs, start, bf16), at(dxs, start, bf16), bf16, n, means[s], rstds[s], w[c], b[c],
+              pair);
         }
         channel_sums[s * 2 * C + c] = pair[0];
         channel_sums[s * 2 * C + C + c] = pair[1];
@@ -197,14 +200,14 @@ void group_norm_gelu_backward(
   const auto by_channel = MIMDET_PICK_ISA(gng_backward_dx_nchw);
   tasks.each([&](int64_t task, int64_t s) {
     tasks.stretches(task, [&](int64_t start, int64_t n, int64_t c, bool valid) {
-      const char *grad = at(dys, start, bf16), *from = at(xs, start, bf16);
+      const char* from = at(xs, start, bf16);
       char* to = at(dxs, start, bf16);
       if (!valid) {
         tasks.clear(dxs, bf16, start, n);
       } else if (nhwc) {
-        by_position(grad, from, to, bf16, n, C, means[s], rstds[s], w, b, a[s], k[s]);
+        by_position(from, to, bf16, n, C, means[s], rstds[s], w, a[s], k[s]);
       } else {
-        by_channel(grad, from, to, bf16, n, means[s], rstds[s], w[c], b[c], a[s], k[s]);
+        by_channel(from, to, bf16, n, means[s], rstds[s], w[c], a[s], k[s]);
       }
     });
   });

@@ -20,21 +20,20 @@ MIMDET_DECLARE_ISA(void gng_forward_nhwc(
 MIMDET_DECLARE_ISA(void gng_forward_nchw(
     const void* x, void* y, bool bf16, int64_t n, float mean, float rstd, float weight, float bias))
 
-// Adds sums of dz = dy * gelu'(z) and of dz * xhat over n nhwc rows to sums[0..C) and sums[C..2C).
+// dz = dy * gelu'(z) into dx; adds sums of dz and of dz * xhat over n nhwc rows to sums[0..C) and sums[C..2C).
 MIMDET_DECLARE_ISA(void gng_backward_sums_nhwc(
-    const void* dy, const void* x, bool bf16, int64_t n, int64_t C, float mean, float rstd, const float* weight,
-    const float* bias, float* sums))
+    const void* dy, const void* x, void* dx, bool bf16, int64_t n, int64_t C, float mean, float rstd,
+    const float* weight, const float* bias, float* sums))
 
-// The same over n positions of one channel, to sums[0] and sums[1].
+// The same over n positions of one channel, sums added to sums[0] and sums[1].
 MIMDET_DECLARE_ISA(void gng_backward_sums_nchw(
-    const void* dy, const void* x, bool bf16, int64_t n, float mean, float rstd, float weight, float bias,
+    const void* dy, const void* x, void* dx, bool bf16, int64_t n, float mean, float rstd, float weight, float bias,
     double* sums))
 
-// dx = rstd * (weight * dz - a - xhat * k).
+// dx = rstd * (weight * dz - a - xhat * k), dz being what dx holds: GELU is dearer than reading it again.
 MIMDET_DECLARE_ISA(void gng_backward_dx_nhwc(
-    const void* dy, const void* x, void* dx, bool bf16, int64_t n, int64_t C, float mean, float rstd,
-    const float* weight, const float* bias, float a, float k))
+    const void* x, void* dx, bool bf16, int64_t n, int64_t C, float mean, float rstd, const float* weight, float a,
+    float k))
 
 MIMDET_DECLARE_ISA(void gng_backward_dx_nchw(
-    const void* dy, const void* x, void* dx, bool bf16, int64_t n, float mean, float rstd, float weight, float bias,
-    float a, float k))
+    const void* x, void* dx, bool bf16, int64_t n, float mean, float rstd, float weight, float a, float k))

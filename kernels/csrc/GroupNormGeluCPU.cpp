@@ -53,26 +53,41 @@ void forward_nchw(const T* x, T* y, int64_t n, float mean, float rstd, float w, 
   for (int64_t i = 0; i < n; ++i) store(y + i, gelu((load(x + i) - mean) * rstd * w + b));
 }
 
-template <typename T>
-void backward_sums_nhwc(
-    const T* dy, const T* x, int64_t n, int64_t C, float mean, float rstd, const float* w, const float* b,
-    float* sums) {
-  float* sum = sums;
-  float* product = sums + C;
-  for (int64_t r = 0; r < n; ++r, x += C, dy += C) {
+// R rows at a time, so that the sums are loaded and stored once for all of them.
+template <int R, typename T>
+void backward_sums_rows(
+    const T* dy, const T* x, T* dx, int64_t C, float mean, float rstd, const float* w, const float* b, float* sum,
+    float* product) {
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c) {
-      const float xhat = (load(x + c) - mean) * rstd;
-      const float dz = load(dy + c) * gelu_derivative(xhat * w[c] + b[c]);
-      sum[c] += dz;
-      product[c] += dz * xhat;
+  for (int64_t c = 0; c < C; ++c) {
+    float total = sum[c], dot = product[c];
+    for (int r = 0; r < R; ++r) {
+      const float xhat = (load(x + r * C + c) - mean) * rstd;
+      const float dz = load(dy + r * C + c) * gelu_derivative(xhat * w[c] + b[c]);
+      store(dx + r * C + c, dz);
+      total += dz;
+      dot += dz * xhat;
     }
+    sum[c] = total;
+    product[c] = dot;
   }
 }
 
 template <typename T>
+void backward_sums_nhwc(
+    const T* dy, const T* x, T* dx, int64_t n, int64_t C, float mean, float rstd, const float* w, const float* b,
+    float* sums) {
+  constexpr int kRows = 4;
+  int64_t r = 0;
+  for (; r + kRows <= n; r += kRows) {
+    backward_sums_rows<kRows>(dy + r * C, x + r * C, dx + r * C, C, mean, rstd, w, b, sums, sums + C);
+  }
+  for (; r < n; ++r) backward_sums_rows<1>(dy + r * C, x + r * C, dx + r * C, C, mean, rstd, w, b, sums, sums + C);
+}
+
+template <typename T>
 void backward_sums_nchw(
-    const T* dy, const T* x, int64_t n, float mean, float rstd, float w, float b, double* sums) {
+    const T* dy, const T* x, T* dx, int64_t n, float mean, float rstd, float w, float b, double* sums) {
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t end = i + kBlock < n ? i + kBlock : n;
     float sum = 0.0f, product = 0.0f;
@@ -80,6 +95,7 @@ void backward_sums_nchw(
     for (int64_t j = i; j < end; ++j) {
       const float xhat = (load(x + j) - mean) * rstd;
       const float dz = load(dy + j) * gelu_derivative(xhat * w + b);
+      store(dx + j, dz);
       sum += dz;
       product += dz * xhat;
     }
@@ -88,26 +104,20 @@ void backward_sums_nchw(
   }
 }
 
-inline float gradient(float dy, float x, float mean, float rstd, float w, float b, float a, float k) {
-  const float xhat = (x - mean) * rstd;
-  return rstd * (w * dy * gelu_derivative(xhat * w + b) - a - xhat * k);
-}
-
 template <typename T>
-void backward_dx_nhwc(
-    const T* dy, const T* x, T* dx, int64_t n, int64_t C, float mean, float rstd, const float* w, const float* b,
-    float a, float k) {
-  for (int64_t r = 0; r < n; ++r, dy += C, x += C, dx += C) {
+void backward_dx_nhwc(const T* x, T* dx, int64_t n, int64_t C, float mean, float rstd, const float* w, float a, float k) {
+  for (int64_t r = 0; r < n; ++r, x += C, dx += C) {
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c) store(dx + c, gradient(load(dy + c), load(x + c), mean, rstd, w[c], b[c], a, k));
+    for (int64_t c = 0; c < C; ++c) {
+      store(dx + c, rstd * (w[c] * load(dx + c) - a - (load(x + c) - mean) * rstd * k));
+    }
   }
 }
 
 template <typename T>
-void backward_dx_nchw(
-    const T* dy, const T* x, T* dx, int64_t n, float mean, float rstd, float w, float b, float a, float k) {
+void backward_dx_nchw(const T* x, T* dx, int64_t n, float mean, float rstd, float w, float a, float k) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) store(dx + i, gradient(load(dy + i), load(x + i), mean, rstd, w, b, a, k));
+  for (int64_t i = 0; i < n; ++i) store(dx + i, rstd * (w * load(dx + i) - a - (load(x + i) - mean) * rstd * k));
 }
 
 }  // namespace
@@ -129,34 +139,30 @@ void gng_forward_nchw(In x, void* y, bool bf16, int64_t n, float mean, float rst
 }
 
 void gng_backward_sums_nhwc(
-    In dy, In x, bool bf16, int64_t n, int64_t C, float mean, float rstd, const float* weight, const float* bias,
-    float* sums) {
+    In dy, In x, void* dx, bool bf16, int64_t n, int64_t C, float mean, float rstd, const float* weight,
+    const float* bias, float* sums) {
   MIMDET_BY_TYPE(
       bf16, backward_sums_nhwc(
-                static_cast<const T*>(dy), static_cast<const T*>(x), n, C, mean, rstd, weight, bias, sums))
+                static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), n, C, mean, rstd, weight,
+                bias, sums))
 }
 
 void gng_backward_sums_nchw(
-    In dy, In x, bool bf16, int64_t n, float mean, float rstd, float weight, float bias, double* sums) {
+    In dy, In x, void* dx, bool bf16, int64_t n, float mean, float rstd, float weight, float bias, double* sums) {
   MIMDET_BY_TYPE(
-      bf16, backward_sums_nchw(static_cast<const T*>(dy), static_cast<const T*>(x), n, mean, rstd, weight, bias, sums))
+      bf16, backward_sums_nchw(
+                static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), n, mean, rstd, weight, bias,
+                sums))
 }
 
 void gng_backward_dx_nhwc(
-    In dy, In x, void* dx, bool bf16, int64_t n, int64_t C, float mean, float rstd, const float* weight,
-    const float* bias, float a, float k) {
+    In x, void* dx, bool bf16, int64_t n, int64_t C, float mean, float rstd, const float* weight, float a, float k) {
   MIMDET_BY_TYPE(
-      bf16, backward_dx_nhwc(
-                static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), n, C, mean, rstd, weight,
-                bias, a, k))
+      bf16, backward_dx_nhwc(static_cast<const T*>(x), static_cast<T*>(dx), n, C, mean, rstd, weight, a, k))
 }
 
-void gng_backward_dx_nchw(
-    In dy, In x, void* dx, bool bf16, int64_t n, float mean, float rstd, float weight, float bias, float a, float k) {
-  MIMDET_BY_TYPE(
-      bf16, backward_dx_nchw(
-                static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), n, mean, rstd, weight, bias,
-                a, k))
+void gng_backward_dx_nchw(In x, void* dx, bool bf16, int64_t n, float mean, float rstd, float weight, float a, float k) {
+  MIMDET_BY_TYPE(bf16, backward_dx_nchw(static_cast<const T*>(x), static_cast<T*>(dx), n, mean, rstd, weight, a, k))
 }
 
 }  // namespace MIMDET_ISA

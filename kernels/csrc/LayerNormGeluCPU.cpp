@@ -10,28 +10,52 @@ using In = const void*;
 
 static inline float inverse_root(float x) { return 1.0f / __builtin_sqrtf(x); }
 
+// Rows whose moments are taken before any of them is normed: the sums of one wait while those of others go on.
+constexpr int64_t kRows = 16;
+
+template <typename T>
+void forward_rows(
+    const T* x, T* y, int64_t n, int64_t C, const float* w, const float* b, float eps, float* mean, float* rstd) {
+  float squares[kRows], rest[kRows];
+  for (int64_t r = 0; r < n; ++r) {
+    const T* row = x + r * C;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < C; ++c) sum += load(row + c);
+    mean[r] = sum / C;
+  }
+  for (int64_t r = 0; r < n; ++r) {
+    const T* row = x + r * C;
+    const float center = mean[r];
+    float square = 0.0f, off = 0.0f;
+#pragma omp simd reduction(+ : square, off)
+    for (int64_t c = 0; c < C; ++c) {
+      const float d = load(row + c) - center;
+      square += d * d;
+      off += d;
+    }
+    squares[r] = square;
+    rest[r] = off;
+  }
+#pragma omp simd
+  for (int64_t r = 0; r < n; ++r) {
+    // rest is what rounding left in the sum: it corrects both moments.
+    const float shift = rest[r] / C;
+    mean[r] += shift;
+    rstd[r] = inverse_root((squares[r] - rest[r] * shift) / C + eps);
+  }
+  for (int64_t r = 0; r < n; ++r, x += C, y += C) {
+    const float m = mean[r], s = rstd[r];
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) store(y + c, gelu((load(x + c) - m) * s * w[c] + b[c]));
+  }
+}
+
 template <typename T>
 void forward_nhwc(
     const T* x, T* y, int64_t n, int64_t C, const float* w, const float* b, float eps, float* mean, float* rstd) {
-  for (int64_t r = 0; r < n; ++r, x += C, y += C) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < C; ++c) sum += load(x + c);
-    const float center = sum / C;
-    float squares = 0.0f, rest = 0.0f;
-#pragma omp simd reduction(+ : squares, rest)
-    for (int64_t c = 0; c < C; ++c) {
-      const float d = load(x + c) - center;
-      squares += d * d;
-      rest += d;
-    }
-    // rest is what rounding left in the sum: it corrects both moments.
-    const float shift = rest / C, m = center + shift;
-    const float s = inverse_root((squares - rest * shift) / C + eps);
-    mean[r] = m;
-    rstd[r] = s;
-#pragma omp simd
-    for (int64_t c = 0; c < C; ++c) store(y + c, gelu((load(x + c) - m) * s * w[c] + b[c]));
+  for (int64_t r = 0; r < n; r += kRows) {
+    forward_rows(x + r * C, y + r * C, n - r < kRows ? n - r : kRows, C, w, b, eps, mean + r, rstd + r);
   }
 }
 

@@ -38,9 +38,8 @@ static inline void store(bf16* p, float f) {
   uint32_t u;
   __builtin_memcpy(&u, &f, 4);
   // Round to nearest, ties to even; a NaN stays one.
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const uint32_t nan = (u >> 16) | 0x40u;
-  p->bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+  u = f != f ? 0x7fc00000u : u + 0x7fffu + ((u >> 16) & 1u);
+  p->bits = static_cast<uint16_t>(u >> 16);
 }
 
 }  // namespace MIMDET_ISA
