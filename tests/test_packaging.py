@@ -21,7 +21,7 @@ HAS_COMPILER = any(map(shutil.which, ("g++", "c++", "clang++")))
 def source(tmp_path_factory):
     """A copy of what is packaged: building leaves files beside the sources, and other tests may build too."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("mimdet", "kernels", "configs"):
+    for name in ("mimdet", "kernels", "bench", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
