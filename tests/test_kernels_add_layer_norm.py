@@ -128,10 +128,14 @@ def test_opcheck(runner, dtypes, kind):
     for tensor in (r, branch, weight, bias):
         if tensor is not None:
             tensor.requires_grad_()
-    torch.library.opcheck(ops.run, (r, branch, scale, weight, bias, 1e-6, dtypes[2], impl))
+    torch.library.opcheck(
+        torch.ops.mimdet.add_layer_norm.default, (r, branch, scale, weight, bias, 1e-6, dtypes[2], impl)
+    )
     statistics = [torch.rand(2, 3, device=device) for _ in range(2)]
     arguments = (grad_r.to(device), grad_y.to(device), r.detach(), *statistics, scale, weight.detach())
-    torch.library.opcheck(ops.run_backward, (*arguments, None if branch is None else branch.dtype, impl))
+    torch.library.opcheck(
+        torch.ops.mimdet.add_layer_norm_backward.default, (*arguments, None if branch is None else branch.dtype, impl)
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

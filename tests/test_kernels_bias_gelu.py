@@ -111,8 +111,10 @@ def test_writing_into_the_input_is_noticed(runner):
 def test_opcheck(runner):
     impl, device = runner
     x, bias = (t.to(device).requires_grad_() for t in (quantised(6, 16), quantised(16)))
-    torch.library.opcheck(ops.run, (x, bias, impl))
-    torch.library.opcheck(ops.run_backward, (torch.ones_like(x), x.detach(), bias.detach(), impl))
+    torch.library.opcheck(torch.ops.mimdet.bias_gelu.default, (x, bias, impl))
+    torch.library.opcheck(
+        torch.ops.mimdet.bias_gelu_backward.default, (torch.ones_like(x), x.detach(), bias.detach(), impl)
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -201,8 +201,10 @@ def test_backward_reference_is_the_gradient():
 def test_opcheck(with_pos):
     x, pos, index = inputs(2, 12, 5, 8)
     x.requires_grad_(), pos.requires_grad_()
-    torch.library.opcheck(ops.run, (x, pos if with_pos else None, index, "cpp"))
-    torch.library.opcheck(ops.run_backward, (quantised(2, 5, 8), index, 12, BF16, "cpp"))
+    torch.library.opcheck(torch.ops.mimdet.gather_add_pos.default, (x, pos if with_pos else None, index, "cpp"))
+    torch.library.opcheck(
+        torch.ops.mimdet.gather_add_pos_backward.default, (quantised(2, 5, 8), index, 12, BF16, "cpp")
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)

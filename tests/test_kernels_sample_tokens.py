@@ -146,14 +146,14 @@ def two_threads():
 @pytest.mark.parametrize("count", [1, 7, 10])
 def test_opcheck(count):
     noise, valid = torch.rand(2, 10), torch.rand(2, 10) > 0.5
-    torch.library.opcheck(ops.run, (noise, valid, None, count, 10 - count, "cpp"))
+    torch.library.opcheck(torch.ops.mimdet.sample_tokens.default, (noise, valid, None, count, 10 - count, "cpp"))
 
 
 @needs_cpp
 def test_opcheck_packed():
     valid = valid_tokens([(1, 4), (2, 5)], (2, 5), "cpu")
     offsets = torch.tensor([[0, 2, 7], [0, 2, 7]], dtype=torch.int32)
-    torch.library.opcheck(ops.run, (torch.rand(2, 10), valid, offsets, 7, 7, "cpp"))
+    torch.library.opcheck(torch.ops.mimdet.sample_tokens.default, (torch.rand(2, 10), valid, offsets, 7, 7, "cpp"))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -221,8 +221,10 @@ def test_opcheck(padding):
     kept, fill, restore, pos = inputs(2, 12, 5, 8, padding=padding)
     for t in (kept, fill, pos):
         t.requires_grad_()
-    torch.library.opcheck(ops.run, (kept, fill, restore, pos, "cpp"))
-    torch.library.opcheck(ops.run_backward, (quantised(2, 12 + padding, 8), restore, 5, 7, BF16, "cpp"))
+    torch.library.opcheck(torch.ops.mimdet.scatter_fill.default, (kept, fill, restore, pos, "cpp"))
+    torch.library.opcheck(
+        torch.ops.mimdet.scatter_fill_backward.default, (quantised(2, 12 + padding, 8), restore, 5, 7, BF16, "cpp")
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -46,7 +46,7 @@ def add_layer_norm(
         ValueError: shapes or devices that do not fit together, a scale without a branch or with a gradient.
         KernelUnavailableError: ``impl`` names what cannot run.
     """
-    checks.tensors(ops.NAME, r=r, weight=weight, bias=bias)
+    checks.tensors(ops.NAME, r=r, weight=weight, bias=bias, branch=branch, scale=scale, optional=("branch", "scale"))
     dtype = r.dtype if dtype is None else dtype
     _check(r, branch, scale, weight, bias, dtype)
     impl = _choose(impl, r, branch, dtype)
@@ -56,9 +56,11 @@ def add_layer_norm(
     if impl == "eager":
         r_new, y = reference.add_layer_norm(flat, branch, scale, weight, bias, eps, dtype)
     else:
-        scale = None if scale is None else scale.float()
-        r_new, y, _, _ = ops.run(flat, branch, scale, weight.float(), bias.float(), eps, dtype, impl)
-    return r if branch is None else r_new.view(shape), y.view(shape)
+        scale, weight, bias = (t if t is None or t.dtype == torch.float32 else t.float() for t in (scale, weight, bias))
+        r_new, y, _, _ = ops.run(flat, branch, scale, weight, bias, eps, dtype, impl)
+    if flat is not r:
+        r_new, y = r_new if branch is None else r_new.view(shape), y.view(shape)
+    return r if branch is None else r_new, y
 
 
 def _rows(shape: torch.Size) -> tuple[int, int, int]:
@@ -66,10 +68,9 @@ def _rows(shape: torch.Size) -> tuple[int, int, int]:
 
 
 def _check(r, branch, scale, weight, bias, dtype) -> None:
-    given = {"r": r, "branch": branch, "scale": scale, "weight": weight, "bias": bias}
+    given = {"branch": branch, "scale": scale, "weight": weight, "bias": bias}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
-    checks.tensors(ops.NAME, **given)
-    for name, tensor in given.items():
+    for name, tensor in {"r": r, **given}.items():
         if not tensor.is_floating_point():
             raise TypeError(f"add_layer_norm: {name} must be of a float dtype, got {tensor.dtype}")
         if tensor.device != r.device:
@@ -78,11 +79,11 @@ def _check(r, branch, scale, weight, bias, dtype) -> None:
         raise TypeError(f"add_layer_norm: dtype must be a float dtype, got {dtype}")
     if r.dim() < 2:
         raise ValueError(f"add_layer_norm: r must be (B, ..., C), got {tuple(r.shape)}")
-    wanted = {"branch": tuple(r.shape), "scale": (r.shape[0],), "weight": (r.shape[-1],), "bias": (r.shape[-1],)}
-    for name, shape in wanted.items():
-        if name in given and tuple(given[name].shape) != shape:
-            got = tuple(given[name].shape)
-            raise ValueError(f"add_layer_norm: {name} must be {shape} for r {tuple(r.shape)}, got {got}")
+    wanted = {"branch": r.shape, "scale": r.shape[:1], "weight": r.shape[-1:], "bias": r.shape[-1:]}
+    for name, tensor in given.items():
+        if tensor.shape != wanted[name]:
+            shapes = f"{tuple(wanted[name])} for r {tuple(r.shape)}, got {tuple(tensor.shape)}"
+            raise ValueError(f"add_layer_norm: {name} must be {shapes}")
     if scale is not None and branch is None:
         raise ValueError("add_layer_norm: scale without a branch to scale")
     if scale is not None and scale.requires_grad:
@@ -91,7 +92,7 @@ def _check(r, branch, scale, weight, bias, dtype) -> None:
 
 def _choose(impl: str | None, r: torch.Tensor, branch: torch.Tensor | None, dtype: torch.dtype) -> str:
     """One implementation that takes all the dtypes."""
-    dtypes = dict.fromkeys([r.dtype, r.dtype if branch is None else branch.dtype, dtype])
+    dtypes = {r.dtype, r.dtype if branch is None else branch.dtype, dtype}
     words = {registry.choose(ops.NAME, impl, r.device.type, d) for d in dtypes}
     chosen = words.pop() if len(words) == 1 else "eager"
     reason = None

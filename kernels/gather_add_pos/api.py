@@ -49,7 +49,7 @@ def gather_add_pos(
 
 def _checked(x: torch.Tensor, pos: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
     """``pos`` as (L, C)."""
-    checks.tensors(ops.NAME, x=x, index=index, **({} if pos is None else {"pos": pos}))
+    checks.tensors(ops.NAME, x=x, index=index, pos=pos, optional=("pos",))
     if not x.is_floating_point():
         raise TypeError(f"gather_add_pos: x must be of a float dtype, got {x.dtype}")
     if index.dtype not in (torch.int32, torch.int64):
