@@ -175,9 +175,19 @@ def _image_norm(op: str, function: Callable) -> Callable[[str, tuple[int, ...], 
 
         moved = {"forward": 2 * count * size, "backward": 3 * count * size}
         terms = dict.fromkeys(("gradient of weight", "gradient of bias"), count // shape[1])
-        return Case(op, op, name, shape, dtype, make, run, ("x", "weight", "bias"), moved, terms=terms)
+        peers = {"LayerNorm2d": _layer_norm_2d} if op == "layer_norm_gelu" else {}
+        return Case(op, op, name, shape, dtype, make, run, ("x", "weight", "bias"), moved, peers=peers, terms=terms)
 
     return build
+
+
+def _layer_norm_2d(t: Tensors) -> Outputs:
+    """The channel-wise LayerNorm of ConvNeXt and of Detectron2's models, step by step, and GELU."""
+    x = t["x"]
+    center = x.mean(1, keepdim=True)
+    variance = (x - center).pow(2).mean(1, keepdim=True)
+    x = (x - center) / torch.sqrt(variance + _EPS)
+    return (F.gelu(t["weight"][:, None, None] * x + t["bias"][:, None, None]),)
 
 
 def _sample_tokens(name: str, shape: tuple[int, ...], dtype: str) -> Case:
