@@ -12,24 +12,36 @@ from .measure import paired_ratio
 from .results import Results
 from .roofline import STEP, by_component
 
-# <!-- results: bench/results/<device>/ops.json --> table <!-- end of results -->
-_PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+# <!-- results: bench/results/<device>/ops.json dtype=fp32 --> table <!-- end of results -->
+_PLACE = re.compile(r"(<!-- results: (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 _OURS = ("triton", "cuda", "cpp")
 
 
 def fill(text: str, root: Path) -> str:
     """``text`` with every place for results filled from its file, which is named relative to ``root``.
 
+    Words such as dtype=fp32 after the file's name choose its rows.
+
     Raises:
         FileNotFoundError: a file that is not there.
         ResultsError: a file that holds something else.
-        ValueError: no place at all.
+        ValueError: no place at all, or one whose conditions no row meets.
     """
     if not _PLACE.search(text):
         raise ValueError(
             "no place for results: <!-- results: FILE --> and <!-- end of results --> on lines of their own"
         )
-    return _PLACE.sub(lambda place: place[1] + render(Results.read(root / place[2])) + place[3], text)
+
+    def filled(place: re.Match) -> str:
+        results = Results.read(root / place[2])
+        for word in place[3].split():
+            key, _, value = word.partition("=")
+            results.rows = [row for row in results.rows if str(row.get(key)) == value]
+        if not results.rows:
+            raise ValueError(f"{place[2]}: no row with{place[3]}")
+        return place[1] + render(results) + place[4]
+
+    return _PLACE.sub(filled, text)
 
 
 def update(path: Path) -> bool:

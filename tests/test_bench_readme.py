@@ -44,6 +44,9 @@ def test_no_place_and_no_file(tmp_path, monkeypatch, capsys):
     place = "<!-- results: absent.json -->\n<!-- end of results -->"
     with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         fill(place, tmp_path)
+    (tmp_path / "absent.json").write_bytes(FILES[0].read_bytes())
+    with pytest.raises(ValueError, match="no row with dtype=fp8"):
+        fill(place.replace(".json", ".json dtype=fp8"), tmp_path)
     (tmp_path / "absent.json").write_text("{}")
     with pytest.raises(ResultsError, match=r"absent\.json: not a file of results"):
         fill(place, tmp_path)
