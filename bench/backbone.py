@@ -74,7 +74,7 @@ def run_tables(options: Options) -> Results:
             task = bar.add_task(f"{mode}: checks", total=len(keys) + options.rounds)
             works, faults, notes = {}, {}, {}
             for ratio, depth in options.rows():
-                plain = bottom_up(variant(detector, "original-kept", ratio, depth)).train(mode == "train")
+                plain = bottom_up(variant(detector, "original", ratio, depth)).train(mode == "train")
                 want = _outcome(plain, mode, options)
                 for key in [key for key in keys if key[:2] == (ratio, depth)]:
                     works[key] = workload(detector, optimizer, mode, key, options)

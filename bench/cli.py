@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from .gpu import MINUTES
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -208,6 +210,37 @@ def roofline(
     )
     run_roofline(options)
     typer.echo(f"results in {options.output}")
+
+
+@app.command("gpu")
+def gpu(
+    part: Annotated[list[str] | None, typer.Option(help="Part to run; may be repeated. Default: all.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what is there already.")] = False,
+    minutes: Annotated[float, typer.Option(min=1, help="Of the whole run; its parts' budgets grow with it.")] = MINUTES,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder; default: bench/results/<name of the GPU>.", show_default=False)
+    ] = None,
+) -> None:
+    """Everything worth measuring on a GPU, in parts: the tables, every operation, the roofline, the whole step.
+
+    A part whose result is there is skipped, so that the same command goes on where the last run ended: after Ctrl-C,
+    after a failed part, or where the time was up. Exit status 1 means that some part is still missing.
+    """
+    import torch
+
+    from .gpu import PARTS, default_folder, run_gpu
+
+    if not torch.cuda.is_available():
+        message = "no GPU found (mimdet info shows what PyTorch sees); on a CPU, run the subcommands with --device cpu"
+        typer.echo(f"mimdet bench gpu: {message}", err=True)
+        raise typer.Exit(2)
+    unknown = set(part or ()) - {known.name for known in PARTS}
+    if unknown:
+        names = ", ".join(known.name for known in PARTS)
+        raise ValueError(f"no part {', '.join(sorted(unknown))}; choose from {names}")
+    chosen = [known for known in PARTS if not part or known.name in part]
+    if not run_gpu(chosen, output or default_folder(), minutes, force):
+        raise typer.Exit(1)
 
 
 @app.command("compare")

@@ -19,6 +19,8 @@ from .memory import peak_bytes
 from .results import Results
 
 DIRECTIONS = ("forward", "backward")
+# Seconds of a pass: the GPU's events resolve half a microsecond, and each of their calls waits to be queued first.
+_LEAST = {"cpu": 5e-3, "cuda": 5e-4}
 Form = Callable[[Tensors], Outputs]
 
 
@@ -88,23 +90,24 @@ def run_ops(options: Options) -> Results:
 def measure_case(made: Case, options: Options, limits: Mapping[str, float]) -> Iterator[list[dict]]:
     """Rows of each direction and cache state. A form that is wrong or cannot run has a row that says why instead."""
     inputs = made.make(options.device)
-    forms = _forms(made, options)
-    with _settings():
-        gradients, faults = _check(made, forms, inputs)
+    forms = forms_of(made, options)
+    with settings():
+        gradients, faults = check_forms(made, forms, inputs)
         running = {name: form for name, form in forms.items() if name not in faults}
         directions = [d for d in options.directions if d in made.moved]
         for direction in directions:
-            runs = {name: _run(form, inputs, made, gradients, direction) for name, form in running.items()}
+            runs = {name: run_of(form, inputs, made, gradients, direction) for name, form in running.items()}
             for cold in (True, False) if torch.device(options.device).type == "cuda" else (False,):
                 timer = timer_for(options.device, cold)
-                timings = measure(runs, options.rounds, timer=timer) if runs else Timings({})
+                least = _LEAST[torch.device(options.device).type]
+                timings = measure(runs, options.rounds, timer=timer, least=least) if runs else Timings({})
                 yield [
                     _row(made, direction, cold, name, timings, limits, runs.get(name), faults.get(name), options)
                     for name in forms
                 ]
 
 
-def _forms(made: Case, options: Options) -> dict[str, Form]:
+def forms_of(made: Case, options: Options) -> dict[str, Form]:
     """Every form by name, "eager" first: the ratios are to it, and it is the one measured twice."""
     device = torch.device(options.device).type
     usable = [r.impl for r in kernel_table(device, DTYPES[made.dtype]) if r.op == made.kernels_op and r.usable]
@@ -123,7 +126,7 @@ def _with_impl(made: Case, impl: str) -> Form:
 
 
 @contextlib.contextmanager
-def _settings() -> Iterator[None]:
+def settings() -> Iterator[None]:
     """Full float32 everywhere, and compiled graphs that can be walked backward more than once."""
     torch._dynamo.reset()
     tf32 = torch.backends.cuda.matmul.allow_tf32
@@ -135,7 +138,7 @@ def _settings() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
-def _check(made: Case, forms: Mapping[str, Form], inputs: Tensors) -> tuple[list[torch.Tensor], dict[str, str]]:
+def check_forms(made: Case, forms: Mapping[str, Form], inputs: Tensors) -> tuple[list[torch.Tensor], dict[str, str]]:
     """Random gradients of the outputs, and what is wrong with a form, by name."""
     eager = _with_impl(made, "eager")
     with torch.no_grad():
@@ -161,7 +164,8 @@ def _check(made: Case, forms: Mapping[str, Form], inputs: Tensors) -> tuple[list
     return gradients, faults
 
 
-def _run(form: Form, inputs: Tensors, made: Case, gradients: list[torch.Tensor], direction: str) -> Run:
+def run_of(form: Form, inputs: Tensors, made: Case, gradients: list[torch.Tensor], direction: str) -> Run:
+    """What is timed; the backward's graph is made here, once."""
     leaves = {k: v.detach().requires_grad_(k in made.differentiable) for k, v in inputs.items()}
     if direction == "forward":
         return lambda: form(leaves)

@@ -120,9 +120,7 @@ class Results:
         """JSON, or CSV where the name ends so; whole or not at all."""
         content = {"schema": SCHEMA, **asdict(self)}
         check(content, str(path))
-        text = (
-            _to_csv(content) if Path(path).suffix == ".csv" else json.dumps(content, indent=1, allow_nan=False) + "\n"
-        )
+        text = _to_csv(content) if Path(path).suffix == ".csv" else _to_json(content)
         write_bytes(path, text.encode())
 
     @classmethod
@@ -182,8 +180,8 @@ def _fits(value: Any, kind: str) -> bool:
 
 def _to_json(content: dict) -> str:
     """One row a line: small, and readable in a diff."""
-    rows = ",\n".join(json.dumps(row) for row in content["rows"])
-    head = json.dumps({key: value for key, value in content.items() if key != "rows"}, indent=1)
+    rows = ",\n".join(json.dumps(row, allow_nan=False) for row in content["rows"])
+    head = json.dumps({key: value for key, value in content.items() if key != "rows"}, indent=1, allow_nan=False)
     return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmark_ops
 import pytest
 import torch
 from test_cli import run
@@ -153,6 +154,33 @@ def test_errors_are_one_message(monkeypatch, capsys, argv, message):
     monkeypatch.setattr("mimdet.bench.ops.measure_limits", lambda device, dtypes: LIMITS)
     assert run(monkeypatch, "bench", "ops", "--device", "cpu", *argv) == 1
     assert message in capsys.readouterr().err
+
+
+class Benchmark:
+    """The fixture of pytest-benchmark, without its clock."""
+
+    group = None
+
+    def __call__(self, run):
+        self.result = run()
+
+
+def test_developers_benchmark_is_checked_first_too():
+    """pytest tests/benchmark_ops.py: the same cases and forms, each of them right before it is timed."""
+    found = {parameter.id: parameter.values for parameter in benchmark_ops.parameters()}
+    assert {case.op for case, *_ in found.values()} == set(OPS)
+    assert "scatter_fill-decoder-fp32-backward-original" in found
+    made = tiny("scatter_fill")
+    for direction, count in (("forward", 1), ("backward", len(made.differentiable))):
+        benchmark = Benchmark()
+        benchmark_ops.test_operation(benchmark, made, direction, "original")
+        assert benchmark.group == f"scatter_fill given 2x11x12 fp32 {direction}"
+        assert len(benchmark.result) == count
+    wrong = dataclasses.replace(made, peers={"wrong": lambda t: (made.run(t, "eager")[0] + 1,)})
+    benchmark = Benchmark()
+    with pytest.raises(pytest.fail.Exception, match="wrong: output 0"):
+        benchmark_ops.test_operation(benchmark, wrong, "forward", "wrong")
+    assert benchmark.group is None
 
 
 def test_runs_from_a_checkout_without_installing():

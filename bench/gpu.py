@@ -1,0 +1,220 @@
+"""``mimdet bench gpu``: all that is worth measuring on a GPU, in parts that stand alone.
+
+Each part is a process of its own, so that a crash or a lack of memory in one leaves the others alone, and has a budget
+of time. Beside its result lies ``<part>.error.txt`` from its start until it has succeeded: a part without that file is
+done, whatever ended the run that made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..files import write_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+MINUTES = 8.8  # of a run: under nine with the start of Python
+_GRACE = 5.0  # seconds that an interrupted part has to end by itself
+_LARGEST = 400_000  # bytes of a result: they are committed
+_TAIL = 60  # lines of a failed part's output that are kept
+
+
+@dataclass(frozen=True)
+class Part:
+    """One child process and its result.
+
+    Attributes:
+        name: of its files.
+        seconds: most that it may take of a run of ``MINUTES``; in a longer run more.
+        words: what follows ``python -m``.
+        text: what it prints is the result, ``<name>.txt``; else it gets ``--output <name>.json``.
+    """
+
+    name: str
+    seconds: float
+    words: tuple[str, ...]
+    text: bool = False
+
+    @property
+    def file(self) -> str:
+        """Name of the result."""
+        return f"{self.name}.{'txt' if self.text else 'json'}"
+
+    def error(self, folder: Path) -> Path:
+        """The file that is there until the part has succeeded."""
+        return folder / f"{self.name}.error.txt"
+
+    def done(self, folder: Path) -> bool:
+        """Whether its result is whole."""
+        return (folder / self.file).is_file() and not self.error(folder).exists()
+
+
+def _bench(name: str, seconds: float, *words: str) -> Part:
+    return Part(name, seconds, ("mimdet.bench", *words, "--device", "cuda"))
+
+
+def _parity() -> Part:
+    """The kernels' tests on what only a GPU can run."""
+    names = ("failure_modes", "add_layer_norm", "bias_gelu", "gather_add_pos", "sample_tokens", "scatter_fill")
+    files = [str(ROOT / "tests" / f"test_kernels_{name}.py") for name in names]
+    workers = ("-n", "4") if importlib.util.find_spec("xdist") else ()
+    options = ("-vv", "--no-header", "--tb=short", "--disable-warnings", "-p", "no:cacheprovider", *workers)
+    return Part("parity", 110, ("pytest", *options, "-k", "triton or cuda", *files), text=True)
+
+
+def _peers(*names: str) -> tuple[str, ...]:
+    return tuple(word for name in names for word in ("--peers", name))
+
+
+# The compiled peer takes a minute for every row of a table: it is measured at the default row.
+_EAGER = _peers("ours", "original", "original-kept", "original-sdpa")
+_STEP = (*_peers("ours", "original", "original-sdpa", "clean"), "--part", "detector", "--mode", "train")
+# The most telling first: a run on a slow machine may not come to the last.
+PARTS = (
+    Part("environment", 90, ("mimdet", "info"), text=True),  # builds what is in csrc
+    _parity(),
+    _bench("table1", 100, "table1", *_EAGER),
+    _bench("table7", 80, "table7", *_EAGER),
+    _bench("roofline", 60, "roofline"),
+    *(_bench(f"detector_batch{n}", 120, "backbone", *_STEP, "--batch", str(n)) for n in (1, 8)),
+    *(
+        _bench(f"ops_{dtype}_batch{n}", 160, "ops", "--dtype", dtype, "--batch", str(n))
+        for dtype in ("bf16", "fp32")
+        for n in (1, 8)
+    ),
+    _bench("backbone", 120, "backbone"),
+)
+
+
+def default_folder() -> Path:
+    """``bench/results/<name of the GPU>``."""
+    import torch
+
+    return Path("bench/results") / re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+def run_gpu(parts: Sequence[Part], folder: Path, minutes: float = MINUTES, force: bool = False) -> bool:
+    """Run the parts whose results are not there yet, in order; True if all are there at the end.
+
+    A part begins only where its whole budget is left, so that the run ends in time; later, smaller ones still may.
+    Ctrl-C, like SIGTERM, ends the part that runs and then the run; results stay.
+    """
+    from . import report  # imports torch
+
+    deadline = time.monotonic() + 60 * minutes
+    out, scale = report.console(), minutes / MINUTES
+    if force:
+        for part in parts:
+            write_bytes(part.error(folder), b"to be measured again\n")
+    todo = [part for part in parts if not part.done(folder)]
+    out.print(f"results in {folder}: {len(parts) - len(todo)} of {len(parts)} parts are there already")
+    failed, left = [], []
+    with report.progress() as bar, _terminated_like_interrupted():
+        task = bar.add_task("", total=len(todo))
+        for part in todo:
+            budget = part.seconds * scale
+            if budget + _GRACE > deadline - time.monotonic():
+                left.append(part.name)
+                continue
+            bar.update(task, description=f"{part.name}, at most {budget:.0f} s")
+            start = time.monotonic()
+            error = run_part(part, folder, budget)
+            state = error.splitlines()[0] if error else "done"
+            out.print(f"{part.name}: {state}, {time.monotonic() - start:.0f} s", markup=False)
+            if error:
+                failed.append(part.name)
+            bar.advance(task)
+    if failed:
+        out.print(f"failed: {', '.join(failed)}; see <part>.error.txt. The next run tries again.", markup=False)
+    if left:
+        out.print(f"no time left for: {', '.join(left)}. The next run goes on, or give more --minutes.")
+    return not failed and not left
+
+
+def run_part(part: Part, folder: Path, seconds: float) -> str | None:
+    """Run one part; None, or what went wrong, which ``<part>.error.txt`` says too."""
+    marker, result = part.error(folder), folder / part.file
+    write_bytes(marker, b"did not end: the machine or the run was stopped\n")
+    command = [sys.executable, "-m", *part.words, *(() if part.text else ("--output", str(result)))]
+    # Full tracebacks, and lines of text that are as wide as tables are.
+    variables = {**os.environ, "MIMDET_DEBUG": "1", "COLUMNS": "160"}
+    with tempfile.TemporaryFile() as printed:
+        fault = "interrupted"
+        try:
+            fault = _run(command, variables, printed, seconds)
+        finally:
+            printed.seek(0)
+            text = _nameless(printed.read().decode(errors="replace"))
+            if part.text:
+                write_bytes(result, text.encode()[-_LARGEST:])
+            if fault is None:
+                fault = _unfit(result)
+            if fault is None:
+                marker.unlink()
+            else:
+                tail = "" if part.text else "\n".join(["", *text.splitlines()[-_TAIL:]])
+                write_bytes(marker, f"{fault}\n{tail}".rstrip().encode() + b"\n")
+    return fault
+
+
+def _run(command: Sequence[str], variables: dict[str, str], printed, seconds: float) -> str | None:
+    # In a session of its own: Ctrl-C in the terminal reaches this process alone, which passes it on.
+    process = subprocess.Popen(
+        command, env=variables, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True
+    )
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        _interrupt(process)
+        return f"stopped after its budget of {seconds:.0f} s; what it had finished is kept"
+    except KeyboardInterrupt:
+        _interrupt(process)
+        raise
+    finally:
+        # Whatever it started goes with it: compilers, test workers.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return f"exit status {status}" if status else None
+
+
+def _interrupt(process: subprocess.Popen) -> None:
+    """Let it keep what it has finished."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE)
+
+
+def _unfit(result: Path) -> str | None:
+    if not result.is_file():
+        return f"wrote no {result.name}"
+    size = result.stat().st_size
+    return f"{result.name} has {size} bytes, more than the {_LARGEST} of a file to commit" if size > _LARGEST else None
+
+
+def _nameless(text: str) -> str:
+    """Without the folders of whoever ran it."""
+    for folder, name in ((ROOT, "."), (Path.home(), "~")):
+        if folder != Path(folder.anchor):
+            text = text.replace(str(folder), name)
+    return text
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, what ``timeout`` and schedulers send, becomes KeyboardInterrupt: no part outlives the run."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
