@@ -18,6 +18,7 @@ CASES = {
     "stride2": (torch.bfloat16, (96, 400, 672), False, 90),
     "stride16": (torch.float32, (768, 60, 80), False, 80),
     "stride8-sizes": (torch.bfloat16, (384, 120, 160), True, 80),
+    "stride4-sizes": (torch.float32, (192, 100, 168), True, 90),
     "odd-sizes": (torch.float32, (17, 11, 91), True, 90),
 }
 

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kLimit, 1)
   const T* from = x + row * C;
   T* to = y + row * C;
   float value[kItems][V] = {};
-  float sum = 0.0f, squares = 0.0f;
+  float sum = 0.0f, squares = 0.0f, rest = 0.0f;
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
     const int64_t c = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * V;
@@ -43,18 +43,24 @@ __global__ void __launch_bounds__(kLimit, 1)
 #pragma unroll
     for (int i = 0; i < V; ++i) sum += value[k][i];
   }
-  const float center = row_sum(sum) / C;
+  float center = row_sum(sum) / C;
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
     const int64_t c = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * V;
-    if (c >= C) break;
+    if (!use || c >= C) break;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      value[k][i] -= center;
-      squares += value[k][i] * value[k][i];
+      const float d = value[k][i] - center;
+      squares += d * d;
+      rest += d;
     }
   }
-  const float scale = 1.0f / sqrtf(row_sum(squares) / C + eps);
+  squares = row_sum(squares);
+  rest = row_sum(rest);
+  // What rounding left in the mean corrects both moments.
+  const float shift = rest / C;
+  center += shift;
+  const float scale = 1.0f / sqrtf((squares - rest * shift) / C + eps);
   if (!here) return;
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
@@ -64,7 +70,7 @@ __global__ void __launch_bounds__(kLimit, 1)
     load_floats<V>(weight + c, w);
     load_floats<V>(bias + c, b);
 #pragma unroll
-    for (int i = 0; i < V; ++i) w[i] = use ? gelu(value[k][i] * scale * w[i] + b[i]) : 0.0f;
+    for (int i = 0; i < V; ++i) w[i] = use ? gelu((value[k][i] - center) * scale * w[i] + b[i]) : 0.0f;
     store<V>(to + c, w);
   }
   if (threadIdx.x == 0) {

@@ -310,7 +310,8 @@ def launch_group_norm_gelu_fwd(x, weight, bias, sizes, eps, nhwc, y, mean, rstd)
     positions, has_sizes = height * width, sizes is not None
     # Without sizes, and channel by channel, the moments are those of one long row of numbers.
     by_position = has_sizes and nhwc
-    block_s, block_c = _blocks(channels, True) if by_position else (_TILE, 1)
+    # To find the position of every number of that row takes registers, so it goes in smaller tiles with sizes.
+    block_s, block_c = _blocks(channels, True) if by_position else (_TILE // 2 if has_sizes else _TILE, 1)
     rows, row_width = (positions, channels) if by_position else (positions * channels, 1)
     parts = min(_MOST_PARTS, triton.cdiv(rows, block_s))
     per_part = triton.cdiv(triton.cdiv(rows, parts), block_s) * block_s
@@ -386,7 +387,7 @@ def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx,
         parts,
         HAS_SIZES=has_sizes,
         BLOCK_P=32,
-        BLOCK_C=64,
+        BLOCK_C=32,
         num_warps=4,
     )
     tiles = blocks * (1 if nhwc else channels)

@@ -40,11 +40,12 @@ def _layer_norm_gelu_fwd_nhwc_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """x, y: (rows, C); weight, bias: (C,); sizes: (rows / S, 2); mean, rstd: (rows,) float32."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    first = tl.program_id(0).to(tl.int64) * BLOCK_R
+    lane = tl.arange(0, BLOCK_R)[:, None]
+    row = first + lane
     channel = tl.arange(0, BLOCK_C)[None, :]
     channel_inside = channel < C
-    here = row < rows
-    use = _valid_rows(row, here, sizes, S, W, HAS_SIZES)
+    here, use = _valid_rows(first, lane, rows, sizes, S, W, HAS_SIZES)
     inside = use & channel_inside
     at = row * C + channel
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -52,8 +53,11 @@ def _layer_norm_gelu_fwd_nhwc_kernel(
     b = tl.load(bias + channel, mask=channel_inside, other=0.0)
     center = tl.sum(value, axis=1)[:, None] / C
     deviation = tl.where(inside, value - center, 0.0)
-    scale = tl.rsqrt(tl.sum(deviation * deviation, axis=1)[:, None] / C + eps)
-    result = gelu(deviation * scale * w + b)
+    # What rounding left in the mean corrects both moments.
+    shift = tl.sum(deviation, axis=1)[:, None] / C
+    scale = tl.rsqrt(tl.sum(deviation * deviation, axis=1)[:, None] / C - shift * shift + eps)
+    center += shift
+    result = gelu((value - center) * scale * w + b)
     if HAS_SIZES:
         result = tl.where(use, result, 0.0)
         scale = tl.where(use, scale, 0.0)
@@ -63,15 +67,19 @@ def _layer_norm_gelu_fwd_nhwc_kernel(
 
 
 @triton.jit
-def _valid_rows(row, here, sizes, S, W, HAS_SIZES: tl.constexpr):
-    """Which rows, S to a sample, are here and in the valid area."""
+def _valid_rows(first, lane, rows, sizes, S, W, HAS_SIZES: tl.constexpr):
+    """Which rows first + lane, S to a sample, exist, and which of them are in the valid area."""
+    here = first + lane < rows
+    use = here
     if HAS_SIZES:
-        position = (row % S).to(tl.int32)
-        size = sizes + 2 * (row // S)
-        height = tl.load(size, mask=here, other=0)
-        width = tl.load(size + 1, mask=here, other=0)
-        here = here & (position // W < height) & (position % W < width)
-    return here
+        # From the sample of the first row on, 32 bits hold every offset.
+        offset = (first % S).to(tl.int32) + lane
+        size = sizes + 2 * (first // S + offset // S)
+        position = offset % S
+        row = position // W
+        use = here & (row < tl.load(size, mask=here, other=0))
+        use = use & (position - row * W < tl.load(size + 1, mask=here, other=0))
+    return here, use
 
 
 @triton.jit
@@ -96,6 +104,7 @@ def _layer_norm_gelu_bwd_nhwc_kernel(
 ):
     """dy, x, dx: (rows, C); weight, bias: (C,); mean, rstd: (rows,); sums: (programs, 2, C), of dz and dz * xhat."""
     program = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK_R)[:, None]
     channel = tl.arange(0, BLOCK_C)[None, :]
     channel_inside = channel < C
     w = tl.load(weight + channel, mask=channel_inside, other=0.0)
@@ -103,9 +112,9 @@ def _layer_norm_gelu_bwd_nhwc_kernel(
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     product = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for step in range(steps):
-        row = (program * steps + step) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-        here = row < rows
-        use = _valid_rows(row, here, sizes, S, W, HAS_SIZES)
+        first = (program * steps + step) * BLOCK_R
+        row = first + lane
+        here, use = _valid_rows(first, lane, rows, sizes, S, W, HAS_SIZES)
         inside = use & channel_inside
         at = row * C + channel
         # Zero where the row is not valid: so are xhat's scale and dz, and with them every gradient.
@@ -242,7 +251,7 @@ def _layer_norm_gelu_bwd_nchw_kernel(
         tl.store(dx + base + channel * S, result.to(dx.dtype.element_ty), mask=here & (channel < C))
 
 
-def _row_blocks(channels: int, tile: int = _TILE) -> dict[str, int]:
+def _row_blocks(channels: int, tile: int) -> dict[str, int]:
     width = triton.next_power_of_2(channels)
     return {"BLOCK_R": max(1, tile // width), "BLOCK_C": width, "num_warps": 8}
 
@@ -250,14 +259,18 @@ def _row_blocks(channels: int, tile: int = _TILE) -> dict[str, int]:
 def launch_layer_norm_gelu_fwd(x, weight, bias, sizes, eps, nhwc, y, mean, rstd):
     """Fill y (as x), mean and rstd (B, H, W) float32 from dense x (B, C, H, W), weight and bias (C,) float32."""
     batch, channels, height, width = x.shape
-    positions, tensors = height * width, (x, weight, bias, sizes, y, mean, rstd)
+    positions, has_sizes = height * width, sizes is not None
+    tensors = (x, weight, bias, sizes, y, mean, rstd)
+    # With sizes a thread takes half as much at once: to know where it is takes registers too.
     if nhwc:
-        rows, options = batch * positions, _row_blocks(channels) | {"HAS_SIZES": sizes is not None}
+        rows, options = batch * positions, _row_blocks(channels, _TILE // 2 if has_sizes else _TILE)
         grid = (triton.cdiv(rows, options["BLOCK_R"]),)
-        _layer_norm_gelu_fwd_nhwc_kernel[grid](*tensors, rows, channels, positions, width, eps, **options)
+        _layer_norm_gelu_fwd_nhwc_kernel[grid](
+            *tensors, rows, channels, positions, width, eps, HAS_SIZES=has_sizes, **options
+        )
     else:
         grid = (batch * triton.cdiv(positions, _BLOCK_P),)
-        options = {"HAS_SIZES": sizes is not None, "STEP_C": _STEP_C, "BLOCK_P": _BLOCK_P, "num_warps": 4}
+        options = {"HAS_SIZES": has_sizes, "STEP_C": _STEP_C, "BLOCK_P": _BLOCK_P, "num_warps": 8 if has_sizes else 4}
         _layer_norm_gelu_fwd_nchw_kernel[grid](*tensors, channels, positions, width, eps, **options)
 
 
