@@ -88,14 +88,14 @@ def test_a_failed_part_says_why_and_the_others_go_on(python, tmp_path, capsys, c
 
 def test_a_budget_ends_a_part_and_its_children(python, tmp_path):
     child = "import subprocess; c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-    slow = python("slow", f"{HEAR}{child}print(c.pid, flush=True)\n{WAIT}", seconds=2.0)
+    slow = python("slow", f"{HEAR}{child}print(c.pid, flush=True)\n{WAIT}", seconds=3.0)
     start = time.monotonic()
     assert not run_gpu([slow, python("next", "print('figures')")], tmp_path / "results")
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 50
     found = contents(tmp_path / "results")
     child, kept = found["slow.txt"].split()
     assert kept == "kept"
-    assert found["slow.error.txt"].startswith("stopped after its budget of 2 s")
+    assert found["slow.error.txt"].startswith("stopped after its budget of 3 s")
     assert found["next.txt"] == "figures\n"
     assert ends(int(child))
 
@@ -104,8 +104,8 @@ def test_what_does_not_hear_is_killed(python, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_GRACE", 0.2)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     start = time.monotonic()
-    assert not run_gpu([python("deaf", deaf, seconds=2.0)], tmp_path / "results")
-    assert time.monotonic() - start < 20
+    assert not run_gpu([python("deaf", deaf, seconds=3.0)], tmp_path / "results")
+    assert time.monotonic() - start < 50
     assert contents(tmp_path / "results")["deaf.txt"] == "up\n"
 
 
