@@ -27,9 +27,9 @@ def python(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
     (tmp_path / "modules").mkdir()
 
-    def make(name, code, seconds=30.0, text=True):
+    def make(name, code, seconds=30.0, suffix=".txt"):
         (tmp_path / "modules" / f"part_{name}.py").write_text(code)
-        return Part(name, seconds, (f"part_{name}",), text)
+        return Part(name, seconds, (f"part_{name}",), suffix)
 
     return make
 
@@ -56,7 +56,7 @@ def test_in_order_and_only_what_is_missing(python, tmp_path, capsys):
 
 def test_a_result_file_is_asked_for_by_option(python, tmp_path):
     code = "import sys; option, path = sys.argv[1:]; assert option == '--output'; open(path, 'w').write('{}')"
-    assert run_gpu([python("table", code, text=False)], tmp_path / "results")
+    assert run_gpu([python("table", code, suffix=".json")], tmp_path / "results")
     assert contents(tmp_path / "results") == {"table.json": "{}"}
 
 
@@ -71,7 +71,7 @@ FAILING = {
 @pytest.mark.parametrize(("code", "reason", "detail"), FAILING.values(), ids=FAILING)
 def test_a_failed_part_says_why_and_the_others_go_on(python, tmp_path, capsys, code, reason, detail):
     folder = tmp_path / "results"
-    bad, good = python("bad", code, text=False), python("good", "print('figures')")
+    bad, good = python("bad", code, suffix=".json"), python("good", "print('figures')")
     assert not run_gpu([bad, good], folder)
     assert contents(folder)["good.txt"] == "figures\n"
     error = contents(folder)["bad.error.txt"]
@@ -81,7 +81,7 @@ def test_a_failed_part_says_why_and_the_others_go_on(python, tmp_path, capsys, c
     assert f"bad: {reason}" in out
     assert "failed: bad" in out
     # The next run tries again, and leaves no trace of the failure.
-    mended = python("bad", "import sys; open(sys.argv[2], 'w').write('{}')", text=False)
+    mended = python("bad", "import sys; open(sys.argv[2], 'w').write('{}')", suffix=".json")
     assert run_gpu([mended, good], folder)
     assert set(contents(folder)) == {"bad.json", "good.txt"}
 
@@ -130,7 +130,7 @@ def test_killed_while_measuring_is_not_done(python, tmp_path):
     """The machine is taken away: what the part had written by then does not pass for all of it."""
     folder = tmp_path / "results"
     code = "import os, signal, sys; open(sys.argv[2], 'w').write('half'); os.kill(os.getppid(), signal.SIGKILL)"
-    part = python("table", code, text=False)
+    part = python("table", code, suffix=".json")
     script = f"from mimdet.bench.gpu import *; run_part({part!r}, Path({str(folder)!r}), 30)"
     path = os.pathsep.join([str(ROOT), str(tmp_path / "modules")])
     killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, timeout=60)
