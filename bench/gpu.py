@@ -37,18 +37,23 @@ class Part:
         name: of its files.
         seconds: most that it may take of a run of ``MINUTES``; in a longer run more.
         words: what follows ``python -m``.
-        text: what it prints is the result, ``<name>.txt``; else it gets ``--output <name>.json``.
+        suffix: of its result. Of ".txt", the result is what it prints; else it gets ``--output <name><suffix>``.
     """
 
     name: str
     seconds: float
     words: tuple[str, ...]
-    text: bool = False
+    suffix: str = ".json"
 
     @property
     def file(self) -> str:
         """Name of the result."""
-        return f"{self.name}.{'txt' if self.text else 'json'}"
+        return self.name + self.suffix
+
+    @property
+    def text(self) -> bool:
+        """Whether the result is what it prints."""
+        return self.suffix == ".txt"
 
     def error(self, folder: Path) -> Path:
         """The file that is there until the part has succeeded."""
@@ -59,8 +64,8 @@ class Part:
         return (folder / self.file).is_file() and not self.error(folder).exists()
 
 
-def _bench(name: str, seconds: float, *words: str) -> Part:
-    return Part(name, seconds, ("mimdet.bench", *words, "--device", "cuda"))
+def _bench(name: str, seconds: float, *words: str, suffix: str = ".json") -> Part:
+    return Part(name, seconds, ("mimdet.bench", *words, "--device", "cuda"), suffix)
 
 
 def _parity() -> Part:
@@ -69,7 +74,7 @@ def _parity() -> Part:
     files = [str(ROOT / "tests" / f"test_kernels_{name}.py") for name in names]
     workers = ("-n", "4") if importlib.util.find_spec("xdist") else ()
     options = ("-vv", "--no-header", "--tb=short", "--disable-warnings", "-p", "no:cacheprovider", *workers)
-    return Part("parity", 110, ("pytest", *options, "-k", "triton or cuda", *files), text=True)
+    return Part("parity", 110, ("pytest", *options, "-k", "triton or cuda", *files), ".txt")
 
 
 def _peers(*names: str) -> tuple[str, ...]:
@@ -81,11 +86,11 @@ _EAGER = _peers("ours", "original", "original-kept", "original-sdpa")
 _STEP = (*_peers("ours", "original", "original-sdpa", "clean"), "--part", "detector", "--mode", "train")
 # The most telling first: a run on a slow machine may not come to the last.
 PARTS = (
-    Part("environment", 90, ("mimdet", "info"), text=True),  # builds what is in csrc
+    Part("environment", 90, ("mimdet", "info"), ".txt"),  # builds what is in csrc
     _parity(),
     _bench("table1", 100, "table1", *_EAGER),
     _bench("table7", 80, "table7", *_EAGER),
-    _bench("roofline", 60, "roofline"),
+    _bench("roofline", 60, "roofline", suffix=".csv"),  # a thousand rows: three times as large in JSON
     *(_bench(f"detector_batch{n}", 120, "backbone", *_STEP, "--batch", str(n)) for n in (1, 8)),
     *(
         _bench(f"ops_{dtype}_batch{n}", 160, "ops", "--dtype", dtype, "--batch", str(n))

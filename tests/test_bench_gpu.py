@@ -27,9 +27,9 @@ def python(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
     (tmp_path / "modules").mkdir()
 
-    def make(name, code, seconds=30.0, text=True):
+    def make(name, code, seconds=30.0, suffix=".txt"):
         (tmp_path / "modules" / f"part_{name}.py").write_text(code)
-        return Part(name, seconds, (f"part_{name}",), text)
+        return Part(name, seconds, (f"part_{name}",), suffix)
 
     return make
 
@@ -56,7 +56,7 @@ def test_in_order_and_only_what_is_missing(python, tmp_path, capsys):
 
 def test_a_result_file_is_asked_for_by_option(python, tmp_path):
     code = "import sys; option, path = sys.argv[1:]; assert option == '--output'; open(path, 'w').write('{}')"
-    assert run_gpu([python("table", code, text=False)], tmp_path / "results")
+    assert run_gpu([python("table", code, suffix=".json")], tmp_path / "results")
     assert contents(tmp_path / "results") == {"table.json": "{}"}
 
 
@@ -71,7 +71,7 @@ FAILING = {
 @pytest.mark.parametrize(("code", "reason", "detail"), FAILING.values(), ids=FAILING)
 def test_a_failed_part_says_why_and_the_others_go_on(python, tmp_path, capsys, code, reason, detail):
     folder = tmp_path / "results"
-    bad, good = python("bad", code, text=False), python("good", "print('figures')")
+    bad, good = python("bad", code, suffix=".json"), python("good", "print('figures')")
     assert not run_gpu([bad, good], folder)
     assert contents(folder)["good.txt"] == "figures\n"
     error = contents(folder)["bad.error.txt"]
@@ -81,21 +81,21 @@ def test_a_failed_part_says_why_and_the_others_go_on(python, tmp_path, capsys, c
     assert f"bad: {reason}" in out
     assert "failed: bad" in out
     # The next run tries again, and leaves no trace of the failure.
-    mended = python("bad", "import sys; open(sys.argv[2], 'w').write('{}')", text=False)
+    mended = python("bad", "import sys; open(sys.argv[2], 'w').write('{}')", suffix=".json")
     assert run_gpu([mended, good], folder)
     assert set(contents(folder)) == {"bad.json", "good.txt"}
 
 
 def test_a_budget_ends_a_part_and_its_children(python, tmp_path):
     child = "import subprocess; c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-    slow = python("slow", f"{HEAR}{child}print(c.pid, flush=True)\n{WAIT}", seconds=2.0)
+    slow = python("slow", f"{HEAR}{child}print(c.pid, flush=True)\n{WAIT}", seconds=3.0)
     start = time.monotonic()
     assert not run_gpu([slow, python("next", "print('figures')")], tmp_path / "results")
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 50
     found = contents(tmp_path / "results")
     child, kept = found["slow.txt"].split()
     assert kept == "kept"
-    assert found["slow.error.txt"].startswith("stopped after its budget of 2 s")
+    assert found["slow.error.txt"].startswith("stopped after its budget of 3 s")
     assert found["next.txt"] == "figures\n"
     assert ends(int(child))
 
@@ -104,8 +104,8 @@ def test_what_does_not_hear_is_killed(python, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_GRACE", 0.2)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     start = time.monotonic()
-    assert not run_gpu([python("deaf", deaf, seconds=2.0)], tmp_path / "results")
-    assert time.monotonic() - start < 20
+    assert not run_gpu([python("deaf", deaf, seconds=3.0)], tmp_path / "results")
+    assert time.monotonic() - start < 50
     assert contents(tmp_path / "results")["deaf.txt"] == "up\n"
 
 
@@ -130,7 +130,7 @@ def test_killed_while_measuring_is_not_done(python, tmp_path):
     """The machine is taken away: what the part had written by then does not pass for all of it."""
     folder = tmp_path / "results"
     code = "import os, signal, sys; open(sys.argv[2], 'w').write('half'); os.kill(os.getppid(), signal.SIGKILL)"
-    part = python("table", code, text=False)
+    part = python("table", code, suffix=".json")
     script = f"from mimdet.bench.gpu import *; run_part({part!r}, Path({str(folder)!r}), 30)"
     path = os.pathsep.join([str(ROOT), str(tmp_path / "modules")])
     killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, timeout=60)
