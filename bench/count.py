@@ -219,8 +219,9 @@ _KERNELS = ("flash_attention", "efficient_attention", "cudnn_attention")
 _FLOPS = {
     aten.mm: lambda args, kwargs, result: _product(*args[:2]),
     aten.bmm: lambda args, kwargs, result: _product(*args[:2]),
-    aten.addmm: lambda args, kwargs, result: _product(*args[1:3]),
-    aten.baddbmm: lambda args, kwargs, result: _product(*args[1:3]),
+    **dict.fromkeys(
+        (aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_), lambda args, kwargs, result: _product(*args[1:3])
+    ),
     aten.convolution: lambda args, kwargs, result: _convolution(args[0], args[1], result.shape, args[6]),
     aten.convolution_backward: _convolution_backward,
     **dict.fromkeys(

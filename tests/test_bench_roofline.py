@@ -42,7 +42,10 @@ def test_flops_are_those_of_torchs_counter(detector, part):
         work.step()
     torch.manual_seed(0)
     ours = count(work.model, {}, optimizer, work.step)
-    assert sum(w.flops for w in ours.values()) == theirs.get_total_flops() > 0
+    # Torch's counter does not know products that are added in place: the stem's weight gradients on a CPU.
+    in_place = {op for _, _, op, _ in ours if op.endswith("mm_")}
+    assert sum(w.flops for (_, _, op, _), w in ours.items() if op not in in_place) == theirs.get_total_flops() > 0
+    assert sum(w.flops for (_, _, op, _), w in ours.items() if op in in_place) > 0
 
 
 def test_flops_of_products_are_those_of_the_profiler():

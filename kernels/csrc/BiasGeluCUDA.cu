@@ -1,12 +1,11 @@
 // Bias and exact GELU for CUDA, without torch.
+#include "cuda_gelu.h"
 #include "cuda_rows.h"
 
 namespace mimdet {
 namespace {
 
 constexpr int kThreads = 256;
-
-__device__ __forceinline__ float cdf(float h) { return 0.5f * (1.0f + erff(h * 0.707106781186547524f)); }
 
 // x, y (count / C, C); bias (C,).
 template <class T, int V>
@@ -20,7 +19,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     h[i] += b[i];
-    h[i] *= cdf(h[i]);
+    h[i] = gelu(h[i]);
   }
   store<V>(y + at, h);
 }
@@ -43,7 +42,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       h[i] += b[i];
-      g[i] *= cdf(h[i]) + h[i] * 0.398942280401432678f * expf(-0.5f * h[i] * h[i]);
+      g[i] *= gelu_derivative(h[i]);
       total[i] += g[i];
     }
     store<V>(grad_x + row * C + column, g);

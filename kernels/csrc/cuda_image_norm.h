@@ -1,18 +1,13 @@
-// What the CUDA kernels of the feature map norms share: GELU, valid areas, sums of partial gradients. No torch.
+// What the CUDA kernels of the feature map norms share: valid areas, sums of partial gradients. No torch.
 #pragma once
 
+#include "cuda_gelu.h"
 #include "cuda_rows.h"
 
 namespace mimdet {
 namespace {
 
 constexpr int kThreads = 256;
-
-__device__ __forceinline__ float normal_cdf(float h) { return 0.5f * (1.0f + erff(h * 0.707106781186547524f)); }
-__device__ __forceinline__ float gelu(float h) { return h * normal_cdf(h); }
-__device__ __forceinline__ float gelu_derivative(float h) {
-  return normal_cdf(h) + h * 0.398942280401432678f * expf(-0.5f * h * h);
-}
 
 // A batch of feature maps: (B, H, W, C) if nhwc else (B, C, H, W). sizes (B, 2) int32 are the rows and columns of each
 // sample's valid area, or null: all of them.
