@@ -12,7 +12,6 @@ from .selector import KernelUnavailableError, requested
 
 # The most channels that the GPU kernels hold in registers.
 WIDEST = 8192
-CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _calls: dict[str, Callable] = {}
 
 

@@ -7,6 +7,9 @@ from functools import wraps
 
 import torch
 
+# How the CUDA kernels are told a dtype: Dtype in csrc/cuda_rows.h.
+CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
 _library = torch.library.Library("mimdet", "FRAGMENT")
 _runs: dict[str, Callable] = {}
 _functions: dict[str, type[torch.autograd.Function]] = {}

@@ -9,7 +9,6 @@ from .. import build, library, registry
 NAME = "add_layer_norm"
 # The widest row that the GPU kernels hold in registers.
 WIDEST = 8192
-_CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MOST_PARTIALS = {"cpp": 64, "cuda": 1024}
 
 registry.register(NAME, triton=registry.can_run_triton, cuda=registry.can_run_cuda, cpp=registry.can_run_cpp)
@@ -32,7 +31,7 @@ def _run(r, branch, scale, weight, bias, eps, dtype, impl):
     if impl == "cpp":
         build.call_cpp("add_layer_norm_fwd", *tensors, eps)
     else:
-        codes = [_CUDA_DTYPES[t.dtype] for t in (r, r if branch is None else branch, y)]
+        codes = [library.CUDA_DTYPES[t.dtype] for t in (r, r if branch is None else branch, y)]
         build.call_cuda("add_layer_norm_fwd", *tensors, batch * length, length, channels, eps, *codes)
     return r_new, y, mean, rstd
 
@@ -64,7 +63,9 @@ def _run_backward(grad_r_new, grad_y, r_new, mean, rstd, scale, weight, branch_d
         if impl == "cpp":
             build.call_cpp("add_layer_norm_bwd", *tensors, step)
         else:
-            codes = [_CUDA_DTYPES[t.dtype] for t in (r_new, r_new if grad_branch is None else grad_branch, grad_y)]
+            codes = [
+                library.CUDA_DTYPES[t.dtype] for t in (r_new, r_new if grad_branch is None else grad_branch, grad_y)
+            ]
             build.call_cuda("add_layer_norm_bwd", *tensors, rows, length, channels, step, *codes)
     grad_branch = r_new.new_empty(0) if grad_branch is None else grad_branch
     return grad_r, grad_branch, partial_w.sum(0), partial_b.sum(0)

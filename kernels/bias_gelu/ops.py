@@ -7,7 +7,6 @@ import torch
 from .. import build, library, registry
 
 NAME = "bias_gelu"
-_CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MOST_PARTIALS = {"cpp": 64, "cuda": 1024}
 
 registry.register(NAME, triton=registry.can_run_triton, cuda=registry.can_run_cuda, cpp=registry.can_run_cpp)
@@ -25,7 +24,7 @@ def _run(x, bias, impl):
     if impl == "cpp":
         build.call_cpp("bias_gelu_fwd", x, bias, y)
     else:
-        build.call_cuda("bias_gelu_fwd", x, bias, y, *x.shape, _CUDA_DTYPES[x.dtype])
+        build.call_cuda("bias_gelu_fwd", x, bias, y, *x.shape, library.CUDA_DTYPES[x.dtype])
     return y
 
 
@@ -44,7 +43,7 @@ def _run_backward(grad_y, x, bias, impl):
         if impl == "cpp":
             build.call_cpp("bias_gelu_bwd", grad_y, x, bias, grad_x, partial, step)
         else:
-            code = _CUDA_DTYPES[x.dtype]
+            code = library.CUDA_DTYPES[x.dtype]
             build.call_cuda("bias_gelu_bwd", grad_y, x, bias, grad_x, partial, rows, channels, step, code)
     return grad_x, partial.sum(0)
 

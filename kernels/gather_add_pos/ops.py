@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from .. import build, library, registry
 
 NAME = "gather_add_pos"
-_CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 registry.register(NAME, triton=registry.can_run_triton, cuda=registry.can_run_cuda, cpp=registry.can_run_cpp)
 
@@ -26,7 +23,7 @@ def _run(x, pos, index, impl):
         return out
     index = index.long().contiguous()
     if impl == "cuda":
-        codes = _CUDA_DTYPES[x.dtype], _CUDA_DTYPES[out.dtype]
+        codes = library.CUDA_DTYPES[x.dtype], library.CUDA_DTYPES[out.dtype]
         sizes = x.stride(0), x.stride(1), batch * count, count, channels
         build.call_cuda(NAME, x, pos, index, out, *codes, *sizes)
     else:
@@ -55,7 +52,7 @@ def _run_backward(grad, index, length, dtype, impl):
 
         launch_gather_add_pos_bwd(grad, index.contiguous(), out)
     else:
-        codes = _CUDA_DTYPES[grad.dtype], _CUDA_DTYPES[dtype]
+        codes = library.CUDA_DTYPES[grad.dtype], library.CUDA_DTYPES[dtype]
         sizes = batch * count, count, length, channels
         build.call_cuda(f"{NAME}_backward", grad, index.long().contiguous(), out, *codes, *sizes)
     return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from .. import build
-from ..image_norm import CUDA_DTYPES
+from ..library import CUDA_DTYPES
 
 # Elements that a block reads at once, and the most that it may count.
 _CHUNK = 4096

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import build
-from ..image_norm import CUDA_DTYPES
+from ..library import CUDA_DTYPES
 
 # The most blocks whose partial gradients are summed.
 _PARTS = 1024

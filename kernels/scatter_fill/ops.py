@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from .. import build, library, registry
 
 NAME = "scatter_fill"
-_CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 registry.register(NAME, triton=registry.can_run_triton, cuda=registry.can_run_cuda, cpp=registry.can_run_cpp)
 
@@ -26,7 +23,7 @@ def _run(kept, fill, restore, pos, impl):
         return out
     restore = restore.long().contiguous()
     if impl == "cuda":
-        codes = _CUDA_DTYPES[kept.dtype], _CUDA_DTYPES[out.dtype]
+        codes = library.CUDA_DTYPES[kept.dtype], library.CUDA_DTYPES[out.dtype]
         strides = kept.stride(0), kept.stride(1), fill.stride(0), fill.stride(1)
         sizes = batch * length, kept.shape[1], length, channels
         build.call_cuda(NAME, kept, fill, restore, pos, out, *codes, *strides, *sizes)
@@ -56,7 +53,7 @@ def _run_backward(grad, restore, kept_rows, fill_rows, dtype, impl):
         return kept, fill
     restore = restore.long().contiguous()
     if impl == "cuda":
-        codes = _CUDA_DTYPES[grad.dtype], _CUDA_DTYPES[dtype]
+        codes = library.CUDA_DTYPES[grad.dtype], library.CUDA_DTYPES[dtype]
         batch, length, channels = grad.shape
         sizes = batch * length, kept_rows, fill_rows, length, channels
         build.call_cuda(f"{NAME}_backward", grad, restore, kept, fill, *codes, *sizes)
