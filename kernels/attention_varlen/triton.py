@@ -26,23 +26,23 @@ class Tiles(NamedTuple):
 # what fits: no spilled registers, and shared memory below the 99 KiB that consumer GPUs have.
 _FWD = {
     (2, 32): Tiles(128, 64, 4, 3),
-    (2, 64): Tiles(128, 64, 4, 3),
+    (2, 64): Tiles(128, 64, 8, 3),
     (2, 128): Tiles(128, 64, 8, 2),
     (4, 32): Tiles(32, 32, 4, 2),
     (4, 64): Tiles(32, 32, 4, 2),
     (4, 128): Tiles(32, 32, 4, 2),
 }
 _BWD_KV = {
-    (2, 32): Tiles(64, 128, 4, 2),
-    (2, 64): Tiles(64, 64, 4, 2),
+    (2, 32): Tiles(64, 64, 4, 2),
+    (2, 64): Tiles(64, 128, 8, 2),
     (2, 128): Tiles(64, 64, 8, 2),
     (4, 32): Tiles(32, 32, 4, 2),
     (4, 64): Tiles(32, 32, 4, 2),
     (4, 128): Tiles(32, 32, 4, 2),
 }
 _BWD_Q = {
-    (2, 32): Tiles(128, 64, 4, 2),
-    (2, 64): Tiles(64, 64, 4, 2),
+    (2, 32): Tiles(64, 64, 4, 2),
+    (2, 64): Tiles(128, 64, 8, 2),
     (2, 128): Tiles(64, 64, 8, 2),
     (4, 32): Tiles(32, 32, 4, 2),
     (4, 64): Tiles(32, 32, 4, 2),
@@ -84,24 +84,25 @@ def _store(base, stride, first, length, D, x, ROWS: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def _load_row(base, first, length, SIZE: tl.constexpr, MASK: tl.constexpr):
+def _load_row(base, first, length, SIZE: tl.constexpr):
     """(SIZE,) from place ``first`` of a vector (length,) at ``base``; beyond it zeros."""
     at = first + tl.arange(0, SIZE)
-    if MASK:
-        return tl.load(base + at, mask=at < length, other=0.0)
-    return tl.load(base + at)
+    return tl.load(base + at, mask=at < length, other=0.0)
 
 
 @triton.jit
 def _dot(a, b, WIDEN: tl.constexpr):
-    """a @ b in float32. The interpreter multiplies 16-bit numbers wrongly: WIDEN them first.
+    """a @ b in float32.
 
     float32 numbers are split into three of bfloat16, whose 24 bits lose nothing, for the tensor cores: as FMAs these
-    tiles would spill thousands of registers, and tf32x3 keeps 22 bits.
+    tiles would spill thousands of registers, and tf32x3 keeps 22 bits. WIDEN is for the interpreter, which does not
+    know that and multiplies bfloat16 wrongly.
     """
     if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="bf16x6" if a.dtype == tl.float32 else None)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, input_precision="bf16x6")
+    return tl.dot(a, b)
 
 
 @triton.jit
@@ -126,6 +127,7 @@ def _fwd_step(
 def _attention_varlen_fwd_kernel(
     q, k, v, cu_seqlens, out, lse, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, T, H, tiles, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """q, k, v: (T, H, D), strides of T and H given; out: (T, H, D) dense; lse: (H, T) float32; exponents in base 2."""
     head, start, length, first = _place(cu_seqlens, H, tiles, BLOCK_M)
@@ -137,14 +139,17 @@ def _attention_varlen_fwd_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    whole = length // BLOCK_N * BLOCK_N
-    for n in range(0, whole, BLOCK_N):
+    whole = 0
+    if SPLIT:
+        # Whole tiles need no mask, which at narrow heads costs as much as a tenth of the exponentials.
+        whole = length // BLOCK_N * BLOCK_N
+        for n in range(0, whole, BLOCK_N):
+            top, total, acc = _fwd_step(
+                q_tile, k, v, stride_k, stride_v, n, length, top, total, acc, scale, D, BLOCK_D, BLOCK_N, WIDEN, False
+            )
+    for n in range(whole, length, BLOCK_N):
         top, total, acc = _fwd_step(
-            q_tile, k, v, stride_k, stride_v, n, length, top, total, acc, scale, D, BLOCK_D, BLOCK_N, WIDEN, False
-        )
-    if whole < length:
-        top, total, acc = _fwd_step(
-            q_tile, k, v, stride_k, stride_v, whole, length, top, total, acc, scale, D, BLOCK_D, BLOCK_N, WIDEN, True
+            q_tile, k, v, stride_k, stride_v, n, length, top, total, acc, scale, D, BLOCK_D, BLOCK_N, WIDEN, True
         )
     _store(out + (start * H + head) * D, H * D, first, length, D, acc / total[:, None], BLOCK_M, BLOCK_D)
     row = first + tl.arange(0, BLOCK_M)
@@ -165,21 +170,6 @@ def _attention_varlen_delta_kernel(
 
 
 @triton.jit
-def _bwd_kv_step(
-    k_tile, v_tile, q, grad, lse, delta, stride_q, stride_g, first, length, dk, dv, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, WIDEN: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """What one tile of queries adds to dk and dv (BLOCK_N, BLOCK_D). Queries beyond the sequence are zeros: nothing."""
-    q_tile = _load(q, stride_q, first, length, D, BLOCK_M, BLOCK_D, MASK)
-    dy = _load(grad, stride_g, first, length, D, BLOCK_M, BLOCK_D, MASK)
-    p = tl.exp2(_dot(k_tile, tl.trans(q_tile), WIDEN) * scale - _load_row(lse, first, length, BLOCK_M, MASK)[None, :])
-    dv += _dot(p.to(dy.dtype), dy, WIDEN)
-    ds = p * (_dot(v_tile, tl.trans(dy), WIDEN) - _load_row(delta, first, length, BLOCK_M, MASK)[None, :])
-    dk += _dot(ds.to(q_tile.dtype), q_tile, WIDEN)
-    return dk, dv
-
-
-@triton.jit
 def _attention_varlen_bwd_kv_kernel(
     grad, q, k, v, cu_seqlens, lse, delta, dk, dv, stride_g, stride_gh, stride_q, stride_qh, stride_k, stride_kh,
     stride_v, stride_vh, stride_d, T, H, tiles, scale, scale_out,
@@ -197,36 +187,17 @@ def _attention_varlen_bwd_kv_kernel(
     v_tile = _load(v + start * stride_v + head * stride_vh, stride_v, first, length, D, BLOCK_N, BLOCK_D, True)
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    whole = length // BLOCK_M * BLOCK_M
-    for m in range(0, whole, BLOCK_M):
-        dk_tile, dv_tile = _bwd_kv_step(
-            k_tile, v_tile, q, grad, lse, delta, stride_q, stride_g, m, length, dk_tile, dv_tile, scale,
-            D, BLOCK_D, BLOCK_M, WIDEN, False,
-        )  # fmt: skip
-    if whole < length:
-        dk_tile, dv_tile = _bwd_kv_step(
-            k_tile, v_tile, q, grad, lse, delta, stride_q, stride_g, whole, length, dk_tile, dv_tile, scale,
-            D, BLOCK_D, BLOCK_M, WIDEN, True,
-        )  # fmt: skip
+    for m in range(0, length, BLOCK_M):
+        # Queries beyond the sequence are zeros, as are their gradients: they add nothing.
+        q_tile = _load(q, stride_q, m, length, D, BLOCK_M, BLOCK_D, True)
+        dy = _load(grad, stride_g, m, length, D, BLOCK_M, BLOCK_D, True)
+        p = tl.exp2(_dot(k_tile, tl.trans(q_tile), WIDEN) * scale - _load_row(lse, m, length, BLOCK_M)[None, :])
+        dv_tile += _dot(p.to(dy.dtype), dy, WIDEN)
+        ds = p * (_dot(v_tile, tl.trans(dy), WIDEN) - _load_row(delta, m, length, BLOCK_M)[None, :])
+        dk_tile += _dot(ds.to(q_tile.dtype), q_tile, WIDEN)
     at = start * stride_d + head * D
     _store(dk + at, stride_d, first, length, D, dk_tile * scale_out, BLOCK_N, BLOCK_D)
     _store(dv + at, stride_d, first, length, D, dv_tile, BLOCK_N, BLOCK_D)
-
-
-@triton.jit
-def _bwd_q_step(
-    q_tile, dy, lse_row, delta_row, k, v, stride_k, stride_v, first, length, dq, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """What one tile of keys adds to dq (BLOCK_M, BLOCK_D)."""
-    keys = _load(k, stride_k, first, length, D, BLOCK_N, BLOCK_D, MASK)
-    values = _load(v, stride_v, first, length, D, BLOCK_N, BLOCK_D, MASK)
-    p = tl.exp2(_dot(q_tile, tl.trans(keys), WIDEN) * scale - lse_row[:, None])
-    if MASK:
-        # Of a key that is not there p may be infinite, and infinity times zero is NaN.
-        p = tl.where((first + tl.arange(0, BLOCK_N) < length)[None, :], p, 0.0)
-    ds = p * (_dot(dy, tl.trans(values), WIDEN) - delta_row[:, None])
-    return dq + _dot(ds.to(keys.dtype), keys, WIDEN)
 
 
 @triton.jit
@@ -243,20 +214,17 @@ def _attention_varlen_bwd_q_kernel(
     v += start * stride_v + head * stride_vh
     q_tile = _load(q + start * stride_q + head * stride_qh, stride_q, first, length, D, BLOCK_M, BLOCK_D, True)
     dy = _load(grad + start * stride_g + head * stride_gh, stride_g, first, length, D, BLOCK_M, BLOCK_D, True)
-    lse_row = _load_row(lse + head * T + start, first, length, BLOCK_M, True)
-    delta_row = _load_row(delta + head * T + start, first, length, BLOCK_M, True)
+    lse_row = _load_row(lse + head * T + start, first, length, BLOCK_M)
+    delta_row = _load_row(delta + head * T + start, first, length, BLOCK_M)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    whole = length // BLOCK_N * BLOCK_N
-    for n in range(0, whole, BLOCK_N):
-        dq_tile = _bwd_q_step(
-            q_tile, dy, lse_row, delta_row, k, v, stride_k, stride_v, n, length, dq_tile, scale,
-            D, BLOCK_D, BLOCK_N, WIDEN, False,
-        )  # fmt: skip
-    if whole < length:
-        dq_tile = _bwd_q_step(
-            q_tile, dy, lse_row, delta_row, k, v, stride_k, stride_v, whole, length, dq_tile, scale,
-            D, BLOCK_D, BLOCK_N, WIDEN, True,
-        )  # fmt: skip
+    for n in range(0, length, BLOCK_N):
+        keys = _load(k, stride_k, n, length, D, BLOCK_N, BLOCK_D, True)
+        values = _load(v, stride_v, n, length, D, BLOCK_N, BLOCK_D, True)
+        p = tl.exp2(_dot(q_tile, tl.trans(keys), WIDEN) * scale - lse_row[:, None])
+        # Of a key that is not there p may be infinite, and infinity times its zeros is NaN.
+        p = tl.where((n + tl.arange(0, BLOCK_N) < length)[None, :], p, 0.0)
+        ds = p * (_dot(dy, tl.trans(values), WIDEN) - delta_row[:, None])
+        dq_tile += _dot(ds.to(keys.dtype), keys, WIDEN)
     _store(dq + start * stride_d + head * D, stride_d, first, length, D, dq_tile * scale_out, BLOCK_M, BLOCK_D)
 
 
@@ -265,7 +233,7 @@ def _options(tiles: dict[tuple[int, int], Tiles], dtype: torch.dtype, head_dim: 
     return {
         "D": head_dim,
         "BLOCK_D": block,
-        "WIDEN": triton.knobs.runtime.interpret and dtype != torch.float32,
+        "WIDEN": triton.knobs.runtime.interpret,
         **tiles[dtype.itemsize, block]._asdict(),
     }
 
@@ -281,7 +249,7 @@ def launch_attention_varlen_fwd(
     if q.numel():
         _attention_varlen_fwd_kernel[(tiles * heads * (len(cu_seqlens) - 1),)](
             q, k, v, cu_seqlens, out, lse, *(s for t in (q, k, v) for s in t.stride()[:2]), total, heads, tiles,
-            scale * math.log2(math.e), **options,
+            scale * math.log2(math.e), SPLIT=q.dtype.itemsize == 2, **options,
         )  # fmt: skip
     return out, lse
 
