@@ -111,10 +111,15 @@ def _attention(q, k, v, cu_seqlens, max_seqlen, scale, impl) -> torch.Tensor:
         return torch_attention.varlen(q, k, v, cu_seqlens, max_seqlen, scale)
     # Autocast would take these two apart and lower their precision.
     kind = q.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
+    with torch.autocast(kind, enabled=False) if _has_autocast(kind) else contextlib.nullcontext():
         if impl == "sdpa":
             return torch_attention.sdpa(q, k, v, max_seqlen, scale)
         return reference.attention_varlen(q, k, v, cu_seqlens, max_seqlen, scale)
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def _check(q, cu_seqlens, max_seqlen, scale) -> None:
