@@ -1,6 +1,7 @@
 """Fused operations of the backbone, imported as ``mimdet.kernels``.
 
 Every operation has the same face: ``impl="auto" | "triton" | "cuda" | "cpp" | "eager"``, see ``selector``.
+attention_varlen takes more words than these, see there.
 """
 
 if __name__ != "mimdet.kernels":
@@ -21,6 +22,7 @@ _EXPORTS = {
 }
 OPS = (
     "add_layer_norm",
+    "attention_varlen",
     "bias_gelu",
     "gather_add_pos",
     "group_norm_gelu",

@@ -1,7 +1,8 @@
-"""Checks that cost a wait for the GPU, made only when MIMDET_DEBUG_KERNELS=1."""
+"""Checks of values. They cost a wait for the GPU, and are made there only when MIMDET_DEBUG_KERNELS=1."""
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import torch
@@ -46,3 +47,22 @@ def check_sizes(sizes: torch.Tensor, limits: tuple[int, int], name: str) -> None
     if outside.any():
         b, k = outside.nonzero()[0].tolist()
         raise ValueError(f"{name}[{b}, {k}] is {sizes[b, k].item()}, outside of 1 .. {limits[k]}")
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, total: int, max_seqlen: int, name: str) -> list[int]:
+    """``cu_seqlens`` (B + 1,) must rise from 0 to ``total``, by ``max_seqlen`` at most. Returns its numbers.
+
+    Raises:
+        ValueError: it does not.
+    """
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"{name}: cu_seqlens must start at 0, got {bounds[0]}")
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if end < start:
+            raise ValueError(f"{name}: cu_seqlens must not descend, got {end} after {start} at {i + 1}")
+        if end - start > max_seqlen:
+            raise ValueError(f"{name}: sequence {i} has {end - start} tokens, max_seqlen is {max_seqlen}")
+    if bounds[-1] != total:
+        raise ValueError(f"{name}: cu_seqlens must end at T = {total}, got {bounds[-1]}")
+    return bounds

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from . import build
-from .selector import KernelUnavailableError, requested
+from .selector import WORDS, KernelUnavailableError, requested
 
 # (device type, dtype) -> None when it can run, else the reason with the remedy.
 CanRun = Callable[[str, torch.dtype], "str | None"]
@@ -26,6 +26,7 @@ _DTYPES = {
 }
 _NO_GPU = "PyTorch finds no GPU (install a driver, and a build of PyTorch for it)"
 _ops: dict[str, dict[str, CanRun]] = {}
+_orders: dict[str, dict[str, tuple[str, ...]]] = {}
 _lock = threading.Lock()
 
 
@@ -40,11 +41,19 @@ class Row(NamedTuple):
     reason: str
 
 
-def register(op: str, **can_run: CanRun) -> None:
-    """Announce an operation. "eager" always exists; for triton, cuda and cpp give what decides, mostly
-    ``can_run_triton``, ``can_run_cuda`` and ``can_run_cpp``; leave out what is not written."""
+def register(op: str, *, order: dict[str, tuple[str, ...]] | None = None, **can_run: CanRun) -> None:
+    """Announce an operation.
+
+    Args:
+        op: its name.
+        order: what auto tries for a device type, where that is not triton, cuda, cpp, eager.
+        can_run: name of an implementation -> what decides, mostly ``can_run_triton``, ``can_run_cuda`` and
+            ``can_run_cpp``. Leave out what is not written; "eager" always exists. A name that is not one of the
+            selector's words can only be given as the operation's ``impl``.
+    """
     with _lock:
         _ops[op] = {**can_run, "eager": lambda device, dtype: None}
+        _orders[op] = order or {}
 
 
 def can_run_triton(device: str, dtype: torch.dtype) -> str | None:
@@ -88,7 +97,13 @@ def can_run_cpp(device: str, dtype: torch.dtype) -> str | None:
 
 @torch.compiler.assume_constant_result
 def choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
-    """The implementation that runs: "triton", "cuda", "cpp" or "eager".
+    """The implementation that runs: the first of ``candidates``, with its arguments and errors."""
+    return candidates(op, impl, device, dtype)[0]
+
+
+@torch.compiler.assume_constant_result
+def candidates(op: str, impl: str | None, device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The implementation that is named, alone; for "auto" all that can run, best first.
 
     Args:
         op: name given to ``register``.
@@ -99,19 +114,17 @@ def choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
     Raises:
         KernelUnavailableError: a named implementation cannot run; says why. Only "auto" falls back.
     """
-    word = requested(impl)
     available = _ops[op]
+    word = requested(impl, tuple(name for name in available if name not in WORDS))
     if word == "auto":
-        for name in _preference(device):
-            if name in available and available[name](device, dtype) is None:
-                return name
-        return "eager"
+        order = (name for name in _preference(op, device) if name in available)
+        return tuple(name for name in order if available[name](device, dtype) is None)
     if word not in available:
         raise KernelUnavailableError(f"{op}: there is no {word} implementation; it has {', '.join(available)}")
     reason = available[word](device, dtype)
     if reason is not None:
         raise KernelUnavailableError(f"{op}: {word} cannot run: {reason}. auto would choose what can.")
-    return word
+    return (word,)
 
 
 def table(device: str | None = None, dtype: torch.dtype = torch.float32) -> list[Row]:
@@ -137,11 +150,11 @@ def _names(impl: str) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[impl])
 
 
-def _preference(device: str) -> tuple[str, ...]:
+def _preference(op: str, device: str) -> tuple[str, ...]:
     if os.environ.get("TRITON_INTERPRET") == "1":
         # Thousands of times slower than eager: only by name.
         return ("cpp", "eager") if device == "cpu" else ("eager",)
-    return _PREFERENCE.get(device, ("eager",))
+    return _orders[op].get(device) or _PREFERENCE.get(device, ("eager",))
 
 
 def _load_all() -> None:

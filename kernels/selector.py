@@ -34,21 +34,25 @@ def use(word: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def requested(impl: str | None = None) -> str:
+def requested(impl: str | None = None, more: tuple[str, ...] = ()) -> str:
     """The word that holds here: the argument, else the innermost ``use``, else the environment, else "auto".
+
+    Args:
+        impl: the caller's argument.
+        more: words of one operation alone, which only the argument may be.
 
     Raises:
         ValueError: an argument or MIMDET_KERNELS that is not one of ``WORDS``.
     """
     if impl is not None:
-        return _checked(impl, "impl")
+        return _checked(impl, "impl", WORDS + more)
     inside = _chosen.get()
     if inside is not None:
         return inside
     return _checked(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
 
 
-def _checked(word: str, source: str) -> str:
-    if word not in WORDS:
-        raise ValueError(f"{source}: {word!r} is not an implementation; choose from {', '.join(WORDS)}")
+def _checked(word: str, source: str, words: tuple[str, ...] = WORDS) -> str:
+    if word not in words:
+        raise ValueError(f"{source}: {word!r} is not an implementation; choose from {', '.join(words)}")
     return word

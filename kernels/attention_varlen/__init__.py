@@ -1,0 +1,1 @@
+"""Softmax attention within each sequence of a packed batch."""

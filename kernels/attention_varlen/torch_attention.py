@@ -1,0 +1,100 @@
+"""PyTorch's own fused attention: dense, varlen on NVIDIA GPUs, and its C++ kernel on the CPU run by run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+
+import torch
+import torch.nn.functional as F
+
+from .. import debug
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def can_run_varlen(device: str, dtype: torch.dtype) -> str | None:
+    """``varlen_attn`` runs FlashAttention or cuDNN, which have 16-bit kernels alone."""
+    if dtype not in DTYPES[1:]:
+        return f"torch's varlen_attn takes bfloat16 and float16, not {dtype}"
+    if device != "cuda":
+        return f"torch's varlen_attn needs a GPU, the tensor is on {device}"
+    if not torch.cuda.is_available():
+        return "no GPU found"
+    if torch.version.hip is not None:
+        return "not on ROCm; use triton"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "torch's varlen_attn needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def can_run_sdpa(device: str, dtype: torch.dtype) -> str | None:
+    """Fused dense attention runs anywhere, in these dtypes; PyTorch builds the whole matrix for others."""
+    return None if dtype in DTYPES else f"no fused dense attention for {dtype}"
+
+
+def can_run_cpu(device: str, dtype: torch.dtype) -> str | None:
+    """PyTorch's C++ attention needs CPU tensors."""
+    if dtype not in DTYPES:
+        return f"no C++ kernel for {dtype}"
+    return None if device == "cpu" else f"C++ kernels need CPU tensors, the tensor is on {device}"
+
+
+def varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float
+) -> torch.Tensor:
+    """torch's ``varlen_attn``, with the arguments that every PyTorch since 2.11 has."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_seqlen: int, scale: float) -> torch.Tensor:
+    """``scaled_dot_product_attention`` of sequences that are all ``max_seqlen`` long."""
+    dense = (t.unflatten(0, (-1, max_seqlen)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(*dense, scale=scale).transpose(1, 2).flatten(0, 1)
+
+
+def cpu_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out (T, heads, head_dim), and the logarithm of the softmax's sum (heads, T), strided as the kernel makes it."""
+    bounds = debug.check_cu_seqlens(cu_seqlens, len(q), max_seqlen, "attention_varlen")
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    for run in _runs(bounds):
+        made, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(_dense(t, *run) for t in (q, k, v)), scale=scale
+        )
+        _dense(out, *run).copy_(made)
+        _dense(lse, *run).copy_(sums)
+    return out, lse.t()
+
+
+def cpu_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    cu_seqlens: torch.Tensor, max_seqlen: int, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Gradients of q, k and v as (T, 3, heads, head_dim)."""
+    bounds = debug.check_cu_seqlens(cu_seqlens, len(q), max_seqlen, "attention_varlen")
+    grads = q.new_empty((q.shape[0], 3, *q.shape[1:]))
+    for run in _runs(bounds):
+        dense = (_dense(t, *run) for t in (grad, q, k, v, out, lse.t()))
+        made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*dense, 0.0, False, scale=scale)
+        for into, part in zip(grads.unbind(1), made, strict=True):
+            _dense(into, *run).copy_(part)
+    return grads
+
+
+def _runs(bounds: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(first token, number of sequences, their length) of neighbours of equal length: one dense batch each."""
+    first = 0
+    for length, group in groupby(b - a for a, b in pairwise(bounds)):
+        count = len(list(group))
+        if length:
+            yield first, count, length
+        first += count * length
+
+
+def _dense(t: torch.Tensor, first: int, count: int, length: int) -> torch.Tensor:
+    """Tokens of a run as (count, heads, length, ...), without a copy."""
+    return t[first : first + count * length].unflatten(0, (count, length)).transpose(1, 2)

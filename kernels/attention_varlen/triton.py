@@ -1,0 +1,281 @@
+"""Packed attention on a GPU through Triton: FlashAttention-2, backward in two kernels without atomics.
+
+A program works on one tile of one head of one sequence, so what it computes depends on that sequence alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Tiles(NamedTuple):
+    """Queries and keys of a tile, and how it is run."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+# (bytes of an element, width of a head) -> tiles of the three kernels. Without a GPU to measure on they follow from
+# what fits: no spilled registers, and shared memory below the 99 KiB that consumer GPUs have.
+_FWD = {
+    (2, 32): Tiles(128, 64, 4, 3),
+    (2, 64): Tiles(128, 64, 8, 3),
+    (2, 128): Tiles(128, 64, 8, 2),
+    (4, 32): Tiles(32, 32, 4, 2),
+    (4, 64): Tiles(32, 32, 8, 2),
+    (4, 128): Tiles(16, 32, 4, 1),
+}
+_BWD_KV = {
+    (2, 32): Tiles(64, 64, 4, 2),
+    (2, 64): Tiles(64, 128, 8, 2),
+    (2, 128): Tiles(64, 64, 8, 2),
+    (4, 32): Tiles(16, 32, 4, 1),
+    (4, 64): Tiles(32, 32, 8, 1),
+    (4, 128): Tiles(16, 16, 4, 1),
+}
+_BWD_Q = {
+    (2, 32): Tiles(64, 64, 4, 2),
+    (2, 64): Tiles(128, 64, 8, 2),
+    (2, 128): Tiles(64, 64, 8, 2),
+    (4, 32): Tiles(16, 32, 4, 1),
+    (4, 64): Tiles(32, 32, 8, 1),
+    (4, 128): Tiles(16, 32, 4, 1),
+}
+
+
+@triton.jit
+def _place(cu_seqlens, H, tiles, BLOCK: tl.constexpr):
+    """Head, first token of the sequence, its length and this program's first row in it. cu_seqlens: (B + 1,) int32."""
+    program = tl.program_id(0)
+    sequence = program // tiles // H
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    # Tiles of a head run side by side and share its keys and values in the cache.
+    return (program // tiles % H).to(tl.int64), start, length, program % tiles * BLOCK
+
+
+@triton.jit
+def _load(base, stride, first, length, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr):
+    """(ROWS, BLOCK_D) from row ``first`` of a matrix (length, D); zeros beyond D, and with MASK beyond length."""
+    row = first + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    pointers = base + row.to(tl.int64)[:, None] * stride + column[None, :]
+    if MASK:
+        return tl.load(pointers, mask=(row < length)[:, None] & (column < D)[None, :], other=0.0)
+    if D == BLOCK_D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(base, stride, first, length, D, x, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows of x (ROWS, BLOCK_D) that a matrix (length, D) at ``base`` has from row ``first``."""
+    row = first + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    pointers = base + row.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=(row < length)[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def _load_row(base, first, length, SIZE: tl.constexpr):
+    """(SIZE,) from place ``first`` of a vector (length,) at ``base``; beyond it zeros."""
+    at = first + tl.arange(0, SIZE)
+    return tl.load(base + at, mask=at < length, other=0.0)
+
+
+@triton.jit
+def _dot(a, b, WIDEN: tl.constexpr):
+    """a @ b in float32.
+
+    float32 numbers are split into three of bfloat16, whose 24 bits lose nothing, for the tensor cores: as FMAs these
+    tiles would spill thousands of registers, and tf32x3 keeps 22 bits. WIDEN is for the interpreter, which does not
+    know that and multiplies bfloat16 wrongly.
+    """
+    if WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, input_precision="bf16x6")
+    return tl.dot(a, b)
+
+
+@triton.jit
+def _fwd_step(
+    q_tile, k, v, stride_k, stride_v, first, length, top, total, acc, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: the greatest score so far, the sum of exponentials, and the sum of values (BLOCK_M, ...)."""
+    keys = _load(k, stride_k, first, length, D, BLOCK_N, BLOCK_D, MASK)
+    scores = _dot(q_tile, tl.trans(keys), WIDEN)
+    if MASK:
+        scores = tl.where((first + tl.arange(0, BLOCK_N) < length)[None, :], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1) * scale)
+    p = tl.exp2(scores * scale - higher[:, None])
+    shrink = tl.exp2(top - higher)
+    values = _load(v, stride_v, first, length, D, BLOCK_N, BLOCK_D, MASK)
+    acc = acc * shrink[:, None] + _dot(p.to(values.dtype), values, WIDEN)
+    return higher, total * shrink + tl.sum(p, 1), acc
+
+
+@triton.jit
+def _attention_varlen_fwd_kernel(
+    q, k, v, cu_seqlens, out, lse, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, T, H, tiles, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """q, k, v: (T, H, D), strides of T and H given; out: (T, H, D) dense; lse: (H, T) float32; exponents in base 2."""
+    head, start, length, first = _place(cu_seqlens, H, tiles, BLOCK_M)
+    if first >= length:
+        return
+    k += start * stride_k + head * stride_kh
+    v += start * stride_v + head * stride_vh
+    q_tile = _load(q + start * stride_q + head * stride_qh, stride_q, first, length, D, BLOCK_M, BLOCK_D, True)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    whole = 0
+    if SPLIT:
+        # Whole tiles need no mask, which at narrow heads costs as much as a tenth of the exponentials.
+        whole = length // BLOCK_N * BLOCK_N
+        for n in range(0, whole, BLOCK_N):
+            top, total, acc = _fwd_step(
+                q_tile, k, v, stride_k, stride_v, n, length, top, total, acc, scale, D, BLOCK_D, BLOCK_N, WIDEN, False
+            )
+    for n in range(whole, length, BLOCK_N):
+        top, total, acc = _fwd_step(
+            q_tile, k, v, stride_k, stride_v, n, length, top, total, acc, scale, D, BLOCK_D, BLOCK_N, WIDEN, True
+        )
+    _store(out + (start * H + head) * D, H * D, first, length, D, acc / total[:, None], BLOCK_M, BLOCK_D)
+    row = first + tl.arange(0, BLOCK_M)
+    tl.store(lse + head * T + start + row, top + tl.log2(total), mask=row < length)
+
+
+@triton.jit
+def _attention_varlen_delta_kernel(
+    grad, out, delta, stride_g, stride_gh, T, H, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """delta (H, T) float32 = the sum over D of grad * out, both (T, H, D); out dense."""
+    head = (tl.program_id(0) % H).to(tl.int64)
+    first = (tl.program_id(0) // H).to(tl.int64) * BLOCK_M
+    dy = _load(grad + head * stride_gh, stride_g, first, T, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    y = _load(out + head * D, H * D, first, T, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    row = first + tl.arange(0, BLOCK_M)
+    tl.store(delta + head * T + row, tl.sum(dy * y, 1), mask=row < T)
+
+
+@triton.jit
+def _attention_varlen_bwd_kv_kernel(
+    grad, q, k, v, cu_seqlens, lse, delta, dk, dv, stride_g, stride_gh, stride_q, stride_qh, stride_k, stride_kh,
+    stride_v, stride_vh, stride_d, T, H, tiles, scale, scale_out,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """grad, q, k, v, dk, dv: (T, H, D), strides of T and H given (of H in dk and dv: D); lse, delta: (H, T) float32."""
+    head, start, length, first = _place(cu_seqlens, H, tiles, BLOCK_N)
+    if first >= length:
+        return
+    q += start * stride_q + head * stride_qh
+    grad += start * stride_g + head * stride_gh
+    lse += head * T + start
+    delta += head * T + start
+    k_tile = _load(k + start * stride_k + head * stride_kh, stride_k, first, length, D, BLOCK_N, BLOCK_D, True)
+    v_tile = _load(v + start * stride_v + head * stride_vh, stride_v, first, length, D, BLOCK_N, BLOCK_D, True)
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for m in range(0, length, BLOCK_M):
+        # Queries beyond the sequence are zeros, as are their gradients: they add nothing.
+        q_tile = _load(q, stride_q, m, length, D, BLOCK_M, BLOCK_D, True)
+        dy = _load(grad, stride_g, m, length, D, BLOCK_M, BLOCK_D, True)
+        p = tl.exp2(_dot(k_tile, tl.trans(q_tile), WIDEN) * scale - _load_row(lse, m, length, BLOCK_M)[None, :])
+        dv_tile += _dot(p.to(dy.dtype), dy, WIDEN)
+        ds = p * (_dot(v_tile, tl.trans(dy), WIDEN) - _load_row(delta, m, length, BLOCK_M)[None, :])
+        dk_tile += _dot(ds.to(q_tile.dtype), q_tile, WIDEN)
+    at = start * stride_d + head * D
+    _store(dk + at, stride_d, first, length, D, dk_tile * scale_out, BLOCK_N, BLOCK_D)
+    _store(dv + at, stride_d, first, length, D, dv_tile, BLOCK_N, BLOCK_D)
+
+
+@triton.jit
+def _attention_varlen_bwd_q_kernel(
+    grad, q, k, v, cu_seqlens, lse, delta, dq, stride_g, stride_gh, stride_q, stride_qh, stride_k, stride_kh,
+    stride_v, stride_vh, stride_d, T, H, tiles, scale, scale_out,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """grad, q, k, v, dq: (T, H, D), strides of T and H given (of H in dq: D); lse, delta: (H, T) float32."""
+    head, start, length, first = _place(cu_seqlens, H, tiles, BLOCK_M)
+    if first >= length:
+        return
+    k += start * stride_k + head * stride_kh
+    v += start * stride_v + head * stride_vh
+    q_tile = _load(q + start * stride_q + head * stride_qh, stride_q, first, length, D, BLOCK_M, BLOCK_D, True)
+    dy = _load(grad + start * stride_g + head * stride_gh, stride_g, first, length, D, BLOCK_M, BLOCK_D, True)
+    lse_row = _load_row(lse + head * T + start, first, length, BLOCK_M)
+    delta_row = _load_row(delta + head * T + start, first, length, BLOCK_M)
+    dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for n in range(0, length, BLOCK_N):
+        keys = _load(k, stride_k, n, length, D, BLOCK_N, BLOCK_D, True)
+        values = _load(v, stride_v, n, length, D, BLOCK_N, BLOCK_D, True)
+        p = tl.exp2(_dot(q_tile, tl.trans(keys), WIDEN) * scale - lse_row[:, None])
+        # Of a key that is not there p may be infinite, and infinity times its zeros is NaN.
+        p = tl.where((n + tl.arange(0, BLOCK_N) < length)[None, :], p, 0.0)
+        ds = p * (_dot(dy, tl.trans(values), WIDEN) - delta_row[:, None])
+        dq_tile += _dot(ds.to(keys.dtype), keys, WIDEN)
+    _store(dq + start * stride_d + head * D, stride_d, first, length, D, dq_tile * scale_out, BLOCK_M, BLOCK_D)
+
+
+def _options(tiles: dict[tuple[int, int], Tiles], dtype: torch.dtype, head_dim: int) -> dict:
+    block = max(32, triton.next_power_of_2(head_dim))
+    return {
+        "D": head_dim,
+        "BLOCK_D": block,
+        "WIDEN": triton.knobs.runtime.interpret,
+        **tiles[dtype.itemsize, block]._asdict(),
+    }
+
+
+def launch_attention_varlen_fwd(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q, k, v (T, heads, head_dim), the last dimension dense -> out like q, dense, and log2 of the sums (heads, T)."""
+    total, heads, head_dim = q.shape
+    out, lse = q.new_empty(q.shape), q.new_empty((heads, total), dtype=torch.float32)
+    options = _options(_FWD, q.dtype, head_dim)
+    tiles = triton.cdiv(max_seqlen, options["BLOCK_M"])
+    if q.numel():
+        _attention_varlen_fwd_kernel[(tiles * heads * (len(cu_seqlens) - 1),)](
+            q, k, v, cu_seqlens, out, lse, *(s for t in (q, k, v) for s in t.stride()[:2]), total, heads, tiles,
+            scale * math.log2(math.e), SPLIT=q.dtype.itemsize == 2, **options,
+        )  # fmt: skip
+    return out, lse
+
+
+def launch_attention_varlen_bwd(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    cu_seqlens: torch.Tensor, max_seqlen: int, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """grad, q, k, v (T, heads, head_dim), the last dimension dense; what forward gave -> (T, 3, heads, head_dim)."""
+    total, heads, head_dim = q.shape
+    grads = q.new_empty((total, 3, heads, head_dim))
+    if not q.numel():
+        return grads
+    delta = torch.empty_like(lse)
+    dq, dk, dv = grads.unbind(1)
+    kv, of_q = (_options(tiles, q.dtype, head_dim) for tiles in (_BWD_KV, _BWD_Q))
+    _attention_varlen_delta_kernel[(triton.cdiv(total, 64) * heads,)](
+        grad, out, delta, *grad.stride()[:2], total, heads, head_dim, kv["BLOCK_D"], 64
+    )
+    strides = [s for t in (grad, q, k, v) for s in t.stride()[:2]]
+    common = (*strides, grads.stride(0), total, heads)
+    inputs, factors = (grad, q, k, v, cu_seqlens, lse, delta), (scale * math.log2(math.e), scale)
+    tiles = triton.cdiv(max_seqlen, kv["BLOCK_N"])
+    grid = (tiles * heads * (len(cu_seqlens) - 1),)
+    _attention_varlen_bwd_kv_kernel[grid](*inputs, dk, dv, *common, tiles, *factors, **kv)
+    tiles = triton.cdiv(max_seqlen, of_q["BLOCK_M"])
+    grid = (tiles * heads * (len(cu_seqlens) - 1),)
+    _attention_varlen_bwd_q_kernel[grid](*inputs, dq, *common, tiles, *factors, **of_q)
+    return grads

@@ -1,0 +1,46 @@
+"""attention_varlen against its reference: one comparison for every implementation, dtype and set of lengths."""
+
+import contextlib
+
+import torch
+from kernels_testing import Guarded, assert_within_budget, poisoned_allocations, quantised
+
+from mimdet.kernels.attention_varlen.api import attention_varlen, attention_varlen_packed
+
+# Around the tiles, with nothing in the middle and at both ends.
+LENGTHS = (0, 1, 2, 31, 32, 0, 33, 127, 128, 129, 0)
+
+
+def cumulated(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def differentiate(qkv, gradient, lengths, impl, packed=True, max_seqlen=None, scale=None):
+    """Output (T, heads, head_dim) and gradient (T, 3, heads, head_dim) of a packed qkv."""
+    qkv = qkv.detach().requires_grad_()
+    common = (cumulated(lengths).to(qkv.device), max(lengths) if max_seqlen is None else max_seqlen)
+    if packed:
+        out = attention_varlen_packed(qkv, *common, scale=scale, impl=impl)
+    else:
+        out = attention_varlen(*qkv.unbind(1), *common, scale=scale, impl=impl)
+    out.backward(gradient)
+    return {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), qkv.grad.unbind(1), strict=True))}
+
+
+def check(
+    impl, lengths, heads=2, head_dim=32, dtype=torch.float32, device="cpu", layout=None, poison=True, std=1.0, **kw
+):
+    """Output and gradients of ``impl`` within the error budget; inputs unharmed. Returns the worst error / budget."""
+    total = sum(lengths)
+    qkv = quantised(total, 3, heads, head_dim, dtype=dtype, std=std).to(device)
+    gradient = quantised(total, heads, head_dim, dtype=dtype, seed=1, mean=0.3).to(device)
+    exact = differentiate(qkv.double(), gradient.double(), lengths, "eager", **kw)
+    same = differentiate(qkv, gradient, lengths, "eager", **kw)
+    if layout is not None:
+        qkv, gradient = layout(qkv), layout(gradient)
+    guards = [Guarded(qkv), Guarded(gradient)]
+    with poisoned_allocations() if poison else contextlib.nullcontext():
+        got = differentiate(guards[0].tensor, guards[1].tensor, lengths, impl, **kw)
+    for guard in guards:
+        guard.check()
+    return max(assert_within_budget(got[n], same[n], exact[n].cpu(), name=n) for n in exact)
