@@ -15,9 +15,10 @@ from small import normalised, pictures, small_config, small_model
 from mimdet.config import instantiate
 from mimdet.kernels import use
 from mimdet.kernels.registry import can_run_cpp
+from mimdet.kernels.sample_tokens.api import sample_tokens, valid_tokens
 from mimdet.modeling import ConvStem, ImageList
 from mimdet.modeling.pos_embed import PosEmbedCache, interpolate_pos_embed, sincos_pos_embed_2d
-from mimdet.modeling.sampling import sample_tokens, valid_cells
+from mimdet.modeling.sampling import cell_sizes
 
 DATA = Path(__file__).parent / "data"
 
@@ -104,7 +105,7 @@ def test_pos_embed_cache_filled_under_inference_mode_serves_training():
 def test_sampling_golden(ratio):
     data = np.load(DATA / "masking.npz")
     noise = torch.from_numpy(data["noise"])
-    valid = valid_cells(data["image_sizes"].tolist(), tuple(data["grid"]), 16, "cpu")
+    valid = valid_tokens(cell_sizes(data["image_sizes"].tolist(), 16), tuple(data["grid"]), "cpu")
     np.testing.assert_array_equal(~valid.numpy(), data["pad_mask"].reshape(3, -1))
     sample = sample_tokens(noise, valid, ratio)
     want = np.sort(data[f"r{ratio}_ids_keep_stable"], axis=1)

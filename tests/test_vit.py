@@ -8,6 +8,7 @@ from torch import nn
 
 from mimdet.kernels import use
 from mimdet.kernels.registry import can_run_cpp
+from mimdet.modeling.sequences import Sequences
 from mimdet.modeling.vit import TransformerBlock, make_blocks, run_layers
 
 
@@ -110,7 +111,8 @@ def test_lean_keeps_ten_of_sixteen_widths():
     with use("cpp"):
         plain = kept_bytes(theirs, lambda: run_theirs(theirs, x))
         assert kept_bytes(lean, lambda: run_ours(lean, x)) <= 0.66 * plain
-        assert 0.9 * plain <= kept_bytes(none, lambda: run_ours(none, x)) <= plain
+        sequences = 4 * (len(x) + 1)  # where they begin
+        assert 0.9 * plain <= kept_bytes(none, lambda: run_ours(none, x)) <= plain + sequences
 
 
 def test_frozen_parameters():
@@ -140,7 +142,7 @@ def test_blocks_compile_whole():
 def test_each_sample_is_dropped_alone_and_kept_ones_are_scaled():
     torch.manual_seed(0)
     block = TransformerBlock(8, 2, drop_path=0.25)
-    scale = block.drop_path1(torch.zeros(4000, 1, 8))
+    scale = block.drop_path1(torch.zeros(4000, 1, 8), Sequences.equal(4000, 1, torch.device("cpu")))
     assert set(scale.tolist()) == {0.0, float(torch.tensor(1.0) / 0.75)}
     assert scale.mean().item() == pytest.approx(1.0, abs=0.05)
 

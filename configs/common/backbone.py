@@ -37,6 +37,8 @@ bottom_up = L(MIMDetBackbone)(
     ),
     sample_ratio=0.5,
     inference_sample_ratio=1.0,
+    batch_mode="canvas",
+    sampling="random",
     size_divisibility=32,
     _out_feature_channels=[192, 384, 512, 512],
     _out_feature_strides=[4, 8, 16, 32],

@@ -123,7 +123,7 @@ def sample_packed_tokens(
     # One transfer takes all the numbers to the device.
     starts = [list(accumulate(counts, initial=0)) for counts in (keep, drop)]
     sides = [[*side, 0] for side in zip(*sizes, strict=True)] or [[0], [0]]
-    numbers = _upload([*starts, *sides], noise.device)
+    numbers = upload([*starts, *sides], noise.device)
     offsets, valid = numbers[:2], _inside(numbers[2:, :-1], grid)
     impl = registry.choose(ops.NAME, impl, noise.device.type, noise.dtype)
     totals = sum(keep), sum(drop)
@@ -143,10 +143,11 @@ def valid_tokens(sizes: Sequence[tuple[int, int]], grid: tuple[int, int], device
     """
     _check_sizes(sizes, grid)
     sides = [list(side) for side in zip(*sizes, strict=True)] or [[], []]
-    return _inside(_upload(sides, torch.device(device)), grid)
+    return _inside(upload(sides, torch.device(device)), grid)
 
 
-def _upload(numbers: list[list[int]], device: torch.device) -> torch.Tensor:
+def upload(numbers: list, device: torch.device) -> torch.Tensor:
+    """Nested lists as an int32 tensor, without waiting for the GPU."""
     pinned = device.type == "cuda"  # else the copy would wait for all that the GPU has to do
     return torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=pinned).to(device, non_blocking=pinned)
 

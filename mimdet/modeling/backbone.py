@@ -10,12 +10,20 @@ from torch import nn
 
 from .decoder import MIMDetDecoder
 from .encoder import MIMDetEncoder
-from .sampling import check_ratio
+from .sampling import SAMPLING, check_ratio
 from .shapes import ImageList, ShapeSpec
+
+BATCH_MODES = ("canvas", "packed")
 
 
 class MIMDetBackbone(nn.Module):
     """Features c2 and c3 from the ConvStem, c4 from the ViT, c5 pooled from c4.
+
+    Pictures of different sizes share a batch in one of two ways. On the "canvas", as in the original, padding is part
+    of every picture: statistics, tokens and attention include it, and a picture's features depend on its batch-mates.
+    "packed", each picture gets exactly the features it would get alone, at the cost of its own tokens only: its own
+    statistics, position grid and share of tokens, attention within it, and zeros outside it in every output. Without
+    padding the two are the same.
 
     Args:
         encoder: ConvStem and ViT encoder.
@@ -25,9 +33,11 @@ class MIMDetBackbone(nn.Module):
         _out_feature_channels: channels of c2..c5.
         _out_feature_strides: strides of c2..c5, pixels.
         inference_sample_ratio: keep ratio in eval mode, in (0, 1] (paper, Table 1: 1.0 is best).
+        batch_mode: "canvas" or "packed".
+        sampling: "random", or "grid" for every other token, as on a checkerboard (paper, Table 3).
 
     Raises:
-        ValueError: a ratio outside (0, 1].
+        ValueError: a ratio outside (0, 1], or a word that is not known.
     """
 
     out_features = ("c2", "c3", "c4", "c5")
@@ -41,12 +51,19 @@ class MIMDetBackbone(nn.Module):
         _out_feature_channels: Sequence[int] = (192, 384, 512, 512),
         _out_feature_strides: Sequence[int] = (4, 8, 16, 32),
         inference_sample_ratio: float = 1.0,
+        batch_mode: str = "canvas",
+        sampling: str = "random",
     ):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.sample_ratio = check_ratio(sample_ratio)
         self.inference_sample_ratio = check_ratio(inference_sample_ratio, "inference_sample_ratio")
+        for name, word, words in (("batch_mode", batch_mode, BATCH_MODES), ("sampling", sampling, SAMPLING)):
+            if word not in words:
+                raise ValueError(f"{name}: {word!r} is unknown; choose from {', '.join(words)}")
+        self.batch_mode = batch_mode
+        self.sampling = sampling
         self.size_divisibility = size_divisibility
         self._out_feature_channels = list(_out_feature_channels)
         self._out_feature_strides = list(_out_feature_strides)
@@ -76,7 +93,7 @@ class MIMDetBackbone(nn.Module):
 
         Raises:
             ValueError: sides that are not multiples of ``size_divisibility``, a ratio outside (0, 1], noise of
-                another shape.
+                another shape, noise or a ratio that "grid" cannot take.
         """
         if isinstance(images, torch.Tensor):
             images = ImageList(images, [images.shape[-2:]] * images.shape[0])
@@ -88,6 +105,8 @@ class MIMDetBackbone(nn.Module):
         if sample_ratio is None:
             sampled = self.training or noise is not None
             sample_ratio = self.sample_ratio if sampled else self.inference_sample_ratio
-        encoded = self.encoder(images, sample_ratio, noise)
+        padded = any(size != (height, width) for size in images.image_sizes)
+        packed = self.batch_mode == "packed" and padded
+        encoded = self.encoder(images, sample_ratio, noise, sampling=self.sampling, packed=packed)
         c4 = self.decoder(encoded)
         return {"c2": encoded.features[0], "c3": encoded.features[1], "c4": c4, "c5": F.max_pool2d(c4, 2)}

@@ -27,17 +27,32 @@ class GroupNormGELU(nn.GroupNorm):
         super().__init__(1, channels, eps=eps)
         self.remade = remade
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | Remade:
-        """(B, C, H, W) -> the same."""
+    def forward(self, x: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor | Remade:
+        """(B, C, H, W) -> the same. With ``sizes`` (B, 2), each sample's rows and columns from its top left are the
+        whole of it, whatever lies outside, and zeros are written there."""
         sources = x, self.weight, self.bias
-        y = group_norm_gelu(*sources, self.eps)
-        return Remade(y, partial(group_norm_gelu, eps=self.eps), sources) if self.remade else y
+        function = partial(group_norm_gelu, eps=self.eps, sizes=sizes)
+        y = function(*sources)
+        return Remade(y, function, sources) if self.remade else y
+
+
+class Stage(nn.Sequential):
+    """Convolution, norm and what follows them."""
+
+    def forward(self, x: torch.Tensor | Remade, sizes: torch.Tensor | None = None) -> torch.Tensor | Remade:
+        """(B, C, H, W) -> (B, C', H/2, W/2); ``sizes`` (B, 2) are those of the norm."""
+        convolution, norm, *rest = self
+        x = norm(convolution(x), sizes)
+        for module in rest:
+            x = module(x)
+        return x
 
 
 class ConvStem(nn.Module):
     """Four 3x3 convolutions of stride 2, each with GroupNorm(1) and exact GELU; the last adds a 1x1.
 
-    GroupNorm's statistics cover a whole padded picture, as those the released weights were trained with.
+    GroupNorm's statistics cover a whole padded picture, as those the released weights were trained with, or with
+    ``sizes`` each picture alone.
 
     Args:
         img_size: side of the square picture that the position table is made for, pixels.
@@ -76,7 +91,7 @@ class ConvStem(nn.Module):
         remade = is_lean(recompute) and depth > 1
         widths = [in_chans, *(embed_dim // 2**i for i in reversed(range(depth)))]
         self.proj = nn.ModuleList(
-            nn.Sequential(
+            Stage(
                 Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1),
                 GroupNormGELU(c_out, eps=1e-6, remade=remade and i == 0),
                 nn.Identity(),  # the GELU's place: the 1x1's key counts it
@@ -86,12 +101,19 @@ class ConvStem(nn.Module):
         self.proj[-1].append(nn.Conv2d(embed_dim, embed_dim, kernel_size=1))
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, in_chans, H, W), sides multiples of 16 -> features of strides 4, 8 and 16, finest first."""
+    def forward(self, x: torch.Tensor, sizes: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Features of strides 4, 8 and 16, finest first.
+
+        Args:
+            x: (B, in_chans, H, W), sides multiples of 16.
+            sizes: (depth, B, 2) rows and columns of each picture after each stage. Each then has the features that it
+                has alone, if x is zero outside of it, and zeros outside in all but the last, which ends in a bias.
+        """
         outputs = []
-        for stage in self.proj:
+        for i, stage in enumerate(self.proj):
             again = self.checkpointing and isinstance(x, torch.Tensor) and x.requires_grad
-            x = checkpointed(stage, x) if again else stage(x)
+            own = None if sizes is None else sizes[i]
+            x = checkpointed(stage, x, own) if again else stage(x, own)
             outputs.append(x)
         outputs[-1] = self.norm(outputs[-1])
         return outputs[1:]

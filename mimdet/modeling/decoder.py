@@ -64,17 +64,25 @@ class MIMDetDecoder(nn.Module):
             load_mae(self, pretrained, "decoder")
 
     def forward(self, encoded: EncoderOutput) -> torch.Tensor:
-        """Encoder output -> (B, decoder_embed_dim, H, W) of stride 16, in channels_last memory."""
-        stem = encoded.features[-1]
-        batch, dim, height, width = stem.shape
+        """Encoder output -> (B, decoder_embed_dim, H, W) of stride 16, in channels_last memory. Of packed pictures
+        padding is zero."""
+        stem, split = encoded.features[-1], encoded.split
+        batch, dim, *grid = stem.shape
         x = self.decoder_embed(encoded.tokens)
-        stem_tokens = stem.permute(0, 2, 3, 1).reshape(batch, -1, dim)
-        pos = self._pos_embed_at(self.decoder_pos_embed, (height, width))
-        if encoded.sample is None:
-            # No rows to project, yet the projection's gradient must be zero, not missing.
-            x = torch.cat([x, self.conv_feat_proj(stem_tokens[:, :0])], dim=1) + pos
+        if split.valid is None:
+            pos = self._pos_embed_at(self.decoder_pos_embed, tuple(grid))
         else:
-            fill = self.conv_feat_proj(gather_add_pos(stem_tokens, None, encoded.sample.drop))
-            x = scatter_fill(x, fill, encoded.sample.restore, pos)
-        x = run_layers(self.decoder_blocks, self.decoder_norm, x, self.checkpointing)
-        return x.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+            pos = self._pos_embed_at.packed(self.decoder_pos_embed, split.sizes)
+        if split.keep is None:
+            # No rows to project, yet the projection's gradient must be zero, not missing.
+            nothing = stem.new_empty((batch, 0, dim))
+            x = torch.cat([x, self.conv_feat_proj(nothing)], dim=1) + pos
+        else:
+            stem_tokens = stem.permute(0, 2, 3, 1).reshape(len(split.keep), -1, dim)
+            fill = self.conv_feat_proj(gather_add_pos(stem_tokens, None, split.drop))
+            x = scatter_fill(x.reshape(*split.keep.shape, -1), fill, split.restore, pos)
+        x = x.reshape(*split.decoder.shape, -1)
+        x = run_layers(self.decoder_blocks, self.decoder_norm, x, self.checkpointing, split.decoder)
+        if split.valid is not None:
+            x = x.new_zeros((batch * grid[0] * grid[1], x.shape[-1])).index_copy(0, split.valid, x.flatten(0, 1))
+        return x.reshape(batch, *grid, -1).permute(0, 3, 1, 2)

@@ -11,9 +11,11 @@ from torch import nn
 
 from ..checkpoint.mae import load_mae
 from ..kernels.gather_add_pos.api import gather_add_pos
+from ..kernels.image_norm import valid
+from ..kernels.sample_tokens.api import upload
 from .conv_stem import ConvStem
 from .pos_embed import PosEmbedCache, sincos_pos_embed_2d
-from .sampling import TokenSample, check_ratio, sample_tokens, valid_cells
+from .sampling import TokenSplit, cell_sizes, check_ratio, sampling_noise, split_canvas, split_packed
 from .shapes import ImageList
 from .vit import init_vit_weights, make_blocks, run_layers
 
@@ -25,13 +27,13 @@ class EncoderOutput(NamedTuple):
 
     Attributes:
         features: ConvStem feature maps of strides 4, 8 and 16, each (B, C, H, W).
-        tokens: (B, K, D) encoded tokens of the kept positions.
-        sample: which positions were kept; None when all were.
+        tokens: (*split.encoder.shape, D) encoded tokens.
+        split: which tokens they are, and which are for the decoder to fill in.
     """
 
     features: list[torch.Tensor]
     tokens: torch.Tensor
-    sample: TokenSample | None
+    split: TokenSplit
 
 
 class MIMDetEncoder(nn.Module):
@@ -84,7 +86,15 @@ class MIMDetEncoder(nn.Module):
         if pretrained:
             load_mae(self, pretrained, "encoder")
 
-    def forward(self, images: ImageList, sample_ratio: float, noise: torch.Tensor | None = None) -> EncoderOutput:
+    def forward(
+        self,
+        images: ImageList,
+        sample_ratio: float,
+        noise: torch.Tensor | None = None,
+        *,
+        sampling: str = "random",
+        packed: bool = False,
+    ) -> EncoderOutput:
         """Encode a batch.
 
         Args:
@@ -92,26 +102,32 @@ class MIMDetEncoder(nn.Module):
             sample_ratio: keep ratio in (0, 1].
             noise: (B, L) uniform numbers that choose the tokens; drawn from ``torch.rand`` if None. At ratio
                 1.0 nothing is chosen and none are drawn.
+            sampling: "random", or "grid" for a checkerboard.
+            packed: each picture gets what it would get alone, whatever its padding holds.
 
         Raises:
-            ValueError: ratio outside (0, 1], or noise of another shape.
+            ValueError: ratio outside (0, 1], noise of another shape, or what "grid" cannot do.
         """
         check_ratio(sample_ratio)
-        features = self.patch_embed(images.tensor)
+        x, stage_sizes = _alone(images, len(self.patch_embed.proj)) if packed else (images.tensor, None)
+        features = self.patch_embed(x, stage_sizes)
         batch, dim, *grid = features[-1].shape
-        tokens = features[-1].permute(0, 2, 3, 1).reshape(batch, -1, dim)
-        pos = self._pos_embed_at(self.pos_embed, tuple(grid))
-        sample = None
-        if sample_ratio == 1.0:
-            tokens = tokens + pos
+        grid, device = tuple(grid), features[-1].device
+        noise = sampling_noise(sampling, batch, grid, sample_ratio, noise, device)
+        sizes = cell_sizes(images.image_sizes, self.patch_embed.patch_size)
+        split = (split_packed if packed else split_canvas)(sizes, grid, sample_ratio, noise, device)
+        tokens = features[-1].permute(0, 2, 3, 1).reshape(1 if packed else batch, -1, dim)
+        if packed:
+            pos = self._pos_embed_at.padded(self.pos_embed, sizes, grid)
         else:
-            length = tokens.shape[1]
-            if noise is None:
-                noise = torch.rand(batch, length, device=tokens.device)
-            elif noise.shape != (batch, length):
-                raise ValueError(f"noise must be {(batch, length)} for a {tuple(grid)} grid, got {tuple(noise.shape)}")
-            valid = valid_cells(images.image_sizes, tuple(grid), self.patch_embed.patch_size, tokens.device)
-            sample = sample_tokens(noise.to(tokens.device), valid, sample_ratio)
-            tokens = gather_add_pos(tokens, pos, sample.keep)
-        tokens = run_layers(self.blocks, self.norm, tokens, self.checkpointing)
-        return EncoderOutput(features, tokens, sample)
+            pos = self._pos_embed_at(self.pos_embed, grid)
+        tokens = tokens + pos if split.keep is None else gather_add_pos(tokens, pos, split.keep)
+        tokens = tokens.reshape(*split.encoder.shape, dim)
+        tokens = run_layers(self.blocks, self.norm, tokens, self.checkpointing, split.encoder)
+        return EncoderOutput(features, tokens, split)
+
+
+def _alone(images: ImageList, stages: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures with zeros around them, and (stages, B, 2) int32 their rows and columns after each stage of stride 2."""
+    sizes = upload([cell_sizes(images.image_sizes, 2**i) for i in range(stages + 1)], images.tensor.device)
+    return images.tensor.masked_fill(~valid(images.tensor, sizes[0]), 0.0), sizes[1:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -58,24 +60,46 @@ def interpolate_pos_embed(pos_embed: torch.Tensor, size: tuple[int, int]) -> tor
 
 
 class PosEmbedCache:
-    """Interpolations of a frozen table, kept per grid until the table changes or moves."""
+    """Interpolations of a frozen table, kept for the grids last used until the table changes or moves.
 
-    def __init__(self, capacity: int = 64):
+    Args:
+        capacity: bytes to keep; the last interpolation is kept in any case.
+    """
+
+    def __init__(self, capacity: int = 2**27):
         self.capacity = capacity
         self._state: tuple = ()
         self._grids: dict[tuple[int, int], torch.Tensor] = {}
 
     def __call__(self, pos_embed: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """``interpolate_pos_embed``, made once."""
         state = (pos_embed.data_ptr(), pos_embed._version, pos_embed.device, pos_embed.dtype)
         if state != self._state:
             self._state, self._grids = state, {}
-        if size not in self._grids:
-            if len(self._grids) >= self.capacity:
-                self._grids.pop(next(iter(self._grids)))
+        found = self._grids.pop(size, None)
+        if found is None:
             # A grid first seen under inference_mode must serve training too.
             with torch.inference_mode(False), torch.no_grad():
-                self._grids[size] = interpolate_pos_embed(pos_embed, size).contiguous()
-        return self._grids[size]
+                found = interpolate_pos_embed(pos_embed, size).contiguous()
+            kept = found.nbytes + sum(t.nbytes for t in self._grids.values())
+            while self._grids and kept > self.capacity:
+                kept -= self._grids.pop(next(iter(self._grids))).nbytes
+        self._grids[size] = found
+        return found
+
+    def packed(self, pos_embed: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """(V, D): each picture's own grid, one after the other."""
+        return torch.cat([self(pos_embed, size)[0] for size in sizes])
+
+    def padded(self, pos_embed: torch.Tensor, sizes: Sequence[tuple[int, int]], grid: tuple[int, int]) -> torch.Tensor:
+        """(B * rows * columns of ``grid``, D): each picture's own grid at the top left; the rest is not written."""
+        canvas = None
+        for b, (rows, columns) in enumerate(sizes):
+            own = self(pos_embed, (rows, columns))
+            if canvas is None:
+                canvas = own.new_empty((len(sizes), *grid, own.shape[2]))
+            canvas[b, :rows, :columns] = own.view(rows, columns, -1)
+        return canvas.flatten(0, 2)
 
     def __deepcopy__(self, memo: dict) -> PosEmbedCache:
         return PosEmbedCache(self.capacity)

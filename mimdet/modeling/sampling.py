@@ -1,14 +1,16 @@
-"""Which tokens the encoder sees (paper, section 2.1)."""
+"""Which tokens the encoder sees (paper, section 2.1), and what is left for the decoder to fill in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from ..kernels.sample_tokens.api import TokenSample, sample_tokens, valid_tokens
+from ..kernels.sample_tokens.api import sample_packed_tokens, sample_tokens, valid_tokens
+from .sequences import Sequences
 
-__all__ = ["TokenSample", "check_ratio", "sample_tokens", "valid_cells"]
+SAMPLING = ("random", "grid")
 
 
 def check_ratio(ratio: float, name: str = "sample_ratio") -> float:
@@ -18,9 +20,96 @@ def check_ratio(ratio: float, name: str = "sample_ratio") -> float:
     return float(ratio)
 
 
-def valid_cells(
-    image_sizes: Sequence[tuple[int, int]], grid: tuple[int, int], patch_size: int, device: torch.device | str
-) -> torch.Tensor:
-    """(B, rows * columns) bool: True where a token holds at least one pixel of its picture, not only padding."""
-    sizes = [(-(-int(height) // patch_size), -(-int(width) // patch_size)) for height, width in image_sizes]
-    return valid_tokens(sizes, grid, device)
+def cell_sizes(image_sizes: Sequence[tuple[int, int]], stride: int) -> list[tuple[int, int]]:
+    """(rows, columns) of the cells of ``stride`` pixels that hold at least one pixel of each picture."""
+    return [(-(-height // stride), -(-width // stride)) for height, width in image_sizes]
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """What the encoder sees of a batch's tokens and what the decoder has to fill in.
+
+    On the canvas G is B and all pictures have L tokens. Packed, G is 1 and tokens are numbered through the batch: L
+    then means all B * L tokens of the canvas, V those that hold a picture.
+
+    Attributes:
+        keep: (G, K) int64, tokens that the encoder sees; None when it sees all L in their order.
+        drop: (G, D) int64, the others; None as well.
+        restore: (G, L), packed (1, V): where each of the decoder's tokens stands in ``cat([keep, drop], 1)``; None as
+            well.
+        encoder, decoder: sequences of the kept tokens and of all.
+        valid: (V,) int64, the decoder's tokens on the canvas; None when they are the canvas.
+        sizes: (rows, columns) of each picture's own tokens; None on the canvas.
+    """
+
+    keep: torch.Tensor | None
+    drop: torch.Tensor | None
+    restore: torch.Tensor | None
+    encoder: Sequences
+    decoder: Sequences
+    valid: torch.Tensor | None = None
+    sizes: list[tuple[int, int]] | None = None
+
+
+def split_canvas(
+    sizes: Sequence[tuple[int, int]], grid: tuple[int, int], ratio: float, noise: torch.Tensor | None, device
+) -> TokenSplit:
+    """The original's split: of every picture int(L * ratio) tokens of the canvas, at least one, padding last.
+
+    Args:
+        sizes: (rows, columns) of each picture's own tokens.
+        grid: (rows, columns) of the canvas, L together.
+        ratio: keep ratio in (0, 1].
+        noise: (B, L) uniform numbers; not looked at if ratio is 1.
+        device: of the result.
+    """
+    batch, length = len(sizes), grid[0] * grid[1]
+    every = Sequences.equal(batch, length, device)
+    if ratio == 1.0:
+        return TokenSplit(None, None, None, every, every)
+    sample = sample_tokens(noise, valid_tokens(sizes, grid, device), ratio)
+    return TokenSplit(*sample, Sequences.equal(*sample.keep.shape, device), every)
+
+
+def split_packed(
+    sizes: Sequence[tuple[int, int]], grid: tuple[int, int], ratio: float, noise: torch.Tensor | None, device
+) -> TokenSplit:
+    """Of each picture's n own tokens int(n * ratio), at least one; padding is nobody's. Arguments: ``split_canvas``."""
+    none = torch.zeros((len(sizes), grid[0] * grid[1]), device=device)
+    whole = sample_packed_tokens(none, sizes, grid, 1.0)
+    every = Sequences.packed(whole.cu_keep, len(whole.keep), whole.max_keep)
+    if ratio == 1.0:
+        sample, encoder = whole, every
+    else:
+        sample = sample_packed_tokens(noise, sizes, grid, ratio)
+        encoder = Sequences.packed(sample.cu_keep, len(sample.keep), sample.max_keep)
+    restore = sample.restore.flatten()[whole.keep]
+    parts = (part[None] for part in (sample.keep, sample.drop, restore))
+    return TokenSplit(*parts, encoder, every, whole.keep, list(sizes))
+
+
+def sampling_noise(
+    sampling: str, batch: int, grid: tuple[int, int], ratio: float, given: torch.Tensor | None, device
+) -> torch.Tensor | None:
+    """(B, L) numbers of which the smallest choose the tokens; None at ratio 1, where nothing is chosen.
+
+    "random" takes what is given, or draws it from ``torch.rand``. "grid" is a checkerboard: tokens whose row and column
+    add up to an even number come first (paper, Table 3).
+
+    Raises:
+        ValueError: noise of another shape, or given for "grid"; "grid" with a ratio that is neither 0.5 nor 1.
+    """
+    rows, columns = grid
+    if given is not None and given.shape != (batch, rows * columns):
+        wanted = batch, rows * columns
+        raise ValueError(f"noise must be {wanted} for a {rows}x{columns} grid, got {tuple(given.shape)}")
+    if ratio == 1.0:
+        return None
+    if sampling == "random":
+        return torch.rand(batch, rows * columns, device=device) if given is None else given.to(device)
+    if given is not None:
+        raise ValueError("sampling='grid' chooses by position: noise cannot be given")
+    if ratio != 0.5:
+        raise ValueError(f"sampling='grid' keeps half of the tokens: sample_ratio must be 0.5 or 1, got {ratio}")
+    row, column = (torch.arange(n, device=device) for n in grid)
+    return ((row[:, None] + column) % 2).float().flatten().expand(batch, -1)

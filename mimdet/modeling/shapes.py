@@ -35,6 +35,11 @@ class ImageList:
             )
         self.tensor = tensor
         self.image_sizes = [(int(h), int(w)) for h, w in image_sizes]
+        for i, (h, w) in enumerate(self.image_sizes):
+            if not (1 <= h <= tensor.shape[2] and 1 <= w <= tensor.shape[3]):
+                raise ValueError(
+                    f"ImageList: image_sizes[{i}] is {h}x{w}, not within 1x1 .. {tensor.shape[2]}x{tensor.shape[3]}"
+                )
 
     def __len__(self) -> int:
         return len(self.image_sizes)

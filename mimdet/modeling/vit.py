@@ -7,12 +7,13 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..kernels.add_layer_norm.api import add_layer_norm
+from ..kernels.attention_varlen.api import attention_varlen_packed
 from ..kernels.bias_gelu.api import bias_gelu
 from .recompute import Linear, Remade, checkpointed, is_lean
+from .sequences import Sequences
 
 
 class Pending(NamedTuple):
@@ -21,9 +22,9 @@ class Pending(NamedTuple):
     The addition waits for the LayerNorm that reads the sum, so that both are one pass over memory.
 
     Attributes:
-        residual: (B, N, C).
-        branch: (B, N, C), or None when nothing is to be added.
-        scale: (B,), or None for 1.
+        residual: (B, N, C), or packed tokens (T, 1, C).
+        branch: like residual, or None when nothing is to be added.
+        scale: (B,) or (T,), or None for 1.
     """
 
     residual: torch.Tensor
@@ -43,28 +44,29 @@ class Pending(NamedTuple):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: draws which samples keep a branch (Huang et al., 2016)."""
+    """Stochastic depth: draws which pictures keep a branch (Huang et al., 2016)."""
 
     def __init__(self, drop_prob: float):
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, branch: torch.Tensor) -> torch.Tensor | None:
-        """(B,) factors for a branch (B, N, C), 0 or 1 / keep; None in eval mode."""
+    def forward(self, branch: torch.Tensor, sequences: Sequences) -> torch.Tensor | None:
+        """Factors for the rows of a branch, 0 or 1 / keep, one draw a picture; None in eval mode."""
         if not self.training:
             return None
         keep = 1.0 - self.drop_prob
         # The draw of timm's DropPath, number for number.
-        kept = branch.new_empty((branch.shape[0], 1, 1)).bernoulli_(keep).flatten()
+        kept = branch.new_empty((sequences.batch, 1, 1)).bernoulli_(keep).flatten()
         kept = kept.to(torch.promote_types(kept.dtype, torch.float32))
-        return kept / keep if keep > 0 else kept
+        kept = kept / keep if keep > 0 else kept
+        return kept if sequences.owner is None else kept[sequences.owner]
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over (B, N, C)."""
+    """Multi-head self-attention within each picture's tokens."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -72,9 +74,12 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor | Remade) -> torch.Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2).flatten(2))
+    def forward(self, x: torch.Tensor | Remade, sequences: Sequences) -> torch.Tensor:
+        """Tokens (*sequences.shape, C) -> the same."""
+        qkv = self.qkv(x)
+        heads = qkv.flatten(0, 1).unflatten(-1, (3, self.num_heads, -1))
+        y = attention_varlen_packed(heads, sequences.cu_seqlens, sequences.max_seqlen)
+        return self.proj(y.view(*qkv.shape[:2], -1))
 
 
 class Mlp(nn.Module):
@@ -124,13 +129,19 @@ class TransformerBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else None
 
     def forward(
-        self, residual: torch.Tensor, branch: torch.Tensor | None = None, scale: torch.Tensor | None = None
+        self,
+        residual: torch.Tensor,
+        branch: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+        sequences: Sequences | None = None,
     ) -> Pending:
-        """Takes what ``Pending`` holds, and leaves its own last addition pending."""
+        """Takes what ``Pending`` holds, and leaves its own last addition pending. By default each row of the batch is
+        a sequence."""
+        sequences = sequences or Sequences.equal(*residual.shape[:2], residual.device)
         state = Pending(residual, branch, scale)
         dtype = _compute_dtype(residual)
         for norm, function, drop_path in (
-            (self.norm1, self.attn, self.drop_path1),
+            (self.norm1, partial(self.attn, sequences=sequences), self.drop_path1),
             (self.norm2, self.mlp, self.drop_path2),
         ):
             residual, x = state.normalised(norm, dtype)
@@ -138,7 +149,7 @@ class TransformerBlock(nn.Module):
                 sources = residual, norm.weight, norm.bias
                 x = Remade(x, partial(_normalised, eps=norm.eps, dtype=dtype), sources)
             branch = function(x)
-            state = Pending(residual, branch, drop_path and drop_path(branch))
+            state = Pending(residual, branch, drop_path and drop_path(branch, sequences))
         return state
 
 
@@ -168,19 +179,24 @@ def init_vit_weights(module: nn.Module) -> None:
 
 
 def run_layers(
-    blocks: Iterable[TransformerBlock], norm: nn.LayerNorm, x: torch.Tensor, checkpointing: bool
+    blocks: Iterable[TransformerBlock],
+    norm: nn.LayerNorm,
+    x: torch.Tensor,
+    checkpointing: bool,
+    sequences: Sequences | None = None,
 ) -> torch.Tensor:
-    """``norm`` of (B, N, C) tokens after all ``blocks``.
+    """``norm`` of tokens (*sequences.shape, C) after all ``blocks``. By default each row of the batch is a sequence.
 
     With ``checkpointing``, and if gradients flow, each block is computed again in backward, with the random numbers
     it had; between blocks the sum alone is kept.
     """
+    sequences = sequences or Sequences.equal(*x.shape[:2], x.device)
     state = Pending(x)
     for block in blocks:
         if checkpointing and state.residual.requires_grad:
-            state = Pending(checkpointed(_run_whole, block, state.added()))
+            state = Pending(checkpointed(_run_whole, block, state.added(), sequences))
         else:
-            state = block(*state)
+            state = block(*state, sequences)
     return state.normalised(norm)[1]
 
 
@@ -188,8 +204,8 @@ def _normalised(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: 
     return add_layer_norm(x, None, None, weight, bias, eps, dtype=dtype)[1]
 
 
-def _run_whole(block: TransformerBlock, x: torch.Tensor) -> torch.Tensor:
-    return block(x).added()
+def _run_whole(block: TransformerBlock, x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    return block(x, sequences=sequences).added()
 
 
 def _layer_norm(norm_layer: Callable[[int], nn.Module], dim: int) -> nn.LayerNorm:
