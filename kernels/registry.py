@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,6 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "cpp": (torch.float32, torch.bfloat16),
 }
-_NO_GPU = "PyTorch finds no GPU (install a driver, and a build of PyTorch for it)"
 _ops: dict[str, dict[str, CanRun]] = {}
 _orders: dict[str, dict[str, tuple[str, ...]]] = {}
 _lock = threading.Lock()
@@ -58,16 +57,16 @@ def register(op: str, *, order: dict[str, tuple[str, ...]] | None = None, **can_
 
 def can_run_triton(device: str, dtype: torch.dtype) -> str | None:
     """Triton needs a GPU, except under its interpreter."""
-    if dtype not in _DTYPES["triton"]:
-        return f"no Triton kernel for {dtype} (use eager, or {_names('triton')})"
+    reason = wrong_dtype("Triton kernel", dtype, _DTYPES["triton"])
+    if reason:
+        return reason
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None if device == "cpu" else "Triton's interpreter works on CPU tensors (unset TRITON_INTERPRET)"
-    if device != "cuda":
-        return f"Triton kernels take tensors on a GPU, not on {device} (move them, or use cpp or eager)"
-    if not torch.cuda.is_available():
-        return _NO_GPU
+    reason = no_gpu("Triton kernels", device)
+    if reason:
+        return reason
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return "the Triton kernels need a GPU of compute capability 8.0 or newer (use cuda or eager)"
     return None
@@ -75,24 +74,35 @@ def can_run_triton(device: str, dtype: torch.dtype) -> str | None:
 
 def can_run_cuda(device: str, dtype: torch.dtype) -> str | None:
     """CUDA C++ needs an NVIDIA GPU and either the shipped library or nvcc."""
-    if dtype not in _DTYPES["cuda"]:
-        return f"no CUDA kernel for {dtype} (use eager, or {_names('cuda')})"
-    if device != "cuda":
-        return f"CUDA kernels take tensors on a GPU, not on {device} (move them, or use cpp or eager)"
-    if not torch.cuda.is_available():
-        return _NO_GPU
-    if torch.version.hip is not None:
-        return "CUDA kernels do not run on ROCm (use triton)"
-    return build.cuda_unavailable()
+    reason = wrong_dtype("CUDA kernel", dtype, _DTYPES["cuda"]) or no_gpu("CUDA kernels", device, rocm=False)
+    return reason or build.cuda_unavailable()
 
 
 def can_run_cpp(device: str, dtype: torch.dtype) -> str | None:
     """C++ needs CPU tensors and either the shipped library or a compiler."""
-    if dtype not in _DTYPES["cpp"]:
-        return f"no C++ kernel for {dtype} (use eager, or {_names('cpp')})"
-    if device != "cpu":
-        return f"C++ kernels take tensors on the CPU, not on {device} (move them, or use triton, cuda or eager)"
-    return build.cpp_unavailable()
+    return wrong_dtype("C++ kernel", dtype, _DTYPES["cpp"]) or no_cpu(device) or build.cpp_unavailable()
+
+
+def wrong_dtype(what: str, dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> str | None:
+    """The reason if ``dtype`` is none of ``dtypes``, for which alone there is ``what``."""
+    names = " or ".join(", ".join(str(d).removeprefix("torch.") for d in dtypes).rsplit(", ", 1))
+    return None if dtype in dtypes else f"no {what} for {dtype} (use eager, or {names})"
+
+
+def no_gpu(what: str, device: str, *, rocm: bool = True) -> str | None:
+    """The reason if the tensors of ``what``, a plural, are not on a GPU that there is; on AMD's only with ``rocm``."""
+    if device != "cuda":
+        return f"{what} take tensors on a GPU, not on {device} (move them, or use cpp or eager)"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU (install a driver, and a build of PyTorch for it)"
+    return f"{what} do not run on ROCm (use triton)" if torch.version.hip is not None and not rocm else None
+
+
+def no_cpu(device: str) -> str | None:
+    """The reason if the tensors of C++ kernels are not on the CPU."""
+    if device == "cpu":
+        return None
+    return f"C++ kernels take tensors on the CPU, not on {device} (move them, or use triton, cuda or eager)"
 
 
 @torch.compiler.assume_constant_result
@@ -144,10 +154,6 @@ def table(device: str | None = None, dtype: torch.dtype = torch.float32) -> list
                 reason = can_run(where, dtype)
                 rows.append(Row(op, name, where, reason is None, name == auto, reason or "usable"))
     return rows
-
-
-def _names(impl: str) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[impl])
 
 
 def _preference(op: str, device: str) -> tuple[str, ...]:

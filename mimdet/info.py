@@ -25,7 +25,7 @@ _PACKAGES = (
     "detectron2",
 )
 # Implementations of an operation, in the order in which they are shown.
-KERNELS = ("triton", "cuda", "cpp", "eager")
+KERNELS = ("triton", "cuda", "flash_attn", "sdpa", "cpp", "eager")
 
 
 def versions() -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ EPS = 1e-6
 # Operations by what they have in common.
 IMAGES = ("group_norm_gelu", "layer_norm_gelu")
 NORMS = ("add_layer_norm", *IMAGES)
+PACKED = ("attention_varlen",)  # pictures lie one after the other, without a dimension of their own
 DIFFERENTIABLE = tuple(op for op in OPS if op != "sample_tokens")
 
 
@@ -45,7 +46,8 @@ def case(
 
     Args:
         op: an operation.
-        batch, length, channels: B, the number of tokens or positions, C.
+        batch, length, channels: B, the number of tokens or positions, C. Pictures of ``PACKED`` have that many tokens
+            on average.
         dtype: of the main inputs.
         parameters: dtype of weight, bias and position embedding.
         mean, std: of the main input.
@@ -69,6 +71,14 @@ def case(
     if op == "add_layer_norm":
         inputs = {"r": tokens(length), "branch": tokens(length, seed=4), **affine}
         return Case(op, inputs, {"scale": torch.arange(batch, device=device) % 3 * 1.25, "eps": EPS})
+    if op == "attention_varlen":
+        heads = next(n for n in range(2, channels + 1) if channels % n == 0 and channels // n <= 64)
+        inputs = {name: main(batch * length, heads, channels // heads, seed=i) for i, name in enumerate("qkv")}
+        bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+        # The first picture is shorter, the last longer.
+        bounds[1:-1] -= min(length, 1)
+        longest = length + min(length, int(batch > 1))
+        return Case(op, inputs, {"cu_seqlens": bounds, "max_seqlen": longest, "scale": 0.25})
     if op == "bias_gelu":
         return Case(op, {"x": tokens(length), "bias": affine["bias"]}, {})
     if op == "gather_add_pos":
@@ -147,7 +157,8 @@ def assert_same_bits(first, second):
         torch.testing.assert_close(second[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
-# What can run here, beside eager: (implementation, device).
+# What can run here, beside eager: (implementation, device). What attention_varlen has beside these, libraries of others
+# with limits of their own, is tested in test_kernels_attention_varlen.py.
 _PLACES = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 

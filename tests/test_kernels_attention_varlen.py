@@ -7,6 +7,7 @@ import pytest
 import torch
 from attention_ops import LENGTHS, check, cumulated, differentiate
 from kernels_testing import layouts, quantised
+from torch._subclasses import FakeTensorMode
 
 from mimdet.kernels import KernelUnavailableError, debug, registry, use
 from mimdet.kernels.attention_varlen import api, flash_attn, ops, reference, torch_attention
@@ -49,8 +50,38 @@ def test_other_head_dims(runner, head_dim):
     check(**takes(runner, BF16), lengths=(33, 5), head_dim=head_dim, dtype=BF16)
 
 
-def test_the_models_lengths(runner):
-    check(**takes(runner, F32), lengths=(1050, 2100), heads=1, head_dim=64)
+@pytest.mark.parametrize(("dtype", "head_dim"), [(F32, 64), (BF16, 32)], ids=["fp32-64", "bf16-32"])
+def test_the_models_lengths(runner, dtype, head_dim):
+    """A batch of pictures of all sizes, one of them without a token."""
+    lengths = (1, 2100, 2, 31, 32, 33, 1050, 0, 127, 4200, 128, 129)
+    check(**takes(runner, dtype), lengths=lengths, heads=1, head_dim=head_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["small", "more-than-two-to-the-31"])
+def test_last_sequence(runner, many):
+    """The last of many sequences gives the same alone, 2**31 numbers of q and of the output later too."""
+    impl, device = runner
+    if many and (device == "cpu" or torch.cuda.get_device_properties(0).total_memory < 70 * 2**30):
+        pytest.skip("needs a GPU of 80 GB")
+    count, length, heads, head_dim = (22_000, 128, 12, 64) if many else (3, 5, 2, 8)
+    last, gradient = (quantised(length, *s, heads, head_dim, dtype=BF16).to(device) for s in ((3,), ()))
+    alone = differentiate(last, gradient, (length,), impl)
+
+    def after_zeros(rows):
+        made = rows.new_zeros(count * length, *rows.shape[1:])
+        made[-length:] = rows
+        return made
+
+    among = differentiate(after_zeros(last), after_zeros(gradient), (length,) * count, impl)
+    assert all(torch.equal(among[name][-length:], value) for name, value in alone.items())
+
+
+@pytest.mark.parametrize(("total", "heads", "head_dim"), [(1, 1, 1), (1, 2, 3), (5, 1, 1)], ids=str)
+def test_smallest(runner, total, heads, head_dim):
+    impl, device = runner
+    if impl in ("flash_attn", "cuda"):
+        pytest.skip("head dims are multiples of 8")
+    check(impl, lengths=(total,), heads=heads, head_dim=head_dim, device=device)
 
 
 def test_separate_tensors_give_the_same_bits(runner):
@@ -63,7 +94,28 @@ def test_separate_tensors_give_the_same_bits(runner):
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
 def test_layouts(runner, layout):
-    check(**takes(runner, BF16), lengths=(5, 33), dtype=BF16, layout=lambda t: layouts(t)[layout])
+    def lay_out(t):
+        # Others' backward takes any strides, but loads 16 bytes at a time wherever the gradient, (T, heads, D), begins.
+        if layout == "offset" and t.dim() == 3 and runner[0] in ("flash_attn", "cuda"):
+            return t
+        return layouts(t)[layout]
+
+    check(**takes(runner, BF16), lengths=(5, 33), dtype=BF16, layout=lay_out)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "offset"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "apart"])
+def test_kernels_of_others_get_what_they_can_load(monkeypatch, layout, packed):
+    seen, dense = [], torch_attention.sdpa
+    monkeypatch.setattr(torch_attention, "sdpa", lambda *a: (seen.extend(a[:3]), dense(*a))[1])
+    check("sdpa", (33, 33), dtype=BF16, layout=lambda t: layouts(t)[layout], packed=packed, poison=False)
+    for t in seen:
+        assert t.data_ptr() % 16 == 0
+        assert t.stride(-1) == 1
+        assert all(stride % 8 == 0 for stride in t.stride()[:-1])
+    if layout == "contiguous":
+        # Nothing is copied: all three lie in one memory.
+        assert len({t.untyped_storage().data_ptr() for t in seen}) == 1
 
 
 def test_expanded_gradient(runner):
@@ -118,6 +170,11 @@ def test_dense(dtype, packed):
     check("sdpa", (33, 33, 33), dtype=dtype, packed=packed, poison=False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_eager(dtype):
+    check("eager", LENGTHS, dtype=dtype, max_seqlen=150)
+
+
 def test_reference_is_a_loop_over_sequences():
     lengths = (3, 0, 1, 4)
     q, k, v = quantised(8, 3, 2, 5, dtype=torch.float64).unbind(1)
@@ -150,8 +207,10 @@ def test_opcheck(packed):
     rest = (cu_seqlens, 6, 0.5, "cpp")
     out, lse = ops.run(*tensors, *rest)
     leaves = (t if t is None else t.clone().requires_grad_() for t in tensors)
-    torch.library.opcheck(ops.run, (*leaves, *rest))
-    torch.library.opcheck(ops.run_backward, (torch.ones_like(out), *tensors, out, lse, *rest))
+    torch.library.opcheck(torch.ops.mimdet.attention_varlen.default, (*leaves, *rest))
+    torch.library.opcheck(
+        torch.ops.mimdet.attention_varlen_backward.default, (torch.ones_like(out), *tensors, out, lse, *rest)
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -189,6 +248,23 @@ def test_autocast_lowers_nothing():
         plain = attention_varlen_packed(qkv, cumulated((6, 6)), 6, impl=impl)
         with torch.autocast("cpu", dtype=BF16):
             assert torch.equal(attention_varlen_packed(qkv, cumulated((6, 6)), 6, impl=impl), plain)
+
+
+@pytest.mark.parametrize("impl", ["cpp", "sdpa", "eager"])
+def test_inference_and_another_default_device(impl):
+    qkv, rest = quantised(12, 3, 2, 8), (cumulated((6, 6)), 6)
+    plain = attention_varlen_packed(qkv, *rest, impl=impl)
+    with torch.inference_mode(), torch.device("meta"):
+        assert torch.equal(attention_varlen_packed(qkv, *rest, impl=impl), plain)
+
+
+@pytest.mark.parametrize("impl", ["cpp", "sdpa", "eager"])
+def test_fake_tensors(impl):
+    """Their bounds have no values that could be looked at."""
+    with FakeTensorMode() as mode:
+        qkv, cu_seqlens = (mode.from_tensor(t) for t in (quantised(12, 3, 2, 8, dtype=BF16), cumulated((6, 6))))
+        out = attention_varlen_packed(qkv, cu_seqlens, 6, impl=impl)
+    assert (out.shape, out.dtype) == ((12, 2, 8), BF16)
 
 
 FAULTS = {
@@ -232,21 +308,27 @@ def bounds(*numbers):
 
 BAD = {
     "integer q": (TypeError, "q must be", {name: torch.zeros(5, 2, 8, dtype=torch.int32) for name in "qkv"}),
-    "dtype of k": (TypeError, r"k is torch\.bfloat16", {"k": torch.zeros(5, 2, 8, dtype=BF16)}),
+    "dtype of k": (TypeError, r"k must be torch\.float32 as q is", {"k": torch.zeros(5, 2, 8, dtype=BF16)}),
     "shape of v": (ValueError, "v must be", {"v": torch.zeros(5, 2, 4)}),
     "device of v": (ValueError, "v is on meta", {"v": torch.zeros(5, 2, 8, device="meta")}),
     "rank": (ValueError, "must be \\(T, heads, head_dim\\)", {name: torch.zeros(5, 8) for name in "qkv"}),
+    "no heads": (ValueError, "T alone may be 0, got", {name: torch.zeros(5, 0, 8) for name in "qkv"}),
+    "no head dim": (ValueError, "T alone may be 0, got", {name: torch.zeros(5, 2, 0) for name in "qkv"}),
     "int64 cu_seqlens": (TypeError, "cu_seqlens must be int32", {"cu_seqlens": torch.tensor([0, 2, 5])}),
     "rank of cu_seqlens": (ValueError, "cu_seqlens must be", {"cu_seqlens": cumulated((2, 3))[None]}),
     "device of cu_seqlens": (ValueError, "cu_seqlens is on meta", {"cu_seqlens": cumulated((2, 3)).to("meta")}),
     "tensor max_seqlen": (TypeError, "max_seqlen must be an int", {"max_seqlen": torch.tensor(3)}),
+    "short max_seqlen": (ValueError, "5 tokens do not fit into 2 sequences of at most max_seqlen = 2",
+                         {"max_seqlen": 2}),
     "negative scale": (ValueError, "scale must be positive", {"scale": -1.0}),
+    "scale of nan": (ValueError, "scale must be positive", {"scale": float("nan")}),
+    "text as scale": (TypeError, "scale must be a number, got str", {"scale": "0.5"}),
     "word": (ValueError, "impl: 'fast'.*flash_attn", {"impl": "fast"}),
     "fp64 in cpp": (
         KernelUnavailableError, "float64", {n: torch.zeros(5, 2, 8).double() for n in "qkv"} | {"impl": "cpp"},
     ),
     "fp64 in flash_attn": (
-        KernelUnavailableError, "flash-attn takes bfloat16 and float16, not torch.float64",
+        KernelUnavailableError, r"no flash-attn kernel for torch\.float64 \(use eager, or bfloat16 or float16\)",
         {n: torch.zeros(5, 2, 8).double() for n in "qkv"} | {"impl": "flash_attn"},
     ),
     "lengths differ": (KernelUnavailableError, "sdpa takes sequences of one length.*What can here: cpp, eager",
@@ -256,7 +338,7 @@ BAD_BOUNDS = {
     "start": ("must start at 0, got 1", bounds(1, 2, 5)),
     "descent": ("must not descend, got 2 after 3 at 2", bounds(0, 3, 2, 5)),
     "end": ("must end at T = 5, got 4", bounds(0, 2, 4)),
-    "max_seqlen": ("sequence 1 has 3 tokens, max_seqlen is 2", {"max_seqlen": 2}),
+    "max_seqlen": ("sequence 1 has 4 tokens, max_seqlen is 3", bounds(0, 1, 5)),
 }
 
 
@@ -274,8 +356,18 @@ def test_bad_bounds(message, change, impl):
 
 
 def test_bad_packed():
-    with pytest.raises(ValueError, match="qkv must be"):
+    with pytest.raises(ValueError, match=r"qkv must be \(T, 3, heads, head_dim\)"):
         attention_varlen_packed(torch.zeros(5, 2, 2, 8), cumulated((2, 3)), 3)
+    with pytest.raises(TypeError, match="qkv must be a tensor, got list"):
+        attention_varlen_packed([1.0], cumulated((2, 3)), 3)
+
+
+def test_every_reason_has_its_remedy_in_brackets(gpu):
+    reasons = {can_run(d, t) for can_run, _ in RUNNERS.values() for d in ("cpu", "cuda") for t in (F32, torch.float64)}
+    gpu.capability = (7, 5)
+    reasons |= {can_run("cuda", BF16) for can_run, _ in RUNNERS.values()}
+    assert len(reasons) > len(RUNNERS)
+    assert all(reason is None or reason.endswith(")") for reason in reasons)
 
 
 def test_bounds_in_compiled_code_are_checked_by_the_kernel():

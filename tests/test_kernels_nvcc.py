@@ -15,7 +15,8 @@ from kernels_cases import BF16, case, differentiate
 from mimdet.kernels import OPS, build, registry
 
 registry._load_all()
-CUDA_OPS = [op for op in OPS if "cuda" in registry._ops[op]]
+# attention_varlen's "cuda" is PyTorch's: nothing of it is in csrc.
+CUDA_OPS = [op for op in OPS if registry._ops[op].get("cuda") is registry.can_run_cuda]
 _DECLARATION = re.compile(r"MIMDET_CUDA_API\s+int\s+mimdet_(\w+)\((.*?)\)\s*\{", re.DOTALL)
 # What C calls the elements that a tensor points to; void takes any.
 _POINTEES = {"float": torch.float32, "int64_t": torch.int64, "bool": torch.bool}

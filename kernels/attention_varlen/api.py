@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from .. import debug, registry
+from .. import checks, debug, registry
 from ..selector import KernelUnavailableError
 from . import flash_attn, ops, reference, torch_attention
 
@@ -45,7 +45,7 @@ def attention_varlen(
 
     Args:
         q: (T, heads, head_dim) float, T tokens of all sequences one after the other; any strides, without a copy
-            where head_dim lies densely.
+            where head_dim lies densely (and, for sdpa, flash_attn and cuda, rows begin at multiples of 16 bytes).
         k: like q.
         v: like q.
         cu_seqlens: (B + 1,) int32 on q's device: where each sequence starts, and T. Sequences may be empty. Checked on
@@ -58,20 +58,22 @@ def attention_varlen(
         (T, heads, head_dim) in q's dtype.
 
     Raises:
-        TypeError: dtypes that are not float or differ, cu_seqlens that is not int32, max_seqlen that is not an int.
-        ValueError: shapes or devices that do not fit together, a scale that is not positive; where they are checked,
-            cu_seqlens that does not start at 0, descends, does not end at T or has a length above max_seqlen.
+        TypeError: dtypes that are not float or differ, cu_seqlens that is not int32, max_seqlen that is not an int,
+            a scale that is not a number.
+        ValueError: shapes or devices that do not fit together, more tokens than B * max_seqlen, a scale that is not
+            positive; where they are checked, cu_seqlens that does not start at 0, descends, does not end at T or has
+            a length above max_seqlen.
         KernelUnavailableError: ``impl`` names what cannot run or does not take this head dim or these lengths.
     """
+    checks.tensors(ops.NAME, q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    _check_main("q", q, ())
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
-            raise TypeError(f"attention_varlen: {name} is {tensor.dtype}, q {q.dtype}")
+            raise TypeError(f"attention_varlen: {name} must be {q.dtype} as q is, got {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"attention_varlen: {name} is on {tensor.device}, q on {q.device}")
         if tensor.shape != q.shape:
             raise ValueError(f"attention_varlen: {name} must be {tuple(q.shape)} as q is, got {tuple(tensor.shape)}")
-    if q.dim() != 3:
-        raise ValueError(f"attention_varlen: q, k and v must be (T, heads, head_dim), got {tuple(q.shape)}")
     return _attention(q, k, v, cu_seqlens, max_seqlen, scale, impl)
 
 
@@ -87,28 +89,31 @@ def attention_varlen_packed(
 
     Of triton, cpp and flash-attn 2 the gradient comes in one piece as well; the rest is as there.
     """
-    if qkv.dim() != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"attention_varlen: qkv must be (T, 3, heads, head_dim), got {tuple(qkv.shape)}")
+    checks.tensors(ops.NAME, qkv=qkv, cu_seqlens=cu_seqlens)
+    _check_main("qkv", qkv, (3,))
     return _attention(qkv, None, None, cu_seqlens, max_seqlen, scale, impl)
 
 
 def _attention(q, k, v, cu_seqlens, max_seqlen, scale, impl) -> torch.Tensor:
     """q (T, 3, heads, head_dim) and no k, v, or all three (T, heads, head_dim)."""
-    _check(q, cu_seqlens, max_seqlen, scale)
+    _check_rest(q, cu_seqlens, max_seqlen, scale)
     total, head_dim = q.shape[0], q.shape[-1]
     impl = _choose(impl, q, (cu_seqlens.shape[0] - 1) * max_seqlen == total)
-    if debug.enabled() or (impl != "cpp" and q.device.type == "cpu" and not torch.compiler.is_compiling()):
+    looking = debug.enabled() or (impl != "cpp" and q.device.type == "cpu" and not torch.compiler.is_compiling())
+    if looking and type(cu_seqlens) is torch.Tensor:  # others, fake ones, have no values
         debug.check_cu_seqlens(cu_seqlens, total, max_seqlen, ops.NAME)
     scale = head_dim**-0.5 if scale is None else scale
     if impl in ("triton", "cpp"):
         return ops.run(q, k, v, cu_seqlens, max_seqlen, scale, impl)[0]
     if total == 0:
         return q.sum(1) if k is None else q + k + v  # nothing, but with their gradients
+    if impl != "eager":
+        q, k, v = (t if t is None else torch_attention.loadable(t) for t in (q, k, v))
     if impl == "flash_attn":
-        return flash_attn.attention(q if k is None else (q, k, v), cu_seqlens, max_seqlen, scale)
+        return flash_attn.attention(q if k is None else (q, k, v), cu_seqlens.contiguous(), max_seqlen, scale)
     q, k, v = q.unbind(1) if k is None else (q, k, v)
     if impl == "cuda":
-        return torch_attention.varlen(q, k, v, cu_seqlens, max_seqlen, scale)
+        return torch_attention.varlen(q, k, v, cu_seqlens.contiguous(), max_seqlen, scale)
     # Autocast would take these two apart and lower their precision.
     kind = q.device.type
     with torch.autocast(kind, enabled=False) if _has_autocast(kind) else contextlib.nullcontext():
@@ -122,9 +127,16 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-def _check(q, cu_seqlens, max_seqlen, scale) -> None:
-    if not q.is_floating_point():
-        raise TypeError(f"attention_varlen: q must be of a float dtype, got {q.dtype}")
+def _check_main(name, tensor, middle) -> None:
+    """``tensor`` must be (T, *middle, heads, head_dim)."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"attention_varlen: {name} must be of a float dtype, got {tensor.dtype}")
+    if tensor.dim() != 3 + len(middle) or tuple(tensor.shape[1:-2]) != middle or 0 in tensor.shape[-2:]:
+        wanted = ", ".join(["T", *map(str, middle), "heads", "head_dim"])
+        raise ValueError(f"attention_varlen: {name} must be ({wanted}), T alone may be 0, got {tuple(tensor.shape)}")
+
+
+def _check_rest(q, cu_seqlens, max_seqlen, scale) -> None:
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"attention_varlen: cu_seqlens must be int32, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
@@ -133,6 +145,11 @@ def _check(q, cu_seqlens, max_seqlen, scale) -> None:
         raise ValueError(f"attention_varlen: cu_seqlens is on {cu_seqlens.device}, q on {q.device}")
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
         raise TypeError(f"attention_varlen: max_seqlen must be an int, got {type(max_seqlen).__name__}")
+    if (cu_seqlens.shape[0] - 1) * max_seqlen < q.shape[0]:
+        lengths = f"{cu_seqlens.shape[0] - 1} sequences of at most max_seqlen = {max_seqlen}"
+        raise ValueError(f"attention_varlen: {q.shape[0]} tokens do not fit into {lengths}")
+    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"attention_varlen: scale must be a number, got {type(scale).__name__}")
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"attention_varlen: scale must be positive, got {scale}")
 

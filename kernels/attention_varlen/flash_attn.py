@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from .. import registry
+
 
 class Version(NamedTuple):
     """A generation of the package, the GPUs that it has kernels for, and the head dims it takes."""
@@ -31,17 +33,11 @@ _VERSIONS = (
 
 def can_run(device: str, dtype: torch.dtype) -> str | None:
     """flash-attn needs 16-bit tensors on an NVIDIA GPU and one of its packages."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"flash-attn takes bfloat16 and float16, not {dtype}"
-    if device != "cuda":
-        return f"flash-attn needs a GPU, the tensor is on {device}"
-    if not torch.cuda.is_available():
-        return "no GPU found"
-    if torch.version.hip is not None:
-        return "not on ROCm; use triton"
-    if not _usable():
+    reason = registry.wrong_dtype("flash-attn kernel", dtype, (torch.bfloat16, torch.float16))
+    reason = reason or registry.no_gpu("flash-attn's kernels", device, rocm=False)
+    if reason is None and not _usable():
         return "flash-attn for this GPU is not installed (pip install flash-attn)"
-    return None
+    return reason
 
 
 @torch.compiler.assume_constant_result

@@ -8,36 +8,39 @@ from itertools import groupby, pairwise
 import torch
 import torch.nn.functional as F
 
-from .. import debug
+from .. import debug, registry
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def can_run_varlen(device: str, dtype: torch.dtype) -> str | None:
     """``varlen_attn`` runs FlashAttention or cuDNN, which have 16-bit kernels alone."""
-    if dtype not in DTYPES[1:]:
-        return f"torch's varlen_attn takes bfloat16 and float16, not {dtype}"
-    if device != "cuda":
-        return f"torch's varlen_attn needs a GPU, the tensor is on {device}"
-    if not torch.cuda.is_available():
-        return "no GPU found"
-    if torch.version.hip is not None:
-        return "not on ROCm; use triton"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "torch's varlen_attn needs a GPU of compute capability 8.0 or newer"
-    return None
+    reason = registry.wrong_dtype("kernel of torch's varlen_attn", dtype, DTYPES[1:])
+    reason = reason or registry.no_gpu("kernels of torch's varlen_attn", device, rocm=False)
+    if reason is None and torch.cuda.get_device_capability() < (8, 0):
+        return "torch's varlen_attn needs a GPU of compute capability 8.0 or newer (use sdpa or eager)"
+    return reason
 
 
 def can_run_sdpa(device: str, dtype: torch.dtype) -> str | None:
     """Fused dense attention runs anywhere, in these dtypes; PyTorch builds the whole matrix for others."""
-    return None if dtype in DTYPES else f"no fused dense attention for {dtype}"
+    return registry.wrong_dtype("fused dense attention", dtype, DTYPES)
 
 
 def can_run_cpu(device: str, dtype: torch.dtype) -> str | None:
     """PyTorch's C++ attention needs CPU tensors."""
-    if dtype not in DTYPES:
-        return f"no C++ kernel for {dtype}"
-    return None if device == "cpu" else f"C++ kernels need CPU tensors, the tensor is on {device}"
+    return registry.wrong_dtype("C++ kernel", dtype, DTYPES) or registry.no_cpu(device)
+
+
+def loadable(t: torch.Tensor) -> torch.Tensor:
+    """``t`` (..., head_dim), copied where kernels could not load it 16 bytes at a time.
+
+    Dense attention then quietly builds the whole matrix; others refuse, or crash. Inductor sees to offsets itself.
+    """
+    step = 16 // t.itemsize
+    fits = t.stride(-1) == 1 and all(stride % step == 0 for stride in t.stride()[:-1])
+    fits = fits and (torch.compiler.is_compiling() or t.storage_offset() % step == 0)
+    return t if fits else t.clone(memory_format=torch.contiguous_format)
 
 
 def varlen(

@@ -52,13 +52,17 @@ _BWD_Q = {
 
 @triton.jit
 def _place(cu_seqlens, H, tiles, BLOCK: tl.constexpr):
-    """Head, first token of the sequence, its length and this program's first row in it. cu_seqlens: (B + 1,) int32."""
+    """Head, the sequence's first token and length; this program's first token, and how many there are from it on.
+
+    cu_seqlens: (B + 1,) int32.
+    """
     program = tl.program_id(0)
     sequence = program // tiles // H
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
     length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
     # Tiles of a head run side by side and share its keys and values in the cache.
-    return (program // tiles % H).to(tl.int64), start, length, program % tiles * BLOCK
+    first = (program % tiles).to(tl.int64) * BLOCK
+    return (program // tiles % H).to(tl.int64), start, length, start + first, (length - first).to(tl.int32)
 
 
 @triton.jit
@@ -75,9 +79,9 @@ def _load(base, stride, first, length, D, ROWS: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def _store(base, stride, first, length, D, x, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows of x (ROWS, BLOCK_D) that a matrix (length, D) at ``base`` has from row ``first``."""
-    row = first + tl.arange(0, ROWS)
+def _store(base, stride, length, D, x, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """As many rows of x (ROWS, BLOCK_D) as a matrix (length, D) at ``base`` has."""
+    row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     pointers = base + row.to(tl.int64)[:, None] * stride + column[None, :]
     tl.store(pointers, x.to(base.dtype.element_ty), mask=(row < length)[:, None] & (column < D)[None, :])
@@ -94,15 +98,15 @@ def _load_row(base, first, length, SIZE: tl.constexpr):
 def _dot(a, b, WIDEN: tl.constexpr):
     """a @ b in float32.
 
-    float32 numbers are split into three of bfloat16, whose 24 bits lose nothing, for the tensor cores: as FMAs these
-    tiles would spill thousands of registers, and tf32x3 keeps 22 bits. WIDEN is for the interpreter, which does not
-    know that and multiplies bfloat16 wrongly.
+    For NVIDIA's tensor cores float32 numbers are split into three of bfloat16, whose 24 bits lose nothing: as FMAs
+    these tiles would spill thousands of registers, and tf32x3 keeps 22 bits. AMD's matrix cores take float32. WIDEN is
+    for the interpreter, which does not know that and multiplies bfloat16 wrongly.
     """
     if WIDEN:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, input_precision="bf16x6")
-    return tl.dot(a, b)
+    if a.dtype != tl.float32:
+        return tl.dot(a, b)
+    return tl.dot(a, b, input_precision="ieee" if tl.target_info.is_hip() else "bf16x6")
 
 
 @triton.jit
@@ -125,17 +129,17 @@ def _fwd_step(
 
 @triton.jit
 def _attention_varlen_fwd_kernel(
-    q, k, v, cu_seqlens, out, lse, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, T, H, tiles, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
-    SPLIT: tl.constexpr,
+    q, k, v, cu_seqlens, out, lse, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, T, H, tiles,
+    scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDEN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v: (T, H, D), strides of T and H given; out: (T, H, D) dense; lse: (H, T) float32; exponents in base 2."""
-    head, start, length, first = _place(cu_seqlens, H, tiles, BLOCK_M)
-    if first >= length:
+    """q, k, v, out: (T, H, D), strides of T and H given (of H in out: D); lse: (H, T) float32; exponents in base 2."""
+    head, start, length, own, left = _place(cu_seqlens, H, tiles, BLOCK_M)
+    if left <= 0:
         return
     k += start * stride_k + head * stride_kh
     v += start * stride_v + head * stride_vh
-    q_tile = _load(q + start * stride_q + head * stride_qh, stride_q, first, length, D, BLOCK_M, BLOCK_D, True)
+    q_tile = _load(q + own * stride_q + head * stride_qh, stride_q, 0, left, D, BLOCK_M, BLOCK_D, True)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -151,22 +155,26 @@ def _attention_varlen_fwd_kernel(
         top, total, acc = _fwd_step(
             q_tile, k, v, stride_k, stride_v, n, length, top, total, acc, scale, D, BLOCK_D, BLOCK_N, WIDEN, True
         )
-    _store(out + (start * H + head) * D, H * D, first, length, D, acc / total[:, None], BLOCK_M, BLOCK_D)
-    row = first + tl.arange(0, BLOCK_M)
-    tl.store(lse + head * T + start + row, top + tl.log2(total), mask=row < length)
+    _store(out + own * stride_o + head * D, stride_o, left, D, acc / total[:, None], BLOCK_M, BLOCK_D)
+    row = tl.arange(0, BLOCK_M)
+    tl.store(lse + head * T + own + row, top + tl.log2(total), mask=row < left)
 
 
 @triton.jit
 def _attention_varlen_delta_kernel(
-    grad, out, delta, stride_g, stride_gh, T, H, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """delta (H, T) float32 = the sum over D of grad * out, both (T, H, D); out dense."""
+    grad, out, delta, stride_g, stride_gh, stride_o, T, H,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta (H, T) float32 = the sum over D of grad * out, both (T, H, D), strides as in forward."""
     head = (tl.program_id(0) % H).to(tl.int64)
-    first = (tl.program_id(0) // H).to(tl.int64) * BLOCK_M
-    dy = _load(grad + head * stride_gh, stride_g, first, T, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
-    y = _load(out + head * D, H * D, first, T, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
-    row = first + tl.arange(0, BLOCK_M)
-    tl.store(delta + head * T + row, tl.sum(dy * y, 1), mask=row < T)
+    own = (tl.program_id(0) // H).to(tl.int64) * BLOCK_M
+    left = (T - own).to(tl.int32)
+    grad += own * stride_g + head * stride_gh
+    out += own * stride_o + head * D
+    dy = _load(grad, stride_g, 0, left, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    y = _load(out, stride_o, 0, left, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    row = tl.arange(0, BLOCK_M)
+    tl.store(delta + head * T + own + row, tl.sum(dy * y, 1), mask=row < left)
 
 
 @triton.jit
@@ -176,15 +184,15 @@ def _attention_varlen_bwd_kv_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """grad, q, k, v, dk, dv: (T, H, D), strides of T and H given (of H in dk and dv: D); lse, delta: (H, T) float32."""
-    head, start, length, first = _place(cu_seqlens, H, tiles, BLOCK_N)
-    if first >= length:
+    head, start, length, own, left = _place(cu_seqlens, H, tiles, BLOCK_N)
+    if left <= 0:
         return
     q += start * stride_q + head * stride_qh
     grad += start * stride_g + head * stride_gh
     lse += head * T + start
     delta += head * T + start
-    k_tile = _load(k + start * stride_k + head * stride_kh, stride_k, first, length, D, BLOCK_N, BLOCK_D, True)
-    v_tile = _load(v + start * stride_v + head * stride_vh, stride_v, first, length, D, BLOCK_N, BLOCK_D, True)
+    k_tile = _load(k + own * stride_k + head * stride_kh, stride_k, 0, left, D, BLOCK_N, BLOCK_D, True)
+    v_tile = _load(v + own * stride_v + head * stride_vh, stride_v, 0, left, D, BLOCK_N, BLOCK_D, True)
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for m in range(0, length, BLOCK_M):
@@ -195,9 +203,9 @@ def _attention_varlen_bwd_kv_kernel(
         dv_tile += _dot(p.to(dy.dtype), dy, WIDEN)
         ds = p * (_dot(v_tile, tl.trans(dy), WIDEN) - _load_row(delta, m, length, BLOCK_M)[None, :])
         dk_tile += _dot(ds.to(q_tile.dtype), q_tile, WIDEN)
-    at = start * stride_d + head * D
-    _store(dk + at, stride_d, first, length, D, dk_tile * scale_out, BLOCK_N, BLOCK_D)
-    _store(dv + at, stride_d, first, length, D, dv_tile, BLOCK_N, BLOCK_D)
+    at = own * stride_d + head * D
+    _store(dk + at, stride_d, left, D, dk_tile * scale_out, BLOCK_N, BLOCK_D)
+    _store(dv + at, stride_d, left, D, dv_tile, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
@@ -207,15 +215,15 @@ def _attention_varlen_bwd_q_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """grad, q, k, v, dq: (T, H, D), strides of T and H given (of H in dq: D); lse, delta: (H, T) float32."""
-    head, start, length, first = _place(cu_seqlens, H, tiles, BLOCK_M)
-    if first >= length:
+    head, start, length, own, left = _place(cu_seqlens, H, tiles, BLOCK_M)
+    if left <= 0:
         return
     k += start * stride_k + head * stride_kh
     v += start * stride_v + head * stride_vh
-    q_tile = _load(q + start * stride_q + head * stride_qh, stride_q, first, length, D, BLOCK_M, BLOCK_D, True)
-    dy = _load(grad + start * stride_g + head * stride_gh, stride_g, first, length, D, BLOCK_M, BLOCK_D, True)
-    lse_row = _load_row(lse + head * T + start, first, length, BLOCK_M)
-    delta_row = _load_row(delta + head * T + start, first, length, BLOCK_M)
+    q_tile = _load(q + own * stride_q + head * stride_qh, stride_q, 0, left, D, BLOCK_M, BLOCK_D, True)
+    dy = _load(grad + own * stride_g + head * stride_gh, stride_g, 0, left, D, BLOCK_M, BLOCK_D, True)
+    lse_row = _load_row(lse + head * T + own, 0, left, BLOCK_M)
+    delta_row = _load_row(delta + head * T + own, 0, left, BLOCK_M)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for n in range(0, length, BLOCK_N):
         keys = _load(k, stride_k, n, length, D, BLOCK_N, BLOCK_D, True)
@@ -225,7 +233,7 @@ def _attention_varlen_bwd_q_kernel(
         p = tl.where((n + tl.arange(0, BLOCK_N) < length)[None, :], p, 0.0)
         ds = p * (_dot(dy, tl.trans(values), WIDEN) - delta_row[:, None])
         dq_tile += _dot(ds.to(keys.dtype), keys, WIDEN)
-    _store(dq + start * stride_d + head * D, stride_d, first, length, D, dq_tile * scale_out, BLOCK_M, BLOCK_D)
+    _store(dq + own * stride_d + head * D, stride_d, left, D, dq_tile * scale_out, BLOCK_M, BLOCK_D)
 
 
 def _options(tiles: dict[tuple[int, int], Tiles], dtype: torch.dtype, head_dim: int) -> dict:
@@ -248,8 +256,8 @@ def launch_attention_varlen_fwd(
     tiles = triton.cdiv(max_seqlen, options["BLOCK_M"])
     if q.numel():
         _attention_varlen_fwd_kernel[(tiles * heads * (len(cu_seqlens) - 1),)](
-            q, k, v, cu_seqlens, out, lse, *(s for t in (q, k, v) for s in t.stride()[:2]), total, heads, tiles,
-            scale * math.log2(math.e), SPLIT=q.dtype.itemsize == 2, **options,
+            q, k, v, cu_seqlens, out, lse, *(s for t in (q, k, v) for s in t.stride()[:2]), heads * head_dim, total,
+            heads, tiles, scale * math.log2(math.e), SPLIT=q.dtype.itemsize == 2, **options,
         )  # fmt: skip
     return out, lse
 
@@ -267,7 +275,7 @@ def launch_attention_varlen_bwd(
     dq, dk, dv = grads.unbind(1)
     kv, of_q = (_options(tiles, q.dtype, head_dim) for tiles in (_BWD_KV, _BWD_Q))
     _attention_varlen_delta_kernel[(triton.cdiv(total, 64) * heads,)](
-        grad, out, delta, *grad.stride()[:2], total, heads, head_dim, kv["BLOCK_D"], 64
+        grad, out, delta, *grad.stride()[:2], heads * head_dim, total, heads, head_dim, kv["BLOCK_D"], 64
     )
     strides = [s for t in (grad, q, k, v) for s in t.stride()[:2]]
     common = (*strides, grads.stride(0), total, heads)

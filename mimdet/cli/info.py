@@ -12,11 +12,15 @@ def info() -> None:
 
     console = Console()
     operations, notes = kernels()
+    by_device = {
+        place: [(op, *states) for op, device, *states in operations if device == place]
+        for place in dict.fromkeys(device for _, device, *_ in operations)
+    }
     sections = (
         ("Versions", ("package", "version"), versions()),
         ("Devices", ("device", "what"), devices()),
         ("Implementations", ("part", "used", "why"), implementations()),
-        ("Operations", ("operation", "device", *KERNELS), operations),
+        *((f"Operations on {place}", ("operation", *KERNELS), rows) for place, rows in by_device.items()),
     )
     for title, columns, rows in sections:
         table = Table(*columns, title=title, title_justify="left", title_style="bold")

@@ -75,8 +75,9 @@ def test_opcheck(packed):
     tensors = (qkv, None, None) if packed else qkv.unbind(1)
     out, lse = ops.run(*tensors, *rest)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.run, (*tensors, *rest), test_utils=checks)
-    torch.library.opcheck(ops.run_backward, (torch.ones_like(out), *tensors, out, lse, *rest), test_utils=checks)
+    torch.library.opcheck(torch.ops.mimdet.attention_varlen.default, (*tensors, *rest), test_utils=checks)
+    backward = torch.ops.mimdet.attention_varlen_backward.default
+    torch.library.opcheck(backward, (torch.ones_like(out), *tensors, out, lse, *rest), test_utils=checks)
 
 
 def test_offsets_beyond_2_to_31():
