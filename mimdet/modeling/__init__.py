@@ -2,8 +2,19 @@
 
 from .backbone import MIMDetBackbone
 from .conv_stem import ConvStem
+from .convnext_stem import ConvNeXtStem
 from .decoder import MIMDetDecoder
 from .encoder import MIMDetEncoder
+from .pyramid import UpsampledTokens
 from .shapes import ImageList, ShapeSpec
 
-__all__ = ["ConvStem", "ImageList", "MIMDetBackbone", "MIMDetDecoder", "MIMDetEncoder", "ShapeSpec"]
+__all__ = [
+    "ConvNeXtStem",
+    "ConvStem",
+    "ImageList",
+    "MIMDetBackbone",
+    "MIMDetDecoder",
+    "MIMDetEncoder",
+    "ShapeSpec",
+    "UpsampledTokens",
+]
