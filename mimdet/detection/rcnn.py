@@ -23,6 +23,8 @@ class GeneralizedRCNN(nn.Module):
         roi_heads: a ``StandardROIHeads``.
         pixel_mean, pixel_std: of each channel, on the 0..255 scale, in the order of ``input_format``.
         input_format: only "RGB".
+        lsj_postprocess: pictures are padded to one fixed size on the right or at the bottom, as ``FixedSizeCrop``
+            leaves them, so detections return to ``output_sizes`` by one factor: the larger of the two sides' ratios.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class GeneralizedRCNN(nn.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         input_format: str = "RGB",
+        lsj_postprocess: bool = False,
     ):
         super().__init__()
         if input_format != "RGB":
@@ -41,6 +44,7 @@ class GeneralizedRCNN(nn.Module):
         self.backbone = backbone
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
+        self.lsj_postprocess = lsj_postprocess
         self.register_buffer("pixel_mean", torch.tensor(list(pixel_mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(list(pixel_std)).view(-1, 1, 1), persistent=False)
 
@@ -106,13 +110,16 @@ class GeneralizedRCNN(nn.Module):
             "masks": target["masks"],
         }
 
-    @staticmethod
     @torch.no_grad()
     def _resize(
-        detection: dict[str, torch.Tensor], old: tuple[int, int], new: tuple[int, int]
+        self, detection: dict[str, torch.Tensor], old: tuple[int, int], new: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
         new = (int(new[0]), int(new[1]))
-        boxes = clip_boxes(scale_boxes(detection["boxes"], old, new), new)
+        if self.lsj_postprocess:
+            scaled = detection["boxes"] * max(new[0] / old[0], new[1] / old[1])
+        else:
+            scaled = scale_boxes(detection["boxes"], old, new)
+        boxes = clip_boxes(scaled, new)
         keep = nonempty(boxes)
         return {
             "boxes": boxes[keep],
