@@ -235,7 +235,7 @@ def test_lsj_postprocess():
     result = GeneralizedRCNN._resize(SimpleNamespace(lsj_postprocess=True), detection, (100, 100), (100, 200))
     assert result["boxes"].tolist() == [[20, 10, 120, 60], [40, 80, 160, 100]]
     assert result["labels"].tolist() == [1, 2]
-    assert result["masks"].sum((1, 2)).tolist() == [100 * 50, 120 * 20]
+    assert result["masks"].sum((1, 2)).tolist() == pytest.approx([100 * 50, 120 * 20], abs=8)  # corners are soft
 
 
 @pytest.fixture(scope="module")
