@@ -14,6 +14,7 @@ import torch
 from benchmarking_small import SMALL, loss, small_backbone, small_input
 from kernels_testing import kept_bytes
 
+from mimdet.checkpoint.convert import convert_checkpoint
 from mimdet.checkpoint.read import CheckpointError, read_checkpoint
 from mimdet.config import instantiate, load
 from mimdet.data.synthetic import generate_shapes
@@ -22,7 +23,8 @@ from mimdet.engine import evaluate_only, train
 from mimdet.kernels import use
 from mimdet.modeling import BenchmarkingViTDet, ImageList
 from mimdet.modeling.benchmarking.position_bias import RelativePositionBias
-from mimdet.modeling.benchmarking.windows import window_partition, window_reverse
+from mimdet.modeling.windows import window_partition, window_reverse
+from mimdet.predict import Predictor
 
 DATA = Path(__file__).parent / "data"
 TWIN = [
@@ -116,6 +118,20 @@ def test_checkpointing_and_lean_change_nothing():
             assert distance(other[name], want) <= 2e-5, name
     assert kept[2] < 0.8 * kept[1]
     assert kept[1] < kept[0]
+
+
+def test_attention_runs_what_has_a_gradient_of_the_bias(monkeypatch):
+    attention, allowed = torch.nn.functional.scaled_dot_product_attention, []
+
+    def recorded(*arguments, **options):
+        allowed.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()))
+        return attention(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    small_backbone()(small_input(1))
+    assert allowed == [(False, True)] * 8
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_drop_path_leaves_out_windows():
@@ -305,5 +321,13 @@ def test_a_shrunken_twin_trains_saves_loads_and_evaluates(tmp_path):
     assert all(np.isfinite(step["total_loss"]) for step in steps if "total_loss" in step)
     weights = tmp_path / "out/model_final.pth"
     assert "backbone.bottom_up.global_rel_pos_bias.relative_position_bias_table" in read_checkpoint(weights)["model"]
-    again = load(tmp_path / "out/config.yaml", [f"train.init_checkpoint={json.dumps(str(weights))}"])
+    convert_checkpoint(weights, tmp_path / "detector.pth", "detector")
+    again = load(tmp_path / "out/config.yaml", [f"train.init_checkpoint={json.dumps(str(tmp_path / 'detector.pth'))}"])
     assert evaluate_only(again)["bbox"] == pytest.approx(metrics["bbox"], nan_ok=True)
+    picture = torch.randint(256, (3, 40, 100), dtype=torch.uint8)
+    found = Predictor(None, tmp_path / "detector.pth", device="cpu", score_threshold=0)(picture)
+    assert len(found["boxes"]) > 0
+    assert found["masks"].shape[1:] == (40, 100)
+    assert (found["boxes"].amax(0) <= torch.tensor([100, 40, 100, 40])).all()
+    with pytest.raises(CheckpointError, match=r"no backbone\.bottom_up\.encoder\.\* weights"):
+        convert_checkpoint(weights, tmp_path / "mae.pth", "mae")

@@ -13,9 +13,9 @@ from ..pos_embed import sincos_pos_embed_2d
 from ..recompute import checkpointed
 from ..shapes import ImageList, ShapeSpec
 from ..vit import Pending, _compute_dtype
+from ..windows import window_partition, window_reverse
 from .block import BiasedBlock
 from .position_bias import RelativePositionBias
-from .windows import window_partition, window_reverse
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 

@@ -7,9 +7,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..recompute import Linear, Remade
 from ..vit import Attention, Pending, TransformerBlock, _compute_dtype, _normalised
+
+# Not cuDNN's, which PyTorch prefers on Hopper: its backward gives the bias no gradient.
+_BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 class BiasedAttention(Attention):
@@ -35,7 +39,9 @@ class BiasedAttention(Attention):
         if self.beit_qkv_bias:
             qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+        with sdpa_kernel(_BACKENDS):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class BiasedBlock(TransformerBlock):
