@@ -114,10 +114,10 @@ def _likely_causes(
 ) -> list[str]:
     if any(key.startswith("blocks.") for key in given) and any(key.startswith("backbone.") for key in wanted):
         return ["the checkpoint is a pre-trained MAE, not a detector: pass it as mae_checkpoint.path"]
-    causes = []
     ours, theirs = _detector(wanted), _detector(given)
     if None not in (ours, theirs) and ours != theirs:
-        causes.append(f"the checkpoint is of a {theirs}, the model is a {ours}: another config")
+        return [f"the checkpoint is of a {theirs}, the model is a {ours}: another config"]
+    causes = []
     for part in ("encoder", "decoder"):
         ours, theirs = _width_and_depth(wanted, part), _width_and_depth(given, part)
         for name, our, their in zip((f"{part} width", f"{part} depth"), ours, theirs, strict=True):
