@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mimdet.data import (
     CocoDataset,
     DataError,
     DatasetMapper,
+    FixedSizeCrop,
     RandomFlip,
     ResizeShortestEdge,
     catalog,
@@ -325,6 +327,17 @@ class TestMapper:
     def test_without_masks(self, record):
         sample = DatasetMapper(True, [], use_instance_mask=False)(record, np.random.default_rng(0))
         assert sorted(sample["targets"]) == ["boxes", "labels"]
+
+    def test_boxes_are_fitted_to_cropped_masks(self, record):
+        crop, middle = FixedSizeCrop((40, 30)), SimpleNamespace(random=lambda: 0.5)
+        clipped, fitted = (
+            DatasetMapper(True, [crop], recompute_boxes=flag)(record, middle)["targets"]["boxes"].tolist()
+            for flag in (False, True)
+        )
+        assert clipped == [[0, 10, 15, 25]] * 2
+        assert fitted == [[0, 10, 15, 21.25]] * 2
+        with pytest.raises(ValueError, match="set use_instance_mask too"):
+            DatasetMapper(True, [], use_instance_mask=False, recompute_boxes=True)
 
     def test_channel_order(self, record):
         rgb, bgr = (DatasetMapper(False, [], image_format=f)(record, None)["image"] for f in ("RGB", "BGR"))

@@ -24,9 +24,11 @@ class Detector(nn.Module):
 
     Attributes:
         predicts_masks: whether detections have masks and training needs them.
+        lsj_postprocess: whether detections return to the pictures by one factor for both axes.
     """
 
     predicts_masks = True
+    lsj_postprocess = False
 
     def __init__(
         self,
@@ -119,13 +121,16 @@ class Detector(nn.Module):
             "labels": target["labels"].to(self.device, torch.int64),
         }
 
-    @staticmethod
     @torch.no_grad()
     def _resize(
-        detection: dict[str, torch.Tensor], old: tuple[int, int], new: tuple[int, int]
+        self, detection: dict[str, torch.Tensor], old: tuple[int, int], new: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
         new = (int(new[0]), int(new[1]))
-        boxes = clip_boxes(scale_boxes(detection["boxes"], old, new), new)
+        if self.lsj_postprocess:
+            scaled = detection["boxes"] * max(new[0] / old[0], new[1] / old[1])
+        else:
+            scaled = scale_boxes(detection["boxes"], old, new)
+        boxes = clip_boxes(scaled, new)
         keep = nonempty(boxes)
         found = {"boxes": boxes[keep], "scores": detection["scores"][keep], "labels": detection["labels"][keep]}
         if "mask_probabilities" in detection:

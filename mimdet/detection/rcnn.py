@@ -22,6 +22,8 @@ class GeneralizedRCNN(Detector):
         roi_heads: a ``StandardROIHeads`` or ``CascadeROIHeads``.
         pixel_mean, pixel_std: of each channel, on the 0..255 scale, in the order of ``input_format``.
         input_format: only "RGB".
+        lsj_postprocess: pictures are padded to one fixed size on the right or at the bottom, as ``FixedSizeCrop``
+            leaves them, so detections return to ``output_sizes`` by one factor: the larger of the two sides' ratios.
     """
 
     def __init__(
@@ -33,10 +35,12 @@ class GeneralizedRCNN(Detector):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         input_format: str = "RGB",
+        lsj_postprocess: bool = False,
     ):
         super().__init__(backbone=backbone, pixel_mean=pixel_mean, pixel_std=pixel_std, input_format=input_format)
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
+        self.lsj_postprocess = lsj_postprocess
 
     @property
     def num_classes(self) -> int:
