@@ -121,13 +121,16 @@ def test_two_processes(run, tmp_path):
     assert checkpoint(tmp_path / "model_final.pth")["iteration"] == 1
 
 
-def test_flags_of_the_original():
-    args = train.parse(["--config-file", "c.py", "--num-gpus", "8", "--num-machines", "2", "--node_rank", "1"])
-    assert (args.num_gpus, args.num_machines, args.machine_rank) == (8, 2, 1)
-    args = train.parse(
-        ["--config-file", "c.py", "--machine-rank", "1", "--master_addr", "host", "--master_port", "1234", "a.b=1"]
-    )
-    assert (args.machine_rank, args.dist_url, args.opts) == (1, "tcp://host:1234", ["a.b=1"])
+@pytest.mark.parametrize(
+    ("flags", "rank", "url"),
+    [
+        ("--num-gpus 8 --num-machines 2 --node_rank 1 --dist-url tcp://a:1", 1, "tcp://a:1"),
+        ("--num-gpus 8 --machine-rank 1 --master_addr host --master_port 1234", 1, "tcp://host:1234"),
+    ],
+)
+def test_flags_of_the_original(flags, rank, url):
+    args = train.parse(["--config-file", "c.py", *flags.split(), "a.b=1"])
+    assert (args.num_gpus, args.machine_rank, args.dist_url, args.opts) == (8, rank, url, ["a.b=1"])
 
 
 @pytest.mark.parametrize(
