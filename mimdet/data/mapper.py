@@ -7,6 +7,7 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 from .coco import read_image
+from .errors import DataError
 from .transforms import AugmentationList, clip_targets, mask_boxes
 
 
@@ -23,7 +24,8 @@ class DatasetMapper:
         image_format: order of the channels, "RGB" or "BGR".
         recompute_boxes: fit the boxes anew to what the augmentations left of the masks; needs `use_instance_mask`.
 
-    Raises DataError for pictures that are missing, damaged or of another size than the record says.
+    Raises DataError for pictures that are missing, damaged or of another size than the record says, and for
+    records without the masks that are asked for.
     """
 
     def __init__(
@@ -49,6 +51,11 @@ class DatasetMapper:
         targets = None
         if self.is_train:
             keys = ("boxes", "labels", "masks") if self.use_instance_mask else ("boxes", "labels")
+            if self.use_instance_mask and "masks" not in record:
+                raise DataError(
+                    f"image {record['image_id']} comes without masks: set the mapper's use_instance_mask=False, as the "
+                    "dataset's use_masks is"
+                )
             targets = {key: record[key] for key in keys}
         image, targets = self.augmentations(image, targets, rng)
         pixels = F.pil_to_tensor(image)
