@@ -60,6 +60,7 @@ setup(
         "mimdet.bench",
         "mimdet.configs",
         "mimdet.configs.common",
+        "mimdet.configs.detectron2",
     ],
     package_dir={
         "mimdet": "mimdet",
@@ -67,6 +68,7 @@ setup(
         "mimdet.bench": "bench",
         "mimdet.configs": "configs",
         "mimdet.configs.common": "configs/common",
+        "mimdet.configs.detectron2": "configs/detectron2",
     },
     package_data={"mimdet.kernels": ["csrc/*"], "mimdet.bench": ["*.json"]},
     cmdclass={"build_py": BuildKernels, "bdist_wheel": PlatformWheel},

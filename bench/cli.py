@@ -212,6 +212,44 @@ def roofline(
     typer.echo(f"results in {options.output}")
 
 
+@app.command("detectron2")
+def detectron2(
+    original: Annotated[
+        Path, typer.Option(help="Checkout of the original MIMDet.", envvar="MIMDET_ORIGINAL", show_default=False)
+    ],
+    opts: Overrides = None,
+    ratio: Annotated[float, typer.Option(help="Keep ratio.")] = 0.5,
+    peers: Peers = None,
+    size: Size = None,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    rounds: Rounds = 15,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> None:
+    """A training step of the backbone inside Detectron2's pyramid, beside the original MIMDet's own code.
+
+    Detectron2 must be there. Overrides are of both configs, and in Detectron2's form.
+    """
+    from .detectron2 import PEERS, Options, run_detectron2
+
+    where = _device(device)
+    options = Options(
+        device=where,
+        original=original,
+        output=_output(output, "detectron2"),
+        ratio=_ratio(ratio),
+        peers=tuple(peers or PEERS),
+        overrides=tuple(opts or ()),
+        size=_picture(size, where),
+        batch=batch,
+        dtype=_dtype(dtype, where),
+        rounds=rounds,
+    )
+    run_detectron2(options)
+    typer.echo(f"results in {options.output}")
+
+
 @app.command("gpu")
 def gpu(
     part: Annotated[list[str] | None, typer.Option(help="Part to run; may be repeated. Default: all.")] = None,

@@ -74,7 +74,7 @@ def workload(detector: nn.Module, optimizer: torch.optim.Optimizer, mode: str, k
     parameters = list(model.parameters())
     resident = sum(p.nbytes for p in parameters)
     if whole:
-        images, targets = random_batch(setting.batch, setting.size, model.roi_heads.num_classes, setting.device)
+        images, targets = random_batch(setting.batch, setting.size, model.num_classes, setting.device)
     else:
         images, targets = pictures(setting), None
 

@@ -19,7 +19,7 @@ from .sampling import TokenSplit, cell_sizes, check_ratio, sampling_noise, split
 from .shapes import ImageList
 from .stems import make_stem
 from .vit import Pending, init_vit_weights, make_blocks, run_blocks, run_layers
-from .windows import split_windows
+from .window_sequences import split_windows
 
 MAE_NORM = partial(nn.LayerNorm, eps=1e-6)
 

@@ -1,72 +1,45 @@
-"""Attention inside windows: the encoder's tokens in the order of windows, each a sequence (paper, Table 8)."""
+"""Feature maps cut into square windows, and put together again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-
-import numpy as np
 import torch
-
-from .sampling import TokenSplit
-from .sequences import Sequences
+import torch.nn.functional as F
 
 
-@lru_cache(maxsize=256)
-def window_order(rows: int, columns: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cells of a grid in the order of its windows, and how many each has.
-
-    Windows begin at the top left and are in raster order, as are the cells of each. Those at the right and the bottom
-    have what the grid has left: nothing is padded.
-
-    Returns:
-        (rows * columns,) int64 raster numbers of cells, (windows,) int64.
-    """
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    number = row // window * -(-columns // window) + column // window
-    return np.argsort(number, kind="stable"), np.bincount(number)
-
-
-def split_windows(
-    sizes: Sequence[tuple[int, int]], grid: tuple[int, int], window: int, packed: bool, device: torch.device
-) -> TokenSplit:
-    """Every token goes to the encoder, window after window; there is nothing to fill in.
+def window_partition(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Windows of a feature map as sequences; their cells, and they themselves in each sample, are in raster order.
 
     Args:
-        sizes: (rows, columns) of each picture's own tokens.
-        grid: (rows, columns) of the canvas.
-        window: side of a window, tokens.
-        packed: windows are those of each picture's own grid; else those of the canvas, padding included.
-        device: of the result.
+        x: (B, H, W, C). Sides that are no multiples of ``size`` are padded with zeros, at the bottom and right.
+        size: side of a window, cells.
+
+    Returns:
+        (B * ceil(H / size) * ceil(W / size), size * size, C).
+
+    Raises:
+        ValueError: x is not four-dimensional, or size is below 1.
     """
-    batch, canvas = len(sizes), grid[0] * grid[1]
-    own = list(sizes) if packed else [grid] * batch
-    keep, restore, valid, lengths = [], [], [], []
-    begin = 0
-    for b, (rows, columns) in enumerate(own):
-        order, of_window = window_order(rows, columns, window)
-        # Packed tokens are numbered through the batch; else each picture's from 0.
-        cells = (np.arange(rows)[:, None] * grid[1] + np.arange(columns)).ravel() + (b * canvas if packed else 0)
-        keep.append(cells[order])
-        restore.append(np.argsort(order) + (begin if packed else 0))
-        valid.append(cells)
-        lengths.append(of_window)
-        begin += len(order)
-    longest, starts = max(n.max() for n in lengths), np.concatenate([[0], *lengths]).cumsum()
-    groups = 1 if packed else batch
+    if x.dim() != 4 or size < 1:
+        raise ValueError(f"window_partition: x must be (B, H, W, C) and size positive, got {tuple(x.shape)} and {size}")
+    batch, height, width, channels = x.shape
+    rows, columns = -(-height // size), -(-width // size)
+    if height % size or width % size:
+        x = F.pad(x, (0, 0, 0, columns * size - width, 0, rows * size - height))
+    x = x.view(batch, rows, size, columns, size, channels).transpose(2, 3)
+    return x.reshape(batch * rows * columns, size * size, channels)
 
-    def upload(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-        pinned = device.type == "cuda"  # else the copy would wait for all that the GPU has to do
-        numbers = torch.from_numpy(np.concatenate(arrays))
-        return (numbers.pin_memory() if pinned else numbers).to(device, non_blocking=pinned)
 
-    cu_seqlens = upload([starts.astype(np.int32)])
-    keep, restore = (upload(part).view(groups, -1) for part in (keep, restore))
-    none = keep.new_empty((groups, 0))
-    if not packed:
-        encoder = Sequences((batch, canvas), cu_seqlens, int(longest), pictures=batch)
-        return TokenSplit(keep, none, restore, encoder, Sequences.equal(batch, canvas, device))
-    counts = [rows * columns for rows, columns in own]
-    whole = Sequences.packed(upload([np.cumsum([0, *counts]).astype(np.int32)]), begin, max(counts))
-    encoder = Sequences((begin, 1), cu_seqlens, int(longest), whole.owner, batch)
-    return TokenSplit(keep, none, restore, encoder, whole, upload(valid), own)
+def window_reverse(windows: torch.Tensor, size: int, height: int, width: int) -> torch.Tensor:
+    """The feature map (B, height, width, C) whose ``window_partition`` is ``windows``; padding is cut off.
+
+    Raises:
+        ValueError: the windows do not fill maps of that height and width.
+    """
+    rows, columns = -(-height // size), -(-width // size)
+    if windows.dim() != 3 or windows.shape[1] != size * size or windows.shape[0] % (rows * columns):
+        raise ValueError(
+            f"window_reverse: a {height}x{width} map has {rows * columns} windows of {size * size} cells, "
+            f"got {tuple(windows.shape)}"
+        )
+    x = windows.reshape(-1, rows, columns, size, size, windows.shape[2]).transpose(2, 3)
+    return x.reshape(-1, rows * size, columns * size, windows.shape[2])[:, :height, :width]
