@@ -76,13 +76,14 @@ def test_native_weights_give_the_same_detections(model):
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda f: f.stem)
 def test_native_configs_load_with_detectron2s_lazy_config(file):
     cfg = LazyConfig.load(str(file))
-    LazyConfig.apply_overrides(cfg, ["model.backbone.bottom_up.sample_ratio=1.0"])
+    samples = "sample_ratio" in cfg.model.backbone.bottom_up
+    LazyConfig.apply_overrides(cfg, ["model.backbone.bottom_up.sample_ratio=1.0"] if samples else [])
     with torch.device("meta"):
         model = instantiate(cfg.model)
-    assert type(model).__module__ == "mimdet.detection.rcnn"
-    assert model.backbone.bottom_up.sample_ratio == 1.0
+    assert type(model).__module__.startswith("mimdet.detection.")
+    assert not samples or model.backbone.bottom_up.sample_ratio == 1.0
     cfg.optimizer.params.model = model
-    assert len(instantiate(cfg.optimizer).param_groups) > 3
+    assert len(instantiate(cfg.optimizer).param_groups) > 1
     assert instantiate(cfg.lr_multiplier)(0.5) > 0
     assert len(instantiate(cfg.dataloader.train.mapper).augmentations.augs) > 1
 
