@@ -118,7 +118,7 @@ def _switch(file: str, name: str) -> str:
 def _retarget(node: DictConfig) -> None:
     dotted = _dotted(node[TARGET])
     name = dotted.rsplit(".", 1)[-1]
-    if not dotted.startswith("mimdet.") or name in _KEPT:
+    if not dotted.startswith("mimdet.") or dotted.startswith(f"{__package__}.") or name in _KEPT:
         return
     if name not in _MODULES and name not in _RENAMED:
         raise ValueError(f"Detectron2 has no counterpart of {dotted} that {__package__} knows")
