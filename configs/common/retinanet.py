@@ -5,6 +5,7 @@ from mimdet.detection import (
     FPN,
     Box2BoxTransform,
     DefaultAnchorGenerator,
+    InferencePasses,
     LastLevelP6P7,
     Matcher,
     RetinaNet,
@@ -45,4 +46,5 @@ model = L(RetinaNet)(
     pixel_mean=[123.675, 116.28, 103.53],
     pixel_std=[58.395, 57.12, 57.375],
     input_format="RGB",
+    inference=L(InferencePasses)(passes=1, ratio=None),
 )

@@ -9,6 +9,7 @@ from .fpn import FPN, LastLevelMaxPool, LastLevelP6P7
 from .mask_head import MaskRCNNConvUpsampleHead
 from .matcher import Matcher
 from .norm import NaiveSyncBatchNorm
+from .passes import InferencePasses
 from .pooler import ROIPooler
 from .rcnn import GeneralizedRCNN
 from .retinanet import RetinaNet, RetinaNetHead
@@ -25,6 +26,7 @@ __all__ = [
     "FastRCNNConvFCHead",
     "FastRCNNOutputLayers",
     "GeneralizedRCNN",
+    "InferencePasses",
     "LastLevelMaxPool",
     "LastLevelP6P7",
     "MaskRCNNConvUpsampleHead",

@@ -11,6 +11,7 @@ from torch import nn
 from ..modeling.shapes import ImageList
 from .boxes import clip_boxes, nonempty, scale_boxes
 from .masks import paste_masks
+from .passes import InferencePasses
 from .targets import check_images, check_targets
 
 
@@ -21,6 +22,7 @@ class Detector(nn.Module):
         backbone: ``ImageList`` -> pyramid levels; has ``size_divisibility``.
         pixel_mean, pixel_std: of each channel, on the 0..255 scale, in the order of ``input_format``.
         input_format: only "RGB".
+        inference: passes in eval mode; None is one.
 
     Attributes:
         predicts_masks: whether detections have masks and training needs them.
@@ -37,11 +39,13 @@ class Detector(nn.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         input_format: str = "RGB",
+        inference: InferencePasses | None = None,
     ):
         super().__init__()
         if input_format != "RGB":
             raise ValueError(f"input_format must be 'RGB', got {input_format!r}")
         self.backbone = backbone
+        self.inference = inference or InferencePasses()
         self.register_buffer("pixel_mean", torch.tensor(list(pixel_mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(list(pixel_std)).view(-1, 1, 1), persistent=False)
 
@@ -89,7 +93,7 @@ class Detector(nn.Module):
                 int64 from 0 and, for detectors that predict them, ``masks``: N lists of COCO polygons, or
                 (N, H, W) bool.
             noise: (B, L) uniform numbers for the token sampler, L the tokens of a padded picture; see
-                ``MIMDetBackbone.forward``.
+                ``MIMDetBackbone.forward``. For several passes in eval mode (passes, B, L).
             output_sizes: in eval mode, (height, width) of each picture that detections are wanted in; default:
                 the pictures' own.
 
@@ -105,10 +109,11 @@ class Detector(nn.Module):
         if self.training:
             check_targets(targets, len(batch), self.num_classes, self.predicts_masks)
             targets = [self._to_device(t) for t in targets]
-        features = self.backbone(batch, noise=noise)
-        if self.training:
-            return self.compute_losses(features, batch.image_sizes, targets)
-        detections = self.detect(features, batch.image_sizes)
+            return self.compute_losses(self.backbone(batch, noise=noise), batch.image_sizes, targets)
+        samples = self.inference.samples(noise)
+        detections = self.inference.merge(
+            [self.detect(self.backbone(batch, **sample), batch.image_sizes) for sample in samples]
+        )
         sizes = batch.image_sizes if output_sizes is None else output_sizes
         if len(sizes) != len(detections):
             raise ValueError(f"output_sizes must name one size for each of {len(detections)} images, got {len(sizes)}")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .detector import Detector
+from .passes import InferencePasses
 
 
 class GeneralizedRCNN(Detector):
@@ -24,6 +25,7 @@ class GeneralizedRCNN(Detector):
         input_format: only "RGB".
         lsj_postprocess: pictures are padded to one fixed size on the right or at the bottom, as ``FixedSizeCrop``
             leaves them, so detections return to ``output_sizes`` by one factor: the larger of the two sides' ratios.
+        inference: passes in eval mode; None is one.
     """
 
     def __init__(
@@ -36,8 +38,15 @@ class GeneralizedRCNN(Detector):
         pixel_std: Sequence[float],
         input_format: str = "RGB",
         lsj_postprocess: bool = False,
+        inference: InferencePasses | None = None,
     ):
-        super().__init__(backbone=backbone, pixel_mean=pixel_mean, pixel_std=pixel_std, input_format=input_format)
+        super().__init__(
+            backbone=backbone,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            input_format=input_format,
+            inference=inference,
+        )
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
         self.lsj_postprocess = lsj_postprocess

@@ -18,6 +18,7 @@ from .conv import normal_fill
 from .detector import Detector
 from .matcher import Matcher, matched_truth
 from .norm import get_norm
+from .passes import InferencePasses
 
 _FIRST_NORMALIZER = 100.0
 _NORMALIZER_MOMENTUM = 0.9
@@ -113,6 +114,7 @@ class RetinaNet(Detector):
         max_detections_per_image: detections kept of each picture.
         pixel_mean, pixel_std: of each channel, on the 0..255 scale, in the order of ``input_format``.
         input_format: only "RGB".
+        inference: passes in eval mode; None is one.
 
     Raises:
         ValueError: head, levels and anchors do not fit together.
@@ -140,8 +142,15 @@ class RetinaNet(Detector):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         input_format: str = "RGB",
+        inference: InferencePasses | None = None,
     ):
-        super().__init__(backbone=backbone, pixel_mean=pixel_mean, pixel_std=pixel_std, input_format=input_format)
+        super().__init__(
+            backbone=backbone,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            input_format=input_format,
+            inference=inference,
+        )
         if anchor_generator.num_anchors != [head.num_anchors] * len(head_in_features):
             raise ValueError(
                 f"RetinaNet: the head has {head.num_anchors} anchors at a cell of each of {len(head_in_features)} "

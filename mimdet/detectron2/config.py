@@ -53,6 +53,8 @@ _KEPT = ("MIMDetDecoder", "MIMDetEncoder")
 # Arguments that only the native callable has.
 _NATIVE_ARGUMENTS = {
     "CocoDataset": ("json_file", "image_root", "use_masks"),
+    "GeneralizedRCNN": ("inference",),
+    "RetinaNet": ("inference",),
     "build_detection_test_loader": ("batch_size",),
     "build_detection_train_loader": ("seed",),
 }
@@ -70,8 +72,10 @@ def use_detectron2(
     the machine at hand: a GPU with mixed precision where there is one, else the CPU.
 
     Raises:
-        ValueError: a native class that Detectron2 has no counterpart for.
+        ValueError: a native class that Detectron2 has no counterpart for, or several passes.
     """
+    if model["inference"]["passes"] != 1 or model["inference"]["ratio"] is not None:
+        raise ValueError("model.inference: passes over samples of the tokens are of the native detectors alone")
     for section in (model, dataloader, lr_multiplier):
         for node in _calls(section):
             _retarget(node)

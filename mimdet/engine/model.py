@@ -15,6 +15,7 @@ from ..config import instantiate
 
 logger = logging.getLogger(__name__)
 
+_PRETRAINED = ("mae_checkpoint.path", "model.backbone.bottom_up.encoder.stem_pretrained")
 _CLASS_KEYS = ("model.roi_heads.num_classes", "model.num_classes")
 
 
@@ -47,11 +48,13 @@ def num_classes(cfg: DictConfig) -> tuple[str, int | None]:
 def build_model(cfg: DictConfig, pretrained: bool = True) -> nn.Module:
     """The config's model in channels_last memory, which the convolutions want.
 
-    Without ``pretrained`` its MAE file is not read, for other weights will replace it.
+    Without ``pretrained`` files of pre-trained parts are not read, for other weights will replace them.
     """
-    if not pretrained and cfg.get("mae_checkpoint"):
+    if not pretrained:
         cfg = copy.deepcopy(cfg)
-        cfg.mae_checkpoint.path = None
+        for key in _PRETRAINED:
+            if OmegaConf.select(cfg, key) is not None:
+                OmegaConf.update(cfg, key, None)
     return instantiate(cfg.model).to(memory_format=torch.channels_last)
 
 
