@@ -27,12 +27,27 @@ _DETECTORS = {
     "_mask_rcnn": _TWO_STAGES + [f"model.roi_heads.box_head.{change}" for change in _BOX_HEAD],
     "_retinanet": ["model.head.conv_dims=[16]"],
 }
+# What the encoder hands on where there is no decoder; windows that a small picture has several of.
+_WINDOWS = [
+    *(change for change in _BACKBONE if ".decoder." not in change and "_out_feature_channels" not in change),
+    "model.backbone.bottom_up.encoder.window=3",
+]
+_BACKBONES = {
+    "ablations/table8_window": [*_WINDOWS, "model.backbone.bottom_up._out_feature_channels=[12,24,48,48]"],
+    "ablations/table8_window_vit_fpn": [
+        *_WINDOWS,
+        "model.backbone.bottom_up._out_feature_channels=[48,48,48,48]",
+        "model.backbone.bottom_up.encoder.depth=3",
+        "model.backbone.bottom_up.encoder.taps=[1,2]",
+    ],
+}
 TWINS = ("mimdet_b_cascade_mask_rcnn", "mimdet_l_cascade_mask_rcnn", "mimdet_b_retinanet")
 
 
 def twin_overrides(name):
     """What makes the config ``name`` small."""
-    return [*_BACKBONE, *next(changes for ending, changes in _DETECTORS.items() if name.endswith(ending))]
+    ending = next((ending for ending in _DETECTORS if name.endswith(ending)), "_mask_rcnn")
+    return [*_BACKBONES.get(name, _BACKBONE), *_DETECTORS[ending]]
 
 
 def twin_config(name, *overrides):

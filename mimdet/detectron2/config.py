@@ -49,7 +49,7 @@ _RENAMED = {
     "GeneralizedRCNN": f"{__package__}.GeneralizedRCNNImageListForward",
     "RetinaNet": f"{__package__}.RetinaNetImageListForward",
 }
-_KEPT = ("MIMDetDecoder", "MIMDetEncoder")
+_KEPT = ("MIMDetDecoder", "MIMDetEncoder", "UpsampledTokens")
 # Arguments that only the native callable has.
 _NATIVE_ARGUMENTS = {
     "CocoDataset": ("json_file", "image_root", "use_masks"),
@@ -74,7 +74,8 @@ def use_detectron2(
     Raises:
         ValueError: a native class that Detectron2 has no counterpart for, or several passes.
     """
-    if model["inference"]["passes"] != 1 or model["inference"]["ratio"] is not None:
+    inference = model.get("inference")
+    if inference and (inference["passes"] != 1 or inference["ratio"] is not None):
         raise ValueError("model.inference: passes over samples of the tokens are of the native detectors alone")
     for section in (model, dataloader, lr_multiplier):
         for node in _calls(section):
