@@ -24,7 +24,7 @@ from .workload import MODES, PARTS, Setting, Workload, check_words, gradients, i
 # Speed-ups are given over these.
 OVER = ("original", "original-sdpa", "clean")
 # Relative distance allowed between two models: features, gradients.
-_TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (3e-2, 1e-1), "fp16": (4e-3, 2e-2)}
+TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (3e-2, 1e-1), "fp16": (4e-3, 2e-2)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Options(Setting):
         ratios, depths: every ratio at ``default``'s depth and every depth at its ratio.
         default: (ratio, depth) of the row that the others are relative to.
         modes, peers: words of ``MODES`` and ``PEERS``.
-        rounds: see ``measure``.
+        rounds: see ``measure``; 0 counts memory alone.
         output: file of results.
     """
 
@@ -91,7 +91,7 @@ def run_tables(options: Options) -> Results:
 
             bar.update(task, description=f"{mode}: rounds")
             timings = Timings({})
-            if runs:
+            if runs and options.rounds:
                 timings = measure(
                     runs, options.rounds, timer=wall_timer, warmup=1, least=0.0,
                     on_round=lambda timings, keep=keep, task=task: (keep(timings), bar.advance(task)),
@@ -125,10 +125,10 @@ def _fault(model: nn.Module, want: Mapping[str, torch.Tensor], mode: str, option
     except Exception as error:  # out of memory, a compiler that is missing: the others go on
         return f"cannot run: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
     for name, value in want.items():
-        allowed = _TOLERANCE[options.dtype]["gradient" in name]
-        distance = (_norm(got[name] - value) / _norm(value).clamp(min=1e-30)).item()
-        if not distance <= allowed:
-            return f"wrong: {name} is {distance:.2g} off, allowed {allowed:.2g}"
+        allowed = TOLERANCE[options.dtype]["gradient" in name]
+        off = distance(got[name], value)
+        if not off <= allowed:
+            return f"wrong: {name} is {off:.2g} off, allowed {allowed:.2g}"
     return None
 
 
@@ -138,7 +138,7 @@ def _outcome(model: nn.Module, mode: str, options: Options) -> dict[str, torch.T
     length = options.size[0] // 16 * (options.size[1] // 16)
     noise = torch.rand(options.batch, length, generator=torch.Generator().manual_seed(3)).to(options.device)
     torch.manual_seed(4)  # of the drop path
-    with torch.set_grad_enabled(mode == "train"), _exact_convolutions(), options.autocast():
+    with torch.set_grad_enabled(mode == "train"), exact_convolutions(), options.autocast():
         features = model(images, noise=noise)
     found = {name: feature.detach().float() for name, feature in features.items()}
     if mode == "train":
@@ -153,12 +153,15 @@ def _outcome(model: nn.Module, mode: str, options: Options) -> dict[str, torch.T
     return found
 
 
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.float64)
+def distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Relative L2 distance."""
+    off, size = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (got - want, want))
+    return (off / size.clamp(min=1e-30)).item()
 
 
 @contextlib.contextmanager
-def _exact_convolutions() -> Iterator[None]:
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions without TF32, for a comparison."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

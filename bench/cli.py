@@ -27,6 +27,9 @@ class Device(str, Enum):
 
 DeviceOption = Annotated[Device, typer.Option(help="auto takes the GPU where there is one.")]
 Rounds = Annotated[int, typer.Option(min=3, help="Interleaved rounds; 15 or more for figures to publish.")]
+TableRounds = Annotated[
+    int, typer.Option(min=0, help="Interleaved rounds; 15 or more for figures to publish, 0 to count memory alone.")
+]
 Output = Annotated[
     Path | None, typer.Option(help="File of results, .json or .csv; default: output/bench/.", show_default=False)
 ]
@@ -107,7 +110,7 @@ def table1(
     batch: Batch = 1,
     dtype: Dtype = None,
     config: Config = "mimdet_b_mask_rcnn",
-    rounds: Rounds = 15,
+    rounds: TableRounds = 15,
     device: DeviceOption = Device.auto,
     output: Output = None,
 ) -> None:
@@ -124,7 +127,7 @@ def table7(
     batch: Batch = 1,
     dtype: Dtype = None,
     config: Config = "mimdet_b_mask_rcnn",
-    rounds: Rounds = 15,
+    rounds: TableRounds = 15,
     device: DeviceOption = Device.auto,
     output: Output = None,
 ) -> None:
@@ -144,7 +147,7 @@ def backbone(
     batch: Batch = 1,
     dtype: Dtype = None,
     config: Config = "mimdet_b_mask_rcnn",
-    rounds: Rounds = 15,
+    rounds: TableRounds = 15,
     device: DeviceOption = Device.auto,
     output: Output = None,
 ) -> None:
@@ -165,6 +168,48 @@ def backbone(
         depth or (),
         mode,
     )
+
+
+@app.command("packed")
+def packed(
+    opts: Overrides = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HxW",
+            help="One picture; may be repeated. Default: 480x640, 640x480 and 320x480.",
+            show_default=False,
+        ),
+    ] = None,
+    ratio: Annotated[float, typer.Option(help="Keep ratio.")] = 0.5,
+    mode: Annotated[list[str] | None, typer.Option(help="train or inference. Default: both.")] = None,
+    dtype: Dtype = None,
+    config: Config = "mimdet_b_mask_rcnn",
+    rounds: Rounds = 15,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> None:
+    """A batch of pictures of different sizes through the backbone: on one canvas, packed, and one by one.
+
+    Packed is timed only if each picture's features and gradients are those that it has alone.
+    """
+    from .packed import Options, run_packed
+    from .workload import MODES
+
+    where = _device(device)
+    options = Options(
+        device=where,
+        output=_output(output, "packed"),
+        sizes=tuple(_picture(text, where) for text in size or ("480x640", "640x480", "320x480")),
+        ratio=_ratio(ratio),
+        modes=tuple(mode or MODES),
+        config=config,
+        overrides=tuple(opts or ()),
+        dtype=_dtype(dtype, where),
+        rounds=rounds,
+    )
+    run_packed(options)
+    typer.echo(f"results in {options.output}")
 
 
 @app.command("roofline")
@@ -305,7 +350,7 @@ def plot(
         Path | None, typer.Option(help="Folder of the pictures; default: beside each file.", show_default=False)
     ] = None,
 ) -> None:
-    """Draw each file: time and memory beside the paper's curve, or the bandwidth of every operation."""
+    """Draw each file: time and memory beside the paper's curve, every operation's bandwidth, or the roofline."""
     from .plot import plot
     from .results import Results
 

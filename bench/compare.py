@@ -45,6 +45,22 @@ def compare(before: Results, after: Results) -> list[Change]:
     return changes
 
 
+def agreement(before: Results, after: Results) -> tuple[int, int]:
+    """How many speed-ups over peers both files give for the same row, and how many of these have intervals that
+    overlap."""
+    keys = KEYS[before.kind]
+    others = {tuple(row[k] for k in keys): row for row in after.rows}
+    both = agreeing = 0
+    for row in before.rows:
+        other = others.get(tuple(row[k] for k in keys), {})
+        for name in [k for k in row if k.startswith("vs_") and not k.endswith(("_low", "_high"))]:
+            if row[name] is not None and other.get(name) is not None:
+                both += 1
+                low, high = f"{name}_low", f"{name}_high"
+                agreeing += row[low] <= other[high] and other[low] <= row[high]
+    return both, agreeing
+
+
 def show(first: Path, second: Path) -> list[Change]:
     """Print the comparison of two files."""
     before, after = Results.read(first), Results.read(second)
@@ -62,6 +78,9 @@ def show(first: Path, second: Path) -> list[Change]:
     ]
     columns = ("row", f"{first.name} ms", f"{second.name} ms", "second's speed over first's")
     out.print(report.table(f"{len(changes)} rows in both", columns, body))
+    both, agreeing = agreement(before, after)
+    if both:
+        out.print(f"speed-ups over peers: of {both} in both files, {agreeing} have intervals that overlap")
     alone = len(before.rows) + len(after.rows) - 2 * len(changes)
     if alone:
         out.print(f"{alone} rows are in one file only")

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ..files import write_bytes
 from .results import Results
+from .roofline import STEP, by_component
 
 _COLORS = {
     "ours": "#d55e00",
@@ -27,7 +28,8 @@ _BARS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#999
 
 
 def plot(results: Results, path: str | Path) -> None:
-    """Draw time and memory over keep ratio or depth, or the bandwidth of every form of every operation.
+    """Draw time and memory over keep ratio or depth, the bandwidth of every form of every operation, or components
+    beside their floors.
 
     Args:
         results: from a file.
@@ -39,7 +41,7 @@ def plot(results: Results, path: str | Path) -> None:
     rows = [row for row in results.rows if row["p50_ms"] is not None]
     if not rows:
         raise ValueError("nothing to plot: no row has a figure")
-    figure = _ops(rows, results) if results.kind == "ops" else _curves(rows)
+    figure = {"ops": _ops, "backbone": _curves, "packed": _packed, "roofline": _roofline}[results.kind](rows, results)
     figure.text(0.995, 0.002, _caption(results), ha="right", va="bottom", fontsize=6, color="#666666")
     content = io.BytesIO()
     figure.savefig(content, format=Path(path).suffix.lstrip(".") or "png")
@@ -61,7 +63,7 @@ def _caption(results: Results) -> str:
     )
 
 
-def _curves(rows: Sequence[dict]) -> Figure:
+def _curves(rows: Sequence[dict], results: Results) -> Figure:
     """A row of panels for each mode: milliseconds, time relative to the default row, memory likewise."""
     axis = "ratio" if len({row["ratio"] for row in rows}) >= len({row["depth"] for row in rows}) else "depth"
     # Rows along the other axis share one point of this one: the default's.
@@ -133,3 +135,50 @@ def _ops(rows: Sequence[dict], results: Results) -> Figure:
     first.invert_yaxis()
     figure.axes[-1].legend(fontsize=7)
     return figure
+
+
+def _roofline(rows: Sequence[dict], results: Results) -> Figure:
+    """Milliseconds of each component, forward and backward, and the least that the machine needs for it."""
+    components = by_component(rows)
+    whole = next(row for row in rows if row["component"] == STEP)
+    lines = [(f"{row['component']}, {row['direction']}", row) for row in components] + [(STEP, whole)]
+    figure = _figure(9, 1.2 + 0.32 * len(lines))
+    axes = figure.subplots()
+    for offset, column, color, label in (
+        (0.0, "p50_ms", _BARS[0], "measured"),
+        (0.4, "floor_ms", _BARS[1], "floor: the longer of its FLOPs and its bytes"),
+    ):
+        places = [place + offset for place in range(len(lines))]
+        axes.barh(places, [row[column] for _, row in lines], 0.38, color=color, label=label)
+    for place, (_, row) in enumerate(lines):
+        share = f" {row['floor_ms'] / row['p50_ms']:.0%}" if row["p50_ms"] else ""
+        axes.text(row["p50_ms"], place, share, va="center", fontsize=7)
+    axes.set_yticks([place + 0.2 for place in range(len(lines))])
+    axes.set_yticklabels([name for name, _ in lines], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    axes.set_xlabel("ms; at the bar: floor / measured")
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(fontsize=8)
+    title = "{model}, {part}, {mode}, {size}, batch {batch}, {dtype}, ratio {ratio:g}, decoder depth {depth}"
+    axes.set_title(title.format(**whole), fontsize=10)
+    return figure
+
+
+def _packed(rows: Sequence[dict], results: Results) -> Figure:
+    """Milliseconds and saved MiB of each form, a panel for each mode."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    figure = _figure(4.5 * len(modes), 3.2)
+    for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
+        chosen = [row for row in rows if row["mode"] == mode]
+        bars = axes.bar([row["form"] for row in chosen], [row["p50_ms"] for row in chosen], color=_BARS[: len(chosen)])
+        axes.bar_label(bars, [_speed_label(row) for row in chosen], fontsize=8)
+        axes.set_title(f"{mode}, ratio {chosen[0]['ratio']:g}", fontsize=10)
+        axes.set_ylabel("ms")
+        axes.margins(y=0.12)
+    figure.suptitle(f"backbone, pictures of {rows[0]['sizes']}, {rows[0]['dtype']}", fontsize=10)
+    return figure
+
+
+def _speed_label(row: dict) -> str:
+    return "" if row["vs_canvas"] is None else f"{row['vs_canvas']:.2f}x"

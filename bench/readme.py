@@ -59,7 +59,7 @@ def render(results: Results) -> str:
     versions = ", ".join(
         f"{name} {there['versions'][name]}" for name in ("torch", "triton") if name in there["versions"]
     )
-    made = {"ops": _ops, "backbone": _backbone, "roofline": _roofline}[results.kind](results.rows)
+    made = {"ops": _ops, "backbone": _backbone, "packed": _packed, "roofline": _roofline}[results.kind](results.rows)
     source = f"`{results.command}` on {there['device']}, {there['threads']} threads, {versions}, {there['date']}"
     return f"{source}:\n\n{made}"
 
@@ -70,9 +70,13 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _speed(row: dict, peer: dict | None) -> str:
-    if peer is None or not peer["samples_ms"]:
+    if peer is None or not peer["samples_ms"] or not row["samples_ms"]:
         return ""
     return str(paired_ratio(peer["samples_ms"], row["samples_ms"]))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _ops(rows: Sequence[dict]) -> str:
@@ -109,16 +113,31 @@ def _backbone(rows: Sequence[dict]) -> str:
         relative = (row[k] for k in ("relative_time", "paper_time", "relative_memory", "paper_memory"))
         peers = [r for r in rows if r["model"] == "original-sdpa" and _same_point(r, row)]
         body.append((
-            f"{row['mode']}, {row['ratio']:g}, {row['depth']}", row["model"], f"{row['p50_ms']:.4g}",
-            *("" if row[k] is None else f"{row[k]:.0f}" for k in ("saved_mib", "allocated_mib")),
+            f"{row['mode']}, {row['ratio']:g}, {row['depth']}", row["model"], _number(row["p50_ms"], ".4g"),
+            *(_number(row[k], ".0f") for k in ("saved_mib", "allocated_mib")),
             "" if row["model"] == "original-sdpa" else _speed(row, peers[0] if peers else None),
-            *("" if value is None else f"{value:.2f}" for value in relative),
+            *(_number(value, ".2f") for value in relative),
         ))  # fmt: skip
     return _markdown(columns, body)
 
 
 def _same_point(a: dict, b: dict) -> bool:
     return all(a[k] == b[k] for k in ("mode", "ratio", "depth"))
+
+
+def _packed(rows: Sequence[dict]) -> str:
+    """The forms of a batch of different pictures."""
+    columns = ("pictures, mode, ratio", "form", "ms", "saved MiB", "peak MiB", "speed vs canvas")
+    body = []
+    for row in rows:
+        if row["status"] == "ok":
+            canvas = next(r for r in rows if r["form"] == "canvas" and r["mode"] == row["mode"])
+            body.append((
+                f"{row['sizes']}, {row['mode']}, {row['ratio']:g}", row["form"], f"{row['p50_ms']:.4g}",
+                *(_number(row[k], ".0f") for k in ("saved_mib", "peak_mib")),
+                "" if row is canvas else _speed(row, canvas),
+            ))  # fmt: skip
+    return _markdown(columns, body)
 
 
 def _roofline(rows: Sequence[dict]) -> str:

@@ -64,6 +64,17 @@ COLUMNS = {
         **{f"vs_original_sdpa{end}": kind for end, kind in _RATIO.items()},
         **{f"vs_clean{end}": kind for end, kind in _RATIO.items()},
     },
+    "packed": {
+        "mode": "str",
+        "sizes": "str",
+        "dtype": "str",
+        "ratio": "float",
+        "form": "str",
+        **_TIMED,
+        "peak_mib": "float?",
+        "saved_mib": "float?",
+        **{f"vs_canvas{end}": kind for end, kind in _RATIO.items()},
+    },
     "roofline": {
         "part": "str",
         "mode": "str",
@@ -90,6 +101,7 @@ _MODEL_KEYS = ("part", "mode", "size", "batch", "dtype", "ratio", "depth", "mode
 KEYS = {
     "ops": ("op", "case", "shape", "dtype", "direction", "cache", "impl"),
     "backbone": _MODEL_KEYS,
+    "packed": ("mode", "sizes", "dtype", "ratio", "form"),
     "roofline": (*_MODEL_KEYS, "component", "direction", "op", "shapes"),
 }
 
@@ -103,7 +115,7 @@ class Results:
     """Figures of one run.
 
     Attributes:
-        kind: "ops", "backbone" or "roofline".
+        kind: "ops", "backbone", "packed" or "roofline".
         command: that made them.
         environment: see ``environment.describe``.
         limits: see ``limits.measure_limits``.

@@ -3,7 +3,7 @@
 import pytest
 from test_cli import run
 
-from mimdet.bench.compare import compare
+from mimdet.bench.compare import agreement, compare
 from mimdet.bench.plot import plot
 from mimdet.bench.results import COLUMNS, Results
 
@@ -58,6 +58,16 @@ def test_only_common_rows_of_one_kind_are_compared():
         compare(ops_results(1.0), curve_results())
     with pytest.raises(ValueError, match="no row in common"):
         compare(ops_results(1.0), Results("ops", "", {}, {}, []))
+
+
+def test_speedups_of_two_runs_agree_where_their_intervals_overlap():
+    def results(low, median, high):
+        speed = {"vs_eager": median, "vs_eager_low": low, "vs_eager_high": high}
+        return Results("ops", "", {}, {}, [row("ops", 1.0, impl=impl, **speed) for impl in ("cpp", "triton")])
+
+    assert agreement(results(1.0, 1.1, 1.2), results(1.2, 1.3, 1.4)) == (2, 2)
+    assert agreement(results(1.0, 1.1, 1.2), results(1.3, 1.4, 1.5)) == (2, 0)
+    assert agreement(ops_results(1.0), results(1.0, 1.1, 1.2)) == (0, 0)
 
 
 def test_compare_by_command(monkeypatch, tmp_path, capsys):

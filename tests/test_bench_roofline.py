@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mimdet.bench import roofline
 from mimdet.bench.count import OTHER, UPDATE, Counter
 from mimdet.bench.models import build_detector
+from mimdet.bench.plot import plot
 from mimdet.bench.results import Results
 from mimdet.bench.roofline import COMPONENTS, STEP
 from mimdet.bench.workload import Setting, idle_optimizer, workload
@@ -119,6 +120,9 @@ def test_by_command(monkeypatch, tmp_path, capsys):
         assert word in out
     rows = Results.read(path).rows
     assert {row["component"] for row in rows} == {*COMPONENTS, OTHER, UPDATE, STEP}
+    picture = tmp_path / "roofline.png"
+    plot(Results.read(path), picture)
+    assert picture.stat().st_size > 20_000
     whole, *others = rows
     assert whole["floor_ms"] == pytest.approx(sum(row["floor_ms"] for row in others), rel=1e-3)
     for row in others:
