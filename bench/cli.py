@@ -135,6 +135,41 @@ def table7(
     _tables("table7", opts, part, peers, size, batch, dtype, config, rounds, device, output, (), DEPTHS, ("train",))
 
 
+@app.command("table8")
+def table8(
+    opts: Overrides = None,
+    part: Part = "backbone",
+    mode: Annotated[list[str] | None, typer.Option(help="train or inference. Default: train.")] = None,
+    size: Size = None,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    rounds: Rounds = 15,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> None:
+    """Time and memory of the four forms of the input, beside the paper's Table 8: sampled tokens or windows.
+
+    Each form is timed only if its features and gradients are those of the same weights in plain PyTorch. Overrides are
+    of all four configs.
+    """
+    from .forms import Options, run_forms
+
+    where = _device(device)
+    options = Options(
+        device=where,
+        output=_output(output, "table8" if part == "backbone" else f"table8_{part}"),
+        part=part,
+        modes=tuple(mode or ("train",)),
+        overrides=tuple(opts or ()),
+        size=_picture(size, where),
+        batch=batch,
+        dtype=_dtype(dtype, where),
+        rounds=rounds,
+    )
+    run_forms(options)
+    typer.echo(f"results in {options.output}")
+
+
 @app.command("backbone")
 def backbone(
     opts: Overrides = None,
@@ -376,6 +411,8 @@ def _tables(name, opts, part, peers, size, batch, dtype, config, rounds, device,
 
     where = _device(device)
     default = load(config, opts or []).model.backbone.bottom_up
+    if default.decoder is None:
+        raise ValueError(f"config {config} has no decoder to vary; mimdet bench table8 measures it")
     options = Options(
         device=where,
         output=_output(output, name if part == "backbone" else f"{name}_{part}"),

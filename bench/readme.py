@@ -59,7 +59,8 @@ def render(results: Results) -> str:
     versions = ", ".join(
         f"{name} {there['versions'][name]}" for name in ("torch", "triton") if name in there["versions"]
     )
-    made = {"ops": _ops, "backbone": _backbone, "packed": _packed, "roofline": _roofline}[results.kind](results.rows)
+    kinds = {"ops": _ops, "backbone": _backbone, "forms": _forms, "packed": _packed, "roofline": _roofline}
+    made = kinds[results.kind](results.rows)
     source = f"`{results.command}` on {there['device']}, {there['threads']} threads, {versions}, {there['date']}"
     return f"{source}:\n\n{made}"
 
@@ -123,6 +124,24 @@ def _backbone(rows: Sequence[dict]) -> str:
 
 def _same_point(a: dict, b: dict) -> bool:
     return all(a[k] == b[k] for k in ("mode", "ratio", "depth"))
+
+
+def _forms(rows: Sequence[dict]) -> str:
+    """The forms of Table 8 beside the paper's parameters and hours."""
+    columns = (
+        "mode, form", "params M", "paper's", "ms", "time, relative", "paper's", "saved MiB", "peak MiB",
+        "memory, relative",
+    )  # fmt: skip
+    body = [
+        (
+            f"{row['mode']}, {row['form']}", f"{row['parameters'] / 1e6:.1f}", f"{row['paper_parameters_m']:g}",
+            _number(row["p50_ms"], ".4g"), _number(row["relative_time"], ".2f"), f"{row['paper_time']:.2f}",
+            *(_number(row[k], ".0f") for k in ("saved_mib", "allocated_mib")), _number(row["relative_memory"], ".2f"),
+        )
+        for row in rows
+        if row["status"] == "ok"
+    ]  # fmt: skip
+    return _markdown(columns, body)
 
 
 def _packed(rows: Sequence[dict]) -> str:
