@@ -397,7 +397,7 @@ def plot(
 
 @app.command("readme")
 def readme(path: Annotated[Path, typer.Argument(help="Markdown with places for results.")] = Path("README.md")) -> None:
-    """Fill a README's tables from the files of results that it names."""
+    """Fill a README's tables from the files of results, and the folders of configs, that it names."""
     from .readme import update
 
     typer.echo(f"{path}: {'filled' if update(path) else 'as it was'}")

@@ -8,26 +8,30 @@ from pathlib import Path
 
 from ..files import write_bytes
 from ..kernels.selector import WORDS
+from . import configs
 from .measure import paired_ratio
 from .results import Results
 from .roofline import STEP, by_component
 
 # <!-- results: bench/results/<device>/ops.json dtype=fp32 --> table <!-- end of results -->
 _PLACE = re.compile(r"(<!-- results: (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+# <!-- configs: configs --> table <!-- end of configs -->
+_CONFIGS = re.compile(r"(<!-- configs: (\S+) -->\n).*?(<!-- end of configs -->)", re.DOTALL)
 _OURS = ("triton", "cuda", "cpp")
 
 
 def fill(text: str, root: Path) -> str:
     """``text`` with every place for results filled from its file, which is named relative to ``root``.
 
-    Words such as dtype=fp32 after the file's name choose its rows.
+    Words such as dtype=fp32 after the file's name choose its rows. A place for configs gets a row of each in the
+    folder that it names.
 
     Raises:
         FileNotFoundError: a file that is not there.
         ResultsError: a file that holds something else.
         ValueError: no place at all, or one whose conditions no row meets.
     """
-    if not _PLACE.search(text):
+    if not _PLACE.search(text) and not _CONFIGS.search(text):
         raise ValueError(
             "no place for results: <!-- results: FILE --> and <!-- end of results --> on lines of their own"
         )
@@ -41,7 +45,10 @@ def fill(text: str, root: Path) -> str:
             raise ValueError(f"{place[2]}: no row with{place[3]}")
         return place[1] + render(results) + place[4]
 
-    return _PLACE.sub(filled, text)
+    def listed(place: re.Match) -> str:
+        return place[1] + _markdown(configs.COLUMNS, configs.rows(root / place[2]), right=(2,)) + place[3]
+
+    return _CONFIGS.sub(listed, _PLACE.sub(filled, text))
 
 
 def update(path: Path) -> bool:
@@ -65,8 +72,10 @@ def render(results: Results) -> str:
     return f"{source}:\n\n{made}"
 
 
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] | None = None) -> str:
+    """A table; figures, in the columns ``right``, by default all but the first, to the right."""
+    right = range(1, len(columns)) if right is None else right
+    lines = [columns, ["--:" if i in right else "---" for i in range(len(columns))], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
