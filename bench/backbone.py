@@ -75,12 +75,12 @@ def run_tables(options: Options) -> Results:
             works, faults, notes = {}, {}, {}
             for ratio, depth in options.rows():
                 plain = bottom_up(variant(detector, "original", ratio, depth)).train(mode == "train")
-                want = _outcome(plain, mode, options)
+                want = outcome(plain, mode, options)
                 for key in [key for key in keys if key[:2] == (ratio, depth)]:
                     works[key] = workload(detector, optimizer, mode, key, options)
-                    faults[key] = _fault(works[key].model, want, mode, options)
+                    faults[key] = find_fault(works[key].model, want, mode, options)
                     if faults[key] is None:
-                        notes[key] = _memory(works[key], mode, options)
+                        notes[key] = memory_of(works[key], mode, options)
                     bar.advance(task)
             done, runs = list(found.rows), {key: works[key].step for key in keys if faults[key] is None}
 
@@ -118,10 +118,10 @@ def _settings(options: Options) -> contextlib.AbstractContextManager:
     return stack
 
 
-def _fault(model: nn.Module, want: Mapping[str, torch.Tensor], mode: str, options: Options) -> str | None:
+def find_fault(model: nn.Module, want: Mapping[str, torch.Tensor], mode: str, options: Options) -> str | None:
     """Why this model must not be timed: features or gradients that are not the plain reference's."""
     try:
-        got = _outcome(model if options.part == "backbone" else bottom_up(model), mode, options)
+        got = outcome(model if options.part == "backbone" else bottom_up(model), mode, options)
     except Exception as error:  # out of memory, a compiler that is missing: the others go on
         return f"cannot run: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
     for name, value in want.items():
@@ -132,7 +132,7 @@ def _fault(model: nn.Module, want: Mapping[str, torch.Tensor], mode: str, option
     return None
 
 
-def _outcome(model: nn.Module, mode: str, options: Options) -> dict[str, torch.Tensor]:
+def outcome(model: nn.Module, mode: str, options: Options) -> dict[str, torch.Tensor]:
     """Features, and in training the gradient of all encoder, decoder and stem parameters, each as one vector."""
     images = pictures(options)
     length = options.size[0] // 16 * (options.size[1] // 16)
@@ -145,8 +145,12 @@ def _outcome(model: nn.Module, mode: str, options: Options) -> dict[str, torch.T
         # Not through c5: its pooling hands a gradient to the larger of two cells that may differ by rounding alone.
         smooth = {name: feature for name, feature in features.items() if name != "c5"}
         torch.autograd.backward(list(smooth.values()), gradients(smooth))
-        for part in ("encoder.patch_embed", "encoder.blocks", "decoder"):
-            named = [p for _, p in sorted(model.get_submodule(part).named_parameters()) if p.requires_grad]
+        parts = {f"encoder.{name}": getattr(model.encoder, name) for name in ("patch_embed", "blocks")}
+        parts |= {name: getattr(model, name, None) for name in ("decoder", "pyramid")}
+        for part, module in parts.items():
+            if module is None:  # a form without it
+                continue
+            named = [p for _, p in sorted(module.named_parameters()) if p.requires_grad]
             found[f"gradient of {part}"] = torch.cat([p.grad.flatten() for p in named])
         for parameter in model.parameters():
             parameter.grad = None
@@ -170,7 +174,7 @@ def exact_convolutions() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def _memory(work: Workload, mode: str, options: Options) -> dict[str, float | None]:
+def memory_of(work: Workload, mode: str, options: Options) -> dict[str, float | None]:
     work.step()
     gpu = torch.device(options.device).type == "cuda"
     if gpu:

@@ -135,6 +135,41 @@ def table7(
     _tables("table7", opts, part, peers, size, batch, dtype, config, rounds, device, output, (), DEPTHS, ("train",))
 
 
+@app.command("table8")
+def table8(
+    opts: Overrides = None,
+    part: Part = "backbone",
+    mode: Annotated[list[str] | None, typer.Option(help="train or inference. Default: train.")] = None,
+    size: Size = None,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    rounds: Rounds = 15,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> None:
+    """Time and memory of the four forms of the input, beside the paper's Table 8: sampled tokens or windows.
+
+    Each form is timed only if its features and gradients are those of the same weights in plain PyTorch. Overrides are
+    of all four configs.
+    """
+    from .forms import Options, run_forms
+
+    where = _device(device)
+    options = Options(
+        device=where,
+        output=_output(output, "table8" if part == "backbone" else f"table8_{part}"),
+        part=part,
+        modes=tuple(mode or ("train",)),
+        overrides=tuple(opts or ()),
+        size=_picture(size, where),
+        batch=batch,
+        dtype=_dtype(dtype, where),
+        rounds=rounds,
+    )
+    run_forms(options)
+    typer.echo(f"results in {options.output}")
+
+
 @app.command("backbone")
 def backbone(
     opts: Overrides = None,
@@ -257,6 +292,44 @@ def roofline(
     typer.echo(f"results in {options.output}")
 
 
+@app.command("detectron2")
+def detectron2(
+    original: Annotated[
+        Path, typer.Option(help="Checkout of the original MIMDet.", envvar="MIMDET_ORIGINAL", show_default=False)
+    ],
+    opts: Overrides = None,
+    ratio: Annotated[float, typer.Option(help="Keep ratio.")] = 0.5,
+    peers: Peers = None,
+    size: Size = None,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    rounds: Rounds = 15,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> None:
+    """A training step of the backbone inside Detectron2's pyramid, beside the original MIMDet's own code.
+
+    Detectron2 must be there. Overrides are of both configs, and in Detectron2's form.
+    """
+    from .detectron2 import PEERS, Options, run_detectron2
+
+    where = _device(device)
+    options = Options(
+        device=where,
+        original=original,
+        output=_output(output, "detectron2"),
+        ratio=_ratio(ratio),
+        peers=tuple(peers or PEERS),
+        overrides=tuple(opts or ()),
+        size=_picture(size, where),
+        batch=batch,
+        dtype=_dtype(dtype, where),
+        rounds=rounds,
+    )
+    run_detectron2(options)
+    typer.echo(f"results in {options.output}")
+
+
 @app.command("gpu")
 def gpu(
     part: Annotated[list[str] | None, typer.Option(help="Part to run; may be repeated. Default: all.")] = None,
@@ -324,7 +397,7 @@ def plot(
 
 @app.command("readme")
 def readme(path: Annotated[Path, typer.Argument(help="Markdown with places for results.")] = Path("README.md")) -> None:
-    """Fill a README's tables from the files of results that it names."""
+    """Fill a README's tables from the files of results, and the folders of configs, that it names."""
     from .readme import update
 
     typer.echo(f"{path}: {'filled' if update(path) else 'as it was'}")
@@ -338,6 +411,8 @@ def _tables(name, opts, part, peers, size, batch, dtype, config, rounds, device,
 
     where = _device(device)
     default = load(config, opts or []).model.backbone.bottom_up
+    if default.decoder is None:
+        raise ValueError(f"config {config} has no decoder to vary; mimdet bench table8 measures it")
     options = Options(
         device=where,
         output=_output(output, name if part == "backbone" else f"{name}_{part}"),

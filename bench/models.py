@@ -40,11 +40,13 @@ PEERS: dict[str, tuple[str, Callable[[MIMDetBackbone], nn.Module]]] = {
 }
 
 
-def build_detector(config: str, overrides: Sequence[str], depth: int, device: str) -> nn.Module:
-    """A config's detector with random weights, without checkpointing and with ``depth`` decoder blocks."""
+def build_detector(config: str, overrides: Sequence[str], depth: int | None, device: str) -> nn.Module:
+    """A config's detector with random weights, without checkpointing and with ``depth`` decoder blocks; None leaves
+    the decoder to the config."""
     cfg = load(config, overrides)
     cfg.model.backbone.bottom_up.encoder.checkpointing = False
-    cfg.model.backbone.bottom_up.decoder.depth = depth
+    if depth is not None:
+        cfg.model.backbone.bottom_up.decoder.depth = depth
     torch.manual_seed(0)
     return build_model(cfg, pretrained=False).to(device)
 

@@ -8,26 +8,30 @@ from pathlib import Path
 
 from ..files import write_bytes
 from ..kernels.selector import WORDS
+from . import configs
 from .measure import paired_ratio
 from .results import Results
 from .roofline import STEP, by_component
 
 # <!-- results: bench/results/<device>/ops.json dtype=fp32 --> table <!-- end of results -->
 _PLACE = re.compile(r"(<!-- results: (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+# <!-- configs: configs --> table <!-- end of configs -->
+_CONFIGS = re.compile(r"(<!-- configs: (\S+) -->\n).*?(<!-- end of configs -->)", re.DOTALL)
 _OURS = ("triton", "cuda", "cpp")
 
 
 def fill(text: str, root: Path) -> str:
     """``text`` with every place for results filled from its file, which is named relative to ``root``.
 
-    Words such as dtype=fp32 after the file's name choose its rows.
+    Words such as dtype=fp32 after the file's name choose its rows. A place for configs gets a row of each in the
+    folder that it names.
 
     Raises:
         FileNotFoundError: a file that is not there.
         ResultsError: a file that holds something else.
         ValueError: no place at all, or one whose conditions no row meets.
     """
-    if not _PLACE.search(text):
+    if not _PLACE.search(text) and not _CONFIGS.search(text):
         raise ValueError(
             "no place for results: <!-- results: FILE --> and <!-- end of results --> on lines of their own"
         )
@@ -41,7 +45,10 @@ def fill(text: str, root: Path) -> str:
             raise ValueError(f"{place[2]}: no row with{place[3]}")
         return place[1] + render(results) + place[4]
 
-    return _PLACE.sub(filled, text)
+    def listed(place: re.Match) -> str:
+        return place[1] + _markdown(configs.COLUMNS, configs.rows(root / place[2]), right=(2,)) + place[3]
+
+    return _CONFIGS.sub(listed, _PLACE.sub(filled, text))
 
 
 def update(path: Path) -> bool:
@@ -59,13 +66,16 @@ def render(results: Results) -> str:
     versions = ", ".join(
         f"{name} {there['versions'][name]}" for name in ("torch", "triton") if name in there["versions"]
     )
-    made = {"ops": _ops, "backbone": _backbone, "packed": _packed, "roofline": _roofline}[results.kind](results.rows)
+    kinds = {"ops": _ops, "backbone": _backbone, "forms": _forms, "packed": _packed, "roofline": _roofline}
+    made = kinds[results.kind](results.rows)
     source = f"`{results.command}` on {there['device']}, {there['threads']} threads, {versions}, {there['date']}"
     return f"{source}:\n\n{made}"
 
 
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] | None = None) -> str:
+    """A table; figures, in the columns ``right``, by default all but the first, to the right."""
+    right = range(1, len(columns)) if right is None else right
+    lines = [columns, ["--:" if i in right else "---" for i in range(len(columns))], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -123,6 +133,24 @@ def _backbone(rows: Sequence[dict]) -> str:
 
 def _same_point(a: dict, b: dict) -> bool:
     return all(a[k] == b[k] for k in ("mode", "ratio", "depth"))
+
+
+def _forms(rows: Sequence[dict]) -> str:
+    """The forms of Table 8 beside the paper's parameters and hours."""
+    columns = (
+        "mode, form", "params M", "paper's", "ms", "time, relative", "paper's", "saved MiB", "peak MiB",
+        "memory, relative",
+    )  # fmt: skip
+    body = [
+        (
+            f"{row['mode']}, {row['form']}", f"{row['parameters'] / 1e6:.1f}", f"{row['paper_parameters_m']:g}",
+            _number(row["p50_ms"], ".4g"), _number(row["relative_time"], ".2f"), f"{row['paper_time']:.2f}",
+            *(_number(row[k], ".0f") for k in ("saved_mib", "allocated_mib")), _number(row["relative_memory"], ".2f"),
+        )
+        for row in rows
+        if row["status"] == "ok"
+    ]  # fmt: skip
+    return _markdown(columns, body)
 
 
 def _packed(rows: Sequence[dict]) -> str:

@@ -64,6 +64,24 @@ COLUMNS = {
         **{f"vs_original_sdpa{end}": kind for end, kind in _RATIO.items()},
         **{f"vs_clean{end}": kind for end, kind in _RATIO.items()},
     },
+    "forms": {
+        "part": "str",
+        "mode": "str",
+        "size": "str",
+        "batch": "int",
+        "dtype": "str",
+        "form": "str",
+        "config": "str",
+        **_TIMED,
+        "parameters": "int",
+        "paper_parameters_m": "float",
+        "allocated_mib": "float?",
+        "reserved_mib": "float?",
+        "saved_mib": "float?",
+        "relative_time": "float?",
+        "relative_memory": "float?",
+        "paper_time": "float",
+    },
     "packed": {
         "mode": "str",
         "sizes": "str",
@@ -101,6 +119,7 @@ _MODEL_KEYS = ("part", "mode", "size", "batch", "dtype", "ratio", "depth", "mode
 KEYS = {
     "ops": ("op", "case", "shape", "dtype", "direction", "cache", "impl"),
     "backbone": _MODEL_KEYS,
+    "forms": ("part", "mode", "size", "batch", "dtype", "form"),
     "packed": ("mode", "sizes", "dtype", "ratio", "form"),
     "roofline": (*_MODEL_KEYS, "component", "direction", "op", "shapes"),
 }
@@ -115,7 +134,7 @@ class Results:
     """Figures of one run.
 
     Attributes:
-        kind: "ops", "backbone", "packed" or "roofline".
+        kind: "ops", "backbone", "forms", "packed" or "roofline".
         command: that made them.
         environment: see ``environment.describe``.
         limits: see ``limits.measure_limits``.

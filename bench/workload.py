@@ -68,13 +68,17 @@ def idle_optimizer(detector: nn.Module) -> torch.optim.Optimizer:
 def workload(detector: nn.Module, optimizer: torch.optim.Optimizer, mode: str, key: Key, setting: Setting) -> Workload:
     """One step of a peer at a keep ratio and depth; ``optimizer`` is used by a whole detector alone."""
     ratio, depth, peer = key
-    model = variant(detector, peer, ratio, depth)
+    return step_of(variant(detector, peer, ratio, depth), optimizer, mode, setting)
+
+
+def step_of(detector: nn.Module, optimizer: torch.optim.Optimizer, mode: str, setting: Setting) -> Workload:
+    """One step of a detector as it is, or of its backbone."""
     whole = setting.part == "detector"
-    model = (model if whole else bottom_up(model)).train(mode == "train")
+    model = (detector if whole else bottom_up(detector)).train(mode == "train")
     parameters = list(model.parameters())
     resident = sum(p.nbytes for p in parameters)
     if whole:
-        images, targets = random_batch(setting.batch, setting.size, model.roi_heads.num_classes, setting.device)
+        images, targets = random_batch(setting.batch, setting.size, model.num_classes, setting.device)
     else:
         images, targets = pictures(setting), None
 

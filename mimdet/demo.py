@@ -83,5 +83,6 @@ def _summary(metrics: dict) -> Table:
     for column in ("", "AP", "AP50", "AP75"):
         table.add_column(column, justify="left" if not column else "right")
     for task, name in (("bbox", "box"), ("segm", "mask")):
-        table.add_row(name, *(f"{metrics[task][key]:.3f}" for key in ("AP", "AP50", "AP75")))
+        if task in metrics:
+            table.add_row(name, *(f"{metrics[task][key]:.3f}" for key in ("AP", "AP50", "AP75")))
     return table

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image, ImageOps
 from rich.progress import Progress
 from torchvision.transforms.v2 import functional as F
@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as F
 from .checkpoint.read import CheckpointError, read_checkpoint, state_dict_of, strip_prefixes
 from .config import apply_overrides, from_yaml, instantiate, load
 from .data import COCO_CATEGORIES, DataError
-from .engine.model import build_model, match_num_classes
+from .engine.model import build_model, match_num_classes, num_classes
 from .engine.weights import load_state
 from .evaluation import to_coco_results
 from .files import write_json
@@ -69,7 +69,7 @@ class Predictor:
         apply_overrides(cfg, overrides)
         if "classes" in meta:
             match_num_classes(cfg, SimpleNamespace(classes=meta["classes"]), overrides)
-        self.classes, self.category_ids = _categories(meta, OmegaConf.select(cfg, "model.roi_heads.num_classes"))
+        self.classes, self.category_ids = _categories(meta, num_classes(cfg)[1])
         self.score_threshold = score_threshold
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,8 +88,8 @@ class Predictor:
 
         Returns:
             in pixels of the picture as given (files are turned as their EXIF orientation says), on the CPU, best
-            first: ``boxes`` float32 (N, 4) xyxy, ``scores`` (N,), ``labels`` int64 (N,), ``masks`` bool (N, H, W),
-            and ``class_names``, N str.
+            first: ``boxes`` float32 (N, 4) xyxy, ``scores`` (N,), ``labels`` int64 (N,), ``masks`` bool (N, H, W)
+            unless the detector predicts none, and ``class_names``, N str.
 
         Raises:
             DataError: the picture cannot be read, or is of another form.

@@ -4,9 +4,10 @@ import pytest
 import torch
 from test_cli import run
 
-from mimdet.bench import backbone
+from mimdet.bench import backbone, forms
 from mimdet.bench.backbone import Options, paper, run_tables
 from mimdet.bench.models import PEERS, with_child
+from mimdet.bench.readme import render
 from mimdet.bench.results import Results
 
 LIMITS = {"copy_gb_s": 10.0, "gemm_float32_tflop_s": 0.1}
@@ -22,7 +23,8 @@ OVERRIDES = (
 
 @pytest.fixture(autouse=True)
 def limits(monkeypatch):
-    monkeypatch.setattr(backbone, "measure_limits", lambda device, dtypes: LIMITS)
+    for module in (backbone, forms):
+        monkeypatch.setattr(module, "measure_limits", lambda device, dtypes: LIMITS)
 
 
 def options(tmp_path, **changes):
@@ -71,6 +73,53 @@ def test_depths_of_the_detector(tmp_path):
     assert [(row["depth"], row["model"]) for row in found.rows] == [(d, m) for d in (1, 2) for m in chosen.peers]
     assert found.rows[2]["parameters"] > found.rows[0]["parameters"] == found.rows[1]["parameters"]
     assert all(row["status"] == "ok" and row["p50_ms"] > 0 for row in found.rows)
+
+
+# All four forms with one set of overrides: blocks for the taps of the last.
+FORMS = (f"{BOTTOM_UP}.encoder.depth=7", f"{BOTTOM_UP}.encoder.embed_dim=64", f"{BOTTOM_UP}.encoder.num_heads=2")
+
+
+def test_table8_by_command(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "table8.json"
+    status = run(
+        monkeypatch, "bench", "table8", "--size", "64x64", "--rounds", 3, "--device", "cpu", "--mode", "train",
+        "--mode", "inference", "--output", path, *FORMS,
+    )  # fmt: skip
+    assert status == 0
+    out = capsys.readouterr().out
+    for word in ("backbone, train, 64x64", "inference", "sampled, decoder of 1", "windows, FPN from the ViT", "A/A"):
+        assert word in out
+    rows = Results.read(path).rows
+    lines = paper()["table8"]
+    assert [(row["mode"], row["form"]) for row in rows] == [
+        (mode, line["form"]) for mode in ("train", "inference") for line in lines
+    ]
+    for row, line in zip(rows, 2 * lines, strict=True):
+        assert row["status"] == "ok"
+        assert len(row["samples_ms"]) == row["rounds"] == 3
+        assert row["allocated_mib"] > 0
+        assert row["paper_time"] == pytest.approx(line["hours"] / 20.3, rel=1e-3)
+        assert row["relative_time"] == pytest.approx(
+            row["p50_ms"] / rows[row["mode"] == "inference" and 4]["p50_ms"], rel=1e-3
+        )
+    text = render(Results.read(path))
+    assert "| train, windows, FPN from the ViT |" in text
+    assert text.count("\n| ") == 2 + 8
+
+
+def test_a_form_that_differs_is_not_timed(tmp_path, monkeypatch):
+    real = forms.outcome
+
+    def other(model, mode, options):
+        found = real(model, mode, options)
+        return found if model.decoder is not None else found | {"c4": 1.001 * found["c4"]}
+
+    monkeypatch.setattr(forms, "outcome", other)
+    chosen = forms.Options(device="cpu", output=tmp_path / "t.json", size=(64, 64), rounds=3, overrides=FORMS)
+    found = forms.run_forms(chosen).rows
+    assert [row["status"].split(" is ")[0] for row in found] == ["ok", "ok", "wrong: c4", "wrong: c4"]
+    assert found[2]["p50_ms"] is found[2]["allocated_mib"] is None
+    assert found[1]["relative_time"] > 0
 
 
 def test_a_model_that_differs_is_not_timed(tmp_path, monkeypatch, capsys):
@@ -139,16 +188,18 @@ def test_papers_columns_stand_beside_the_same_rows():
         (["table7", "--part", "wheel"], "no wheel to measure; choose from backbone, detector"),
         (["backbone", "--ratio", "1.5"], r"a keep ratio is in \(0, 1\], got 1.5"),
         (["backbone", "--dtype", "int4"], "no dtype 'int4'"),
+        (["table8", "--part", "wheel"], "no wheel to measure; choose from backbone, detector"),
+        (["table7", "--config", "ablations/table8_window"], "has no decoder to vary; mimdet bench table8 measures it"),
         (["backbone", "--config", "nothing"], "no config file 'nothing'"),
     ],
-    ids=["peer", "part", "ratio", "dtype", "config"],
+    ids=["peer", "part", "ratio", "dtype", "form", "no decoder", "config"],
 )
 def test_errors_are_one_message(monkeypatch, capsys, argv, message):
     assert run(monkeypatch, "bench", *argv, "--device", "cpu") == 1
     assert message.replace("\\", "") in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["ops", "table1", "table7", "backbone"])
+@pytest.mark.parametrize("command", ["ops", "table1", "table7", "table8", "backbone"])
 def test_help_teaches(monkeypatch, capsys, command):
     assert run(monkeypatch, "bench", command, "--help") == 0
     assert len(capsys.readouterr().out.splitlines()) > 10

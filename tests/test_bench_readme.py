@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 from test_cli import run
 
+from mimdet.bench.backbone import paper
+from mimdet.bench.configs import names
 from mimdet.bench.readme import fill, update
 from mimdet.bench.results import Results, ResultsError
+from mimdet.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "bench" / "results").rglob("*.json"))
@@ -36,6 +39,52 @@ def test_changed_figures_are_noticed(tmp_path):
     assert filled.startswith("a\n<!-- results: r.json -->\n`mimdet bench")
     assert filled.endswith("<!-- end of results -->\nb\n")
     assert "old" not in filled
+
+
+def test_every_config_has_a_row(tmp_path):
+    configs = tmp_path / "configs"
+    (configs / "ablations").mkdir(parents=True)
+    (configs / "common").mkdir()
+    for name in ("tiny", "ablations/more", "common/part"):
+        lines = (
+            '"""What it is.\n\nMore of it."""',
+            "model = dict(_target_='torch.nn.Linear', in_features=999, out_features=1000)",
+        )
+        (configs / f"{name}.py").write_text("\n".join(lines))
+    claims = [
+        {"config": "tiny", "ap": [50.0, 40.25], "by": "Table 0", "words": ["a=1"]},
+        {"config": "tiny", "command": "run"},
+    ]
+    page = "<!-- configs: configs -->\nold\n<!-- end of configs -->"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mimdet.bench.configs.paper", lambda: {"claims": claims})
+        lines = fill(page, tmp_path).splitlines()
+        claims.append({"config": "absent"})
+        with pytest.raises(ValueError, match="no config absent"):
+            fill(page, tmp_path)
+        claims.pop()
+        (configs / "tiny.py").write_text("model = dict()")
+        with pytest.raises(ValueError, match="begins with a docstring"):
+            fill(page, tmp_path)
+    assert lines[2] == "| --- | --- | --: | --- | --- |"
+    assert lines[3:6] == [
+        "| [`tiny`](configs/tiny.py) | What it is | 1.00 | 50.0 / 40.2, Table 0 | "
+        "`mimdet train --config-file tiny a=1` |",
+        "| [`tiny`](configs/tiny.py) | What it is | 1.00 |  | `run` |",
+        "| [`ablations/more`](configs/ablations/more.py) | What it is | 1.00 |  | "
+        "`mimdet train --config-file ablations/more` |",
+    ]
+    assert lines[6:] == ["<!-- end of configs -->"]
+
+
+def test_the_papers_claims_are_of_shipped_configs():
+    claims = paper()["claims"]
+    shipped = names(ROOT / "configs")
+    assert {claim["config"] for claim in claims} <= set(shipped)
+    assert set(shipped) - {claim["config"] for claim in claims} == {"mimdet_tiny_mask_rcnn"}
+    assert len({str(claim) for claim in claims}) == len(claims)
+    for claim in claims:
+        load(claim["config"], [word for word in claim.get("words", ()) if "=" in word])
 
 
 def test_no_place_and_no_file(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mimdet.data import (
     CocoDataset,
     DataError,
     DatasetMapper,
+    FixedSizeCrop,
     RandomFlip,
     ResizeShortestEdge,
     catalog,
@@ -112,6 +114,21 @@ def test_unusable_instances_are_skipped_with_one_warning(write, caplog):
     assert "2 without a polygon of at least 3 points (annotations 5, 7)" in record.message
 
 
+def test_masks_are_not_needed_where_they_are_not_used(write, caplog):
+    annotations = [instance(1), instance(2, segmentation=RLE), instance(3, segmentation=[]), instance(4)]
+    del annotations[3]["segmentation"], annotations[3]["area"]
+    dataset = CocoDataset(**write(content(annotations)), use_masks=False)
+    assert len(dataset[0]["boxes"]) == len(dataset[0]["labels"]) == 4
+    assert "masks" not in dataset[0]
+    assert not caplog.records
+    assert {key: a["area"] for key, a in dataset.coco.anns.items()} == {1: 150, 2: 150, 3: 150, 4: 300}
+    mapper = {"is_train": True, "augmentations": [RandomFlip(horizontal=True, prob=1.0)]}
+    rng = np.random.default_rng(0)
+    assert DatasetMapper(**mapper, use_instance_mask=False)(dataset[0], rng)["targets"].keys() == {"boxes", "labels"}
+    with pytest.raises(DataError, match=r"image 7 comes without masks.*use_instance_mask=False"):
+        DatasetMapper(**mapper)(dataset[0], rng)
+
+
 def without(data, *path):
     *parents, last = path
     entry = data
@@ -144,7 +161,7 @@ def without(data, *path):
         pytest.param(content([instance(5, segmentation="x")]), "annotation 5 .*must be a list", id="text mask"),
         pytest.param(
             without(content([instance(1)]), "annotations", 0, "segmentation"),
-            "no annotation has a segmentation",
+            "no annotation has a segmentation.*use_masks=False",
             id="boxes only",
         ),
         pytest.param(content([]), "no image with a usable instance", id="nothing usable"),
@@ -310,6 +327,17 @@ class TestMapper:
     def test_without_masks(self, record):
         sample = DatasetMapper(True, [], use_instance_mask=False)(record, np.random.default_rng(0))
         assert sorted(sample["targets"]) == ["boxes", "labels"]
+
+    def test_boxes_are_fitted_to_cropped_masks(self, record):
+        crop, middle = FixedSizeCrop((40, 30)), SimpleNamespace(random=lambda: 0.5)
+        clipped, fitted = (
+            DatasetMapper(True, [crop], recompute_boxes=flag)(record, middle)["targets"]["boxes"].tolist()
+            for flag in (False, True)
+        )
+        assert clipped == [[0, 10, 15, 25]] * 2
+        assert fitted == [[0, 10, 15, 21.25]] * 2
+        with pytest.raises(ValueError, match="set use_instance_mask too"):
+            DatasetMapper(True, [], use_instance_mask=False, recompute_boxes=True)
 
     def test_channel_order(self, record):
         rgb, bgr = (DatasetMapper(False, [], image_format=f)(record, None)["image"] for f in ("RGB", "BGR"))

@@ -11,14 +11,17 @@ from PIL import Image
 
 from mimdet.data.transforms import (
     AugmentationList,
+    FixedSizeCrop,
     RandomApply,
     RandomCrop,
     RandomFlip,
+    ResizeScale,
     ResizeShortestEdge,
     clip_targets,
     crop_polygon,
     crop_targets,
     flat_polygons,
+    mask_boxes,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -211,6 +214,70 @@ def test_crop_windows_cover_the_range(height, width, heights, widths):
 def test_crop_refuses(arguments):
     with pytest.raises(ValueError, match="crop_"):
         RandomCrop(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "expected"),
+    [
+        ((480, 640), 1.0, (768, 1024)),
+        ((640, 480), 0.5, (512, 384)),
+        ((427, 640), 1.7, (1161, 1741)),  # 1161.44 and 1740.8
+        ((4, 1000), 0.1, (1, 102)),
+    ],
+    ids=str,
+)
+def test_resize_scale_fits_the_target(size, scale, expected):
+    assert ResizeScale(0.1, 2.0, 1024, 1024).output_size(*size, scale) == expected
+
+
+def test_resize_scale_draws_the_scale_and_moves_targets():
+    resize, generator = ResizeScale(0.1, 2.0, 80, 80), rng()
+    widths = []
+    for _ in range(200):
+        resized, moved = resize(picture(), make_targets((6, 4, 30, 20)), generator)
+        widths.append(resized.width)
+        scale = np.array([resized.width / 60, resized.height / 40] * 2)
+        np.testing.assert_allclose(moved["boxes"][0], np.array([6, 4, 30, 20]) * scale)
+    assert min(widths) < 12 < 150 < max(widths)
+    assert 8 <= min(widths) <= max(widths) <= 160
+    assert np.mean(widths) == pytest.approx(80 * 1.05, rel=0.1)
+
+
+def test_fixed_size_crop_crops_pads_or_both():
+    whole = np.asarray(picture())
+    places = set()
+    for seed in range(40):
+        cropped, targets = FixedSizeCrop((50, 30))(picture(), make_targets((0, 0, 60, 40)), rng(seed))
+        x = round(rng(seed).random() * 30)
+        places.add(x)
+        pixels = np.asarray(cropped)
+        np.testing.assert_array_equal(pixels[:40], whole[:, x : x + 30])
+        assert pixels.shape == (50, 30, 3)
+        assert (pixels[40:] == 128).all()
+        assert targets["boxes"].tolist() == [[0, 0, 30, 40]]
+    assert len(places) > 15
+
+
+def test_fixed_size_crop_without_padding_and_targets():
+    cropped, targets = FixedSizeCrop((50, 30), pad=False)(picture(), None, rng())
+    assert cropped.size == (30, 40)
+    assert targets is None
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: ResizeScale(0, 2, 8, 8), lambda: ResizeScale(2, 1, 8, 8), lambda: FixedSizeCrop((0, 8))],
+    ids=["zero", "order", "crop"],
+)
+def test_large_scale_jitter_refuses(build):
+    with pytest.raises(ValueError, match=r"min_scale|crop_size"):
+        build()
+
+
+def test_mask_boxes_are_tight():
+    masks = [[np.array([1.0, 2, 5, 2, 5, 9]), np.array([3.0, 1, 8, 4, 7, 7])], [np.array([0.5, 0, 2, 0, 2, 3])]]
+    assert mask_boxes(masks).tolist() == [[1, 1, 8, 9], [0.5, 0, 2, 3]]
+    assert mask_boxes([]).shape == (0, 4)
 
 
 def test_masks_follow_the_picture_through_the_whole_pipeline():

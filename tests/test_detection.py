@@ -33,6 +33,10 @@ def test_box_coding_round_trip():
     torch.testing.assert_close(coder.apply_deltas(coder.get_deltas(source, wanted), source), wanted, atol=1e-3, rtol=0)
 
 
+def test_decoding_no_boxes():
+    assert Box2BoxTransform((1, 1, 1, 1)).apply_deltas(torch.zeros(0, 8), torch.zeros(0, 4)).shape == (0, 8)
+
+
 def test_box_growth_is_bounded():
     box = Box2BoxTransform((1, 1, 1, 1)).apply_deltas(torch.tensor([[0.0, 0.0, 50.0, 50.0]]), random_boxes(1))
     assert bool(box.isfinite().all())

@@ -106,6 +106,23 @@ def test_another_size_is_recognised(tmp_path, other, cause):
     assert cause in refusal(tmp_path, detector(), detector(**other).state_dict())
 
 
+def retinanet(classes):
+    root = nn.Module()
+    root.head = nn.ModuleDict({"cls_score": nn.Conv2d(4, 9 * classes, 1), "bbox_pred": nn.Conv2d(4, 36, 1)})
+    return root
+
+
+def test_other_classes_of_a_retinanet(tmp_path):
+    message = refusal(tmp_path, retinanet(4), retinanet(80).state_dict())
+    assert "80 classes, the model 4" in message
+    assert "init_checkpoint_ignore=[head.cls_score.*]" in message
+
+
+def test_another_detector_is_recognised(tmp_path):
+    message = refusal(tmp_path, retinanet(4), detector().state_dict())
+    assert "the checkpoint is of a Mask R-CNN, the model is a RetinaNet" in message
+
+
 def test_missing_and_unexpected_are_listed(tmp_path):
     state = detector().state_dict()
     state["surprise"] = state.pop("roi_heads.mask_head.predictor.bias")

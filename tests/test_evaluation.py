@@ -363,6 +363,21 @@ def test_objects_without_a_mask_are_ignored(tmp_path, toolkit, missing, caplog):
     assert evaluate(make_dataset(tmp_path, content), results, toolkit=toolkit)["segm"]["AR100"] == 1
 
 
+@both_toolkits
+def test_objects_without_a_mask_count_where_boxes_alone_are_scored(tmp_path, toolkit):
+    content = coco_content()
+    del content["annotations"][0]["segmentation"]
+    dataset = make_dataset(tmp_path, content)
+    dataset.use_masks = False
+    results = truth_as_results(coco_content(), with_crowd=False)
+    for result in results:
+        del result["masks"]
+    results[0] = {key: value[1:] for key, value in results[0].items()}
+    figures = evaluate(dataset, results, toolkit=toolkit)
+    assert figures["bbox_per_class"]["car"] < 0.6, "the missed object must count as missed"
+    assert "segm" not in figures
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -19,7 +19,7 @@ from mimdet.evaluation import COCOEvaluator
 dataloader = OmegaConf.create(flags={"allow_objects": True})
 
 dataloader.train = L(build_detection_train_loader)(
-    dataset=L(CocoDataset)(names="coco_2017_train", json_file=None, image_root=None, filter_empty=True),
+    dataset=L(CocoDataset)(names="coco_2017_train", json_file=None, image_root=None, filter_empty=True, use_masks=True),
     mapper=L(DatasetMapper)(
         is_train=True,
         augmentations=[
@@ -49,7 +49,7 @@ dataloader.train = L(build_detection_train_loader)(
 )
 
 dataloader.test = L(build_detection_test_loader)(
-    dataset=L(CocoDataset)(names="coco_2017_val", json_file=None, image_root=None, filter_empty=False),
+    dataset=L(CocoDataset)(names="coco_2017_val", json_file=None, image_root=None, filter_empty=False, use_masks=True),
     mapper=L(DatasetMapper)(
         is_train=False,
         augmentations=[L(ResizeShortestEdge)(short_edge_length=800, max_size=1333)],

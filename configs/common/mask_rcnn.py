@@ -9,6 +9,7 @@ from mimdet.detection import (
     FastRCNNConvFCHead,
     FastRCNNOutputLayers,
     GeneralizedRCNN,
+    InferencePasses,
     LastLevelMaxPool,
     MaskRCNNConvUpsampleHead,
     Matcher,
@@ -77,4 +78,5 @@ model = L(GeneralizedRCNN)(
     pixel_mean=[123.675, 116.28, 103.53],
     pixel_std=[58.395, 57.12, 57.375],
     input_format="RGB",
+    inference=L(InferencePasses)(passes=1, ratio=None),
 )

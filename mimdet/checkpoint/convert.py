@@ -40,23 +40,23 @@ def convert_checkpoint(source: str | Path, target: str | Path, to: str) -> list[
     return [*lines, f"wrote {len(content['model'])} tensors, {size:.1f} MiB, to {target}"]
 
 
-def _read_detector(source: Path) -> tuple[dict[str, torch.Tensor], dict]:
+def _read_detector(source: Path, part: str) -> tuple[dict[str, torch.Tensor], dict]:
     content = read_checkpoint(source)
     state = strip_prefixes(state_dict_of(content, source), ("module.",))
-    if not any(key.startswith(tuple(_PARTS)) for key in state):
-        raise CheckpointError(f"{source} is not a MIMDet detector: it has no backbone.bottom_up.encoder.* weights")
+    if not any(key.startswith(part) for key in state):
+        raise CheckpointError(f"{source} is not a MIMDet detector: it has no {part}* weights")
     return state, content
 
 
 def _detector(source: Path) -> tuple[dict, list[str]]:
-    state, content = _read_detector(source)
+    state, content = _read_detector(source, "backbone.bottom_up.")
     kept = {"model": state} | {key: content[key] for key in ("meta",) if key in content}
     dropped = sorted(set(content) - {"model", "meta"} - set(state))
     return kept, [f"left out: {', '.join(dropped) or 'nothing'}"]
 
 
 def _mae(source: Path) -> tuple[dict, list[str]]:
-    state, _ = _read_detector(source)
+    state, _ = _read_detector(source, "backbone.bottom_up.encoder.")
     out = {}
     for key, value in state.items():
         for prefix in _PARTS:

@@ -1,9 +1,11 @@
-"""Load a MAE pre-training checkpoint into the encoder or the decoder, and say what happened."""
+"""Load a MAE pre-training checkpoint into a backbone's part, and say what happened."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from math import isqrt
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +17,12 @@ from .read import CheckpointError, read_checkpoint, state_dict_of, strip_prefixe
 logger = logging.getLogger(__name__)
 
 _DECODER_PREFIXES = ("decoder_", "mask_token")
-_FRESH = {"encoder": ("patch_embed.",), "decoder": ("conv_feat_proj.",)}
-_POS_EMBED = {"encoder": "pos_embed", "decoder": "decoder_pos_embed"}
+_FRESH = {
+    "encoder": ("patch_embed.",),
+    "decoder": ("conv_feat_proj.",),
+    "benchmarking": ("ms_adaptor.", "windowed_rel_pos_bias.", "global_rel_pos_bias."),
+}
+_POS_EMBED = {"encoder": "pos_embed", "decoder": "decoder_pos_embed", "benchmarking": "pos_embed"}
 _FULL_FILE = (
     "MIMDet needs MAE's full checkpoint, encoder and decoder (mae_pretrain_vit_base_full.pth or "
     "mae_pretrain_vit_large_full.pth of the MAE project), not the encoder-only one"
@@ -64,12 +70,22 @@ def read_mae(path: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def load_mae(module: nn.Module, path: str | Path, part: Literal["encoder", "decoder"]) -> LoadReport:
-    """Copy MAE weights into a ``MIMDetEncoder`` or ``MIMDetDecoder`` and log a short report.
+def load_mae(
+    module: nn.Module,
+    path: str | Path,
+    part: Literal["encoder", "decoder", "benchmarking"],
+    keep: Collection[str] = (),
+) -> LoadReport:
+    """Copy MAE weights into a ``MIMDetEncoder``, ``MIMDetDecoder`` or ``BenchmarkingViTDet`` and log a short report.
 
     Loaded are the blocks, norms, projections and position tables (interpolated to the module's grid). The
     ConvStem and ``conv_feat_proj`` have no counterpart in MAE and stay fresh; patch_embed, cls_token,
-    mask_token, decoder_pred, the other part's tensors and spare decoder blocks are dropped.
+    mask_token, decoder_pred, the other part's tensors and spare decoder blocks are dropped. For
+    ``BenchmarkingViTDet`` patch_embed is loaded, the last norm and the decoder are dropped, and its adaptor and
+    relative position biases stay fresh.
+
+    Args:
+        keep: keys that keep the module's values.
 
     Raises:
         CheckpointError: any tensor missing, unexpected or of another shape beyond that list.
@@ -80,7 +96,7 @@ def load_mae(module: nn.Module, path: str | Path, part: Literal["encoder", "deco
     problems: list[str] = []
     values: dict[str, torch.Tensor] = {}
     for key, target in own.items():
-        if key.startswith(_FRESH[part]):
+        if key in keep or key.startswith(_FRESH[part]):
             report.fresh.append(key)
         elif key not in state:
             problems.append(f"{key} is not in the file")
@@ -93,6 +109,7 @@ def load_mae(module: nn.Module, path: str | Path, part: Literal["encoder", "deco
                 report.loaded.append(key)
             else:
                 problems.append(f"{key} is {tuple(value.shape)} in the file, {tuple(target.shape)} in the model")
+    report.dropped += [key for key in keep if key in state]
     for key in (k for k in state if k not in own):
         if _dropped_by_design(key, part):
             report.dropped.append(key)
@@ -107,6 +124,8 @@ def load_mae(module: nn.Module, path: str | Path, part: Literal["encoder", "deco
 
 def _dropped_by_design(key: str, part: str) -> bool:
     of_decoder = key.startswith(_DECODER_PREFIXES)
+    if part == "benchmarking":
+        return of_decoder or key == "cls_token" or key.startswith("norm.")
     if key in ("cls_token", "mask_token") or key.startswith(("patch_embed.", "decoder_pred.")):
         return True
     if part == "encoder":
@@ -117,9 +136,11 @@ def _dropped_by_design(key: str, part: str) -> bool:
 def _resize_pos_embed(value: torch.Tensor, target: torch.Tensor, key: str, report: LoadReport) -> torch.Tensor:
     from ..modeling.pos_embed import interpolate_pos_embed
 
-    old, new = (round((t.shape[1] - 1) ** 0.5) for t in (value, target))
+    old, new = isqrt(value.shape[1] - 1), isqrt(target.shape[1])
     report.resized.append(f"{key} {old}x{old} -> {new}x{new}")
-    return torch.cat([value[:, :1].float(), interpolate_pos_embed(value, (new, new))], dim=1)
+    table = interpolate_pos_embed(value, (new, new))
+    has_cls_row = target.shape[1] == new * new + 1
+    return torch.cat([value[:, :1].float(), table], dim=1) if has_cls_row else table
 
 
 def _explain(path: str | Path, part: str, problems: list[str], state: dict, own: dict) -> str:
@@ -129,7 +150,7 @@ def _explain(path: str | Path, part: str, problems: list[str], state: dict, own:
     if part == "decoder" and not any(k.startswith("decoder_blocks.") for k in state):
         lines.append(_FULL_FILE + ".")
     else:
-        prefix = "blocks." if part == "encoder" else "decoder_blocks."
+        prefix = "decoder_blocks." if part == "decoder" else "blocks."
         sizes = f"The file has {_size(state, prefix)}, the model {_size(own, prefix)}"
         lines.append(f"{sizes}: use the config of the file's size.")
     return "\n".join(lines)

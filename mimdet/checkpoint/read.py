@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 # MAE's files carry the command line of their training; numpy scalars stand in some trainers' states.
-_SAFE = [
+SAFE_GLOBALS = [
     argparse.Namespace,
     np.ndarray,
     np.dtype,
@@ -40,7 +40,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
-        with torch.serialization.safe_globals(_SAFE):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for damaged files
         if found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):

@@ -38,7 +38,7 @@ def find_config(path: str | Path) -> Path:
             if candidate.is_file():
                 return candidate.resolve()
     shipped = sorted(str(p.relative_to(root)) for root in roots for p in root.rglob("*.py") if root.is_dir())
-    names = [n for n in shipped if not n.startswith("common")]
+    names = [n for n in shipped if "common" not in Path(n).parts]
     raise FileNotFoundError(f"no config file {str(path)!r}; shipped with mimdet: {', '.join(names) or 'none'}")
 
 

@@ -6,7 +6,15 @@ from .errors import DataError
 from .loader import build_detection_test_loader, build_detection_train_loader
 from .mapper import DatasetMapper
 from .sampler import AspectRatioBatchSampler, TrainingSampler
-from .transforms import AugmentationList, RandomApply, RandomCrop, RandomFlip, ResizeShortestEdge
+from .transforms import (
+    AugmentationList,
+    FixedSizeCrop,
+    RandomApply,
+    RandomCrop,
+    RandomFlip,
+    ResizeScale,
+    ResizeShortestEdge,
+)
 
 __all__ = [
     "COCO_CATEGORIES",
@@ -15,9 +23,11 @@ __all__ = [
     "CocoDataset",
     "DataError",
     "DatasetMapper",
+    "FixedSizeCrop",
     "RandomApply",
     "RandomCrop",
     "RandomFlip",
+    "ResizeScale",
     "ResizeShortestEdge",
     "TrainingSampler",
     "build_detection_test_loader",

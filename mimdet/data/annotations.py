@@ -61,12 +61,17 @@ def where_to_point() -> str:
 
 
 def make_records(
-    content: dict, json_file: str, image_root: str, category_ids: Sequence[int], allow_rle: bool
+    content: dict,
+    json_file: str,
+    image_root: str,
+    category_ids: Sequence[int],
+    allow_rle: bool,
+    use_masks: bool = True,
 ) -> list[dict]:
     """One record (see CocoDataset) for every image, in the file's order.
 
     One warning sums up the instances left out. Raises DataError for annotations that contradict the file,
-    and, unless `allow_rle`, for masks given as run lengths.
+    and, unless `allow_rle`, for masks given as run lengths. Without `use_masks` nothing looks at masks.
     """
     records = {}
     for image in content["images"]:
@@ -82,9 +87,9 @@ def make_records(
             "width": image["width"],
             "boxes": [],
             "labels": [],
-            "masks": [],
+            **({"masks": []} if use_masks else {}),
         }
-    _add_instances(records, content["annotations"], json_file, category_ids, allow_rle)
+    _add_instances(records, content["annotations"], json_file, category_ids, allow_rle, use_masks)
     for record in records.values():
         record["boxes"] = np.array(record["boxes"], dtype=np.float64).reshape(-1, 4)
         record["labels"] = np.array(record["labels"], dtype=np.int64)
@@ -97,6 +102,7 @@ def _add_instances(
     json_file: str,
     category_ids: Sequence[int],
     allow_rle: bool,
+    use_masks: bool,
 ) -> None:
     labels = {category_id: label for label, category_id in enumerate(category_ids)}
     bad_boxes, bad_masks, rle_masks = [], [], []
@@ -109,7 +115,7 @@ def _add_instances(
             raise DataError(f"{where} refers to the unknown category {annotation['category_id']}")
         if annotation.get("iscrowd"):
             continue
-        segmentation = annotation.get("segmentation")
+        segmentation = annotation.get("segmentation") if use_masks else None
         instances += 1
         segmented += bool(segmentation)
         box = _box(annotation["bbox"], where)
@@ -117,17 +123,23 @@ def _add_instances(
             raise DataError(f"{where} has a run-length encoded mask; training needs polygons, convert the masks")
         if box is None:
             bad_boxes.append(annotation["id"])
-        elif isinstance(segmentation, dict):
+            continue
+        record = records[annotation["image_id"]]
+        if isinstance(segmentation, dict):
             rle_masks.append(annotation["id"])
-        elif not (polygons := _polygons(segmentation, where)):
-            bad_masks.append(annotation["id"])
-        else:
-            record = records[annotation["image_id"]]
-            record["boxes"].append(box)
-            record["labels"].append(labels[annotation["category_id"]])
+            continue
+        if use_masks:
+            if not (polygons := _polygons(segmentation, where)):
+                bad_masks.append(annotation["id"])
+                continue
             record["masks"].append(polygons)
-    if instances and not segmented:
-        raise DataError(f"{json_file}: no annotation has a segmentation; Mask R-CNN needs masks, as polygons")
+        record["boxes"].append(box)
+        record["labels"].append(labels[annotation["category_id"]])
+    if use_masks and instances and not segmented:
+        raise DataError(
+            f"{json_file}: no annotation has a segmentation; Mask R-CNN needs masks, as polygons. "
+            "For a detector without masks, such as RetinaNet, set the dataset's use_masks=False"
+        )
     skipped = {
         "with a box without area or not finite": bad_boxes,
         "without a polygon of at least 3 points": bad_masks,

@@ -27,13 +27,15 @@ class CocoDataset(Dataset):
 
     A record is a dict: `image_id` int, `file_name` str (full path), `height`, `width` int, `boxes` float64
     (N, 4) xyxy pixels, `labels` int64 (N,) from 0, `masks` list of N lists of polygons (flat float64 arrays
-    x0, y0, x1, y1, ...). Crowd annotations are left out of it.
+    x0, y0, x1, y1, ...; absent without `use_masks`). Crowd annotations are left out of it.
 
     Args:
         names: name of a known or registered dataset.
         json_file, image_root: paths, which replace those of `names`; both are needed without it.
         filter_empty: drop images without a usable instance. Instances whose mask is run-length encoded are
             then an error, for augmentation needs polygons; otherwise only the records go without them.
+        use_masks: False for detectors without masks: annotations need none, and instances count whatever mask
+            they have.
 
     Attributes:
         name, json_file, image_root: str.
@@ -51,7 +53,9 @@ class CocoDataset(Dataset):
         json_file: str | os.PathLike | None = None,
         image_root: str | os.PathLike | None = None,
         filter_empty: bool = True,
+        use_masks: bool = True,
     ):
+        self.use_masks = use_masks
         self.name, self.json_file, self.image_root = _locate(names, json_file, image_root)
         content = read_annotations(self.json_file)
         if not Path(self.image_root).is_dir():
@@ -59,7 +63,7 @@ class CocoDataset(Dataset):
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.classes = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
-        records = make_records(content, self.json_file, self.image_root, self.category_ids, allow_rle=not filter_empty)
+        records = make_records(content, self.json_file, self.image_root, self.category_ids, not filter_empty, use_masks)
         if filter_empty:
             usable = [record for record in records if len(record["labels"])]
             if len(usable) < len(records):
@@ -82,7 +86,7 @@ class CocoDataset(Dataset):
         """pycocotools object of the whole file, crowds included, `iscrowd` and `area` filled in."""
         content = read_annotations(self.json_file)
         # The evaluator cannot rasterise an absent mask; these were reported when the dataset was made.
-        content["annotations"] = [a for a in content["annotations"] if a.get("segmentation")]
+        content["annotations"] = [a for a in content["annotations"] if a.get("segmentation") or not self.use_masks]
         for annotation in content["annotations"]:
             annotation.setdefault("iscrowd", 0)
         coco = COCO()
@@ -90,8 +94,10 @@ class CocoDataset(Dataset):
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
         for annotation in content["annotations"]:
-            if "area" not in annotation:
+            if "area" not in annotation and annotation.get("segmentation"):
                 annotation["area"] = float(mask_utils.area(coco.annToRLE(annotation)))
+            elif "area" not in annotation:
+                annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         return coco
 
     def __getstate__(self) -> dict:

@@ -7,7 +7,8 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 from .coco import read_image
-from .transforms import AugmentationList, clip_targets
+from .errors import DataError
+from .transforms import AugmentationList, clip_targets, mask_boxes
 
 
 class DatasetMapper:
@@ -21,8 +22,10 @@ class DatasetMapper:
 
     Args:
         image_format: order of the channels, "RGB" or "BGR".
+        recompute_boxes: fit the boxes anew to what the augmentations left of the masks; needs `use_instance_mask`.
 
-    Raises DataError for pictures that are missing, damaged or of another size than the record says.
+    Raises DataError for pictures that are missing, damaged or of another size than the record says, and for
+    records without the masks that are asked for.
     """
 
     def __init__(
@@ -31,19 +34,28 @@ class DatasetMapper:
         augmentations: Sequence[Callable],
         image_format: str = "RGB",
         use_instance_mask: bool = True,
+        recompute_boxes: bool = False,
     ):
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
+        if recompute_boxes and not use_instance_mask:
+            raise ValueError("recompute_boxes fits boxes to masks: set use_instance_mask too")
         self.is_train = is_train
         self.augmentations = AugmentationList(augmentations)
         self.image_format = image_format
         self.use_instance_mask = use_instance_mask
+        self.recompute_boxes = recompute_boxes
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict:
         image = read_image(record)
         targets = None
         if self.is_train:
             keys = ("boxes", "labels", "masks") if self.use_instance_mask else ("boxes", "labels")
+            if self.use_instance_mask and "masks" not in record:
+                raise DataError(
+                    f"image {record['image_id']} comes without masks: set the mapper's use_instance_mask=False, as the "
+                    "dataset's use_masks is"
+                )
             targets = {key: record[key] for key in keys}
         image, targets = self.augmentations(image, targets, rng)
         pixels = F.pil_to_tensor(image)
@@ -53,6 +65,9 @@ class DatasetMapper:
         }
         if targets is not None:
             targets = clip_targets(targets, image.width, image.height)
+            if self.recompute_boxes:
+                fitted = {**targets, "boxes": mask_boxes(targets["masks"])}
+                targets = clip_targets(fitted, image.width, image.height)
             targets["boxes"] = torch.from_numpy(targets["boxes"]).float()
             targets["labels"] = torch.from_numpy(targets["labels"])
             sample["targets"] = targets

@@ -86,10 +86,7 @@ class ResizeShortestEdge:
             length = int(rng.integers(self.lengths[0], self.lengths[1] + 1))
         else:
             length = self.lengths[rng.integers(len(self.lengths))]
-        width, height = image.size
-        new_height, new_width = self.output_size(height, width, length, self.max_size)
-        image = F.resize(image, [new_height, new_width], interpolation=F.InterpolationMode.BILINEAR)
-        return image, _affine(targets, np.array([new_width / width, new_height / height]), np.zeros(2))
+        return _resize(image, targets, *self.output_size(image.height, image.width, length, self.max_size))
 
     @staticmethod
     def output_size(height: int, width: int, length: int, max_size: int | None = None) -> tuple[int, int]:
@@ -100,6 +97,56 @@ class ResizeShortestEdge:
         if max_size is not None and longest > max_size:
             new_height, new_width = new_height * (max_size / longest), new_width * (max_size / longest)
         return int(new_height + 0.5), int(new_width + 0.5)
+
+
+class ResizeScale:
+    """Scales a picture, its sides' ratio kept, to the largest that fits a box of `target_height` x `target_width`
+    times a number drawn from [`min_scale`, `max_scale`)."""
+
+    def __init__(self, min_scale: float, max_scale: float, target_height: int, target_width: int):
+        if not 0 < min_scale <= max_scale:
+            raise ValueError(f"ResizeScale takes 0 < min_scale <= max_scale, got {min_scale} and {max_scale}")
+        if min(target_height, target_width) < 1:
+            raise ValueError(f"target_height and target_width must be positive, got {target_height}, {target_width}")
+        self.min_scale, self.max_scale = min_scale, max_scale
+        self.target_height, self.target_width = target_height, target_width
+
+    def __call__(self, image: Image, targets: dict | None, rng: np.random.Generator):
+        scale = rng.uniform(self.min_scale, self.max_scale)
+        return _resize(image, targets, *self.output_size(image.height, image.width, scale))
+
+    def output_size(self, height: int, width: int, scale: float) -> tuple[int, int]:
+        """(height, width) after scaling, at least one pixel; half pixels round to even."""
+        factor = min(self.target_height * scale / height, self.target_width * scale / width)
+        return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+class FixedSizeCrop:
+    """Gives pictures of one size: larger ones are cropped at a place drawn, smaller ones padded.
+
+    One number places the window on both axes, as in Detectron2. Boxes are clipped to the window; instances of which
+    nothing is left are dropped.
+
+    Args:
+        crop_size: height and width in pixels.
+        pad: pad smaller pictures, on the right and at the bottom, in grey `pad_value`; otherwise leave them.
+    """
+
+    def __init__(self, crop_size: Sequence[int], pad: bool = True, pad_value: float = 128.0):
+        self.height, self.width = crop_size
+        if min(self.height, self.width) < 1:
+            raise ValueError(f"crop_size must be (height, width) in pixels, got {tuple(crop_size)}")
+        self.pad = pad
+        self.pad_value = pad_value
+
+    def __call__(self, image: Image, targets: dict | None, rng: np.random.Generator):
+        share = rng.random()
+        x, y = (round(share * max(0, spare)) for spare in (image.width - self.width, image.height - self.height))
+        targets = crop_targets(targets, x, y, self.width, self.height)
+        image = F.crop(image, y, x, min(self.height, image.height), min(self.width, image.width))
+        if self.pad:
+            image = F.pad(image, [0, 0, self.width - image.width, self.height - image.height], fill=self.pad_value)
+        return image, targets
 
 
 class RandomCrop:
@@ -154,6 +201,12 @@ def clip_targets(targets: dict, width: int, height: int) -> dict:
     return {**clipped, "boxes": boxes[keep], "labels": targets["labels"][keep]}
 
 
+def mask_boxes(masks: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Tight boxes, float64 (N, 4), around N lists of polygons, each of one at least."""
+    points = [np.concatenate(polygons).reshape(-1, 2) for polygons in masks]
+    return np.array([[*p.min(axis=0), *p.max(axis=0)] for p in points], dtype=np.float64).reshape(-1, 4)
+
+
 def crop_polygon(polygon: np.ndarray, x: int, y: int, width: int, height: int) -> list[np.ndarray]:
     """The parts of a flat polygon inside a window, in the window's coordinates; possibly none or several."""
     points = polygon.reshape(-1, 2)
@@ -187,6 +240,12 @@ def flat_polygons(shape: shapely.Geometry) -> list[np.ndarray]:
         else:
             flat.append(np.array(part.exterior.coords[:-1]).reshape(-1))
     return flat
+
+
+def _resize(image: Image, targets: dict | None, height: int, width: int):
+    scale = np.array([width / image.width, height / image.height])
+    resized = F.resize(image, [height, width], interpolation=F.InterpolationMode.BILINEAR)
+    return resized, _affine(targets, scale, np.zeros(2))
 
 
 def _affine(targets: dict | None, scale: np.ndarray, shift: np.ndarray) -> dict | None:

@@ -1,14 +1,18 @@
-"""Mask R-CNN, with the names, arguments and keys of the Detectron2 classes it stands for."""
+"""The detectors, with the names, arguments and keys of the Detectron2 classes they stand for."""
 
 from .anchors import DefaultAnchorGenerator
 from .box_head import FastRCNNConvFCHead, FastRCNNOutputLayers
 from .boxes import Box2BoxTransform
-from .fpn import FPN, LastLevelMaxPool
+from .cascade import CascadeROIHeads
+from .detector import Detector
+from .fpn import FPN, LastLevelMaxPool, LastLevelP6P7
 from .mask_head import MaskRCNNConvUpsampleHead
 from .matcher import Matcher
 from .norm import NaiveSyncBatchNorm
+from .passes import InferencePasses
 from .pooler import ROIPooler
 from .rcnn import GeneralizedRCNN
+from .retinanet import RetinaNet, RetinaNetHead
 from .roi_heads import StandardROIHeads
 from .rpn import RPN, StandardRPNHead
 
@@ -16,15 +20,21 @@ __all__ = [
     "FPN",
     "RPN",
     "Box2BoxTransform",
+    "CascadeROIHeads",
     "DefaultAnchorGenerator",
+    "Detector",
     "FastRCNNConvFCHead",
     "FastRCNNOutputLayers",
     "GeneralizedRCNN",
+    "InferencePasses",
     "LastLevelMaxPool",
+    "LastLevelP6P7",
     "MaskRCNNConvUpsampleHead",
     "Matcher",
     "NaiveSyncBatchNorm",
     "ROIPooler",
+    "RetinaNet",
+    "RetinaNetHead",
     "StandardROIHeads",
     "StandardRPNHead",
 ]

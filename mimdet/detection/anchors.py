@@ -42,6 +42,11 @@ class DefaultAnchorGenerator(nn.Module):
         self.cells = [self._cell(s, r) for s, r in zip(sizes, aspect_ratios, strict=True)]
         self._cache: dict[tuple, list[torch.Tensor]] = {}
 
+    @property
+    def num_anchors(self) -> list[int]:
+        """Anchors at a cell of each level."""
+        return [len(cell) for cell in self.cells]
+
     @staticmethod
     def _cell(sizes: Sequence[float], ratios: Sequence[float]) -> torch.Tensor:
         rows = []

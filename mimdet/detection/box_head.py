@@ -64,6 +64,7 @@ class FastRCNNOutputLayers(nn.Module):
         test_score_thresh: detections need a higher score.
         test_nms_thresh: overlap above which the worse of two detections of one class goes.
         test_topk_per_image: detections kept of each picture.
+        cls_agnostic_bbox_reg: one box for all classes instead of one each.
         smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is plain L1.
     """
 
@@ -76,6 +77,7 @@ class FastRCNNOutputLayers(nn.Module):
         test_score_thresh: float = 0.0,
         test_nms_thresh: float = 0.5,
         test_topk_per_image: int = 100,
+        cls_agnostic_bbox_reg: bool = False,
         smooth_l1_beta: float = 0.0,
     ):
         super().__init__()
@@ -85,13 +87,14 @@ class FastRCNNOutputLayers(nn.Module):
         self.test_nms_thresh = test_nms_thresh
         self.test_topk_per_image = test_topk_per_image
         self.smooth_l1_beta = smooth_l1_beta
+        self.num_boxes = 1 if cls_agnostic_bbox_reg else num_classes
         self.cls_score = nn.Linear(input_shape.channels, num_classes + 1)
-        self.bbox_pred = nn.Linear(input_shape.channels, num_classes * 4)
+        self.bbox_pred = nn.Linear(input_shape.channels, self.num_boxes * 4)
         normal_fill(self.cls_score, std=0.01)
         normal_fill(self.bbox_pred, std=0.001)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, channels) -> scores (N, num_classes + 1) and deltas (N, num_classes * 4)."""
+        """(N, channels) -> scores (N, num_classes + 1) and deltas (N, K * 4) of one box or one for each class."""
         return self.cls_score(x), self.bbox_pred(x)
 
     def losses(
@@ -113,8 +116,8 @@ class FastRCNNOutputLayers(nn.Module):
         count = max(len(classes), 1)
         cls = F.cross_entropy(scores.float(), classes, reduction="sum") / count
         foreground = classes < self.num_classes
-        own = classes.clamp(max=self.num_classes - 1).view(-1, 1, 1).expand(-1, 1, 4)
-        delta = deltas.float().view(-1, self.num_classes, 4).gather(1, own).squeeze(1)
+        own = classes.clamp(max=self.num_boxes - 1).view(-1, 1, 1).expand(-1, 1, 4)
+        delta = deltas.float().view(-1, self.num_boxes, 4).gather(1, own).squeeze(1)
         wanted = self.box2box_transform.get_deltas(boxes, gt_boxes)
         loc = F.smooth_l1_loss(delta, wanted, beta=self.smooth_l1_beta, reduction="none").sum(dim=1)
         loc = torch.where(foreground, loc, loc.new_zeros(())).sum() / count
@@ -129,17 +132,27 @@ class FastRCNNOutputLayers(nn.Module):
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[dict[str, torch.Tensor]]:
         """Detections of each picture: boxes (N, 4), scores (N,), labels (N,), best first."""
-        counts = [len(p) for p in proposals]
+        return self.select(self.predict_boxes(deltas, proposals), scores.float().softmax(dim=1), image_sizes)
+
+    @torch.no_grad()
+    def predict_boxes(self, deltas: torch.Tensor, proposals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """(N_i, K * 4) boxes of each picture, neither clipped nor with a gradient."""
         boxes = self.box2box_transform.apply_deltas(deltas, torch.cat(list(proposals)))
-        probabilities = scores.float().softmax(dim=1)
+        return list(boxes.split([len(p) for p in proposals]))
+
+    def select(
+        self, boxes: Sequence[torch.Tensor], probabilities: torch.Tensor, image_sizes: Sequence[tuple[int, int]]
+    ) -> list[dict[str, torch.Tensor]]:
+        """Detections among the boxes (N_i, K * 4) of each picture, given (sum N_i, num_classes + 1) probabilities."""
+        parts = probabilities[:, :-1].split([len(b) for b in boxes])
         return [
-            self._detect(b.view(-1, self.num_classes, 4), p[:, :-1], size)
-            for b, p, size in zip(boxes.split(counts), probabilities.split(counts), image_sizes, strict=True)
+            self._detect(b.view(-1, self.num_boxes, 4), p, size)
+            for b, p, size in zip(boxes, parts, image_sizes, strict=True)
         ]
 
     def _detect(self, boxes: torch.Tensor, scores: torch.Tensor, size: tuple[int, int]) -> dict[str, torch.Tensor]:
         finite = boxes.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
         row, label = ((scores > self.test_score_thresh) & finite.unsqueeze(1)).nonzero(as_tuple=True)
-        boxes, scores = clip_boxes(boxes[row, label], size), scores[row, label]
+        boxes, scores = clip_boxes(boxes[row, label.clamp(max=self.num_boxes - 1)], size), scores[row, label]
         keep = batched_nms(boxes, scores, label, self.test_nms_thresh)[: self.test_topk_per_image]
         return {"boxes": boxes[keep], "scores": scores[keep], "labels": label[keep]}

@@ -53,7 +53,9 @@ class Box2BoxTransform:
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Boxes (..., K * 4) in float32 from deltas (..., K * 4) about boxes (..., 4)."""
         shape = deltas.shape
-        deltas = deltas.float().reshape(*shape[:-1], -1, 4) / deltas.new_tensor(self.weights, dtype=torch.float32)
+        deltas = deltas.float().reshape(*shape[:-1], shape[-1] // 4, 4) / deltas.new_tensor(
+            self.weights, dtype=torch.float32
+        )
         boxes = boxes.float().unsqueeze(-2)
         size = boxes[..., 2:] - boxes[..., :2]
         centre = boxes[..., :2] + 0.5 * size + deltas[..., :2] * size

@@ -19,9 +19,34 @@ class LastLevelMaxPool(nn.Module):
     """p6 by taking every second cell of p5."""
 
     num_levels = 1
+    in_feature = "p5"
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [F.max_pool2d(x, kernel_size=1, stride=2)]
+
+
+class LastLevelP6P7(nn.Module):
+    """p6 and p7 by 3x3 convolutions of stride 2, p7 from p6 after ReLU (Lin et al. 2017, RetinaNet).
+
+    Args:
+        in_channels: channels of ``in_feature``.
+        out_channels: channels of both levels.
+        in_feature: the backbone's output, or the pyramid's level, that p6 is made from.
+    """
+
+    num_levels = 2
+
+    def __init__(self, in_channels: int, out_channels: int, in_feature: str = "c5"):
+        super().__init__()
+        self.in_feature = in_feature
+        self.p6 = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
+        xavier_fill(self.p6)
+        xavier_fill(self.p7)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        p6 = self.p6(x)
+        return [p6, self.p7(F.relu(p6))]
 
 
 class FPN(nn.Module):
@@ -32,10 +57,10 @@ class FPN(nn.Module):
         in_features: names of its outputs, finest first, each of twice the stride of the one before.
         out_channels: channels of every output.
         norm: norm of lateral and output convolutions; "" for none, which gives them a bias.
-        top_block: makes coarser levels from the coarsest output, or None.
+        top_block: makes coarser levels from its ``in_feature``, a backbone's output or a level, or None.
 
     Raises:
-        ValueError: unknown in_features, or strides that do not double.
+        ValueError: unknown in_features, also the top block's, or strides that do not double.
     """
 
     def __init__(
@@ -63,6 +88,9 @@ class FPN(nn.Module):
             xavier_fill(output)
             self.add_module(f"fpn_lateral{level}", lateral)
             self.add_module(f"fpn_output{level}", output)
+        known = [*shapes, *(f"p{level}" for level in self.levels)]
+        if top_block is not None and top_block.in_feature not in known:
+            raise ValueError(f"FPN: the top block's in_feature {top_block.in_feature!r} is none of {', '.join(known)}")
         self.top_block = top_block
         self.bottom_up = bottom_up
         self.size_divisibility = max(strides[-1], getattr(bottom_up, "size_divisibility", 1))
@@ -84,5 +112,6 @@ class FPN(nn.Module):
             x = lateral if x is None else lateral + F.interpolate(x, scale_factor=2.0, mode="nearest")
             outputs.insert(0, getattr(self, f"fpn_output{level}")(x))
         if self.top_block is not None:
-            outputs += self.top_block(outputs[-1])
+            levels = {f"p{n}": out for n, out in zip(self.levels, outputs, strict=True)}
+            outputs += self.top_block((levels | features)[self.top_block.in_feature])
         return {f"p{n}": out for n, out in zip(self._levels_out, outputs, strict=True)}

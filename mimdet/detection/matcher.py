@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -47,3 +47,27 @@ class Matcher:
             best_of_each = iou.max(dim=1, keepdim=True).values
             labels = torch.where((iou == best_of_each).any(dim=0), labels.new_ones(()), labels)
         return index, labels
+
+
+def matched_truth(
+    target: Mapping[str, torch.Tensor],
+    index: torch.Tensor,
+    labels: torch.Tensor,
+    candidates: torch.Tensor,
+    num_classes: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class and ground-truth box of N candidates that a :class:`Matcher` has labelled.
+
+    Args:
+        target: one picture's ``boxes`` (M, 4) and ``labels`` (M,).
+        index, labels: the matcher's answer, (N,) each.
+        candidates: (N, 4), the boxes returned where there is no ground truth.
+        num_classes: the class of background.
+
+    Returns:
+        (N,) int64 classes, -1 for ignored, and (N, 4) boxes.
+    """
+    if not len(target["boxes"]):
+        return torch.full_like(index, num_classes), candidates
+    classes = torch.where(labels == 1, target["labels"][index], num_classes)
+    return classes.masked_fill(labels < 0, -1), target["boxes"][index]

@@ -8,21 +8,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modeling.shapes import ImageList
-from .boxes import clip_boxes, nonempty, scale_boxes
-from .masks import paste_masks
-from .targets import check_images, check_targets
+from .detector import Detector
+from .passes import InferencePasses
 
 
-class GeneralizedRCNN(nn.Module):
+class GeneralizedRCNN(Detector):
     """Backbone with pyramid, proposal generator and ROI heads.
+
+    Its losses are ``loss_rpn_cls``, ``loss_rpn_loc`` and those of the heads.
 
     Args:
         backbone: ``ImageList`` -> pyramid levels; has ``size_divisibility``.
         proposal_generator: an ``RPN``.
-        roi_heads: a ``StandardROIHeads``.
+        roi_heads: a ``StandardROIHeads`` or ``CascadeROIHeads``.
         pixel_mean, pixel_std: of each channel, on the 0..255 scale, in the order of ``input_format``.
         input_format: only "RGB".
+        lsj_postprocess: pictures are padded to one fixed size on the right or at the bottom, as ``FixedSizeCrop``
+            leaves them, so detections return to ``output_sizes`` by one factor: the larger of the two sides' ratios.
+        inference: passes in eval mode; None is one.
     """
 
     def __init__(
@@ -34,89 +37,38 @@ class GeneralizedRCNN(nn.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         input_format: str = "RGB",
+        lsj_postprocess: bool = False,
+        inference: InferencePasses | None = None,
     ):
-        super().__init__()
-        if input_format != "RGB":
-            raise ValueError(f"input_format must be 'RGB', got {input_format!r}")
-        self.backbone = backbone
+        super().__init__(
+            backbone=backbone,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            input_format=input_format,
+            inference=inference,
+        )
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
-        self.register_buffer("pixel_mean", torch.tensor(list(pixel_mean)).view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(list(pixel_std)).view(-1, 1, 1), persistent=False)
+        self.lsj_postprocess = lsj_postprocess
 
     @property
-    def device(self) -> torch.device:
-        """Where the model's tensors are."""
-        return self.pixel_mean.device
+    def num_classes(self) -> int:
+        """Without background."""
+        return self.roi_heads.num_classes
 
-    def preprocess(self, images: Sequence[torch.Tensor]) -> ImageList:
-        """Normalise (3, H, W) pictures of 0..255 and batch them, zeros at the bottom and right."""
-        check_images(images)
-        tensors = [(i.to(self.device).to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std for i in images]
-        batch = ImageList.from_tensors(tensors, self.backbone.size_divisibility)
-        batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
-        return batch
-
-    def forward(
+    def compute_losses(
         self,
-        images: Sequence[torch.Tensor],
-        targets: Sequence[dict[str, Any]] | None = None,
-        *,
-        noise: torch.Tensor | None = None,
-        output_sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
-        """Losses in training, detections in eval mode.
-
-        Args:
-            images: B tensors (3, H, W), RGB, 0..255, uint8 or float; sizes may differ.
-            targets: in training, for each picture ``boxes`` (N, 4) x0, y0, x1, y1 in pixels, ``labels`` (N,)
-                int64 from 0, ``masks``: N lists of COCO polygons, or (N, H, W) bool.
-            noise: (B, L) uniform numbers for the token sampler, L the tokens of a padded picture; see
-                ``MIMDetBackbone.forward``.
-            output_sizes: in eval mode, (height, width) of each picture that detections are wanted in; default:
-                the pictures' own.
-
-        Returns:
-            Training: ``loss_rpn_cls``, ``loss_rpn_loc``, ``loss_cls``, ``loss_box_reg``, ``loss_mask``.
-            Eval: for each picture ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,), ``masks`` (N, height,
-            width) bool, best first.
-
-        Raises:
-            TypeError, ValueError: malformed images or targets; the message names the entry.
-        """
-        batch = self.preprocess(images)
-        if self.training:
-            check_targets(targets, len(batch), self.roi_heads.num_classes)
-            targets = [self._to_device(t) for t in targets]
-        features = self.backbone(batch, noise=noise)
-        gt_boxes = [t["boxes"] for t in targets] if self.training else None
-        proposals, rpn_losses = self.proposal_generator(features, batch.image_sizes, gt_boxes)
-        detections, losses = self.roi_heads(features, proposals, batch.image_sizes, targets if self.training else None)
-        if self.training:
-            return rpn_losses | losses
-        sizes = batch.image_sizes if output_sizes is None else output_sizes
-        if len(sizes) != len(detections):
-            raise ValueError(f"output_sizes must name one size for each of {len(detections)} images, got {len(sizes)}")
-        return [self._resize(d, old, new) for d, old, new in zip(detections, batch.image_sizes, sizes, strict=True)]
-
-    def _to_device(self, target: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "boxes": target["boxes"].to(self.device, torch.float32),
-            "labels": target["labels"].to(self.device, torch.int64),
-            "masks": target["masks"],
-        }
-
-    @staticmethod
-    @torch.no_grad()
-    def _resize(
-        detection: dict[str, torch.Tensor], old: tuple[int, int], new: tuple[int, int]
+        features: dict[str, torch.Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+        targets: Sequence[dict[str, Any]],
     ) -> dict[str, torch.Tensor]:
-        new = (int(new[0]), int(new[1]))
-        boxes = clip_boxes(scale_boxes(detection["boxes"], old, new), new)
-        keep = nonempty(boxes)
-        return {
-            "boxes": boxes[keep],
-            "scores": detection["scores"][keep],
-            "labels": detection["labels"][keep],
-            "masks": paste_masks(detection["mask_probabilities"][keep], boxes[keep], new),
-        }
+        proposals, rpn_losses = self.proposal_generator(features, image_sizes, [t["boxes"] for t in targets])
+        _, losses = self.roi_heads(features, proposals, image_sizes, targets)
+        return rpn_losses | losses
+
+    def detect(
+        self, features: dict[str, torch.Tensor], image_sizes: Sequence[tuple[int, int]]
+    ) -> list[dict[str, torch.Tensor]]:
+        proposals, _ = self.proposal_generator(features, image_sizes)
+        detections, _ = self.roi_heads(features, proposals, image_sizes)
+        return detections

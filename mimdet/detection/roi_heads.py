@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 
 from .mask_head import class_logits, mask_loss
 from .masks import crop_and_resize
-from .matcher import Matcher
+from .matcher import Matcher, matched_truth
 from .rpn import Proposals
 from .subsample import subsample_labels
 
@@ -98,7 +98,8 @@ class StandardROIHeads(nn.Module):
         """
         if self.training:
             sampled = self.sample_proposals(proposals, targets)
-            return [], self._box_losses(features, sampled) | self._mask_losses(features, sampled, targets)
+            losses = self._box_losses(features, sampled, image_sizes, targets)
+            return [], losses | self._mask_losses(features, sampled, targets)
         detections = self._detect(features, [p.boxes for p in proposals], image_sizes)
         return self._add_masks(features, detections), {}
 
@@ -121,23 +122,26 @@ class StandardROIHeads(nn.Module):
         for i, target in enumerate(targets):
             rows = index[i][used[i]]
             box, gt_index = boxes[i][rows], matched[i][rows]
-            if len(target["boxes"]):
-                classes = torch.where(labels[i][rows] == 1, target["labels"][gt_index], self.num_classes)
-                gt_boxes = target["boxes"][gt_index]
-            else:
-                classes, gt_boxes = torch.full_like(gt_index, self.num_classes), box
+            classes, gt_boxes = matched_truth(target, gt_index, labels[i][rows], box, self.num_classes)
             sampled.append(SampledProposals(box, classes, gt_index, gt_boxes))
         return sampled
 
     def _box_losses(
-        self, features: dict[str, torch.Tensor], sampled: Sequence[SampledProposals]
+        self,
+        features: dict[str, torch.Tensor],
+        sampled: Sequence[SampledProposals],
+        image_sizes: Sequence[tuple[int, int]],
+        targets: Sequence[dict[str, Any]],
     ) -> dict[str, torch.Tensor]:
         pooled = self.box_pooler([features[f] for f in self.box_in_features], [s.boxes for s in sampled])
-        scores, deltas = self.box_predictor(self.box_head(pooled))
-        boxes, classes, gt_boxes = (
-            torch.cat([getattr(s, name) for s in sampled]) for name in ("boxes", "classes", "gt_boxes")
-        )
-        return self.box_predictor.losses(scores, deltas, boxes, classes, gt_boxes)
+        return self._losses_of(self.box_predictor, self.box_predictor(self.box_head(pooled)), sampled)
+
+    @staticmethod
+    def _losses_of(
+        predictor: nn.Module, predictions: tuple[torch.Tensor, torch.Tensor], sampled: Sequence[SampledProposals]
+    ) -> dict[str, torch.Tensor]:
+        columns = (torch.cat([getattr(s, name) for s in sampled]) for name in ("boxes", "classes", "gt_boxes"))
+        return predictor.losses(*predictions, *columns)
 
     def _mask_losses(
         self,

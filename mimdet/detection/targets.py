@@ -25,8 +25,10 @@ def check_images(images: Sequence[torch.Tensor]) -> None:
             raise TypeError(f"images[{i}] must be uint8 or floating, values 0..255, got {image.dtype}")
 
 
-def check_targets(targets: Sequence[dict[str, Any]] | None, count: int, num_classes: int) -> None:
-    """Every picture needs boxes (N, 4) of positive size, labels (N,) in range, and N masks.
+def check_targets(
+    targets: Sequence[dict[str, Any]] | None, count: int, num_classes: int, with_masks: bool = True
+) -> None:
+    """Every picture needs boxes (N, 4) of positive size, labels (N,) in range, and N masks if they are used.
 
     Values are looked at only where the tensors are on the CPU: elsewhere it would wait for the device.
 
@@ -37,15 +39,15 @@ def check_targets(targets: Sequence[dict[str, Any]] | None, count: int, num_clas
         got = "none" if targets is None else len(targets)
         raise ValueError(f"training needs targets for each of the {count} images, got {got}")
     for i, target in enumerate(targets):
-        if missing := [key for key in ("boxes", "labels", "masks") if key not in target]:
+        needed = ("boxes", "labels", "masks") if with_masks else ("boxes", "labels")
+        if missing := [key for key in needed if key not in target]:
             raise ValueError(f"targets[{i}] has no {', '.join(missing)}")
-        boxes, labels, masks = target["boxes"], target["labels"], target["masks"]
+        boxes, labels = target["boxes"], target["labels"]
         if boxes.ndim != 2 or boxes.shape[1] != 4:
             raise ValueError(f"targets[{i}]['boxes'] must be (N, 4), got {tuple(boxes.shape)}")
-        if labels.shape != boxes.shape[:1] or len(masks) != len(boxes):
-            raise ValueError(
-                f"targets[{i}]: {len(boxes)} boxes, labels of shape {tuple(labels.shape)}, {len(masks)} masks"
-            )
+        if labels.shape != boxes.shape[:1] or (with_masks and len(target["masks"]) != len(boxes)):
+            masks = f", {len(target['masks'])} masks" if with_masks else ""
+            raise ValueError(f"targets[{i}]: {len(boxes)} boxes, labels of shape {tuple(labels.shape)}{masks}")
         if boxes.device.type == "cpu" and len(boxes):
             if not bool(boxes.isfinite().all()):
                 raise ValueError(f"targets[{i}]['boxes'] holds NaN or infinity")
@@ -58,5 +60,5 @@ def check_targets(targets: Sequence[dict[str, Any]] | None, count: int, num_clas
             if low < 0 or high >= num_classes:
                 raise ValueError(
                     f"targets[{i}]['labels'] are {low}..{high}, the model has classes 0..{num_classes - 1}: "
-                    "set model.roi_heads.num_classes"
+                    "set the config's num_classes"
                 )

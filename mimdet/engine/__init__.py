@@ -2,7 +2,7 @@
 
 from .checkpoint import Checkpointer
 from .evaluate import evaluate, evaluate_only
-from .optim import get_fpn_model_parameters
+from .optim import get_default_optimizer_params, get_fpn_model_parameters
 from .schedule import (
     CosineParamScheduler,
     MultiStepParamScheduler,
@@ -23,6 +23,7 @@ __all__ = [
     "WarmupParamScheduler",
     "evaluate",
     "evaluate_only",
+    "get_default_optimizer_params",
     "get_fpn_model_parameters",
     "load_model_weights",
     "scale_to_batch_size",

@@ -15,11 +15,12 @@ from ..config import instantiate
 
 logger = logging.getLogger(__name__)
 
-_KEY = "model.roi_heads.num_classes"
+_PRETRAINED = ("mae_checkpoint.path", "model.backbone.bottom_up.encoder.stem_pretrained")
+_CLASS_KEYS = ("model.roi_heads.num_classes", "model.num_classes")
 
 
 def match_num_classes(cfg: DictConfig, dataset: Any, overrides: Iterable[str] = ()) -> None:
-    """Set ``model.roi_heads.num_classes`` to the dataset's, in place, with a log line when that changes it.
+    """Set the model's ``num_classes`` to the dataset's, in place, with a log line when that changes it.
 
     Args:
         dataset: has ``classes``, the names by label.
@@ -28,23 +29,32 @@ def match_num_classes(cfg: DictConfig, dataset: Any, overrides: Iterable[str] = 
     Raises:
         ValueError: the user overrode the key to another number.
     """
-    configured, found = OmegaConf.select(cfg, _KEY), len(dataset.classes)
+    key, configured = num_classes(cfg)
+    found = len(dataset.classes)
     if configured is None or configured == found:
         return
-    if any(override.partition("=")[0].strip() == _KEY for override in overrides):
-        raise ValueError(f"{_KEY}={configured} was given, but the dataset has {found} classes: {_names(dataset)}")
-    OmegaConf.update(cfg, _KEY, found)
-    logger.info("%s = %d (was %d), from the dataset: %s", _KEY, found, configured, _names(dataset))
+    if any(override.partition("=")[0].strip() == key for override in overrides):
+        raise ValueError(f"{key}={configured} was given, but the dataset has {found} classes: {_names(dataset)}")
+    OmegaConf.update(cfg, key, found)
+    logger.info("%s = %d (was %d), from the dataset: %s", key, found, configured, _names(dataset))
+
+
+def num_classes(cfg: DictConfig) -> tuple[str, int | None]:
+    """The config key that holds the detector's number of classes, and that number; None if there is no such key."""
+    given = {key: OmegaConf.select(cfg, key) for key in _CLASS_KEYS}
+    return next(((key, count) for key, count in given.items() if count is not None), (_CLASS_KEYS[0], None))
 
 
 def build_model(cfg: DictConfig, pretrained: bool = True) -> nn.Module:
     """The config's model in channels_last memory, which the convolutions want.
 
-    Without ``pretrained`` its MAE file is not read, for other weights will replace it.
+    Without ``pretrained`` files of pre-trained parts are not read, for other weights will replace them.
     """
-    if not pretrained and cfg.get("mae_checkpoint"):
+    if not pretrained:
         cfg = copy.deepcopy(cfg)
-        cfg.mae_checkpoint.path = None
+        for key in _PRETRAINED:
+            if OmegaConf.select(cfg, key) is not None:
+                OmegaConf.update(cfg, key, None)
     return instantiate(cfg.model).to(memory_format=torch.channels_last)
 
 

@@ -1,11 +1,12 @@
-"""Parameter groups of MIMDet: three learning rates, weight decay only where it belongs."""
+"""Parameter groups: MIMDet's three learning rates, or one for all; weight decay only where it belongs."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 _ENCODER = "backbone.bottom_up.encoder"
 _CONV_STEM = _ENCODER + ".patch_embed"
@@ -54,6 +55,48 @@ def get_fpn_model_parameters(
         part, lr = _part(name, base_lr, multiplier)
         group = groups.setdefault((part, decay), {"params": [], "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
+    if not groups:
+        raise ValueError("the model has no trainable parameter: nothing to optimise")
+    return list(groups.values())
+
+
+def get_default_optimizer_params(
+    model: nn.Module,
+    weight_decay_norm: float | None = None,
+    overrides: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[dict[str, Any]]:
+    """Optimizer parameter groups of one learning rate, one for each set of options that differ from the optimizer's.
+
+    Biases are decayed as weights are. Frozen parameters are left out.
+
+    Args:
+        model: the bare detector.
+        weight_decay_norm: for the parameters of batch, group and layer norms; None treats them as any other.
+        overrides: options by the last part of a parameter's name: ``{"pos_embed": {"weight_decay": 0.0}}``.
+
+    Returns:
+        Dicts with ``params`` and the options, as ``torch.optim`` takes them.
+
+    Raises:
+        ValueError: the model has no trainable parameter, or an override names none.
+    """
+    overrides = overrides or {}
+    groups: dict[tuple, dict[str, Any]] = {}
+    seen, named = set(), set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            named.add(name)
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            options: dict[str, float] = {}
+            if weight_decay_norm is not None and isinstance(module, (_BatchNorm, nn.GroupNorm, nn.LayerNorm)):
+                options["weight_decay"] = weight_decay_norm
+            options |= overrides.get(name, {})
+            group = groups.setdefault(tuple(sorted(options.items())), {"params": [], **options})
+            group["params"].append(parameter)
+    if unknown := sorted(set(overrides) - named):
+        raise ValueError(f"optimizer.params.overrides: no parameter is called {', '.join(unknown)}")
     if not groups:
         raise ValueError("the model has no trainable parameter: nothing to optimise")
     return list(groups.values())

@@ -18,7 +18,12 @@ logger = logging.getLogger(__name__)
 
 _SHOWN = 5
 _CLASS_KEYS = {"roi_heads.mask_head.predictor.weight": 0, "roi_heads.box_predictor.cls_score.weight": 1}
-_FOR_NEW_CLASSES = "train.init_checkpoint_ignore=[roi_heads.box_predictor.*,roi_heads.mask_head.predictor.*]"
+_CLASS_LAYERS = {"roi_heads.": "roi_heads.box_predictor.*,roi_heads.mask_head.predictor.*", "head.": "head.cls_score.*"}
+_DETECTORS = {
+    "roi_heads.box_predictor.cls_score.weight": "Mask R-CNN",
+    "roi_heads.box_predictor.0.cls_score.weight": "Cascade Mask R-CNN",
+    "head.cls_score.weight": "RetinaNet",
+}
 
 
 @dataclass
@@ -109,6 +114,9 @@ def _likely_causes(
 ) -> list[str]:
     if any(key.startswith("blocks.") for key in given) and any(key.startswith("backbone.") for key in wanted):
         return ["the checkpoint is a pre-trained MAE, not a detector: pass it as mae_checkpoint.path"]
+    ours, theirs = _detector(wanted), _detector(given)
+    if None not in (ours, theirs) and ours != theirs:
+        return [f"the checkpoint is of a {theirs}, the model is a {ours}: another config"]
     causes = []
     for part in ("encoder", "decoder"):
         ours, theirs = _width_and_depth(wanted, part), _width_and_depth(given, part)
@@ -119,7 +127,7 @@ def _likely_causes(
     if None not in (ours, theirs) and ours != theirs:
         causes.append(
             f"the checkpoint has {theirs} classes, the model {ours}: to train a detector for other classes, "
-            f"pass {_FOR_NEW_CLASSES}"
+            f"pass train.init_checkpoint_ignore=[{_class_layers(wanted)}]"
         )
     if not causes and len(mismatch.missing) == len(wanted):
         causes.append("the checkpoint is of another architecture or project: no key is the same")
@@ -134,8 +142,19 @@ def _width_and_depth(state: Mapping[str, torch.Tensor], part: str) -> tuple[int 
     return (found[min(found)], len(found)) if found else (None, None)
 
 
+def _detector(state: Mapping[str, torch.Tensor]) -> str | None:
+    return next((name for key, name in _DETECTORS.items() if key in state), None)
+
+
+def _class_layers(state: Mapping[str, torch.Tensor]) -> str:
+    return next(p for prefix, p in _CLASS_LAYERS.items() if any(key.startswith(prefix) for key in state))
+
+
 def _num_classes(state: Mapping[str, torch.Tensor]) -> int | None:
     for key, background in _CLASS_KEYS.items():
         if key in state:
             return state[key].shape[0] - background
+    if {"head.cls_score.weight", "head.bbox_pred.weight"} <= state.keys():
+        # A score for each class and anchor, and four deltas for each anchor.
+        return 4 * state["head.cls_score.weight"].shape[0] // state["head.bbox_pred.weight"].shape[0]
     return None

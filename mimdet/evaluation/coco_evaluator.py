@@ -36,7 +36,8 @@ class COCOEvaluator:
 
     Args:
         dataset: where the ground truth is: ``json_file``, and for each label its ``classes`` name and
-            ``category_ids`` id. May be set later as the attribute ``dataset``.
+            ``category_ids`` id; if its ``use_masks`` is False, boxes alone are scored. May be set later as the
+            attribute ``dataset``.
         output_dir: folder for ``coco_instances_results.json``; None writes no file.
         max_dets_per_image: detections of an image and category that count, highest scores first.
         toolkit: ``"faster_coco_eval"``, ``"pycocotools"`` or ``"auto"`` (the first if installed); their
@@ -149,7 +150,8 @@ class COCOEvaluator:
     def _load_ground_truth(self) -> tuple[dict[str, Any], bool]:
         json_file = str(self._need_dataset().json_file)
         if self._ground_truth is None or self._ground_truth[0] != json_file:
-            self._ground_truth = (json_file, *load_ground_truth(json_file))
+            use_masks = getattr(self.dataset, "use_masks", True)
+            self._ground_truth = (json_file, *load_ground_truth(json_file, use_masks))
         return self._ground_truth[1:]
 
     def _check_images(self, results: Mapping[int, Any], ground_truth: dict[str, Any]) -> None:

@@ -14,15 +14,18 @@ from ..data.errors import DataError
 logger = logging.getLogger(__name__)
 
 
-def load_ground_truth(json_file: str | Path) -> tuple[dict[str, Any], bool]:
+def load_ground_truth(json_file: str | Path, use_masks: bool = True) -> tuple[dict[str, Any], bool]:
     """Read an annotation file for evaluation.
 
     What hand-made files often lack is filled in: ``iscrowd``, ``area``, and unique ids from 1 (the toolkits
     take 0 for "no match"). An object without a usable mask, in a file where others have one, becomes a region
     to ignore, as a crowd is: detections there count neither for nor against.
 
+    Args:
+        use_masks: False where boxes alone are scored: objects count then whether they have a mask or not.
+
     Returns:
-        the file's content, and whether its objects have masks.
+        the file's content, and whether its objects have masks to be scored.
 
     Raises:
         DataError: an annotation has no box, or belongs to no image of the file.
@@ -31,7 +34,7 @@ def load_ground_truth(json_file: str | Path) -> tuple[dict[str, Any], bool]:
     content.setdefault("info", {})
     images = {image["id"]: image for image in content["images"]}
     annotations = content["annotations"]
-    has_masks = any(_has_mask(annotation) for annotation in annotations)
+    has_masks = use_masks and any(_has_mask(annotation) for annotation in annotations)
     ignored = []
     for number, annotation in enumerate(annotations, start=1):
         where = f"{json_file}: annotation {annotation.get('id')} of image {annotation.get('image_id')}"
@@ -46,7 +49,7 @@ def load_ground_truth(json_file: str | Path) -> tuple[dict[str, Any], bool]:
             annotation["segmentation"] = [_outline(*annotation["bbox"])]
         annotation["id"] = number
         if "area" not in annotation:
-            annotation["area"] = _area(annotation, images[annotation["image_id"]], has_masks)
+            annotation["area"] = _area(annotation, images[annotation["image_id"]])
     if ignored:
         logger.warning(
             "%s: %d objects without a usable mask are ignored in the evaluation (annotations %s)",
@@ -69,8 +72,8 @@ def _outline(x: float, y: float, width: float, height: float) -> list[float]:
     return [x, y, x + width, y, x + width, y + height, x, y + height]
 
 
-def _area(annotation: dict[str, Any], image: dict[str, Any], has_masks: bool) -> float:
-    if not has_masks:
+def _area(annotation: dict[str, Any], image: dict[str, Any]) -> float:
+    if not _has_mask(annotation):
         return annotation["bbox"][2] * annotation["bbox"][3]
     segmentation = annotation["segmentation"]
     if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):

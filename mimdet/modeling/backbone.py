@@ -10,6 +10,7 @@ from torch import nn
 
 from .decoder import MIMDetDecoder
 from .encoder import MIMDetEncoder
+from .pyramid import UpsampledTokens
 from .sampling import SAMPLING, check_ratio
 from .shapes import ImageList, ShapeSpec
 
@@ -17,7 +18,7 @@ BATCH_MODES = ("canvas", "packed")
 
 
 class MIMDetBackbone(nn.Module):
-    """Features c2 and c3 from the ConvStem, c4 from the ViT, c5 pooled from c4.
+    """Features c2 and c3 from the ConvStem or a ``pyramid``, c4 from the ViT, c5 pooled from c4.
 
     Pictures of different sizes share a batch in one of two ways. On the "canvas", as in the original, padding is part
     of every picture: statistics, tokens and attention include it, and a picture's features depend on its batch-mates.
@@ -27,7 +28,7 @@ class MIMDetBackbone(nn.Module):
 
     Args:
         encoder: ConvStem and ViT encoder.
-        decoder: MAE decoder.
+        decoder: MAE decoder; None where the encoder sees every token, whose output then is c4 (paper, Table 8).
         sample_ratio: keep ratio of the tokens in training, in (0, 1].
         size_divisibility: pictures are padded to multiples of it, pixels.
         _out_feature_channels: channels of c2..c5.
@@ -35,9 +36,10 @@ class MIMDetBackbone(nn.Module):
         inference_sample_ratio: keep ratio in eval mode, in (0, 1] (paper, Table 1: 1.0 is best).
         batch_mode: "canvas" or "packed".
         sampling: "random", or "grid" for every other token, as on a checkerboard (paper, Table 3).
+        pyramid: makes c2 and c3 from tokens that the encoder taps; None leaves them to the stem.
 
     Raises:
-        ValueError: a ratio outside (0, 1], or a word that is not known.
+        ValueError: a ratio outside (0, 1], a word that is not known, or parts that do not go together.
     """
 
     out_features = ("c2", "c3", "c4", "c5")
@@ -45,7 +47,7 @@ class MIMDetBackbone(nn.Module):
     def __init__(
         self,
         encoder: MIMDetEncoder,
-        decoder: MIMDetDecoder,
+        decoder: MIMDetDecoder | None,
         sample_ratio: float = 0.5,
         size_divisibility: int = 32,
         _out_feature_channels: Sequence[int] = (192, 384, 512, 512),
@@ -53,15 +55,21 @@ class MIMDetBackbone(nn.Module):
         inference_sample_ratio: float = 1.0,
         batch_mode: str = "canvas",
         sampling: str = "random",
+        pyramid: UpsampledTokens | None = None,
     ):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
+        self.pyramid = pyramid
+        if (0 if pyramid is None else 2) != len(encoder.taps):
+            raise ValueError(f"backbone: a pyramid and two taps of the encoder need each other, got {encoder.taps}")
         self.sample_ratio = check_ratio(sample_ratio)
         self.inference_sample_ratio = check_ratio(inference_sample_ratio, "inference_sample_ratio")
         for name, word, words in (("batch_mode", batch_mode, BATCH_MODES), ("sampling", sampling, SAMPLING)):
             if word not in words:
                 raise ValueError(f"{name}: {word!r} is unknown; choose from {', '.join(words)}")
+        for ratio in (self.sample_ratio, self.inference_sample_ratio):
+            self._check_whole(ratio)
         self.batch_mode = batch_mode
         self.sampling = sampling
         self.size_divisibility = size_divisibility
@@ -105,8 +113,18 @@ class MIMDetBackbone(nn.Module):
         if sample_ratio is None:
             sampled = self.training or noise is not None
             sample_ratio = self.sample_ratio if sampled else self.inference_sample_ratio
+        self._check_whole(sample_ratio)
         padded = any(size != (height, width) for size in images.image_sizes)
         packed = self.batch_mode == "packed" and padded
         encoded = self.encoder(images, sample_ratio, noise, sampling=self.sampling, packed=packed)
-        c4 = self.decoder(encoded)
-        return {"c2": encoded.features[0], "c3": encoded.features[1], "c4": c4, "c5": F.max_pool2d(c4, 2)}
+        c4 = encoded.map(encoded.tokens) if self.decoder is None else self.decoder(encoded)
+        c2, c3 = encoded.features[:2] if self.pyramid is None else self.pyramid(encoded)
+        return {"c2": c2, "c3": c3, "c4": c4, "c5": F.max_pool2d(c4, 2)}
+
+    def _check_whole(self, ratio: float) -> None:
+        whole = self.decoder is None or self.pyramid is not None or self.encoder.window
+        if whole and ratio != 1.0:
+            raise ValueError(
+                "backbone: without a decoder, with windows or a pyramid the encoder sees every token: sample_ratio and "
+                f"inference_sample_ratio must be 1, got {ratio}"
+            )

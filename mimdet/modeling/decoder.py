@@ -14,9 +14,11 @@ from .encoder import EncoderOutput
 from .pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from .vit import init_vit_weights, make_blocks, run_layers
 
+FILL = ("conv_stem", "mask_token")
+
 
 class MIMDetDecoder(nn.Module):
-    """Fills unsampled positions with projected ConvStem features and runs MAE's decoder (paper, Table 6).
+    """Fills unsampled positions and runs MAE's decoder (paper, Table 6).
 
     Args:
         img_size: side of the square picture that the position table is made for, pixels.
@@ -32,6 +34,10 @@ class MIMDetDecoder(nn.Module):
         checkpointing: recompute blocks in backward.
         recompute: what else backward computes again: "lean" the outputs of LayerNorm and GELU,
             "none" nothing.
+        fill: what unsampled positions get: "conv_stem", its projected features, or "mask_token", MAE's [MASK] token.
+
+    Raises:
+        ValueError: an unknown word, or sizes that do not divide.
     """
 
     def __init__(
@@ -48,11 +54,18 @@ class MIMDetDecoder(nn.Module):
         pretrained: str | None = None,
         checkpointing: bool = False,
         recompute: str = "lean",
+        fill: str = "conv_stem",
     ):
         super().__init__()
+        if fill not in FILL:
+            raise ValueError(f"decoder: fill {fill!r} is unknown; choose from {', '.join(FILL)}")
         self.checkpointing = checkpointing
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.conv_feat_proj = nn.Linear(embed_dim, decoder_embed_dim)
+        if fill == "mask_token":
+            self.conv_feat_proj = None
+            self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, decoder_embed_dim))
+        else:
+            self.conv_feat_proj = nn.Linear(embed_dim, decoder_embed_dim)
         rows = img_size // patch_size
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, rows * rows + 1, decoder_embed_dim), requires_grad=False)
         self.decoder_blocks = make_blocks(decoder_embed_dim, num_heads, mlp_ratio, [dpr] * depth, norm_layer, recompute)
@@ -66,23 +79,28 @@ class MIMDetDecoder(nn.Module):
     def forward(self, encoded: EncoderOutput) -> torch.Tensor:
         """Encoder output -> (B, decoder_embed_dim, H, W) of stride 16, in channels_last memory. Of packed pictures
         padding is zero."""
-        stem, split = encoded.features[-1], encoded.split
-        batch, dim, *grid = stem.shape
+        split, (batch, _, *grid) = encoded.split, encoded.features[-1].shape
         x = self.decoder_embed(encoded.tokens)
         if split.valid is None:
             pos = self._pos_embed_at(self.decoder_pos_embed, tuple(grid))
         else:
             pos = self._pos_embed_at.packed(self.decoder_pos_embed, split.sizes)
+        fill = self._fill(encoded.features[-1], split.drop, x.dtype)
         if split.keep is None:
-            # No rows to project, yet the projection's gradient must be zero, not missing.
-            nothing = stem.new_empty((batch, 0, dim))
-            x = torch.cat([x, self.conv_feat_proj(nothing)], dim=1) + pos
+            x = torch.cat([x, fill], dim=1) + pos
         else:
-            stem_tokens = stem.permute(0, 2, 3, 1).reshape(len(split.keep), -1, dim)
-            fill = self.conv_feat_proj(gather_add_pos(stem_tokens, None, split.drop))
             x = scatter_fill(x.reshape(*split.keep.shape, -1), fill, split.restore, pos)
         x = x.reshape(*split.decoder.shape, -1)
         x = run_layers(self.decoder_blocks, self.decoder_norm, x, self.checkpointing, split.decoder)
-        if split.valid is not None:
-            x = x.new_zeros((batch * grid[0] * grid[1], x.shape[-1])).index_copy(0, split.valid, x.flatten(0, 1))
-        return x.reshape(batch, *grid, -1).permute(0, 3, 1, 2)
+        return split.canvas(x, batch, tuple(grid))
+
+    def _fill(self, stem: torch.Tensor, drop: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """(G, D, decoder_embed_dim) for the tokens to fill in. None give no rows, for then the gradient of what makes
+        them must be zero, not missing."""
+        groups, count = (len(stem), 0) if drop is None else drop.shape
+        if self.conv_feat_proj is None:
+            return self.mask_token.to(dtype).expand(groups, count, -1)
+        if drop is None:
+            return self.conv_feat_proj(stem.new_empty((groups, 0, stem.shape[1])))
+        tokens = stem.permute(0, 2, 3, 1).reshape(groups, -1, stem.shape[1])
+        return self.conv_feat_proj(gather_add_pos(tokens, None, drop))

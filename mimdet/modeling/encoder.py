@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,11 +14,12 @@ from ..checkpoint.mae import load_mae
 from ..kernels.gather_add_pos.api import gather_add_pos
 from ..kernels.image_norm import valid
 from ..kernels.sample_tokens.api import upload
-from .conv_stem import ConvStem
 from .pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from .sampling import TokenSplit, cell_sizes, check_ratio, sampling_noise, split_canvas, split_packed
 from .shapes import ImageList
-from .vit import init_vit_weights, make_blocks, run_layers
+from .stems import make_stem
+from .vit import Pending, init_vit_weights, make_blocks, run_blocks, run_layers
+from .window_sequences import split_windows
 
 MAE_NORM = partial(nn.LayerNorm, eps=1e-6)
 
@@ -29,11 +31,22 @@ class EncoderOutput(NamedTuple):
         features: ConvStem feature maps of strides 4, 8 and 16, each (B, C, H, W).
         tokens: (*split.encoder.shape, D) encoded tokens.
         split: which tokens they are, and which are for the decoder to fill in.
+        tapped: tokens between blocks, as ``MIMDetEncoder``'s ``taps`` ask for.
+        sizes: (4, B, 2) int32, rows and columns of packed pictures at strides 2, 4, 8 and 16; None on the canvas.
     """
 
     features: list[torch.Tensor]
     tokens: torch.Tensor
     split: TokenSplit
+    tapped: tuple[torch.Tensor, ...] = ()
+    sizes: torch.Tensor | None = None
+
+    def map(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``tokens`` or one of ``tapped`` as (B, D, H, W) of stride 16, where the encoder saw all of them."""
+        split, (batch, _, *grid) = self.split, self.features[-1].shape
+        if split.keep is not None:
+            tokens = gather_add_pos(tokens.reshape(*split.keep.shape, -1), None, split.restore)
+        return split.canvas(tokens.reshape(*split.decoder.shape, -1), batch, tuple(grid))
 
 
 class MIMDetEncoder(nn.Module):
@@ -53,6 +66,14 @@ class MIMDetEncoder(nn.Module):
         checkpointing: recompute ConvStem stages and blocks in backward.
         recompute: what else backward computes again: "lean" the outputs of LayerNorm and GELU
             and of the ConvStem's first stage, "none" nothing.
+        stem: "conv", or "convnext" for the first two stages of ConvNeXt (paper, Table 5).
+        stem_pretrained: path of ConvNeXt weights as timm names them, or None for random ones.
+        window: side, in tokens, of the windows that attention stays in; None for attention over a picture (paper,
+            Table 8). All tokens are then encoded.
+        taps: numbers of blocks, rising, after which tokens are handed on besides.
+
+    Raises:
+        ValueError: an unknown word, a window below 1, taps out of order, or sizes that do not divide.
     """
 
     def __init__(
@@ -69,18 +90,28 @@ class MIMDetEncoder(nn.Module):
         pretrained: str | None = None,
         checkpointing: bool = False,
         recompute: str = "lean",
+        stem: str = "conv",
+        stem_pretrained: str | None = None,
+        window: int | None = None,
+        taps: Sequence[int] = (),
     ):
         super().__init__()
+        if window is not None and window < 1:
+            raise ValueError(f"encoder: window must be at least 1, got {window}")
+        self.window = window
+        self.taps = tuple(taps)
+        if any(b <= a for a, b in pairwise((0, *self.taps, depth))):
+            raise ValueError(f"encoder: taps must rise within 1 .. {depth - 1}, got {list(taps)}")
         self.checkpointing = checkpointing
-        self.patch_embed = ConvStem(
-            img_size, patch_size, in_chans, embed_dim, checkpointing=checkpointing, recompute=recompute
-        )
+        sizes = img_size, patch_size, in_chans, embed_dim
+        self.patch_embed = make_stem(stem, *sizes, checkpointing, recompute, stem_pretrained)
         rows = self.patch_embed.grid_size[0]
         self.pos_embed = nn.Parameter(torch.empty(1, rows * rows + 1, embed_dim), requires_grad=False)
         rates = torch.linspace(0, dpr, depth, device="cpu").tolist()
         self.blocks = make_blocks(embed_dim, num_heads, mlp_ratio, rates, norm_layer, recompute)
         self.norm = norm_layer(embed_dim)
-        self.apply(init_vit_weights)
+        for part in (self.blocks, self.norm):
+            part.apply(init_vit_weights)
         self.pos_embed.data.copy_(sincos_pos_embed_2d(embed_dim, rows))
         self._pos_embed_at = PosEmbedCache()
         if pretrained:
@@ -106,16 +137,22 @@ class MIMDetEncoder(nn.Module):
             packed: each picture gets what it would get alone, whatever its padding holds.
 
         Raises:
-            ValueError: ratio outside (0, 1], noise of another shape, or what "grid" cannot do.
+            ValueError: ratio outside (0, 1], or other than 1 with windows, noise of another shape, or what "grid"
+                cannot do.
         """
         check_ratio(sample_ratio)
-        x, stage_sizes = _alone(images, len(self.patch_embed.proj)) if packed else (images.tensor, None)
+        if self.window and sample_ratio != 1.0:
+            raise ValueError(f"encoder: windows hold every token: sample_ratio must be 1, got {sample_ratio}")
+        x, stage_sizes = _alone(images) if packed else (images.tensor, None)
         features = self.patch_embed(x, stage_sizes)
         batch, dim, *grid = features[-1].shape
         grid, device = tuple(grid), features[-1].device
         noise = sampling_noise(sampling, batch, grid, sample_ratio, noise, device)
         sizes = cell_sizes(images.image_sizes, self.patch_embed.patch_size)
-        split = (split_packed if packed else split_canvas)(sizes, grid, sample_ratio, noise, device)
+        if self.window:
+            split = split_windows(sizes, grid, self.window, packed, device)
+        else:
+            split = (split_packed if packed else split_canvas)(sizes, grid, sample_ratio, noise, device)
         tokens = features[-1].permute(0, 2, 3, 1).reshape(1 if packed else batch, -1, dim)
         if packed:
             pos = self._pos_embed_at.padded(self.pos_embed, sizes, grid)
@@ -123,11 +160,16 @@ class MIMDetEncoder(nn.Module):
             pos = self._pos_embed_at(self.pos_embed, grid)
         tokens = tokens + pos if split.keep is None else gather_add_pos(tokens, pos, split.keep)
         tokens = tokens.reshape(*split.encoder.shape, dim)
-        tokens = run_layers(self.blocks, self.norm, tokens, self.checkpointing, split.encoder)
-        return EncoderOutput(features, tokens, split)
+        tapped, begin = [], 0
+        for end in self.taps:
+            tokens = run_blocks(self.blocks[begin:end], Pending(tokens), self.checkpointing, split.encoder).added()
+            tapped.append(tokens)
+            begin = end
+        tokens = run_layers(self.blocks[begin:], self.norm, tokens, self.checkpointing, split.encoder)
+        return EncoderOutput(features, tokens, split, tuple(tapped), stage_sizes)
 
 
-def _alone(images: ImageList, stages: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures with zeros around them, and (stages, B, 2) int32 their rows and columns after each stage of stride 2."""
-    sizes = upload([cell_sizes(images.image_sizes, 2**i) for i in range(stages + 1)], images.tensor.device)
+def _alone(images: ImageList) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures with zeros around them, and (4, B, 2) int32 their rows and columns at strides 2, 4, 8 and 16."""
+    sizes = upload([cell_sizes(images.image_sizes, 2**i) for i in range(5)], images.tensor.device)
     return images.tensor.masked_fill(~valid(images.tensor, sizes[0]), 0.0), sizes[1:]

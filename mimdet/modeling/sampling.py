@@ -50,6 +50,14 @@ class TokenSplit:
     valid: torch.Tensor | None = None
     sizes: list[tuple[int, int]] | None = None
 
+    def canvas(self, tokens: torch.Tensor, batch: int, grid: tuple[int, int]) -> torch.Tensor:
+        """The decoder's tokens (*decoder.shape, D) as a map (B, D, *grid) in channels_last memory, padding of packed
+        pictures zero."""
+        if self.valid is not None:
+            empty = tokens.new_zeros((batch * grid[0] * grid[1], tokens.shape[-1]))
+            tokens = empty.index_copy(0, self.valid, tokens.flatten(0, 1))
+        return tokens.reshape(batch, *grid, -1).permute(0, 3, 1, 2)
+
 
 def split_canvas(
     sizes: Sequence[tuple[int, int]], grid: tuple[int, int], ratio: float, noise: torch.Tensor | None, device

@@ -191,13 +191,19 @@ def run_layers(
     it had; between blocks the sum alone is kept.
     """
     sequences = sequences or Sequences.equal(*x.shape[:2], x.device)
-    state = Pending(x)
+    return run_blocks(blocks, Pending(x), checkpointing, sequences).normalised(norm)[1]
+
+
+def run_blocks(
+    blocks: Iterable[TransformerBlock], state: Pending, checkpointing: bool, sequences: Sequences
+) -> Pending:
+    """What ``run_layers`` does before its norm."""
     for block in blocks:
         if checkpointing and state.residual.requires_grad:
             state = Pending(checkpointed(_run_whole, block, state.added(), sequences))
         else:
             state = block(*state, sequences)
-    return state.normalised(norm)[1]
+    return state
 
 
 def _normalised(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype | None):

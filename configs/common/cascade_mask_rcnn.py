@@ -1,0 +1,36 @@
+"""Cascade Mask R-CNN: the Mask R-CNN of ``mask_rcnn.py`` with three box heads, each for tighter boxes."""
+
+from mimdet.config import LazyCall as L
+from mimdet.detection import Box2BoxTransform, CascadeROIHeads, FastRCNNConvFCHead, FastRCNNOutputLayers, Matcher
+from mimdet.modeling import ShapeSpec
+
+from .mask_rcnn import model
+
+for _key in ("box_head", "box_predictor", "proposal_matcher"):
+    model.roi_heads.pop(_key)
+
+model.roi_heads.update(
+    _target_=CascadeROIHeads,
+    box_heads=[
+        L(FastRCNNConvFCHead)(
+            input_shape=L(ShapeSpec)(channels="${.....backbone.out_channels}", height=7, width=7),
+            conv_dims=[256, 256, 256, 256],
+            fc_dims=[1024],
+            conv_norm="naiveSyncBN_N",
+        )
+        for _ in range(3)
+    ],
+    box_predictors=[
+        L(FastRCNNOutputLayers)(
+            input_shape=L(ShapeSpec)(channels=f"${{....box_heads[{_stage}].fc_dims[0]}}"),
+            test_score_thresh=0.05,
+            box2box_transform=L(Box2BoxTransform)(weights=_weights),
+            cls_agnostic_bbox_reg=True,
+            num_classes="${...num_classes}",
+        )
+        for _stage, _weights in enumerate([(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)])
+    ],
+    proposal_matchers=[
+        L(Matcher)(thresholds=[_iou], labels=[0, 1], allow_low_quality_matches=False) for _iou in (0.5, 0.6, 0.7)
+    ],
+)

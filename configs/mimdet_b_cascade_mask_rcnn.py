@@ -1,0 +1,11 @@
+"""MIMDet-Base, Cascade Mask R-CNN, 36 epochs on COCO (paper, Table 10)."""
+
+from .common.backbone import bottom_up as _bottom_up
+from .common.cascade_mask_rcnn import model
+from .common.coco import dataloader
+from .common.schedule import lr_multiplier, mae_checkpoint, optimizer, train
+
+model.backbone.bottom_up = _bottom_up
+train["output_dir"] = "output/mimdet_b_cascade_mask_rcnn"
+
+__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

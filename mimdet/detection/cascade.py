@@ -1,0 +1,116 @@
+"""Box heads in a cascade, each refining the boxes of the one before (Cai and Vasconcelos 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.ops import box_iou
+
+from .boxes import clip_boxes, nonempty
+from .matcher import Matcher, matched_truth
+from .roi_heads import SampledProposals, StandardROIHeads
+
+
+class CascadeROIHeads(StandardROIHeads):
+    """Box heads in stages, and one mask head.
+
+    Training proposals are sampled once. Each later stage takes the boxes that the one before predicts, without
+    gradient, clipped, empty ones dropped, and matches all of them anew by its own threshold. Masks learn from the
+    foreground of the first stage. Detections are the last stage's boxes, chosen by the mean of the class
+    probabilities that every stage gives to the boxes it received; ``test_score_thresh``, ``test_nms_thresh`` and
+    ``test_topk_per_image`` are the last predictor's.
+
+    Args:
+        box_heads, box_predictors, proposal_matchers: of each stage; predictors with one box for all classes.
+        others: as ``StandardROIHeads``.
+
+    Raises:
+        ValueError: lists of different length, or a predictor with a box for each class.
+    """
+
+    def __init__(
+        self,
+        *,
+        box_heads: Sequence[nn.Module],
+        box_predictors: Sequence[nn.Module],
+        proposal_matchers: Sequence[Matcher],
+        **others: Any,
+    ):
+        if not len(box_heads) == len(box_predictors) == len(proposal_matchers) > 0:
+            raise ValueError(
+                f"cascade: {len(box_heads)} box_heads, {len(box_predictors)} box_predictors and "
+                f"{len(proposal_matchers)} proposal_matchers; every stage needs one of each"
+            )
+        for stage, predictor in enumerate(box_predictors):
+            if predictor.num_boxes != 1:
+                raise ValueError(f"cascade: box_predictors[{stage}] needs cls_agnostic_bbox_reg=True")
+        super().__init__(
+            proposal_matcher=proposal_matchers[0],
+            box_head=nn.ModuleList(box_heads),
+            box_predictor=nn.ModuleList(box_predictors),
+            **others,
+        )
+        self.proposal_matchers = list(proposal_matchers)
+
+    def _box_losses(
+        self,
+        features: dict[str, torch.Tensor],
+        sampled: Sequence[SampledProposals],
+        image_sizes: Sequence[tuple[int, int]],
+        targets: Sequence[dict[str, Any]],
+    ) -> dict[str, torch.Tensor]:
+        losses = {}
+        for stage, predictor in enumerate(self.box_predictor):
+            boxes = [s.boxes for s in sampled]
+            scores, deltas = self._run(stage, features, boxes)
+            own = self._losses_of(predictor, (scores, deltas), sampled)
+            losses |= {f"{name}_stage{stage}": loss for name, loss in own.items()}
+            if stage + 1 < len(self.box_predictor):
+                refined = self._proposals(predictor.predict_boxes(deltas, boxes), image_sizes)
+                sampled = self._match(stage + 1, refined, targets)
+        return losses
+
+    def _detect(
+        self,
+        features: dict[str, torch.Tensor],
+        boxes: Sequence[torch.Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> list[dict[str, torch.Tensor]]:
+        probabilities = []
+        for stage, predictor in enumerate(self.box_predictor):
+            scores, deltas = self._run(stage, features, boxes)
+            probabilities.append(scores.float().softmax(dim=1))
+            refined = predictor.predict_boxes(deltas, boxes)
+            boxes = self._proposals(refined, image_sizes)
+        return predictor.select(refined, sum(probabilities) * (1 / len(probabilities)), image_sizes)
+
+    def _run(
+        self, stage: int, features: dict[str, torch.Tensor], boxes: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A stage's scores and deltas of boxes."""
+        pooled = self.box_pooler([features[f] for f in self.box_in_features], boxes)
+        if pooled.requires_grad:
+            # The stages' losses are added up: so the features learn from their mean, the heads in full.
+            pooled.register_hook(lambda grad: grad * (1 / len(self.box_head)))
+        return self.box_predictor[stage](self.box_head[stage](pooled))
+
+    def _proposals(self, boxes: Sequence[torch.Tensor], image_sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """A stage's boxes as the next one takes them: clipped, and in training without empty ones."""
+        # Overflow must not reach the pooler. Such a row's scores are not finite either, which drops it in the end.
+        boxes = [clip_boxes(b.nan_to_num(0.0), size) for b, size in zip(boxes, image_sizes, strict=True)]
+        # At inference every stage must score the same rows.
+        return [b[nonempty(b)] for b in boxes] if self.training else boxes
+
+    @torch.no_grad()
+    def _match(
+        self, stage: int, boxes: Sequence[torch.Tensor], targets: Sequence[dict[str, Any]]
+    ) -> list[SampledProposals]:
+        matched = []
+        for box, target in zip(boxes, targets, strict=True):
+            index, label = self.proposal_matchers[stage](box_iou(target["boxes"], box))
+            classes, gt_boxes = matched_truth(target, index, label, box, self.num_classes)
+            matched.append(SampledProposals(box, classes, index, gt_boxes))
+        return matched

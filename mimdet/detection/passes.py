@@ -1,0 +1,60 @@
+"""Several passes over a picture, each with another sample of its tokens (paper, Table 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torchvision.ops import batched_nms
+
+
+class InferencePasses:
+    """How often a detector looks at a picture in eval mode, and how what it finds each time becomes one result.
+
+    The paper gives "the ensemble result of several independent evaluations" and not how they are merged. Here all
+    detections stand together, the worse of two that overlap within a class goes as it does within one pass, and the
+    best are kept; each keeps its own score and mask.
+
+    Args:
+        passes: number of passes.
+        ratio: keep ratio of each, in (0, 1]; None leaves it to the backbone.
+        nms_thresh: overlap above which the worse of two detections of one class goes.
+        topk: detections kept of each picture.
+
+    Raises:
+        ValueError: no pass, a ratio outside (0, 1], or several passes that would all see the same.
+    """
+
+    def __init__(self, passes: int = 1, ratio: float | None = None, nms_thresh: float = 0.5, topk: int = 100):
+        if passes < 1:
+            raise ValueError(f"inference.passes must be at least 1, got {passes}")
+        if ratio is not None and not 0.0 < ratio <= 1.0:
+            raise ValueError(f"inference.ratio must be in (0, 1], got {ratio}")
+        if passes > 1 and ratio in (None, 1.0):
+            raise ValueError(f"inference.passes={passes} need an inference.ratio below 1: else all see the same tokens")
+        self.passes, self.ratio, self.nms_thresh, self.topk = passes, ratio, nms_thresh, topk
+
+    def samples(self, noise: torch.Tensor | None) -> list[dict[str, Any]]:
+        """The backbone's arguments in each pass.
+
+        Args:
+            noise: (B, L), or (passes, B, L) for several; None leaves it to the backbone to draw it.
+        """
+        ratio = {} if self.ratio is None else {"sample_ratio": self.ratio}
+        if noise is None or self.passes == 1:
+            return [{"noise": noise, **ratio}] * self.passes
+        if noise.dim() != 3 or len(noise) != self.passes:
+            raise ValueError(f"noise must be ({self.passes}, B, L) for {self.passes} passes, got {tuple(noise.shape)}")
+        return [{"noise": each, **ratio} for each in noise]
+
+    def merge(self, found: Sequence[Sequence[dict[str, torch.Tensor]]]) -> list[dict[str, torch.Tensor]]:
+        """Detections of each picture, best first, from those of each pass (boxes, scores, labels and what else)."""
+        if len(found) == 1:
+            return list(found[0])
+        merged = []
+        for of_picture in zip(*found, strict=True):
+            every = {key: torch.cat([each[key] for each in of_picture]) for key in of_picture[0]}
+            keep = batched_nms(every["boxes"], every["scores"], every["labels"], self.nms_thresh)[: self.topk]
+            merged.append({key: value[keep] for key, value in every.items()})
+        return merged

@@ -1,0 +1,26 @@
+"""MIMDet inside Detectron2: what the original's configs import, under the original's names.
+
+Detectron2 is not a dependency of mimdet; importing this package without it says how to get it.
+"""
+
+from .require import require_detectron2
+
+require_detectron2()
+
+from ..engine.optim import get_fpn_model_parameters
+from ..modeling import MIMDetDecoder, MIMDetEncoder
+from .backbone import MIMDetBackbone
+from .config import use_detectron2
+from .dense import RetinaNetImageListForward
+from .model import GeneralizedRCNNImageListForward, _postprocess
+
+__all__ = [
+    "GeneralizedRCNNImageListForward",
+    "MIMDetBackbone",
+    "MIMDetDecoder",
+    "MIMDetEncoder",
+    "RetinaNetImageListForward",
+    "_postprocess",
+    "get_fpn_model_parameters",
+    "use_detectron2",
+]

@@ -1,0 +1,152 @@
+"""Native configs turned into Detectron2's, and Detectron2's configs read with a word on what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, MutableMapping
+from typing import Any
+
+import torch
+from detectron2.config import LazyConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from ..config import find_config
+from ..config.lazy import TARGET
+
+# Where Detectron2 has the class of a native name; its arguments are the same.
+_MODULES = {
+    "AugmentationList": "detectron2.data.transforms",
+    "Box2BoxTransform": "detectron2.modeling.box_regression",
+    "COCOEvaluator": "detectron2.evaluation",
+    "CascadeROIHeads": "detectron2.modeling.roi_heads",
+    "CosineParamScheduler": "fvcore.common.param_scheduler",
+    "DatasetMapper": "detectron2.data",
+    "DefaultAnchorGenerator": "detectron2.modeling.anchor_generator",
+    "FPN": "detectron2.modeling",
+    "FastRCNNConvFCHead": "detectron2.modeling.roi_heads",
+    "FastRCNNOutputLayers": "detectron2.modeling.roi_heads",
+    "LastLevelMaxPool": "detectron2.modeling.backbone.fpn",
+    "LastLevelP6P7": "detectron2.modeling.backbone.fpn",
+    "MIMDetBackbone": __package__,
+    "MaskRCNNConvUpsampleHead": "detectron2.modeling.roi_heads",
+    "Matcher": "detectron2.modeling.matcher",
+    "MultiStepParamScheduler": "fvcore.common.param_scheduler",
+    "ROIPooler": "detectron2.modeling.poolers",
+    "RPN": "detectron2.modeling.proposal_generator",
+    "RandomApply": "detectron2.data.transforms",
+    "RandomCrop": "detectron2.data.transforms",
+    "RandomFlip": "detectron2.data.transforms",
+    "ResizeShortestEdge": "detectron2.data.transforms",
+    "RetinaNetHead": "detectron2.modeling.meta_arch.retinanet",
+    "ShapeSpec": "detectron2.layers",
+    "StandardROIHeads": "detectron2.modeling.roi_heads",
+    "StandardRPNHead": "detectron2.modeling.proposal_generator",
+    "WarmupParamScheduler": "detectron2.solver",
+    "build_detection_test_loader": "detectron2.data",
+    "build_detection_train_loader": "detectron2.data",
+}
+_RENAMED = {
+    "CocoDataset": "detectron2.data.get_detection_dataset_dicts",
+    "GeneralizedRCNN": f"{__package__}.GeneralizedRCNNImageListForward",
+    "RetinaNet": f"{__package__}.RetinaNetImageListForward",
+}
+_KEPT = ("MIMDetDecoder", "MIMDetEncoder", "UpsampledTokens")
+# Arguments that only the native callable has.
+_NATIVE_ARGUMENTS = {
+    "CocoDataset": ("json_file", "image_root", "use_masks"),
+    "GeneralizedRCNN": ("inference",),
+    "RetinaNet": ("inference",),
+    "build_detection_test_loader": ("batch_size",),
+    "build_detection_train_loader": ("seed",),
+}
+_NATIVE_TRAIN = ("clip_grad_norm", "init_checkpoint_ignore")
+_ORIGINAL = ("MIMDetBackbone", "MIMDetEncoder", "MIMDetDecoder")
+
+
+def use_detectron2(
+    model: DictConfig, dataloader: DictConfig, lr_multiplier: DictConfig, train: MutableMapping[str, Any]
+) -> None:
+    """Turn the sections of a native config, in place, into those of a Detectron2 LazyConfig.
+
+    Heads, data, evaluator and schedule become Detectron2's, with the arguments that the native ones have; the
+    backbone becomes the ``MIMDetBackbone`` of this package. ``train`` becomes what Detectron2's trainer reads, for
+    the machine at hand: a GPU with mixed precision where there is one, else the CPU.
+
+    Raises:
+        ValueError: a native class that Detectron2 has no counterpart for, or several passes.
+    """
+    inference = model.get("inference")
+    if inference and (inference["passes"] != 1 or inference["ratio"] is not None):
+        raise ValueError("model.inference: passes over samples of the tokens are of the native detectors alone")
+    for section in (model, dataloader, lr_multiplier):
+        for node in _calls(section):
+            _retarget(node)
+    dataloader["evaluator"]["dataset_name"] = "${..test.dataset.names}"
+    gpu = torch.cuda.is_available()
+    if not gpu and model["backbone"]["norm"] == "SyncBN":
+        model["backbone"]["norm"] = "naiveSyncBN"  # PyTorch's own refuses a CPU where there are several processes
+    for name in _NATIVE_TRAIN:
+        train.pop(name, None)
+    train["device"] = "cuda" if gpu else "cpu"
+    train["amp"] = {"enabled": bool(gpu and train["amp"]["enabled"])}
+    train["output_dir"] = "output/detectron2" + train["output_dir"].removeprefix("output")
+
+
+def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
+    """A LazyConfig with Detectron2's overrides; shipped ones are found by name.
+
+    Raises:
+        ImportError: the config builds the classes of the original MIMDet, or imports what is not there.
+        FileNotFoundError: no such file.
+    """
+    file = path if "://" in path else str(find_config(path))
+    try:
+        cfg = LazyConfig.load(file)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "models":
+            raise
+        raise ImportError(_switch(file, error.name)) from error
+    for node in _calls(cfg):
+        name = _dotted(node[TARGET])
+        if name.startswith("models.") and name.rsplit(".", 1)[-1] in _ORIGINAL:
+            raise ImportError(_switch(file, name))
+    return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+def _switch(file: str, name: str) -> str:
+    return (
+        f"config {file} names the original MIMDet's {name}: import from {__package__} instead, as in "
+        f"'from {__package__} import {', '.join(_ORIGINAL)}' (_postprocess, GeneralizedRCNNImageListForward and "
+        "get_fpn_model_parameters are there too)"
+    )
+
+
+def _retarget(node: DictConfig) -> None:
+    dotted = _dotted(node[TARGET])
+    name = dotted.rsplit(".", 1)[-1]
+    if not dotted.startswith("mimdet.") or dotted.startswith(f"{__package__}.") or name in _KEPT:
+        return
+    if name not in _MODULES and name not in _RENAMED:
+        raise ValueError(f"Detectron2 has no counterpart of {dotted} that {__package__} knows")
+    for argument in set(node) & set(_NATIVE_ARGUMENTS.get(name, ())):
+        del node[argument]  # pop would resolve what is defined elsewhere
+    # By name: omegaconf would turn a dataclass such as ShapeSpec into a config of its fields.
+    node[TARGET] = _RENAMED.get(name) or f"{_MODULES[name]}.{name}"
+
+
+def _dotted(target: Any) -> str:
+    return target if isinstance(target, str) else f"{target.__module__}.{getattr(target, '__qualname__', '')}"
+
+
+def _calls(node: Any) -> Iterator[DictConfig]:
+    """Every lazy call in a config, itself included; interpolations lead to one that is met elsewhere."""
+    if isinstance(node, DictConfig):
+        if TARGET in node:
+            yield node
+        keys = list(node)
+    elif isinstance(node, ListConfig):
+        keys = range(len(node))
+    else:
+        return
+    for key in keys:
+        if not OmegaConf.is_interpolation(node, key):
+            yield from _calls(node[key])

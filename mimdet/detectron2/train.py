@@ -1,0 +1,159 @@
+"""Detectron2's training and evaluation of a LazyConfig, on whatever machine there is."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import instantiate
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    default_argument_parser,
+    default_setup,
+    default_writers,
+    hooks,
+    launch,
+)
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+from torch import nn
+
+from ..checkpoint.read import SAFE_GLOBALS
+from ..engine.runtime import choose_device
+from ..engine.schedule import scale_to_batch_size
+from .config import load_config
+
+logger = logging.getLogger("detectron2")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: Detectron2's flags, and the original MIMDet's for several machines.
+
+    One process, on a GPU or on the CPU, needs no launcher; several are started on each machine.
+    """
+    args = parse(argv)
+    try:  # mistakes are met here, before processes start; each of them reads the config again
+        _settle_device(load_config(args.config_file, args.opts), args.opts)
+    except (ImportError, FileNotFoundError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    launch(
+        run,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags and ``key=value`` overrides."""
+    parser = default_argument_parser(epilog="Shipped configs: configs/detectron2/*.py")
+    parser.prog = f"{sys.executable.rsplit('/', 1)[-1]} -m {__package__}"
+    parser.add_argument("--node_rank", type=int, default=None, help="the same as --machine-rank")
+    parser.add_argument("--master_addr", default="", help="with --master_port, instead of --dist-url")
+    parser.add_argument("--master_port", default="")
+    args = parser.parse_args(argv)
+    if not args.config_file:
+        parser.error("--config-file is needed, as in --config-file configs/detectron2/mimdet_b_mask_rcnn.py")
+    if args.num_gpus < 1 or args.num_machines < 1:
+        parser.error("--num-gpus and --num-machines count from 1; without a GPU, 1 runs on the CPU")
+    if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
+        parser.error(f"--num-gpus {args.num_gpus}, but PyTorch sees {torch.cuda.device_count()}")
+    if bool(args.master_addr) != bool(args.master_port):
+        parser.error("--master_addr and --master_port belong together: give both")
+    if args.master_addr:
+        args.dist_url = f"tcp://{args.master_addr}:{args.master_port}"
+    if args.node_rank is not None:
+        args.machine_rank = args.node_rank
+    return args
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Train, or with ``args.eval_only`` evaluate and return the results, in this process."""
+    cfg = load_config(args.config_file, args.opts)
+    notes = [_settle_device(cfg, args.opts)]
+    if not args.eval_only and cfg.train.get("reference_batch_size"):
+        notes += scale_to_batch_size(cfg, args.opts)
+    default_setup(cfg, args)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="mimdet")
+    for note in notes:
+        logger.info("%s", note)
+    model = instantiate(cfg.model).to(cfg.train.device)
+    # Checkpoints carry numpy numbers and the command line of their training: data, which torch refuses unless told.
+    with torch.serialization.safe_globals(SAFE_GLOBALS):
+        if args.eval_only:
+            model = _distributed(model, cfg)
+            DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+            return evaluate(cfg, model)
+        train(cfg, model, args.resume)
+    return None
+
+
+def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
+    """Detectron2's loop over ``cfg.train.max_iter`` iterations, saving and evaluating on the way and at the end."""
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    loader = instantiate(cfg.dataloader.train)
+    model = _distributed(model, cfg)
+    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    main_process = comm.is_main_process()
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main_process else None,
+            hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)),
+            hooks.PeriodicWriter(default_writers(cfg.train.output_dir, cfg.train.max_iter), period=cfg.train.log_period)
+            if main_process
+            else None,
+        ]
+    )
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    trainer.train(start, cfg.train.max_iter)
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any] | None:
+    """Results of ``cfg.dataloader.evaluator`` over the test set; None without one."""
+    if "evaluator" not in cfg.dataloader:
+        return None
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
+    print_csv_format(results)
+    return results
+
+
+def _settle_device(cfg: DictConfig, overrides: Sequence[str]) -> str:
+    """Fit ``train.device`` and mixed precision to the machine, in place; says what was chosen.
+
+    The original's configs say "cuda", which without a GPU means the CPU unless it was asked for by an override.
+    """
+    wanted = cfg.train.get("device") or "auto"
+    asked = any(override.partition("=")[0].strip() == "train.device" for override in overrides)
+    if wanted.startswith("cuda") and not torch.cuda.is_available() and not asked:
+        wanted = "auto"
+    device = choose_device(wanted)
+    # Without an index each process uses its own GPU, which Detectron2 has made the current one.
+    cfg.train.device = wanted if ":" in wanted else device.type
+    note = f"device {cfg.train.device}"
+    if cfg.train.amp.enabled and device.type != "cuda":
+        cfg.train.amp.enabled = False
+        note += ", without the mixed precision that Detectron2 has on GPUs only"
+    return note
+
+
+def _distributed(model: nn.Module, cfg: DictConfig) -> nn.Module:
+    options = dict(cfg.train.get("ddp") or {})
+    if cfg.train.device == "cpu":
+        options["device_ids"] = None
+    return create_ddp_model(model, **options)

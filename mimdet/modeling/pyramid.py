@@ -1,0 +1,36 @@
+"""Fine features from the tokens of a ViT, for a detector that gets none from its stem (paper, Table 8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..kernels.image_norm import valid
+from .conv_stem import GroupNormGELU
+from .encoder import EncoderOutput
+
+
+class UpsampledTokens(nn.Module):
+    """c2 and c3 from two taps of the encoder, by transposed convolutions of stride 2 (El-Nouby et al., "XCiT", 2021;
+    Li et al., "Benchmarking Detection Transfer Learning with Vision Transformers", 2021).
+
+    Between the two that lead to c2 stand GroupNorm over whole samples and GELU, as in the ConvStem: the paper names no
+    norm, and this one is the same for a picture alone and in a packed batch.
+
+    Args:
+        embed_dim: width of the tokens, and of the features.
+    """
+
+    def __init__(self, embed_dim: int = 768):
+        super().__init__()
+        self.c2_first, self.c2_second, self.c3 = (nn.ConvTranspose2d(embed_dim, embed_dim, 2, 2) for _ in range(3))
+        self.c2_norm = GroupNormGELU(embed_dim, eps=1e-6)
+
+    def forward(self, encoded: EncoderOutput) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, embed_dim, H, W) of strides 4 and 8; of packed pictures zero outside of them."""
+        first, second = (encoded.map(tokens) for tokens in encoded.tapped)
+        if encoded.sizes is None:
+            return self.c2_second(self.c2_norm(self.c2_first(first))), self.c3(second)
+        _, fine, coarse, _ = encoded.sizes
+        c2 = self.c2_second(self.c2_norm(self.c2_first(first), coarse))
+        return tuple(x.masked_fill(~valid(x, own), 0.0) for x, own in ((c2, fine), (self.c3(second), coarse)))

@@ -1,0 +1,91 @@
+"""Several passes over samples of the tokens, merged into one result."""
+
+import pytest
+import torch
+from twins import twin_config
+
+from mimdet.config import instantiate
+from mimdet.detection import InferencePasses
+
+
+def found(*rows):
+    """Detections from (x0, y0, x1, y1, score, label); a mask is its score."""
+    table = torch.tensor(rows, dtype=torch.float32).view(-1, 6)
+    masks = table[:, 4, None, None].expand(-1, 28, 28)
+    return {"boxes": table[:, :4], "scores": table[:, 4], "labels": table[:, 5].long(), "mask_probabilities": masks}
+
+
+def test_the_best_of_what_overlaps_stays_with_its_mask():
+    first = [found((0, 0, 10, 10, 0.9, 0), (20, 20, 30, 30, 0.3, 1)), found()]
+    second = [
+        found((0, 0, 10, 9, 0.8, 0), (20, 20, 30, 31, 0.6, 1), (0, 0, 10, 10, 0.5, 1)),
+        found((1, 1, 2, 2, 0.1, 0)),
+    ]
+    merged = InferencePasses(passes=2, ratio=0.5).merge([first, second])
+    assert merged[0]["scores"].tolist() == pytest.approx([0.9, 0.6, 0.5])
+    assert merged[0]["labels"].tolist() == [0, 1, 1]
+    assert merged[0]["boxes"][1].tolist() == [20, 20, 30, 31]
+    assert merged[0]["mask_probabilities"][:, 0, 0].tolist() == pytest.approx([0.9, 0.6, 0.5])
+    assert merged[1]["scores"].tolist() == pytest.approx([0.1])
+    assert len(InferencePasses(passes=2, ratio=0.5, topk=2).merge([first, second])[0]["scores"]) == 2
+
+
+@pytest.fixture(scope="module")
+def detector():
+    torch.manual_seed(0)
+    model = instantiate(twin_config("mimdet_b_mask_rcnn").model).eval()
+    model.roi_heads.box_predictor.test_score_thresh = 0.0
+    return model
+
+
+def run(model, passes, images, noise=None):
+    before, model.inference = model.inference, passes
+    try:
+        with torch.no_grad():
+            return model(images, noise=noise)
+    finally:
+        model.inference = before
+
+
+def test_passes_are_independent_runs_of_the_detector(detector):
+    images = [torch.rand(3, 64, 96) * 255, torch.rand(3, 50, 60) * 255]
+    noise = torch.rand(3, 2, 24)
+    passes = InferencePasses(passes=3, ratio=0.5)
+    got = run(detector, passes, images, noise)
+    batch = detector.preprocess(images)
+    with torch.no_grad():
+        each = [detector.detect(detector.backbone(batch, noise=n, sample_ratio=0.5), batch.image_sizes) for n in noise]
+    want = passes.merge(each)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours["scores"], theirs["scores"])
+        assert ours["masks"].shape[0] == len(ours["scores"]) > 10
+    alone = run(detector, InferencePasses(ratio=0.5), images, noise[0])
+    assert alone[0]["scores"].tolist() == pytest.approx(each[0][0]["scores"].tolist())
+    assert alone[0]["scores"].tolist() != pytest.approx(got[0]["scores"].tolist())
+
+
+def test_without_noise_each_pass_draws_its_own(detector, monkeypatch):
+    drawn, rand = [], torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *args, **kw: drawn.append(rand(*args, **kw)) or drawn[-1])
+    run(detector, InferencePasses(passes=2, ratio=0.5), [torch.full((3, 64, 96), 100.0)])
+    assert len(drawn) == 2
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"passes": 0}, "passes must be at least 1, got 0"),
+        ({"ratio": 1.5}, r"ratio must be in \(0, 1\], got 1.5"),
+        ({"passes": 2}, "passes=2 need an inference.ratio below 1"),
+        ({"passes": 2, "ratio": 1.0}, "passes=2 need an inference.ratio below 1"),
+    ],
+)
+def test_bad_words(changes, message):
+    with pytest.raises(ValueError, match=message):
+        InferencePasses(**changes)
+
+
+def test_noise_of_one_pass_is_refused_for_several(detector):
+    with pytest.raises(ValueError, match=r"noise must be \(2, B, L\) for 2 passes, got \(1, 24\)"):
+        run(detector, InferencePasses(passes=2, ratio=0.5), [torch.zeros(3, 64, 96)], torch.rand(1, 24))
