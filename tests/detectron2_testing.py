@@ -20,6 +20,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "configs/detectron2/mimdet_b_mask_rcnn.py"
@@ -103,10 +104,12 @@ def equal_noise(seed=0):
         torch.rand = real
 
 
-def outcome(model, batch):
-    """Losses in train mode, then features, proposals and results in eval mode, all with equal noise."""
-    with equal_noise(), torch.no_grad(), _event_storage():
-        losses = model.train()(batch)
+def outcome(model, batch, given=None):
+    """Features, proposals and results in eval mode, then losses in train mode and their proposals; equal noise.
+
+    In training the ROI heads see the proposals ``given`` instead of the model's own: where two lie so close that
+    rounding decides their order, other candidates would be drawn from them.
+    """
     seen = {}
     hooks = [
         model.backbone.bottom_up.register_forward_hook(lambda m, a, out: seen.update(features=out)),
@@ -114,15 +117,14 @@ def outcome(model, batch):
     ]
     with equal_noise(), torch.no_grad():
         results = model.eval()(batch)
+    evaluated = seen["features"], seen["proposals"], [r["instances"] for r in results]
+    if given is not None:
+        hooks.append(model.proposal_generator.register_forward_hook(lambda m, a, out: (given, out[1])))
+    with equal_noise(), torch.no_grad(), EventStorage(0):
+        losses = model.train()(batch)
     for hook in hooks:
         hook.remove()
-    return losses, seen["features"], seen["proposals"], [r["instances"] for r in results]
-
-
-def _event_storage():
-    from detectron2.utils.events import EventStorage
-
-    return EventStorage(0)
+    return *evaluated, losses, seen["proposals"]
 
 
 def relative(got, want):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_cli import run
+from twins import twin_overrides
 
 from mimdet.bench import backbone
 from mimdet.bench.backbone import Options, paper, run_tables
@@ -71,6 +72,16 @@ def test_depths_of_the_detector(tmp_path):
     assert [(row["depth"], row["model"]) for row in found.rows] == [(d, m) for d in (1, 2) for m in chosen.peers]
     assert found.rows[2]["parameters"] > found.rows[0]["parameters"] == found.rows[1]["parameters"]
     assert all(row["status"] == "ok" and row["p50_ms"] > 0 for row in found.rows)
+
+
+def test_a_detector_of_one_stage(tmp_path):
+    small = twin_overrides("mimdet_b_retinanet")
+    chosen = options(
+        tmp_path, config="mimdet_b_retinanet", overrides=small, part="detector", default=(0.5, 1), peers=("ours",)
+    )
+    rows = run_tables(chosen).rows
+    assert rows
+    assert all(row["status"] == "ok" and row["p50_ms"] > 0 for row in rows)
 
 
 def test_a_model_that_differs_is_not_timed(tmp_path, monkeypatch, capsys):

@@ -24,8 +24,15 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 @pytest.fixture(scope="module")
-def model():
+def built():
     return d2.small(load_config(d2.BASE))
+
+
+@pytest.fixture
+def model(built):
+    d2.fill_module(built)  # statistics of norms move in training
+    d2.set_ratio(built, 1.0)
+    return built
 
 
 def test_backbone_is_a_detectron2_backbone(model):
@@ -64,7 +71,6 @@ def test_native_weights_give_the_same_detections(model):
             wanted = native([x["image"] for x in batch])
         with d2.equal_noise():
             found = model.eval()(batch)
-    d2.set_ratio(model, 1.0)
     for want, got in zip(wanted, (x["instances"] for x in found), strict=True):
         order = d2.matched(got.pred_boxes.tensor, want["boxes"], 5e-3)
         assert len(order) > 20
@@ -76,13 +82,14 @@ def test_native_weights_give_the_same_detections(model):
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("[!b]*.py")), ids=lambda f: f.stem)
 def test_native_configs_load_with_detectron2s_lazy_config(file):
     cfg = LazyConfig.load(str(file))
-    LazyConfig.apply_overrides(cfg, ["model.backbone.bottom_up.sample_ratio=1.0"])
+    samples = "sample_ratio" in cfg.model.backbone.bottom_up
+    LazyConfig.apply_overrides(cfg, ["model.backbone.bottom_up.sample_ratio=1.0"] if samples else [])
     with torch.device("meta"):
         model = instantiate(cfg.model)
-    assert type(model).__module__ == "mimdet.detection.rcnn"
-    assert model.backbone.bottom_up.sample_ratio == 1.0
+    assert type(model).__module__.startswith("mimdet.detection.")
+    assert not samples or model.backbone.bottom_up.sample_ratio == 1.0
     cfg.optimizer.params.model = model
-    assert len(instantiate(cfg.optimizer).param_groups) > 3
+    assert len(instantiate(cfg.optimizer).param_groups) > 1
     assert instantiate(cfg.lr_multiplier)(0.5) > 0
     assert len(instantiate(cfg.dataloader.train.mapper).augmentations.augs) > 1
 

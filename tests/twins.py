@@ -30,7 +30,11 @@ _DETECTORS = {
 TWINS = ("mimdet_b_cascade_mask_rcnn", "mimdet_l_cascade_mask_rcnn", "mimdet_b_retinanet")
 
 
+def twin_overrides(name):
+    """What makes the config ``name`` small."""
+    return [*_BACKBONE, *next(changes for ending, changes in _DETECTORS.items() if name.endswith(ending))]
+
+
 def twin_config(name, *overrides):
     """The config ``name`` of ``configs/`` with a detector of a few thousand weights."""
-    detector = next(changes for ending, changes in _DETECTORS.items() if name.endswith(ending))
-    return load(f"configs/{name}.py", [*_BACKBONE, *detector, *overrides])
+    return load(f"configs/{name}.py", [*twin_overrides(name), *overrides])

@@ -11,6 +11,7 @@ from ..engine.optim import get_fpn_model_parameters
 from ..modeling import MIMDetDecoder, MIMDetEncoder
 from .backbone import BenchmarkingViTDet, MIMDetBackbone
 from .config import use_detectron2
+from .dense import RetinaNetImageListForward
 from .model import GeneralizedRCNNImageListForward, _postprocess
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MIMDetBackbone",
     "MIMDetDecoder",
     "MIMDetEncoder",
+    "RetinaNetImageListForward",
     "_postprocess",
     "get_fpn_model_parameters",
     "use_detectron2",

@@ -18,6 +18,7 @@ _MODULES = {
     "BenchmarkingViTDet": __package__,
     "Box2BoxTransform": "detectron2.modeling.box_regression",
     "COCOEvaluator": "detectron2.evaluation",
+    "CascadeROIHeads": "detectron2.modeling.roi_heads",
     "CosineParamScheduler": "fvcore.common.param_scheduler",
     "DatasetMapper": "detectron2.data",
     "DefaultAnchorGenerator": "detectron2.modeling.anchor_generator",
@@ -26,6 +27,7 @@ _MODULES = {
     "FastRCNNOutputLayers": "detectron2.modeling.roi_heads",
     "FixedSizeCrop": "detectron2.data.transforms",
     "LastLevelMaxPool": "detectron2.modeling.backbone.fpn",
+    "LastLevelP6P7": "detectron2.modeling.backbone.fpn",
     "MIMDetBackbone": __package__,
     "MaskRCNNConvUpsampleHead": "detectron2.modeling.roi_heads",
     "Matcher": "detectron2.modeling.matcher",
@@ -37,6 +39,7 @@ _MODULES = {
     "RandomFlip": "detectron2.data.transforms",
     "ResizeScale": "detectron2.data.transforms",
     "ResizeShortestEdge": "detectron2.data.transforms",
+    "RetinaNetHead": "detectron2.modeling.meta_arch.retinanet",
     "ShapeSpec": "detectron2.layers",
     "StandardROIHeads": "detectron2.modeling.roi_heads",
     "StandardRPNHead": "detectron2.modeling.proposal_generator",
@@ -47,11 +50,12 @@ _MODULES = {
 _RENAMED = {
     "CocoDataset": "detectron2.data.get_detection_dataset_dicts",
     "GeneralizedRCNN": f"{__package__}.GeneralizedRCNNImageListForward",
+    "RetinaNet": f"{__package__}.RetinaNetImageListForward",
 }
 _KEPT = ("MIMDetDecoder", "MIMDetEncoder")
 # Arguments that only the native callable has.
 _NATIVE_ARGUMENTS = {
-    "CocoDataset": ("json_file", "image_root"),
+    "CocoDataset": ("json_file", "image_root", "use_masks"),
     "build_detection_test_loader": ("batch_size",),
     "build_detection_train_loader": ("seed",),
 }
@@ -117,7 +121,7 @@ def _switch(file: str, name: str) -> str:
 def _retarget(node: DictConfig) -> None:
     dotted = _dotted(node[TARGET])
     name = dotted.rsplit(".", 1)[-1]
-    if not dotted.startswith("mimdet.") or name in _KEPT:
+    if not dotted.startswith("mimdet.") or dotted.startswith(f"{__package__}.") or name in _KEPT:
         return
     if name not in _MODULES and name not in _RENAMED:
         raise ValueError(f"Detectron2 has no counterpart of {dotted} that {__package__} knows")

@@ -11,7 +11,21 @@ from detectron2.structures import ImageList, Instances, ROIMasks
 from detectron2.utils.events import get_event_storage
 
 
-class GeneralizedRCNNImageListForward(GeneralizedRCNN):
+class ChannelsLast:
+    """Gives a Detectron2 detector weights and pictures in the memory that the convolutions want."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.to(memory_format=torch.channels_last)
+
+    def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
+        """Normalised and padded pictures."""
+        images = super().preprocess_image(batched_inputs)
+        images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
+        return images
+
+
+class GeneralizedRCNNImageListForward(ChannelsLast, GeneralizedRCNN):
     """``GeneralizedRCNN`` whose backbone is given the ``ImageList``, in channels_last memory throughout.
 
     Args:
@@ -22,13 +36,6 @@ class GeneralizedRCNNImageListForward(GeneralizedRCNN):
     def __init__(self, *args: Any, lsj_postprocess: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.lsj_postprocess = lsj_postprocess
-        self.to(memory_format=torch.channels_last)
-
-    def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
-        """Normalised and padded pictures in the memory that the convolutions want."""
-        images = super().preprocess_image(batched_inputs)
-        images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
-        return images
 
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor] | list[dict[str, Any]]:
         """Losses in training, ``{"instances": Instances}`` of each picture in eval mode."""

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
+# Module -> a name in it that not every release has, or whose import shows that the module works.
+_NEEDED = {
+    "detectron2": "__path__",
+    "detectron2.config": "LazyConfig",
+    "detectron2.engine.defaults": "create_ddp_model",
+    "detectron2.evaluation": "COCOEvaluator",
+    "detectron2.modeling": "GeneralizedRCNN",
+}
 _HOW = 'pip install --no-build-isolation "git+https://github.com/facebookresearch/detectron2"'
 
 
@@ -14,13 +23,10 @@ def require_detectron2() -> None:
         ImportError: Detectron2 is absent, too old, or does not fit what is installed; says which, and how to get it.
     """
     try:
-        from detectron2.config import LazyConfig
-        from detectron2.engine.defaults import create_ddp_model
-        from detectron2.evaluation import COCOEvaluator
-        from detectron2.modeling import GeneralizedRCNN
+        for module, name in _NEEDED.items():
+            getattr(importlib.import_module(module), name)
     except Exception as error:  # its releases fail in many ways on libraries younger than they are
         raise ImportError(_reason(error), name=__package__) from error
-    del LazyConfig, create_ddp_model, COCOEvaluator, GeneralizedRCNN
 
 
 def _reason(error: Exception) -> str:
