@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_cli import run
+from twins import twin_overrides
 
 from mimdet.bench import backbone, forms
 from mimdet.bench.backbone import Options, paper, run_tables
@@ -120,6 +121,16 @@ def test_a_form_that_differs_is_not_timed(tmp_path, monkeypatch):
     assert [row["status"].split(" is ")[0] for row in found] == ["ok", "ok", "wrong: c4", "wrong: c4"]
     assert found[2]["p50_ms"] is found[2]["allocated_mib"] is None
     assert found[1]["relative_time"] > 0
+
+
+def test_a_detector_of_one_stage(tmp_path):
+    small = twin_overrides("mimdet_b_retinanet")
+    chosen = options(
+        tmp_path, config="mimdet_b_retinanet", overrides=small, part="detector", default=(0.5, 1), peers=("ours",)
+    )
+    rows = run_tables(chosen).rows
+    assert rows
+    assert all(row["status"] == "ok" and row["p50_ms"] > 0 for row in rows)
 
 
 def test_a_model_that_differs_is_not_timed(tmp_path, monkeypatch, capsys):

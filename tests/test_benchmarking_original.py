@@ -27,6 +27,8 @@ def original():
     sys.path.insert(0, ORIGINAL)
     yield import_module
     sys.path.remove(ORIGINAL)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "models"]:
+        del sys.modules[name]
 
 
 def distance(got, want):

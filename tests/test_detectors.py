@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from small import pictures, target
 from twins import TWINS, twin_config
 
 from mimdet.checkpoint.read import read_checkpoint
@@ -97,3 +98,16 @@ def test_twin_trains_saves_loads_evaluates_and_predicts(name, shapes, tmp_path):
     detections = json.loads(report.predictions.read_text())
     assert len(detections) > 20
     assert all(("segmentation" in each) == ("segm" in tasks) for each in detections)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_every_parameter_learns_under_autocast(name):
+    """As processes that train together need it, also with a picture without objects."""
+    model = instantiate(twin_config(name).model).train()
+    truth = target(5, (64, 96), 2)
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": []}
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(pictures([(64, 96), (48, 64)]), [truth, empty])
+    assert all(loss.dtype == torch.float32 and bool(loss.isfinite()) for loss in losses.values())
+    sum(losses.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []

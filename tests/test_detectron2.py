@@ -79,7 +79,7 @@ def test_native_weights_give_the_same_detections(model):
         assert (got.pred_masks[order] != want["masks"]).flatten(1).sum(1).max() <= 10
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("[!b]*.py")), ids=lambda f: f.stem)
 def test_native_configs_load_with_detectron2s_lazy_config(file):
     cfg = LazyConfig.load(str(file))
     samples = "sample_ratio" in cfg.model.backbone.bottom_up

@@ -9,12 +9,13 @@ require_detectron2()
 
 from ..engine.optim import get_fpn_model_parameters
 from ..modeling import MIMDetDecoder, MIMDetEncoder
-from .backbone import MIMDetBackbone
+from .backbone import BenchmarkingViTDet, MIMDetBackbone
 from .config import use_detectron2
 from .dense import RetinaNetImageListForward
 from .model import GeneralizedRCNNImageListForward, _postprocess
 
 __all__ = [
+    "BenchmarkingViTDet",
     "GeneralizedRCNNImageListForward",
     "MIMDetBackbone",
     "MIMDetDecoder",

@@ -1,4 +1,4 @@
-"""The backbone as Detectron2's FPN takes it."""
+"""The backbones as Detectron2's FPN takes them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ from detectron2.utils.logger import log_first_n
 from .. import modeling
 
 
-class MIMDetBackbone(modeling.MIMDetBackbone, Backbone):
-    """The native ``MIMDetBackbone``, its arguments and weights, as a Detectron2 ``Backbone``.
-
-    In eval mode the keep ratio is ``inference_sample_ratio``, 1.0 unless told otherwise; the original's was
-    ``sample_ratio`` in both modes.
-    """
+class _InDetectron2:
+    """What Detectron2 asks of a backbone, answered by a native one that comes later among the bases."""
 
     size_divisibility = 0  # each instance has its own; the base class's cannot be set
 
@@ -28,9 +24,21 @@ class MIMDetBackbone(modeling.MIMDetBackbone, Backbone):
         return {"size_divisibility": self.size_divisibility}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of c2..c5."""
+        """Channels and stride of each output."""
         shapes = super().output_shape().items()
         return {name: ShapeSpec(channels=shape.channels, stride=shape.stride) for name, shape in shapes}
+
+
+class BenchmarkingViTDet(_InDetectron2, modeling.BenchmarkingViTDet, Backbone):
+    """The native ``BenchmarkingViTDet``, its arguments and weights, as a Detectron2 ``Backbone``."""
+
+
+class MIMDetBackbone(_InDetectron2, modeling.MIMDetBackbone, Backbone):
+    """The native ``MIMDetBackbone``, its arguments and weights, as a Detectron2 ``Backbone``.
+
+    In eval mode the keep ratio is ``inference_sample_ratio``, 1.0 unless told otherwise; the original's was
+    ``sample_ratio`` in both modes.
+    """
 
     def forward(self, images: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """As the native forward; ``images`` is Detectron2's ``ImageList``.

@@ -15,6 +15,7 @@ from ..config.lazy import TARGET
 # Where Detectron2 has the class of a native name; its arguments are the same.
 _MODULES = {
     "AugmentationList": "detectron2.data.transforms",
+    "BenchmarkingViTDet": __package__,
     "Box2BoxTransform": "detectron2.modeling.box_regression",
     "COCOEvaluator": "detectron2.evaluation",
     "CascadeROIHeads": "detectron2.modeling.roi_heads",
@@ -24,6 +25,7 @@ _MODULES = {
     "FPN": "detectron2.modeling",
     "FastRCNNConvFCHead": "detectron2.modeling.roi_heads",
     "FastRCNNOutputLayers": "detectron2.modeling.roi_heads",
+    "FixedSizeCrop": "detectron2.data.transforms",
     "LastLevelMaxPool": "detectron2.modeling.backbone.fpn",
     "LastLevelP6P7": "detectron2.modeling.backbone.fpn",
     "MIMDetBackbone": __package__,
@@ -35,6 +37,7 @@ _MODULES = {
     "RandomApply": "detectron2.data.transforms",
     "RandomCrop": "detectron2.data.transforms",
     "RandomFlip": "detectron2.data.transforms",
+    "ResizeScale": "detectron2.data.transforms",
     "ResizeShortestEdge": "detectron2.data.transforms",
     "RetinaNetHead": "detectron2.modeling.meta_arch.retinanet",
     "ShapeSpec": "detectron2.layers",
@@ -59,7 +62,7 @@ _NATIVE_ARGUMENTS = {
     "build_detection_train_loader": ("seed",),
 }
 _NATIVE_TRAIN = ("clip_grad_norm", "init_checkpoint_ignore")
-_ORIGINAL = ("MIMDetBackbone", "MIMDetEncoder", "MIMDetDecoder")
+_ORIGINAL = ("MIMDetBackbone", "MIMDetEncoder", "MIMDetDecoder", "BenchmarkingViTDet")
 
 
 def use_detectron2(
