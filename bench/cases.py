@@ -8,8 +8,10 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..kernels.add_layer_norm.api import add_layer_norm
+from ..kernels.attention_varlen.api import attention_varlen_packed
 from ..kernels.bias_gelu.api import bias_gelu
 from ..kernels.gather_add_pos.api import gather_add_pos
 from ..kernels.group_norm_gelu.api import group_norm_gelu
@@ -43,6 +45,7 @@ class Case:
         peers: other forms of the same, by name.
         terms: see ``equality.why_wrong``.
         comparable: what of the outputs must be equal in all forms.
+        reference: what all forms are held against, where that is not "eager".
     """
 
     op: str
@@ -58,6 +61,7 @@ class Case:
     peers: dict[str, Callable[[Tensors], Outputs]] = field(default_factory=dict)
     terms: dict[str, int] = field(default_factory=dict)
     comparable: Callable[[Outputs], Outputs] = tuple
+    reference: Callable[[Tensors], Outputs] | None = None
 
 
 def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) -> list[Case]:
@@ -71,6 +75,7 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
     stem = [(f"stage {i + 1}", (96 * 2**i, grid[0] * 2 ** (3 - i), grid[1] * 2 ** (3 - i))) for i in range(4)]
     places = {
         "add_layer_norm": [("encoder", (kept, 768)), ("decoder", (tokens, 512))],
+        "attention_varlen": [("encoder", (kept, 12, 64)), ("decoder", (tokens, 16, 32))],
         "bias_gelu": [("encoder", (kept, 3072)), ("decoder", (tokens, 2048))],
         "decoder_assembly": [("decoder", (tokens, 512))],
         "gather_add_pos": [("encoder", (tokens, 768))],
@@ -84,13 +89,14 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
 
 
 def case(op: str, dtype: str, shape: Sequence[int]) -> Case:
-    """The operation on one shape: (B, N, C), (B, C, H, W) for the norms of images, (B, L) for sampling.
+    """The operation on one shape: (B, N, C), or (B, N, heads, head_dim) for attention, (B, C, H, W) for the norms of
+    images, (B, L) for sampling.
 
     Raises:
         ValueError: an unknown operation, or a shape of another rank.
     """
     _known(op)
-    rank = {"group_norm_gelu": 4, "layer_norm_gelu": 4, "sample_tokens": 2}.get(op, 3)
+    rank = {"attention_varlen": 4, "group_norm_gelu": 4, "layer_norm_gelu": 4, "sample_tokens": 2}.get(op, 3)
     if len(shape) != rank or min(shape) < 1:
         raise ValueError(f"{op}: the shape must have {rank} positive sizes, got {'x'.join(map(str, shape))}")
     return OPS[op]("given", tuple(shape), dtype)
@@ -142,6 +148,45 @@ def _add_layer_norm(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     terms = dict.fromkeys(("gradient of weight", "gradient of bias"), rows)
     names = ("r", "branch", "weight", "bias")
     return Case("add_layer_norm", "add_layer_norm", name, shape, dtype, make, run, names, moved, terms=terms)
+
+
+def _attention_varlen(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    """Sequences of one length, packed as the linear layer before it gives them."""
+    batch, length, heads, head_dim = shape
+    size, count = DTYPES[dtype].itemsize, prod(shape)
+
+    def make(device: str) -> Tensors:
+        return {
+            "qkv": _normal((batch * length, 3, heads, head_dim), device, 0, DTYPES[dtype]),
+            "cu_seqlens": length * torch.arange(batch + 1, device=device, dtype=torch.int32),
+        }
+
+    def run(t: Tensors, impl: str) -> Outputs:
+        return (attention_varlen_packed(t["qkv"], t["cu_seqlens"], length, impl=impl),)
+
+    def original(t: Tensors) -> Outputs:
+        q, k, v = t["qkv"].unflatten(0, (batch, length)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT * head_dim**-0.5
+        # Autocast's softmax is in float32.
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+        return ((weights @ v).transpose(1, 2).flatten(0, 1),)
+
+    def one_by_one(t: Tensors) -> Outputs:
+        """Has the scores of one sequence at a time in memory."""
+
+        def alone(rows: torch.Tensor) -> torch.Tensor:
+            return attention_varlen_packed(rows, t["cu_seqlens"][:2], length, impl="eager")
+
+        return (torch.cat([checkpoint(alone, rows, use_reentrant=False) for rows in t["qkv"].split(length)]),)
+
+    # Forward: q, k, v in; out. Backward: those and its gradient in; three gradients out.
+    moved = {"forward": 4 * count * size, "backward": 8 * count * size}
+    # Two products of N x N x head_dim a head; backward five, the scores again among them.
+    flops = {"forward": 4 * count * length, "backward": 10 * count * length}
+    return Case(
+        "attention_varlen", "attention_varlen", name, shape, dtype, make, run, ("qkv",), moved, flops=flops,
+        peers={"original": original}, reference=one_by_one,
+    )  # fmt: skip
 
 
 def _bias_gelu(name: str, shape: tuple[int, ...], dtype: str) -> Case:
@@ -330,6 +375,7 @@ def _decoder_assembly(name: str, shape: tuple[int, ...], dtype: str) -> Case:
 
 OPS: dict[str, Callable[[str, tuple[int, ...], str], Case]] = {
     "add_layer_norm": _add_layer_norm,
+    "attention_varlen": _attention_varlen,
     "bias_gelu": _bias_gelu,
     "decoder_assembly": _decoder_assembly,
     "gather_add_pos": _gather_add_pos,

@@ -131,7 +131,7 @@ class Counter(TorchDispatchMode):
 
 def flops(function, args: tuple, kwargs: dict, result) -> int:
     """Multiplications and additions of one call: 2 for each term of a product; 0 for operations without products."""
-    formula = _FLOPS.get(function.overloadpacket)
+    formula = _FLOPS.get(function.overloadpacket) or _PACKED.get(function._schema.name)
     return formula(args, kwargs, result) if formula else 0
 
 
@@ -211,6 +211,11 @@ def _attention_backward(args, kwargs, result) -> int:
     return _attention(*args[1:4]) * 5 // 2
 
 
+def _attention_packed(q: torch.Tensor, cu_seqlens: torch.Tensor) -> int:
+    """As ``_attention``, of each sequence by itself; q: (T, ..., H, D)."""
+    return 4 * int(cu_seqlens.diff().long().square().sum()) * q.shape[-2:].numel()
+
+
 def _packets(*names: str) -> list:
     return [getattr(aten, name) for name in names if hasattr(aten, name)]
 
@@ -236,5 +241,16 @@ _FLOPS = {
             "_scaled_dot_product_flash_attention_for_cpu_backward",
         ),
         _attention_backward,
+    ),
+}
+# By name: PyTorch's are registered by who uses them.
+_PACKED = {
+    **dict.fromkeys(
+        ("mimdet::attention_varlen", "torch_attn::_varlen_attn"),
+        lambda args, kwargs, result: _attention_packed(args[0], args[3]),
+    ),
+    **dict.fromkeys(
+        ("mimdet::attention_varlen_backward", "torch_attn::_varlen_attn_backward"),
+        lambda args, kwargs, result: _attention_packed(args[1], args[6]) * 5 // 2,
     ),
 }

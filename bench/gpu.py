@@ -70,7 +70,8 @@ def _bench(name: str, seconds: float, *words: str, suffix: str = ".json") -> Par
 
 def _parity() -> Part:
     """The kernels' tests on what only a GPU can run."""
-    names = ("failure_modes", "add_layer_norm", "bias_gelu", "gather_add_pos", "sample_tokens", "scatter_fill")
+    ops = ("add_layer_norm", "attention_varlen", "bias_gelu", "gather_add_pos", "sample_tokens", "scatter_fill")
+    names = ("failure_modes", *ops)
     files = [str(ROOT / "tests" / f"test_kernels_{name}.py") for name in names]
     workers = ("-n", "4") if importlib.util.find_spec("xdist") else ()
     options = ("-vv", "--no-header", "--tb=short", "--disable-warnings", "-p", "no:cacheprovider", *workers)

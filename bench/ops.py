@@ -140,9 +140,9 @@ def settings() -> Iterator[None]:
 
 def check_forms(made: Case, forms: Mapping[str, Form], inputs: Tensors) -> tuple[list[torch.Tensor], dict[str, str]]:
     """Random gradients of the outputs, and what is wrong with a form, by name."""
-    eager = _with_impl(made, "eager")
+    reference = made.reference or _with_impl(made, "eager")
     with torch.no_grad():
-        outputs = eager(inputs)
+        outputs = reference(inputs)
     generator = torch.Generator().manual_seed(9)
     gradients = [torch.randn(o.shape, generator=generator).to(o) for o in outputs] if made.differentiable else []
 
@@ -150,8 +150,8 @@ def check_forms(made: Case, forms: Mapping[str, Form], inputs: Tensors) -> tuple
         return differentiate(form, inputs, made.differentiable, gradients, made.comparable)
 
     double = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    exact = compute(eager, double, [g.double() for g in gradients])
-    same = compute(eager, inputs, gradients)
+    exact = compute(reference, double, [g.double() for g in gradients])
+    same = compute(reference, inputs, gradients)
     faults = {}
     for name, form in forms.items():
         try:

@@ -185,7 +185,7 @@ def test_real_parts_are_commands_that_exist(monkeypatch, tmp_path):
     )
     parity = next(part for part in PARTS if part.name == "parity")
     files = [word for word in parity.words if word.endswith(".py")]
-    assert len(files) == 6
+    assert len(files) == 7
     assert all(Path(file).is_file() for file in files)
 
 

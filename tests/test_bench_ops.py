@@ -102,6 +102,9 @@ def test_shapes_are_the_models():
     assert [c.shape for c in cases("bias_gelu", "fp32", 800, 1344, (1, 2))] == [
         (1, 2100, 3072), (1, 4200, 2048), (2, 2100, 3072), (2, 4200, 2048),
     ]  # fmt: skip
+    assert [c.shape for c in cases("attention_varlen", "fp32", 800, 1344, (1, 2))] == [
+        (1, 2100, 12, 64), (1, 4200, 16, 32), (2, 2100, 12, 64), (2, 4200, 16, 32),
+    ]  # fmt: skip
     assert [c.shape for c in cases("group_norm_gelu", "fp32", 800, 1344, (1,))] == [
         (1, 96, 400, 672), (1, 192, 200, 336), (1, 384, 100, 168), (1, 768, 50, 84),
     ]  # fmt: skip

@@ -1,5 +1,7 @@
 """Counted FLOPs and bytes, and whom they belong to."""
 
+import types
+
 import pytest
 import torch
 from test_bench_backbone import OVERRIDES
@@ -8,11 +10,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimdet.bench import roofline
-from mimdet.bench.count import OTHER, UPDATE, Counter
+from mimdet.bench.count import OTHER, UPDATE, Counter, flops
 from mimdet.bench.models import build_detector
 from mimdet.bench.results import Results
 from mimdet.bench.roofline import COMPONENTS, STEP
 from mimdet.bench.workload import Setting, idle_optimizer, workload
+from mimdet.kernels.attention_varlen.api import attention_varlen_packed
 
 LIMITS = {"copy_gb_s": 10.0, "gemm_float32_tflop_s": 0.1}
 
@@ -59,6 +62,56 @@ def test_flops_of_products_are_those_of_the_profiler():
     assert sum(w.flops for w in ours.values()) == theirs > 0
 
 
+def attention_of(qkv, lengths, impl, backward):
+    """Packed attention of sequences, and with ``backward`` its gradient."""
+    leaf = qkv.requires_grad_(backward)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    out = attention_varlen_packed(leaf, cu_seqlens, max(lengths), impl=impl)
+    if backward:
+        out.backward(torch.ones_like(out))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_packed_attention(backward):
+    """FLOPs: those of the dense kernel, sequence by sequence. Bytes: each tensor once."""
+    heads, head_dim, lengths = 3, 8, (5, 0, 7)
+    model, total = nn.Linear(1, 1), sum(lengths)
+    channels = heads * head_dim
+
+    def work_of(lengths, impl):
+        qkv = torch.randn(sum(lengths), 3, heads, head_dim)
+        step = lambda: attention_of(qkv, lengths, impl, backward)  # noqa: E731
+        return {op: w for (_, _, op, _), w in count(model, {}, idle_optimizer(model), step).items()}
+
+    packed = work_of(lengths, "cpp")
+    dense = [sum(w.flops for w in work_of((n,), "sdpa").values()) for n in lengths if n]
+    products = 4 + 10 * backward
+    assert sum(w.flops for w in packed.values()) == sum(dense) == products * channels * (5**2 + 7**2)
+    lse, bounds = 4 * heads * total, 4 * (len(lengths) + 1)
+    forward = packed["mimdet::attention_varlen"]
+    assert forward.bytes == 4 * 4 * total * channels + lse + bounds
+    if backward:
+        # qkv, out and its gradient in, one gradient out.
+        assert packed["mimdet::attention_varlen_backward"].bytes == 8 * 4 * total * channels + lse + bounds
+
+
+@pytest.mark.parametrize("place", [(0, 3), (1, 6)], ids=["forward", "backward"])
+def test_packed_attention_of_pytorch_has_the_same_arguments(place):
+    """q and cu_seqlens stand where ours stand; the kernels need a GPU."""
+    from torch.nn.attention import varlen
+
+    name = "_varlen_attn_backward" if place[0] else "_varlen_attn"
+    theirs = getattr(torch.ops.torch_attn, name).default._schema
+    assert varlen.varlen_attn
+    assert f"torch_attn::{name}" == theirs.name
+    assert [theirs.arguments[i].name for i in place] == ["query", "cu_seq_q"]
+    q, bounds = torch.zeros(12, 3, 8), torch.tensor([0, 5, 12], dtype=torch.int32)
+    arguments = [None] * 7
+    arguments[place[0]], arguments[place[1]] = q, bounds
+    call = types.SimpleNamespace(_schema=theirs, overloadpacket=None)
+    assert flops(call, tuple(arguments), {}, None) == (10 if place[0] else 4) * 24 * (5**2 + 7**2)
+
+
 BYTES = {
     "each tensor once": (lambda a: a + a.t(), 3 * 64),
     "expanded rows are read once": (lambda a: a + a[:1].expand(4, 4), 2 * 64 + 16),
@@ -87,13 +140,13 @@ def test_work_belongs_to_the_module_that_called_it_and_backward_to_its_forward()
         optimizer.step()
 
     found = count(model, {"first": ["a"], "second": ["b"]}, optimizer, step)
-    flops = {}
+    sums = {}
     for (component, direction, _, _), work in found.items():
-        flops[component, direction] = flops.get((component, direction), 0) + work.flops
-    assert flops["first", "forward"] == 2 * 3 * 4 * 6
-    assert flops["first", "backward"] == 2 * 3 * 4 * 6  # the input needs no gradient
-    assert flops["second", "forward"] == 2 * 3 * 6 * 2
-    assert flops["second", "backward"] == 2 * 2 * 3 * 6 * 2
+        sums[component, direction] = sums.get((component, direction), 0) + work.flops
+    assert sums["first", "forward"] == 2 * 3 * 4 * 6
+    assert sums["first", "backward"] == 2 * 3 * 4 * 6  # the input needs no gradient
+    assert sums["second", "forward"] == 2 * 3 * 6 * 2
+    assert sums["second", "backward"] == 2 * 2 * 3 * 6 * 2
     where = {op: {c for c, _, o, _ in found if o == op} for _, _, op, _ in found}
     assert where["aten::exp"] == {OTHER}
     assert UPDATE in {component for component, *_ in found}
