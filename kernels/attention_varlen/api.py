@@ -45,7 +45,7 @@ def attention_varlen(
 
     Args:
         q: (T, heads, head_dim) float, T tokens of all sequences one after the other; any strides, without a copy
-            where head_dim lies densely.
+            where head_dim lies densely (and, for sdpa, flash_attn and cuda, rows begin at multiples of 16 bytes).
         k: like q.
         v: like q.
         cu_seqlens: (B + 1,) int32 on q's device: where each sequence starts, and T. Sequences may be empty. Checked on
@@ -107,11 +107,13 @@ def _attention(q, k, v, cu_seqlens, max_seqlen, scale, impl) -> torch.Tensor:
         return ops.run(q, k, v, cu_seqlens, max_seqlen, scale, impl)[0]
     if total == 0:
         return q.sum(1) if k is None else q + k + v  # nothing, but with their gradients
+    if impl != "eager":
+        q, k, v = (t if t is None else torch_attention.loadable(t) for t in (q, k, v))
     if impl == "flash_attn":
-        return flash_attn.attention(q if k is None else (q, k, v), cu_seqlens, max_seqlen, scale)
+        return flash_attn.attention(q if k is None else (q, k, v), cu_seqlens.contiguous(), max_seqlen, scale)
     q, k, v = q.unbind(1) if k is None else (q, k, v)
     if impl == "cuda":
-        return torch_attention.varlen(q, k, v, cu_seqlens, max_seqlen, scale)
+        return torch_attention.varlen(q, k, v, cu_seqlens.contiguous(), max_seqlen, scale)
     # Autocast would take these two apart and lower their precision.
     kind = q.device.type
     with torch.autocast(kind, enabled=False) if _has_autocast(kind) else contextlib.nullcontext():

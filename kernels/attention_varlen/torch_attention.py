@@ -32,6 +32,17 @@ def can_run_cpu(device: str, dtype: torch.dtype) -> str | None:
     return registry.wrong_dtype("C++ kernel", dtype, DTYPES) or registry.no_cpu(device)
 
 
+def loadable(t: torch.Tensor) -> torch.Tensor:
+    """``t`` (..., head_dim), copied where kernels could not load it 16 bytes at a time.
+
+    Dense attention then quietly builds the whole matrix; others refuse, or crash. Inductor sees to offsets itself.
+    """
+    step = 16 // t.itemsize
+    fits = t.stride(-1) == 1 and all(stride % step == 0 for stride in t.stride()[:-1])
+    fits = fits and (torch.compiler.is_compiling() or t.storage_offset() % step == 0)
+    return t if fits else t.clone(memory_format=torch.contiguous_format)
+
+
 def varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float
 ) -> torch.Tensor:

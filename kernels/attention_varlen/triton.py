@@ -98,15 +98,15 @@ def _load_row(base, first, length, SIZE: tl.constexpr):
 def _dot(a, b, WIDEN: tl.constexpr):
     """a @ b in float32.
 
-    float32 numbers are split into three of bfloat16, whose 24 bits lose nothing, for the tensor cores: as FMAs these
-    tiles would spill thousands of registers, and tf32x3 keeps 22 bits. WIDEN is for the interpreter, which does not
-    know that and multiplies bfloat16 wrongly.
+    For NVIDIA's tensor cores float32 numbers are split into three of bfloat16, whose 24 bits lose nothing: as FMAs
+    these tiles would spill thousands of registers, and tf32x3 keeps 22 bits. AMD's matrix cores take float32. WIDEN is
+    for the interpreter, which does not know that and multiplies bfloat16 wrongly.
     """
     if WIDEN:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, input_precision="bf16x6")
-    return tl.dot(a, b)
+    if a.dtype != tl.float32:
+        return tl.dot(a, b)
+    return tl.dot(a, b, input_precision="ieee" if tl.target_info.is_hip() else "bf16x6")
 
 
 @triton.jit
