@@ -35,7 +35,7 @@ def test_scale_and_a_longer_max_seqlen():
 @pytest.mark.parametrize(("dtype", "std"), [(F32, 4.0), (BF16, 12.0)], ids=["fp32", "bf16"])
 def test_large_scores(dtype, std):
     """The interpreter rounds score * scale before it takes lse off, GPUs do not: not too large in float32."""
-    check("triton", (5, 70), heads=1, dtype=dtype, std=std)
+    check("triton", (5, 70), heads=1, dtype=dtype, std=std, each=False)
 
 
 def test_rows_whose_exponentials_all_vanish_against_those_of_padding():
