@@ -62,6 +62,7 @@ setup(
         "mimdet.configs.ablations",
         "mimdet.configs.common",
         "mimdet.configs.detectron2",
+        "mimdet.configs.detectron2.ablations",
     ],
     package_dir={
         "mimdet": "mimdet",
@@ -71,6 +72,7 @@ setup(
         "mimdet.configs.ablations": "configs/ablations",
         "mimdet.configs.common": "configs/common",
         "mimdet.configs.detectron2": "configs/detectron2",
+        "mimdet.configs.detectron2.ablations": "configs/detectron2/ablations",
     },
     package_data={"mimdet.kernels": ["csrc/*"], "mimdet.bench": ["*.json"]},
     cmdclass={"build_py": BuildKernels, "bdist_wheel": PlatformWheel},

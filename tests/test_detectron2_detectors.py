@@ -1,5 +1,7 @@
 """The Detectron2 forms of the Cascade and RetinaNet configs beside the native ones: same weights, same answers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from small import SIZES, target
@@ -15,7 +17,16 @@ from detectron2.utils.events import EventStorage
 from mimdet.detectron2.config import load_config
 
 
-@pytest.mark.parametrize("name", TWINS)
+CONFIGS = Path(__file__).parent.parent / "configs"
+ABLATIONS = [f"ablations/{path.stem}" for path in sorted((CONFIGS / "detectron2" / "ablations").glob("*.py"))]
+
+
+def test_every_ablation_has_a_twin_but_the_passes_which_are_native_alone():
+    native = {f"ablations/{path.stem}" for path in (CONFIGS / "ablations").glob("*.py")}
+    assert native - set(ABLATIONS) == {"ablations/table4_ensemble"}
+
+
+@pytest.mark.parametrize("name", [*TWINS, *ABLATIONS])
 def test_full_size_has_the_native_keys(name):
     with torch.device("meta"):
         native = instantiate(load(f"configs/{name}.py").model)
