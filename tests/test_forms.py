@@ -10,6 +10,7 @@ from twins import twin_config
 
 from mimdet.checkpoint.read import CheckpointError
 from mimdet.config import instantiate
+from mimdet.engine.model import build_model
 from mimdet.modeling import ConvNeXtStem, ConvStem, ImageList, MIMDetDecoder
 from mimdet.modeling.window_sequences import split_windows, window_order
 
@@ -214,6 +215,13 @@ def test_convnext_weights_from_a_file(tmp_path, caplog):
     torch.save(ConvStem(embed_dim=32).state_dict(), path)
     with pytest.raises(CheckpointError, match=r"stem\.0\.weight is not in the file"):
         convnext(pretrained=path)
+
+
+def test_weights_that_others_will_replace_are_not_read():
+    cfg = twin_config("ablations/table5_convnext", f"{BOTTOM_UP}.encoder.stem_pretrained=nowhere.pth")
+    assert isinstance(build_model(cfg, pretrained=False).backbone.bottom_up.encoder.patch_embed, ConvNeXtStem)
+    with pytest.raises(CheckpointError, match=r"no checkpoint at nowhere\.pth"):
+        build_model(cfg)
 
 
 def test_mask_token_comes_from_the_mae_file(tmp_path):

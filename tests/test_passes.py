@@ -15,19 +15,23 @@ def found(*rows):
     return {"boxes": table[:, :4], "scores": table[:, 4], "labels": table[:, 5].long(), "mask_probabilities": masks}
 
 
-def test_the_best_of_what_overlaps_stays_with_its_mask():
-    first = [found((0, 0, 10, 10, 0.9, 0), (20, 20, 30, 30, 0.3, 1)), found()]
+def test_the_best_of_what_overlaps_stays_with_the_mean_box_and_mask():
+    first = [found((0, 0, 10, 10, 0.9, 0), (20, 20, 30, 30, 0.2, 1)), found()]
     second = [
-        found((0, 0, 10, 9, 0.8, 0), (20, 20, 30, 31, 0.6, 1), (0, 0, 10, 10, 0.5, 1)),
-        found((1, 1, 2, 2, 0.1, 0)),
+        found((0, 0, 10, 9, 0.6, 0), (20, 20, 30, 32, 0.6, 1), (0, 0, 10, 10, 0.5, 1), (0, 0, 10, 1, 0.1, 0)),
+        found((1, 1, 2, 2, 0.3, 0), (5, 5, 5, 5, 0.0, 0)),
     ]
-    merged = InferencePasses(passes=2, ratio=0.5).merge([first, second])
-    assert merged[0]["scores"].tolist() == pytest.approx([0.9, 0.6, 0.5])
-    assert merged[0]["labels"].tolist() == [0, 1, 1]
-    assert merged[0]["boxes"][1].tolist() == [20, 20, 30, 31]
-    assert merged[0]["mask_probabilities"][:, 0, 0].tolist() == pytest.approx([0.9, 0.6, 0.5])
-    assert merged[1]["scores"].tolist() == pytest.approx([0.1])
+    passes = InferencePasses(passes=2, ratio=0.5)
+    merged = passes.merge([first, second])
+    assert merged[0]["scores"].tolist() == pytest.approx([0.9, 0.6, 0.5, 0.1])
+    assert merged[0]["labels"].tolist() == [0, 1, 1, 0]
+    want = [[0, 0, 10, (0.9 * 10 + 0.6 * 9) / 1.5], [20, 20, 30, (0.2 * 30 + 0.6 * 32) / 0.8], [0, 0, 10, 10]]
+    assert merged[0]["boxes"][:3].tolist() == [pytest.approx(box) for box in want]
+    masks = merged[0]["mask_probabilities"][:, 3, 5].tolist()
+    assert masks == pytest.approx([(0.9**2 + 0.6**2) / 1.5, (0.2**2 + 0.6**2) / 0.8, 0.5, 0.1])
+    assert merged[1]["boxes"].tolist() == [[1, 1, 2, 2], [5, 5, 5, 5]]
     assert len(InferencePasses(passes=2, ratio=0.5, topk=2).merge([first, second])[0]["scores"]) == 2
+    assert [len(each["boxes"]) for each in passes.merge([[found()], [found()]])] == [0]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_iou
 
 
 class InferencePasses:
@@ -14,7 +14,8 @@ class InferencePasses:
 
     The paper gives "the ensemble result of several independent evaluations" and not how they are merged. Here all
     detections stand together, the worse of two that overlap within a class goes as it does within one pass, and the
-    best are kept; each keeps its own score and mask.
+    best are kept. Each keeps its score; its box and its mask become the means, weighted by score, of all that overlap
+    with it within its class ("box voting", Gidaris and Komodakis, 2015).
 
     Args:
         passes: number of passes.
@@ -49,12 +50,21 @@ class InferencePasses:
         return [{"noise": each, **ratio} for each in noise]
 
     def merge(self, found: Sequence[Sequence[dict[str, torch.Tensor]]]) -> list[dict[str, torch.Tensor]]:
-        """Detections of each picture, best first, from those of each pass (boxes, scores, labels and what else)."""
+        """Detections of each picture, best first, from those of each pass: boxes (N, 4), scores (N,), labels (N,) and,
+        where there are masks, mask_probabilities (N, M, M)."""
         if len(found) == 1:
             return list(found[0])
-        merged = []
-        for of_picture in zip(*found, strict=True):
-            every = {key: torch.cat([each[key] for each in of_picture]) for key in of_picture[0]}
-            keep = batched_nms(every["boxes"], every["scores"], every["labels"], self.nms_thresh)[: self.topk]
-            merged.append({key: value[keep] for key, value in every.items()})
+        return [self._merge(of_picture) for of_picture in zip(*found, strict=True)]
+
+    def _merge(self, found: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        every = {key: torch.cat([each[key] for each in found]) for key in found[0]}
+        boxes, scores, labels = (every[key] for key in ("boxes", "scores", "labels"))
+        keep = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.topk]
+        same = (box_iou(boxes[keep], boxes) > self.nms_thresh) & (labels[keep, None] == labels)
+        same[torch.arange(len(keep), device=keep.device), keep] = True  # an empty box overlaps with nothing
+        weight = same * scores.clamp(min=torch.finfo(scores.dtype).tiny)
+        weight = weight / weight.sum(1, keepdim=True)
+        merged = {key: value[keep] for key, value in every.items()}
+        for key in {"boxes", "mask_probabilities"} & every.keys():
+            merged[key] = torch.tensordot(weight, every[key].to(weight.dtype), dims=1)
         return merged
