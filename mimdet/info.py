@@ -66,7 +66,6 @@ def implementations() -> list[tuple[str, str, str]]:
         precision = ("fp16", "the GPU has no bfloat16 arithmetic")
     return [
         ("operations (auto)", *_kernels_in_use()),
-        ("attention", "sdpa", "scaled_dot_product_attention, " + ("fused on this GPU" if gpu else "fused on the CPU")),
         ("mixed precision (auto)", *precision),
         (
             "COCO metrics",

@@ -16,7 +16,6 @@ from detectron2.utils.events import EventStorage
 
 from mimdet.detectron2.config import load_config
 
-
 CONFIGS = Path(__file__).parent.parent / "configs"
 ABLATIONS = [f"ablations/{path.stem}" for path in sorted((CONFIGS / "detectron2" / "ablations").glob("*.py"))]
 

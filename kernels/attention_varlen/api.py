@@ -35,7 +35,7 @@ def attention_varlen(
     triton      a kernel of our own; GPU, head dims up to 128           16-bit head dims up to 32; the fourth choice
     sdpa        PyTorch's dense attention; all lengths must be equal    equal lengths on a GPU
     flash_attn  flash-attn 2, 3 or 4 if installed; GPU, 16-bit          the second choice on a GPU
-    cuda        PyTorch's ``varlen_attn``; NVIDIA GPU, 16-bit           the third choice on a GPU
+    cuda        PyTorch's ``varlen_attn``; NVIDIA GPU; float32: sdpa    the third choice on a GPU
     cpp         PyTorch's C++ attention, sequence by sequence; CPU      first on the CPU
     eager       plain PyTorch; any device and dtype                     float64, and where nothing else runs
     ==========  ======================================================  ==========================================
@@ -112,12 +112,12 @@ def _attention(q, k, v, cu_seqlens, max_seqlen, scale, impl) -> torch.Tensor:
     if impl == "flash_attn":
         return flash_attn.attention(q if k is None else (q, k, v), cu_seqlens.contiguous(), max_seqlen, scale)
     q, k, v = q.unbind(1) if k is None else (q, k, v)
-    if impl == "cuda":
+    if impl == "cuda" and q.dtype != torch.float32:
         return torch_attention.varlen(q, k, v, cu_seqlens.contiguous(), max_seqlen, scale)
     # Autocast would take these two apart and lower their precision.
     kind = q.device.type
     with torch.autocast(kind, enabled=False) if _has_autocast(kind) else contextlib.nullcontext():
-        if impl == "sdpa":
+        if impl in ("sdpa", "cuda"):
             return torch_attention.sdpa(q, k, v, max_seqlen, scale)
         return reference.attention_varlen(q, k, v, cu_seqlens, max_seqlen, scale)
 
@@ -163,16 +163,19 @@ def _choose(impl: str | None, q: torch.Tensor, equal: bool) -> str:
     if q.dtype.itemsize == 2 and head_dim <= _FIRST_FOR_NARROW_HEADS and "triton" in names:
         names = ("triton", *names)
     for name in names:
-        reason = _refusal(name, device, head_dim, equal)
+        reason = _refusal(name, q, equal)
         if reason is None:
             return name
     able = registry.candidates(ops.NAME, "auto", device, q.dtype)
-    others = [n for n in able if _refusal(n, device, head_dim, equal) is None]
+    others = [n for n in able if _refusal(n, q, equal) is None]
     raise KernelUnavailableError(f"attention_varlen: {names[-1]} takes {reason}. What can here: {', '.join(others)}.")
 
 
-def _refusal(name: str, device: str, head_dim: int, equal: bool) -> str | None:
+def _refusal(name: str, q: torch.Tensor, equal: bool) -> str | None:
     """What implementation ``name`` takes, if this is not it."""
+    device, head_dim = q.device.type, q.shape[-1]
+    if name == "cuda" and q.dtype == torch.float32 and not equal:
+        return "float32 sequences of one length only, B * max_seqlen = T"
     if name == "sdpa" and not equal:
         return "sequences of one length, B * max_seqlen = T"
     if name == "triton" and head_dim > 128:

@@ -14,8 +14,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def can_run_varlen(device: str, dtype: torch.dtype) -> str | None:
-    """``varlen_attn`` runs FlashAttention or cuDNN, which have 16-bit kernels alone."""
-    reason = registry.wrong_dtype("kernel of torch's varlen_attn", dtype, DTYPES[1:])
+    """``varlen_attn`` runs FlashAttention or cuDNN, which have 16-bit kernels alone; float32 takes the dense one."""
+    reason = registry.wrong_dtype("kernel of torch's varlen_attn", dtype, DTYPES)
     reason = reason or registry.no_gpu("kernels of torch's varlen_attn", device, rocm=False)
     if reason is None and torch.cuda.get_device_capability() < (8, 0):
         return "torch's varlen_attn needs a GPU of compute capability 8.0 or newer (use sdpa or eager)"
