@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..recompute import Linear, Remade
+from ..sequences import Sequences
 from ..vit import Attention, Pending, TransformerBlock, _compute_dtype, _normalised
 
 # Not cuDNN's, which PyTorch prefers on Hopper: its backward gives the bias no gradient.
@@ -78,6 +79,7 @@ class BiasedBlock(TransformerBlock):
     ) -> Pending:
         """Takes what ``Pending`` holds and the attention's bias; leaves its own last addition pending."""
         state = Pending(residual, branch, scale)
+        pictures = Sequences.equal(*residual.shape[:2], residual.device)
         dtype = _compute_dtype(residual)
         for norm, function, gamma, drop_path in (
             (self.norm1, partial(self.attn, bias=bias), self.gamma_1, self.drop_path1),
@@ -90,7 +92,7 @@ class BiasedBlock(TransformerBlock):
             branch = function(x)
             if gamma is not None:
                 branch = branch * gamma.to(branch.dtype)
-            state = Pending(residual, branch, drop_path and drop_path(branch))
+            state = Pending(residual, branch, drop_path and drop_path(branch, pictures))
         return state
 
     def whole(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
