@@ -12,6 +12,7 @@ from mimdet.kernels import build, registry
 
 d2 = pytest.importorskip("detectron2_testing")
 
+import detectron2
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import Backbone, GeneralizedRCNN
 from detectron2.structures import ImageList, Instances
@@ -20,6 +21,13 @@ from detectron2.utils.events import EventStorage
 import mimdet.detectron2 as ours
 from mimdet.detectron2.config import load_config
 
+FIVE_LINES = """
+from detectron2.config import LazyConfig
+from mimdet.config import find_config
+ours = LazyConfig.load(str(find_config("detectron2/mimdet_b_mask_rcnn")))
+model.update({k: ours.model[k] for k in ("_target_", "backbone", "pixel_mean", "pixel_std", "input_format")})
+mae_checkpoint, optimizer, dataloader.train.mapper.image_format = ours.mae_checkpoint, ours.optimizer, "RGB"
+"""
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -179,6 +187,21 @@ def test_detectron2s_own_rcnn_takes_the_backbone():
     model = d2.small(cfg).eval()
     with torch.no_grad():
         assert len(model(d2.inputs()[:1])[0]["instances"]) > 0
+
+
+def test_five_lines_in_a_config_of_detectron2(tmp_path):
+    """Those of the README."""
+    common = Path(detectron2.__file__).parents[1] / "configs" / "common"
+    if not common.is_dir():
+        pytest.skip("this Detectron2 comes without its configs/")
+    (tmp_path / "common").symlink_to(common)
+    (tmp_path / "mine.py").write_text(
+        f"from .common.models.mask_rcnn_fpn import model\nfrom .common.data.coco import dataloader\n{FIVE_LINES}"
+    )
+    cfg = LazyConfig.load(str(tmp_path / "mine.py"))
+    assert cfg.dataloader.test.mapper.image_format == "RGB"
+    found = d2.small(cfg).eval()(d2.inputs()[:1])
+    assert len(found[0]["instances"]) > 0
 
 
 def test_inference_from_given_boxes_and_without_postprocessing(model):
