@@ -160,11 +160,14 @@ def test_a_picture_without_proposals_or_ground_truth(boxes):
 
 
 def test_a_row_that_overflows_is_dropped():
-    model = heads().eval()
-    model.box_predictor[0].bbox_pred.bias.data[0] = torch.inf
-    model.box_predictor[1].cls_score.bias.data[0] = torch.nan
+    model = instantiate(twin_config("mimdet_b_cascade_mask_rcnn").model.roi_heads).eval()
+    model.box_predictor[-1].test_score_thresh = 0.0
+    levels = {f"p{n}": torch.ones(1, 16, 128 >> n, 128 >> n) for n in range(2, 6)}
     with torch.no_grad():
-        (found,), _ = model(features(), proposals(), [SIZE])
+        (found,), _ = model(levels, proposals(), [SIZE])
+        assert len(found["boxes"]) > 0
+        model.box_predictor[0].bbox_pred.bias.data[0] = torch.nan
+        (found,), _ = model(levels, proposals(), [SIZE])
     assert len(found["boxes"]) == 0
 
 

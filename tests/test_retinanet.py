@@ -162,8 +162,8 @@ def test_boxes_are_clipped_after_nms_and_after_the_cap():
     assert found["boxes"].tolist() == [[0, 0, 16, 16]], "the one outside takes a place"
     (found,) = net(head).eval()(PICTURE, output_sizes=[(64, 96)])
     torch.testing.assert_close(found["boxes"][1], torch.tensor([48.0, 0, 72, 32]))
-    # Unclipped, these two overlap by a quarter; clipped they would be the same.
-    deltas[0, 9] = torch.tensor([-0.5, 0, 0, 0])
+    # Unclipped, these two overlap by a third; clipped, by three quarters.
+    deltas[0, 9] = torch.tensor([-0.25, 0, 0, 0])
     deltas[0, 8] = torch.tensor([-0.5, 0, math.log(3.0), 0])
     logits[0, 9, 0] = 1.9
     (found,) = net(Answers(logits, deltas)).eval()(PICTURE)
@@ -172,8 +172,8 @@ def test_boxes_are_clipped_after_nms_and_after_the_cap():
 
 def test_boxes_that_overflow_are_dropped():
     logits, deltas = torch.zeros(1, CELLS, 2), torch.zeros(1, CELLS, 4)
-    deltas[0, 1:] = torch.nan
-    (found,) = net(Answers(logits, deltas)).eval()(PICTURE)
+    logits[0, 1:], deltas[0, 1:] = 1.0, torch.nan
+    (found,) = net(Answers(logits, deltas), max_detections_per_image=2).eval()(PICTURE)
     assert found["labels"].sort().values.tolist() == [0, 1]
 
 

@@ -82,8 +82,10 @@ class CascadeROIHeads(StandardROIHeads):
         probabilities = []
         for stage, predictor in enumerate(self.box_predictor):
             scores, deltas = self._run(stage, features, boxes)
-            probabilities.append(scores.float().softmax(dim=1))
             refined = predictor.predict_boxes(deltas, boxes)
+            # A row whose box overflows in any stage drops out in the end: its mean score is NaN.
+            finite = torch.cat(refined).isfinite().all(dim=1, keepdim=True)
+            probabilities.append(scores.float().softmax(dim=1).masked_fill(~finite, torch.nan))
             boxes = self._proposals(refined, image_sizes)
         return predictor.select(refined, sum(probabilities) * (1 / len(probabilities)), image_sizes)
 
@@ -99,7 +101,7 @@ class CascadeROIHeads(StandardROIHeads):
 
     def _proposals(self, boxes: Sequence[torch.Tensor], image_sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
         """A stage's boxes as the next one takes them: clipped, and in training without empty ones."""
-        # Overflow must not reach the pooler. Such a row's scores are not finite either, which drops it in the end.
+        # The pooler has no level for a box that is not a number.
         boxes = [clip_boxes(b.nan_to_num(0.0), size) for b, size in zip(boxes, image_sizes, strict=True)]
         # At inference every stage must score the same rows.
         return [b[nonempty(b)] for b in boxes] if self.training else boxes
