@@ -78,9 +78,9 @@ def load_mae(
 ) -> LoadReport:
     """Copy MAE weights into a ``MIMDetEncoder``, ``MIMDetDecoder`` or ``BenchmarkingViTDet`` and log a short report.
 
-    Loaded are the blocks, norms, projections and position tables (interpolated to the module's grid). The
-    ConvStem and ``conv_feat_proj`` have no counterpart in MAE and stay fresh; patch_embed, cls_token,
-    mask_token, decoder_pred, the other part's tensors and spare decoder blocks are dropped. For
+    Loaded are the blocks, norms, projections and position tables (interpolated to the module's grid). The stem and
+    ``conv_feat_proj`` have no counterpart in MAE and stay fresh; patch_embed, cls_token, decoder_pred, the other part's
+    tensors, spare decoder blocks and, but for a decoder that fills with it, mask_token are dropped. For
     ``BenchmarkingViTDet`` patch_embed is loaded, the last norm and the decoder are dropped, and its adaptor and
     relative position biases stay fresh.
 
