@@ -7,12 +7,20 @@ import sys
 import pytest
 
 
+def loaded():
+    """Modules of Detectron2 and of ``mimdet.detectron2``."""
+    return [n for n in sys.modules if n.split(".")[0] == "detectron2" or n.startswith("mimdet.detectron2")]
+
+
 @pytest.fixture
-def unloaded(monkeypatch):
-    """No module of Detectron2 or of ``mimdet.detectron2`` is loaded."""
-    for name in [n for n in sys.modules if n.split(".")[0] == "detectron2" or n.startswith("mimdet.detectron2")]:
-        monkeypatch.delitem(sys.modules, name)
-    return monkeypatch
+def unloaded():
+    """None of these is loaded; those that a test imports are gone after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in loaded():
+            patch.delitem(sys.modules, name)
+        yield patch
+        for name in loaded():
+            del sys.modules[name]
 
 
 def test_absent(unloaded):
