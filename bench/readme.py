@@ -112,8 +112,10 @@ def _ops(rows: Sequence[dict]) -> str:
 
 def _backbone(rows: Sequence[dict]) -> str:
     """Time and memory of every model, and both relative to the default row beside the paper's."""
+    there = {row["model"] for row in rows}
+    base = "original-sdpa" if "original-sdpa" in there else "original"
     columns = (
-        "mode, ratio, decoder depth", "model", "ms", "saved MiB", "peak MiB", "speed vs original-sdpa",
+        "mode, ratio, decoder depth", "model", "ms", "saved MiB", "peak MiB", f"speed vs {base}",
         "time, relative", "paper's", "memory, relative", "paper's",
     )  # fmt: skip
     body = []
@@ -121,11 +123,11 @@ def _backbone(rows: Sequence[dict]) -> str:
         if row["status"] != "ok":
             continue
         relative = (row[k] for k in ("relative_time", "paper_time", "relative_memory", "paper_memory"))
-        peers = [r for r in rows if r["model"] == "original-sdpa" and _same_point(r, row)]
+        peers = [r for r in rows if r["model"] == base and _same_point(r, row)]
         body.append((
             f"{row['mode']}, {row['ratio']:g}, {row['depth']}", row["model"], _number(row["p50_ms"], ".4g"),
             *(_number(row[k], ".0f") for k in ("saved_mib", "allocated_mib")),
-            "" if row["model"] == "original-sdpa" else _speed(row, peers[0] if peers else None),
+            "" if row["model"] == base else _speed(row, peers[0] if peers else None),
             *(_number(value, ".2f") for value in relative),
         ))  # fmt: skip
     return _markdown(columns, body)
