@@ -113,7 +113,9 @@ def test_what_does_not_hear_is_killed(python, tmp_path, monkeypatch):
 def test_interruption_keeps_what_is_done(python, tmp_path, sent):
     folder = tmp_path / "results"
     before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
-    interrupts = python("b", f"{HEAR}print('rounds', flush=True); os.kill(os.getppid(), signal.{sent})\n{WAIT}")
+    # The answer may come before the next line runs: it must be awaited from the first.
+    rounds = f"try:\n print('rounds', flush=True); os.kill(os.getppid(), signal.{sent}); time.sleep(60)\n"
+    interrupts = python("b", f"{HEAR}\n{rounds}except KeyboardInterrupt:\n print('kept', flush=True)")
     parts = [python("a", "print('figures')"), interrupts, python("c", "print('figures')")]
     try:
         with pytest.raises(KeyboardInterrupt):
