@@ -199,21 +199,17 @@ def _row(key, mode, work, timings, fault, notes, options) -> dict:
         "depth": depth,
         "model": peer,
         "status": fault or "ok",
-        "rounds": timings.rounds if timed else 0,
-        "samples_ms": [report.rounded(1e3 * s) for s in timings.samples.get(key, ())],
+        **report.timed_columns(timings, key),
         "parameters": sum(p.numel() for p in work.model.parameters()),
         "trainable": sum(p.numel() for p in work.model.parameters() if p.requires_grad),
         **(notes or dict.fromkeys(("allocated_mib", "reserved_mib", "saved_mib"))),
         **dict.fromkeys(("relative_time", "relative_memory", "paper_time", "paper_memory")),
     }
-    times = timings.percentiles(key) if timed else (None, None, None)
-    for name, seconds in zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True):
-        row[name] = None if seconds is None else report.rounded(1e3 * seconds)
     for other in OVER:
         there = timed and (ratio, depth, other) in timings.samples and other != peer
         speedup = timings.speedup(key, (ratio, depth, other)) if there else None
         row |= report.ratio_columns(f"vs_{other.replace('-', '_')}", speedup)
-    return row | report.ratio_columns("control", timings.control_ratio() if timed else None)
+    return row
 
 
 def _relate(rows: list[dict], options: Options) -> list[dict]:

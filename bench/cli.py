@@ -154,17 +154,11 @@ def table8(
     """
     from .forms import Options, run_forms
 
-    where = _device(device)
     options = Options(
-        device=where,
         output=_output(output, "table8" if part == "backbone" else f"table8_{part}"),
         part=part,
         modes=tuple(mode or ("train",)),
-        overrides=tuple(opts or ()),
-        size=_picture(size, where),
-        batch=batch,
-        dtype=_dtype(dtype, where),
-        rounds=rounds,
+        **_setting(device, size, batch, dtype, opts, rounds),
     )
     run_forms(options)
     typer.echo(f"results in {options.output}")
@@ -268,13 +262,10 @@ def roofline(
     Floors come from the copy bandwidth and the GEMM rate measured in the same run: an operation needs at least the
     longer of computing its FLOPs and moving each of its tensors once. Operations are timed one at a time.
     """
-    from ..config import load
     from .roofline import Options, run_roofline
 
-    where = _device(device)
-    default = load(config, opts or []).model.backbone.bottom_up.decoder.depth
+    default = _decoder_depth(config, opts)
     options = Options(
-        device=where,
         output=_output(output, "roofline"),
         ratio=_ratio(ratio),
         depth=depth or default,
@@ -282,11 +273,7 @@ def roofline(
         peer=model,
         part=part,
         config=config,
-        overrides=tuple(opts or ()),
-        size=_picture(size, where),
-        batch=batch,
-        dtype=_dtype(dtype, where),
-        rounds=rounds,
+        **_setting(device, size, batch, dtype, opts, rounds),
     )
     run_roofline(options)
     typer.echo(f"results in {options.output}")
@@ -313,18 +300,12 @@ def detectron2(
     """
     from .detectron2 import PEERS, Options, run_detectron2
 
-    where = _device(device)
     options = Options(
-        device=where,
         original=original,
         output=_output(output, "detectron2"),
         ratio=_ratio(ratio),
         peers=tuple(peers or PEERS),
-        overrides=tuple(opts or ()),
-        size=_picture(size, where),
-        batch=batch,
-        dtype=_dtype(dtype, where),
-        rounds=rounds,
+        **_setting(device, size, batch, dtype, opts, rounds),
     )
     run_detectron2(options)
     typer.echo(f"results in {options.output}")
@@ -404,33 +385,45 @@ def readme(path: Annotated[Path, typer.Argument(help="Markdown with places for r
 
 
 def _tables(name, opts, part, peers, size, batch, dtype, config, rounds, device, output, ratios, depths, modes) -> None:
-    from ..config import load
     from .backbone import Options, run_tables
     from .models import PEERS
     from .workload import MODES
 
-    where = _device(device)
-    default = load(config, opts or []).model.backbone.bottom_up
-    if default.decoder is None:
-        raise ValueError(f"config {config} has no decoder to vary; mimdet bench table8 measures it")
     options = Options(
-        device=where,
         output=_output(output, name if part == "backbone" else f"{name}_{part}"),
         ratios=tuple(map(_ratio, ratios)),
         depths=tuple(depths),
-        default=(0.5, default.decoder.depth),
+        default=(0.5, _decoder_depth(config, opts)),
         modes=tuple(modes or MODES),
         part=part,
         peers=tuple(peers or PEERS),
         config=config,
-        overrides=tuple(opts or ()),
-        size=_picture(size, where),
-        batch=batch,
-        dtype=_dtype(dtype, where),
-        rounds=rounds,
+        **_setting(device, size, batch, dtype, opts, rounds),
     )
     run_tables(options)
     typer.echo(f"results in {options.output}")
+
+
+def _decoder_depth(config: str, opts: list[str] | None) -> int:
+    from ..config import load
+
+    decoder = load(config, opts or []).model.backbone.bottom_up.decoder
+    if decoder is None:
+        raise ValueError(f"config {config} has no decoder to vary; mimdet bench table8 measures it")
+    return decoder.depth
+
+
+def _setting(device, size, batch, dtype, opts, rounds) -> dict:
+    """What all that measure a model are told of it."""
+    where = _device(device)
+    return {
+        "device": where,
+        "size": _picture(size, where),
+        "batch": batch,
+        "dtype": _dtype(dtype, where),
+        "overrides": tuple(opts or ()),
+        "rounds": rounds,
+    }
 
 
 def _device(device: Device) -> str:

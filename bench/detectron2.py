@@ -152,7 +152,6 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def _row(name: str, model: nn.Module, timings: Timings, options: Options) -> dict:
-    times = [report.rounded(1e3 * seconds) for seconds in timings.percentiles(name)]
     row = {
         "part": "detectron2",
         "mode": "train",
@@ -163,10 +162,7 @@ def _row(name: str, model: nn.Module, timings: Timings, options: Options) -> dic
         "depth": len(model.bottom_up.decoder.decoder_blocks),
         "model": name,
         "status": "ok",
-        "rounds": timings.rounds,
-        "samples_ms": [report.rounded(1e3 * s) for s in timings.samples[name]],
-        **dict(zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True)),
-        **report.ratio_columns("control", timings.control_ratio()),
+        **report.timed_columns(timings, name),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         **dict.fromkeys(("allocated_mib", "reserved_mib", "saved_mib")),

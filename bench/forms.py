@@ -74,8 +74,7 @@ def _fault(work: Workload, mode: str, options: Options) -> str | None:
 
 def _row(line, mode, timings, fault, notes, parameters, options) -> dict:
     form = line["form"]
-    timed = form in timings.samples
-    row = {
+    return {
         "part": options.part,
         "mode": mode,
         "size": "{}x{}".format(*options.size),
@@ -84,18 +83,13 @@ def _row(line, mode, timings, fault, notes, parameters, options) -> dict:
         "form": form,
         "config": line["config"],
         "status": fault or "ok",
-        "rounds": timings.rounds if timed else 0,
-        "samples_ms": [report.rounded(1e3 * s) for s in timings.samples.get(form, ())],
+        **report.timed_columns(timings, form),
         "parameters": parameters,
         "paper_parameters_m": line["parameters_m"],
         **(notes or dict.fromkeys(("allocated_mib", "reserved_mib", "saved_mib"))),
         **dict.fromkeys(("relative_time", "relative_memory")),
         "paper_time": report.rounded(line["hours"] / paper()["table8"][0]["hours"], 4),
     }
-    times = timings.percentiles(form) if timed else (None, None, None)
-    for name, seconds in zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True):
-        row[name] = None if seconds is None else report.rounded(1e3 * seconds)
-    return row | report.ratio_columns("control", timings.control_ratio() if timed else None)
 
 
 def _relate(rows: list[dict]) -> list[dict]:

@@ -183,14 +183,11 @@ def _row(made, direction, cold, name, timings, limits, run, fault, options) -> d
         "cache": "cold" if cold else "warm",
         "impl": name,
         "status": fault or "ok",
-        "rounds": timings.rounds if run else 0,
-        "samples_ms": [report.rounded(1e3 * s) for s in timings.samples.get(name, ())],
+        **report.timed_columns(timings, name),
         "peak_mib": report.rounded(peak_bytes(run, options.device) / 2**20) if run else None,
     }
-    times = timings.percentiles(name) if run else (None, None, None)
-    for key, seconds in zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True):
-        row[key] = None if seconds is None else report.rounded(1e3 * seconds)
-    moved, flops, seconds = made.moved[direction], made.flops.get(direction, 0), times[1]
+    seconds = timings.percentiles(name)[1] if run else None
+    moved, flops = made.moved[direction], made.flops.get(direction, 0)
     floor = moved / limits["copy_gb_s"] / 1e9
     if flops:
         floor = max(floor, flops / limits[gemm_key(DTYPES[made.dtype])] / 1e12)
@@ -200,7 +197,7 @@ def _row(made, direction, cold, name, timings, limits, run, fault, options) -> d
     for peer in ("eager", "inductor"):
         there = run and peer in timings.samples and name != peer
         row |= report.ratio_columns(f"vs_{peer}", timings.speedup(name, peer) if there else None)
-    return row | report.ratio_columns("control", timings.control_ratio() if run else None)
+    return row
 
 
 def _shape(made: Case) -> str:

@@ -164,16 +164,12 @@ def _row(form: str, mode: str, timings: Timings, fault: str | None, memory: dict
         "ratio": options.ratio,
         "form": form,
         "status": "ok" if timed else fault,
-        "rounds": timings.rounds if timed else 0,
-        "samples_ms": [report.rounded(1e3 * s) for s in timings.samples.get(form, ())],
+        **report.timed_columns(timings, form),
         "peak_mib": memory.get("peak_mib"),
         "saved_mib": memory.get("saved_mib"),
     }
-    times = timings.percentiles(form) if timed else (None, None, None)
-    for name, seconds in zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True):
-        row[name] = None if seconds is None else report.rounded(1e3 * seconds)
-    row |= report.ratio_columns("vs_canvas", timings.speedup(form, "canvas") if timed and form != "canvas" else None)
-    return row | report.ratio_columns("control", timings.control_ratio() if timed else None)
+    compared = timed and form != "canvas"
+    return row | report.ratio_columns("vs_canvas", timings.speedup(form, "canvas") if compared else None)
 
 
 def _table(rows: Sequence[dict]):

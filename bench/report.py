@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .measure import Ratio
+from .measure import Ratio, Timings
 
 
 def console() -> Console:
@@ -54,6 +54,18 @@ def ratio_columns(key: str, value: Ratio | None) -> dict[str, float | None]:
     """A ratio as columns of a row."""
     parts = (None, None, None) if value is None else (value.median, value.low, value.high)
     return dict(zip((key, f"{key}_low", f"{key}_high"), map(rounded, parts), strict=True))
+
+
+def timed_columns(timings: Timings, name: Hashable) -> dict[str, int | float | list[float] | None]:
+    """What a row says of its rounds, with nothing in it where ``name`` was not timed."""
+    timed = name in timings.samples
+    times = timings.percentiles(name) if timed else (None, None, None)
+    return {
+        "rounds": timings.rounds if timed else 0,
+        **{f"p{p}_ms": None if s is None else rounded(1e3 * s) for p, s in zip((20, 50, 80), times, strict=True)},
+        **ratio_columns("control", timings.control_ratio() if timed else None),
+        "samples_ms": [rounded(1e3 * s) for s in timings.samples.get(name, ())],
+    }
 
 
 def rounded(value: float | None, digits: int = 5) -> float | None:

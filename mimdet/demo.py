@@ -25,30 +25,32 @@ NUM_TRAIN, NUM_VAL = 600, 60
 _SHOWN = 8
 
 
-def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict:
-    """Generate pictures, train ``configs/demo.py`` on them, evaluate, and draw.
+def run_demo(output: str | Path | None = None, overrides: Sequence[str] = (), config: str | Path = "demo") -> dict:
+    """Generate pictures, train a detector on them, evaluate, and draw.
 
     ``output`` receives ``shapes/`` (the pictures in COCO format), ``model_final.pth``, ``metrics.json``,
     ``curves.png`` and ``predictions.png``.
 
     Args:
-        output: folder, made when missing.
+        output: folder, made when missing; by default the config's.
         overrides: ``key=value`` for the config.
+        config: whose data are ``shapes/`` in the folder, as in ``configs/demo.py``.
 
     Returns:
         the evaluator's metrics, fractions.
     """
-    console, output = Console(), Path(output)
+    if output is not None:
+        overrides = [f"train.output_dir={json.dumps(str(output))}", *overrides]
+    cfg = load(config, overrides)
+    console, output = Console(), Path(cfg.train.output_dir)
     start = time.perf_counter()
     console.print(f"Drawing {NUM_TRAIN} training and {NUM_VAL} held-out pictures ...")
     generate_shapes(output / "shapes", NUM_TRAIN, NUM_VAL)
-    overrides = [f"train.output_dir={json.dumps(str(output))}", *overrides]
-    cfg = load("configs/demo.py", overrides)
     metrics = train(cfg, overrides=overrides)
     minutes = (time.perf_counter() - start) / 60
 
     write_json(output / "metrics.json", {"metrics": metrics, "minutes": round(minutes, 2)}, indent=2)
-    plot_training(output / "metrics.jsonl", output / "curves.png", title="mimdet demo")
+    plot_training(output / "metrics.jsonl", output / "curves.png", title=f"mimdet demo, {Path(config).stem}")
     _draw_predictions(cfg, output)
     console.print(f"{NUM_VAL} held-out pictures, inference ratio 1.0, after {minutes:.1f} minutes:")
     console.print(_summary(metrics))

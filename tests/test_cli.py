@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,19 @@ def test_demo_leaves_everything(trained):
     assert set(json.loads((trained / "metrics.json").read_text())["metrics"]) >= {"bbox", "segm"}
     for name in ("curves.png", "predictions.png"):
         assert (trained / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("config", "tasks"), [("cascade_mask_rcnn", {"bbox", "segm"}), ("retinanet", {"bbox"})])
+def test_demo_of_other_detectors(monkeypatch, tmp_path, capsys, config, tasks):
+    monkeypatch.setattr(demo, "NUM_TRAIN", 4)
+    monkeypatch.setattr(demo, "NUM_VAL", 2)
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "demo", "--config-file", f"demo_{config}", *QUICK, "train.max_iter=1") == 0
+    output = Path(f"output/demo_{config}")
+    metrics = json.loads((output / "metrics.json").read_text())["metrics"]
+    assert {task for task in ("bbox", "segm") if task in metrics} == tasks
+    assert (output / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    assert str(output / "model_final.pth") in capsys.readouterr().out.replace("\n", "")
 
 
 def test_eval_repeats_the_training_figures(trained, monkeypatch, tmp_path):

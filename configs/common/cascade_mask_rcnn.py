@@ -1,11 +1,14 @@
 """Cascade Mask R-CNN: the Mask R-CNN of ``mask_rcnn.py`` with three box heads, each for tighter boxes."""
 
+from copy import deepcopy
+
 from mimdet.config import LazyCall as L
 from mimdet.detection import Box2BoxTransform, CascadeROIHeads, FastRCNNConvFCHead, FastRCNNOutputLayers, Matcher
 from mimdet.modeling import ShapeSpec
 
-from .mask_rcnn import model
+from .mask_rcnn import model as _mask_rcnn
 
+model = deepcopy(_mask_rcnn)  # other configs take that one as it is
 for _key in ("box_head", "box_predictor", "proposal_matcher"):
     model.roi_heads.pop(_key)
 

@@ -24,18 +24,21 @@ void forward(const R* r, const B* branch, const float* scale, const float* __res
       // Backward knows only the rounded sum, so the statistics are those of the rounded sum.
       x = sum;
     }
-    float total = 0.0f, square = 0.0f;
+    float total = 0.0f, rest = 0.0f, square = 0.0f;
 #pragma omp simd reduction(+ : total)
     for (int64_t c = 0; c < C; ++c) {
       total += load(x + c);
     }
-    const float mu = total / static_cast<float>(C);
-#pragma omp simd reduction(+ : square)
+    const float center = total / static_cast<float>(C);
+#pragma omp simd reduction(+ : rest, square)
     for (int64_t c = 0; c < C; ++c) {
-      const float d = load(x + c) - mu;
+      const float d = load(x + c) - center;
+      rest += d;
       square += d * d;
     }
-    const float inverse = 1.0f / __builtin_sqrtf(square / static_cast<float>(C) + eps);
+    // Far from zero, what the first sum's rounding left is no small part of the deviation.
+    const float shift = rest / static_cast<float>(C), mu = center + shift;
+    const float inverse = 1.0f / __builtin_sqrtf(square / static_cast<float>(C) - shift * shift + eps);
     Y* to = y + row * C;
 #pragma omp simd
     for (int64_t c = 0; c < C; ++c) {

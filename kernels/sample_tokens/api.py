@@ -146,10 +146,10 @@ def valid_tokens(sizes: Sequence[tuple[int, int]], grid: tuple[int, int], device
     return _inside(upload(sides, torch.device(device)), grid)
 
 
-def upload(numbers: list, device: torch.device) -> torch.Tensor:
-    """Nested lists as an int32 tensor, without waiting for the GPU."""
+def upload(numbers: Sequence, device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """Nested lists, or an array, as a tensor, without waiting for the GPU."""
     pinned = device.type == "cuda"  # else the copy would wait for all that the GPU has to do
-    return torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=pinned).to(device, non_blocking=pinned)
+    return torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=pinned).to(device, non_blocking=pinned)
 
 
 def _inside(sides: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

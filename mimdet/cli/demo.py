@@ -9,12 +9,18 @@ import typer
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for pictures, weights, metrics and plots.")] = Path(
-        "output/demo"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for pictures, weights, metrics and plots; default: the config's.", show_default=False
+        ),
+    ] = None,
+    config_file: Annotated[
+        str, typer.Option(help="demo, demo_cascade_mask_rcnn or demo_retinanet, or one like them.")
+    ] = "demo",
     opts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of configs/demo.py.", show_default=False),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the config.", show_default=False),
     ] = None,
 ) -> None:
     """Train a small MIMDet on generated pictures, evaluate it, and draw what it finds.
@@ -23,4 +29,4 @@ def demo(
     """
     from ..demo import run_demo
 
-    run_demo(output, opts or [])
+    run_demo(output, opts or [], config_file)

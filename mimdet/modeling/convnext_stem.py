@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import nn
 
 from ..checkpoint.convnext import load_convnext
 from ..kernels.image_norm import valid
-from .recompute import Remade, checkpointed, is_lean
-from .vit import Mlp, Pending, _compute_dtype, _normalised
+from .recompute import checkpointed, is_lean
+from .vit import Mlp, Pending, compute_dtype
 
 _EPS = 1e-6
 
@@ -29,12 +27,7 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> the same."""
         cells = self.conv_dw(x).permute(0, 2, 3, 1)
-        dtype = _compute_dtype(x)
-        tokens = cells.flatten(1, 2)
-        rows = _normed(tokens, self.norm, dtype)
-        if self.lean:
-            sources = tokens, self.norm.weight, self.norm.bias
-            rows = Remade(rows, partial(_normalised, eps=_EPS, dtype=dtype), sources)
+        _, rows = Pending(cells.flatten(1, 2)).normalised(self.norm, compute_dtype(x), self.lean)
         branch = self.mlp(rows) * self.gamma
         return (x + branch.view(cells.shape).permute(0, 3, 1, 2)).to(x.dtype)
 
@@ -45,7 +38,8 @@ class CellNorm(nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> the same."""
         cells = x.permute(0, 2, 3, 1)
-        return _normed(cells.flatten(1, 2), self, _compute_dtype(x)).view(cells.shape).permute(0, 3, 1, 2)
+        _, rows = Pending(cells.flatten(1, 2)).normalised(self, compute_dtype(x))
+        return rows.view(cells.shape).permute(0, 3, 1, 2)
 
 
 class ConvNeXtStage(nn.Module):
@@ -135,10 +129,6 @@ class ConvNeXtStem(nn.Module):
                 x = checkpointed(block, x) if self.checkpointing and x.requires_grad else block(x)
             outputs.append(x if i == 2 else _inside(x, sizes, i + 1))
         return outputs
-
-
-def _normed(tokens: torch.Tensor, norm: nn.LayerNorm, dtype: torch.dtype | None) -> torch.Tensor:
-    return Pending(tokens).normalised(norm, dtype)[1]
 
 
 def _inside(x: torch.Tensor, sizes: torch.Tensor | None, level: int) -> torch.Tensor:

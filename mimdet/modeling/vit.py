@@ -38,9 +38,14 @@ class Pending(NamedTuple):
         branch = self.branch if self.scale is None else self.branch * self.scale.view(-1, 1, 1)
         return (self.residual + branch).to(self.residual.dtype)
 
-    def normalised(self, norm: nn.LayerNorm, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum, and ``norm`` of it in ``dtype``."""
-        return add_layer_norm(*self, norm.weight, norm.bias, norm.eps, dtype=dtype)
+    def normalised(
+        self, norm: nn.LayerNorm, dtype: torch.dtype | None = None, lean: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | Remade]:
+        """The sum, and ``norm`` of it in ``dtype``, which a ``lean`` reader makes again in backward."""
+        total, x = add_layer_norm(*self, norm.weight, norm.bias, norm.eps, dtype=dtype)
+        if lean:
+            x = Remade(x, partial(_normalised, eps=norm.eps, dtype=dtype), (total, norm.weight, norm.bias))
+        return total, x
 
 
 class DropPath(nn.Module):
@@ -108,6 +113,7 @@ class TransformerBlock(nn.Module):
         norm_layer: called with dim; must give an affine LayerNorm.
         recompute: "lean" computes the outputs of LayerNorm and GELU, 6 of the 16 dim that a token would keep for
             backward, a second time there; "none" keeps them.
+        init_values: initial LayerScale of both branches (Touvron et al., 2021); None for none.
     """
 
     def __init__(
@@ -118,9 +124,13 @@ class TransformerBlock(nn.Module):
         drop_path: float = 0.0,
         norm_layer: Callable[[int], nn.LayerNorm] = nn.LayerNorm,
         recompute: str = "lean",
+        init_values: float | None = None,
     ):
         super().__init__()
         self.lean = is_lean(recompute)
+        for name in ("gamma_1", "gamma_2"):
+            gamma = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
+            self.register_parameter(name, gamma)
         self.norm1 = _layer_norm(norm_layer, dim)
         self.attn = Attention(dim, num_heads)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else None
@@ -134,21 +144,21 @@ class TransformerBlock(nn.Module):
         branch: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
         sequences: Sequences | None = None,
+        **attention: torch.Tensor,
     ) -> Pending:
         """Takes what ``Pending`` holds, and leaves its own last addition pending. By default each row of the batch is
-        a sequence."""
+        a sequence. ``attention`` is what this block's attention takes beside tokens and sequences."""
         sequences = sequences or Sequences.equal(*residual.shape[:2], residual.device)
         state = Pending(residual, branch, scale)
-        dtype = _compute_dtype(residual)
-        for norm, function, drop_path in (
-            (self.norm1, partial(self.attn, sequences=sequences), self.drop_path1),
-            (self.norm2, self.mlp, self.drop_path2),
+        dtype = compute_dtype(residual)
+        for norm, function, gamma, drop_path in (
+            (self.norm1, partial(self.attn, sequences=sequences, **attention), self.gamma_1, self.drop_path1),
+            (self.norm2, self.mlp, self.gamma_2, self.drop_path2),
         ):
-            residual, x = state.normalised(norm, dtype)
-            if self.lean:
-                sources = residual, norm.weight, norm.bias
-                x = Remade(x, partial(_normalised, eps=norm.eps, dtype=dtype), sources)
+            residual, x = state.normalised(norm, dtype, self.lean)
             branch = function(x)
+            if gamma is not None:
+                branch = branch * gamma.to(branch.dtype)
             state = Pending(residual, branch, drop_path and drop_path(branch, sequences))
         return state
 
@@ -206,6 +216,13 @@ def run_blocks(
     return state
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What linear layers compute in: normalised rows written in it need no cast. None means x's own dtype."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return None
+
+
 def _normalised(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype | None):
     return add_layer_norm(x, None, None, weight, bias, eps, dtype=dtype)[1]
 
@@ -219,10 +236,3 @@ def _layer_norm(norm_layer: Callable[[int], nn.Module], dim: int) -> nn.LayerNor
     if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
         raise TypeError(f"transformer: norm_layer must give a LayerNorm with weight and bias, got {norm}")
     return norm
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """What linear layers compute in: normalised rows written in it need no cast. None means x's own dtype."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return None

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from ..kernels.sample_tokens.api import upload
 from .sampling import TokenSplit
 from .sequences import Sequences
 
@@ -55,18 +56,16 @@ def split_windows(
     longest, starts = max(n.max() for n in lengths), np.concatenate([[0], *lengths]).cumsum()
     groups = 1 if packed else batch
 
-    def upload(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-        pinned = device.type == "cuda"  # else the copy would wait for all that the GPU has to do
-        numbers = torch.from_numpy(np.concatenate(arrays))
-        return (numbers.pin_memory() if pinned else numbers).to(device, non_blocking=pinned)
+    def indices(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+        return upload(np.concatenate(arrays), device, torch.int64)
 
-    cu_seqlens = upload([starts.astype(np.int32)])
-    keep, restore = (upload(part).view(groups, -1) for part in (keep, restore))
+    cu_seqlens = upload(starts, device)
+    keep, restore = (indices(part).view(groups, -1) for part in (keep, restore))
     none = keep.new_empty((groups, 0))
     if not packed:
         encoder = Sequences((batch, canvas), cu_seqlens, int(longest), pictures=batch)
         return TokenSplit(keep, none, restore, encoder, Sequences.equal(batch, canvas, device))
     counts = [rows * columns for rows, columns in own]
-    whole = Sequences.packed(upload([np.cumsum([0, *counts]).astype(np.int32)]), begin, max(counts))
+    whole = Sequences.packed(upload(np.cumsum([0, *counts]), device), begin, max(counts))
     encoder = Sequences((begin, 1), cu_seqlens, int(longest), whole.owner, batch)
-    return TokenSplit(keep, none, restore, encoder, whole, upload(valid), own)
+    return TokenSplit(keep, none, restore, encoder, whole, indices(valid), own)

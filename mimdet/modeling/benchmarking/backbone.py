@@ -12,7 +12,7 @@ from ...checkpoint.mae import load_mae
 from ..pos_embed import sincos_pos_embed_2d
 from ..recompute import checkpointed
 from ..shapes import ImageList, ShapeSpec
-from ..vit import Pending, _compute_dtype
+from ..vit import Pending, compute_dtype
 from ..windows import window_partition, window_reverse
 from .block import BiasedBlock
 from .position_bias import RelativePositionBias
@@ -56,7 +56,7 @@ class BenchmarkingViTDet(nn.Module):
         mlp_ratio: hidden width of the MLP over embed_dim.
         drop_path_rate: stochastic depth rate of the last block; rates rise linearly from 0. Windows count as samples.
         norm_layer: called with embed_dim.
-        init_values, beit_qkv_bias: see ``BiasedBlock``.
+        init_values, beit_qkv_bias: see ``TransformerBlock`` and ``BiasedAttention``.
         recompute: "lean" computes the outputs of LayerNorm and GELU a second time in backward, "none" keeps them.
 
     Raises:
@@ -98,9 +98,14 @@ class BenchmarkingViTDet(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, rows * columns, embed_dim))
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
-        options = {"mlp_ratio": mlp_ratio, "norm_layer": norm_layer, "recompute": recompute}
+        options = {
+            "mlp_ratio": mlp_ratio,
+            "norm_layer": norm_layer,
+            "recompute": recompute,
+            "init_values": init_values,
+        }
         self.blocks = nn.ModuleList(
-            BiasedBlock(embed_dim, num_heads, init_values, beit_qkv_bias, drop_path=rate, **options) for rate in rates
+            BiasedBlock(embed_dim, num_heads, beit_qkv_bias, drop_path=rate, **options) for rate in rates
         )
         self.ms_adaptor = nn.ModuleList(
             [
@@ -157,7 +162,7 @@ class BenchmarkingViTDet(nn.Module):
         if noise is not None:
             raise ValueError("BenchmarkingViTDet: noise chooses tokens, and this backbone takes all of them")
         x = self.patch_embed(x) + self.pos_embed.unflatten(1, self.grid_size)
-        dtype = _compute_dtype(x) or x.dtype
+        dtype = compute_dtype(x) or x.dtype
         # Once for all blocks: at 1024 pixels the global one is as large as attention's logits.
         local_bias, global_bias = self.windowed_rel_pos_bias(dtype), self.global_rel_pos_bias(dtype)
         quarter = len(self.blocks) // 4
