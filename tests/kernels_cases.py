@@ -74,7 +74,9 @@ def case(
     if op == "attention_varlen":
         heads = next(n for n in range(2, channels + 1) if channels % n == 0 and channels // n <= 64)
         inputs = {name: main(batch * length, heads, channels // heads, seed=i) for i, name in enumerate("qkv")}
-        if layout == "expanded":  # over heads: gradients of tokens that are all alike are zero, and rounding all there is
+        if (
+            layout == "expanded"
+        ):  # over heads: tokens that are all alike have zero gradients, of which rounding is all there is
             inputs = {name: main(heads, batch * length, channels // heads, seed=i) for i, name in enumerate("qkv")}
             inputs = {name: x.transpose(0, 1) for name, x in inputs.items()}
         bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * length

@@ -1,7 +1,11 @@
 """How kernels are judged: an error budget, poisoned memory, guard bands, ahead-of-time compilation."""
 
 import contextlib
+import os
+import subprocess
+import sys
 
+import pytest
 import torch
 
 # Slack beside twice the reference's error, in units of the dtype's last place at the largest magnitude.
@@ -35,6 +39,15 @@ def assert_within_budget(got, same_dtype, exact, reduction=1, name=""):
     budget = 2 * reference + slack
     assert error <= budget, f"{name}: error {error:.3g} above the budget {budget:.3g} (reference errs {reference:.3g})"
     return error / budget if budget else 0.0
+
+
+def run_on_older_processor(isa, file, selected):
+    """The tests of ``file`` that ``-k selected`` names, with kernels for the instruction set ``isa``."""
+    if "MIMDET_CPU_ISA" in os.environ:
+        pytest.skip("already asked for")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", file, "-k", selected]
+    done = subprocess.run(command, env={**os.environ, "MIMDET_CPU_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def _poison(tensor):

@@ -29,7 +29,7 @@ from kernels_cases import (
     public,
     triton_launches,
 )
-from kernels_testing import Guarded, poisoned_allocations, quantised
+from kernels_testing import Guarded, poisoned_allocations, quantised, run_on_older_processor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimdet import kernels
@@ -260,6 +260,12 @@ def test_cancellation(op, impl, device):
     if "branch" in made.inputs:
         made.inputs["branch"] = made.inputs["branch"] - 1e3
     judge(made, differentiate(made, impl))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_older_processors(isa):
+    """Fewer lanes mean longer sums, and other tails."""
+    run_on_older_processor(isa, __file__, "cpp and (cancellation or strides or padded_lanes)")
 
 
 @on_runners(DIFFERENTIABLE)

@@ -1,14 +1,11 @@
 """The fused norms of feature maps, on CPU: the same numbers as plain PyTorch, whatever comes in."""
 
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from image_norm_cases import EPS, OPS, api, check_sizes, cropped, forward_backward, inputs, judge, reference
-from kernels_testing import Guarded, layouts, poisoned_allocations
+from kernels_testing import Guarded, layouts, poisoned_allocations, run_on_older_processor
 from torch.utils.checkpoint import checkpoint
 
 from mimdet.kernels import KernelUnavailableError, image_norm, registry
@@ -317,9 +314,4 @@ def test_what_a_gpu_cannot_take_runs_eager(op, shape, monkeypatch):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_older_processors(op, isa):
-    if "MIMDET_CPU_ISA" in os.environ:
-        pytest.skip("already asked for")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
-    command += ["-k", f"{op} and (budget or around_a_tile or cancellation or alone)"]
-    done = subprocess.run(command, env={**os.environ, "MIMDET_CPU_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_on_older_processor(isa, __file__, f"{op} and (budget or around_a_tile or cancellation or alone)")
