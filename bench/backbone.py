@@ -23,6 +23,16 @@ from .workload import MODES, PARTS, Setting, Workload, check_words, gradients, i
 
 # Speed-ups are given over these.
 OVER = ("original", "original-sdpa", "clean")
+# Column of what is relative to the default row, and of what.
+_RELATIVE = (("relative_time", "p50_ms"), ("relative_memory", "allocated_mib"), ("relative_saved", "saved_mib"))
+# The same beside the paper's, as tables head them.
+COMPARED = {
+    "relative_time": "time, relative",
+    "paper_time": "paper's",
+    "relative_memory": "peak, relative",
+    "relative_saved": "saved, relative",
+    "paper_memory": "paper's memory",
+}
 # Relative distance allowed between two models: features, gradients.
 TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (3e-2, 1e-1), "fp16": (4e-3, 2e-2)}
 
@@ -203,7 +213,7 @@ def _row(key, mode, work, timings, fault, notes, options) -> dict:
         "parameters": sum(p.numel() for p in work.model.parameters()),
         "trainable": sum(p.numel() for p in work.model.parameters() if p.requires_grad),
         **(notes or dict.fromkeys(("allocated_mib", "reserved_mib", "saved_mib"))),
-        **dict.fromkeys(("relative_time", "relative_memory", "paper_time", "paper_memory")),
+        **dict.fromkeys(("relative_time", "relative_memory", "relative_saved", "paper_time", "paper_memory")),
     }
     for other in OVER:
         there = timed and (ratio, depth, other) in timings.samples and other != peer
@@ -218,7 +228,7 @@ def _relate(rows: list[dict], options: Options) -> list[dict]:
     tables = paper()
     for row in rows:
         base = defaults[row["model"]]
-        for name, column in (("relative_time", "p50_ms"), ("relative_memory", "allocated_mib")):
+        for name, column in _RELATIVE:
             if row[column] and base[column]:
                 row[name] = report.rounded(row[column] / base[column], 4)
         if row["mode"] != "train" or options.default != (0.5, 4):
@@ -242,7 +252,7 @@ def _table(rows: Sequence[dict], options: Options):
     title = f"{first['part']}, {first['mode']}, {first['size']}, batch {first['batch']}, {first['dtype']}{control}"
     columns = (
         "ratio, depth, model", "params M", "ms", "MiB", "saved MiB", "speed vs original", "vs original-sdpa",
-        "vs clean", "time", "paper", "memory", "paper",
+        "vs clean", *COMPARED.values(),
     )  # fmt: skip
     body = []
     for row in rows:
@@ -254,6 +264,6 @@ def _table(rows: Sequence[dict], options: Options):
             name, f"{row['parameters'] / 1e6:.2f}", report.number(row["p50_ms"], ".4g"),
             report.number(row["allocated_mib"], ".0f"), report.number(row["saved_mib"], ".0f"),
             *(report.ratio(row, f"vs_{other.replace('-', '_')}") for other in OVER),
-            *(report.number(row[k], ".2f") for k in ("relative_time", "paper_time", "relative_memory", "paper_memory")),
+            *(report.number(row[k], ".2f") for k in COMPARED),
         ))  # fmt: skip
     return report.table(title, columns, body)

@@ -166,7 +166,7 @@ def _row(name: str, model: nn.Module, timings: Timings, options: Options) -> dic
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         **dict.fromkeys(("allocated_mib", "reserved_mib", "saved_mib")),
-        **dict.fromkeys(("relative_time", "relative_memory", "paper_time", "paper_memory")),
+        **dict.fromkeys(("relative_time", "relative_memory", "relative_saved", "paper_time", "paper_memory")),
         **report.ratio_columns("vs_original", None),
         **report.ratio_columns("vs_clean", None),
     }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
 from .measure import measure, timer_for
 
 _ROUNDS = 10
+_LONGEST = 0.5  # seconds of one GEMM
 
 
 def measure_limits(device: str, dtypes: Iterable[torch.dtype], scale: float = 1.0) -> dict[str, float]:
@@ -39,10 +41,15 @@ def _copy(device: str, scale: float) -> float:
 
 
 def _gemm(device: str, dtype: torch.dtype, scale: float) -> float:
-    side = int((8192 if _is_gpu(device) and dtype.itemsize < 4 else 4096 if _is_gpu(device) else 1536) * scale)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    return 2 * side**3 / _least(lambda: torch.mm(a, b, out=out), device) / 1e12
+    largest = int((8192 if _is_gpu(device) and dtype.itemsize < 4 else 4096 if _is_gpu(device) else 1536) * scale)
+    for side in (largest // part or 1 for part in (8, 4, 2, 1)):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        run = partial(torch.mm, a, b, out=torch.empty_like(a))
+        run()
+        # A processor without instructions for the dtype would take minutes for the largest.
+        if side == largest or 8 * timer_for(device)(run, 1) > _LONGEST:
+            break
+    return 2 * side**3 / _least(run, device) / 1e12
 
 
 def _is_gpu(device: str) -> bool:

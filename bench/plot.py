@@ -28,8 +28,8 @@ _BARS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#999
 
 
 def plot(results: Results, path: str | Path) -> None:
-    """Draw time and memory over keep ratio or depth, the bandwidth of every form of every operation, or components
-    beside their floors.
+    """Draw time and memory over keep ratio or depth or of the forms of the input, the bandwidth of every form of every
+    operation, or components beside their floors.
 
     Args:
         results: from a file.
@@ -41,7 +41,8 @@ def plot(results: Results, path: str | Path) -> None:
     rows = [row for row in results.rows if row["p50_ms"] is not None]
     if not rows:
         raise ValueError("nothing to plot: no row has a figure")
-    figure = {"ops": _ops, "backbone": _curves, "packed": _packed, "roofline": _roofline}[results.kind](rows, results)
+    draw = {"ops": _ops, "backbone": _curves, "forms": _forms, "packed": _packed, "roofline": _roofline}[results.kind]
+    figure = draw(rows, results)
     figure.text(0.995, 0.002, _caption(results), ha="right", va="bottom", fontsize=6, color="#666666")
     content = io.BytesIO()
     figure.savefig(content, format=Path(path).suffix.lstrip(".") or "png")
@@ -64,21 +65,26 @@ def _caption(results: Results) -> str:
 
 
 def _curves(rows: Sequence[dict], results: Results) -> Figure:
-    """A row of panels for each mode: milliseconds, time relative to the default row, memory likewise."""
+    """A row of panels for each mode: milliseconds, and relative to the default row time, peak and what waits for
+    backward, the last two beside the paper's memory."""
     axis = "ratio" if len({row["ratio"] for row in rows}) >= len({row["depth"] for row in rows}) else "depth"
     # Rows along the other axis share one point of this one: the default's.
     other = "depth" if axis == "ratio" else "ratio"
     default = max({row[other] for row in rows}, key=lambda value: sum(row[other] == value for row in rows))
     rows = [row for row in rows if row[other] == default]
     modes = list(dict.fromkeys(row["mode"] for row in rows))
-    figure = _figure(12, 3.6 * len(modes))
-    for mode, panels in zip(modes, figure.subplots(len(modes), 3, squeeze=False), strict=True):
+    figure = _figure(15, 3.6 * len(modes))
+    for mode, panels in zip(modes, figure.subplots(len(modes), 4, squeeze=False), strict=True):
         chosen = [row for row in rows if row["mode"] == mode]
         for axes, column, label, theirs in (
             (panels[0], "p50_ms", "ms", None),
             (panels[1], "relative_time", "time, default row = 1", "paper_time"),
-            (panels[2], "relative_memory", "memory, default row = 1", "paper_memory"),
+            (panels[2], "relative_memory", "peak memory, default row = 1", "paper_memory"),
+            (panels[3], "relative_saved", "saved for backward, default row = 1", "paper_memory"),
         ):
+            if not any(row[column] for row in chosen):  # inference saves nothing
+                axes.set_axis_off()
+                continue
             _lines(axes, chosen, axis, column, theirs)
             axes.set_xlabel("keep ratio" if axis == "ratio" else "decoder blocks")
             axes.set_ylabel(label)
@@ -162,6 +168,31 @@ def _roofline(rows: Sequence[dict], results: Results) -> Figure:
     axes.legend(fontsize=8)
     title = "{model}, {part}, {mode}, {size}, batch {batch}, {dtype}, ratio {ratio:g}, decoder depth {depth}"
     axes.set_title(title.format(**whole), fontsize=10)
+    return figure
+
+
+def _forms(rows: Sequence[dict], results: Results) -> Figure:
+    """Time and memory of each form relative to the first, time beside the paper's; a row of panels for each mode."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    figure = _figure(11, 0.6 + 2.6 * len(modes))
+    for mode, panels in zip(modes, figure.subplots(len(modes), 2, squeeze=False, sharey="row"), strict=True):
+        chosen = [row for row in rows if row["mode"] == mode]
+        for axes, label, bars in (
+            (panels[0], "time", (("relative_time", "here", _BARS[0]), ("paper_time", "paper", _COLORS["paper"]))),
+            (panels[1], "peak memory", (("relative_memory", "here", _BARS[0]),)),
+        ):
+            for offset, (column, name, color) in enumerate(bars):
+                places = [place + 0.4 * offset for place in range(len(chosen))]
+                axes.barh(places, [row[column] or 0.0 for row in chosen], 0.38, color=color, label=name)
+            axes.set_xlabel(f"{label}, first form = 1")
+            axes.set_title(mode, fontsize=10)
+            axes.grid(alpha=0.3, axis="x")
+        panels[0].set_yticks(range(len(chosen)))
+        panels[0].set_yticklabels([row["form"] for row in chosen], fontsize=8)
+        panels[0].invert_yaxis()
+        panels[0].legend(fontsize=8)
+    first = rows[0]
+    figure.suptitle(f"{first['part']}, {first['size']}, batch {first['batch']}, {first['dtype']}", fontsize=10)
     return figure
 
 

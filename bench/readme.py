@@ -9,6 +9,7 @@ from pathlib import Path
 from ..files import write_bytes
 from ..kernels.selector import WORDS
 from . import configs
+from .backbone import COMPARED, OVER
 from .measure import paired_ratio
 from .results import Results
 from .roofline import STEP, by_component
@@ -72,6 +73,9 @@ def render(results: Results) -> str:
     return f"{source}:\n\n{made}"
 
 
+_POINT = ("mode", "ratio", "depth")
+
+
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] | None = None) -> str:
     """A table; figures, in the columns ``right``, by default all but the first, to the right."""
     right = range(1, len(columns)) if right is None else right
@@ -111,30 +115,23 @@ def _ops(rows: Sequence[dict]) -> str:
 
 
 def _backbone(rows: Sequence[dict]) -> str:
-    """Time and memory of every model, and both relative to the default row beside the paper's."""
-    there = {row["model"] for row in rows}
-    base = "original-sdpa" if "original-sdpa" in there else "original"
-    columns = (
-        "mode, ratio, decoder depth", "model", "ms", "saved MiB", "peak MiB", f"speed vs {base}",
-        "time, relative", "paper's", "memory, relative", "paper's",
-    )  # fmt: skip
+    """Time and memory of every model, and beside the paper's what is relative to the default row, if there are more."""
+    rows = [row for row in rows if row["status"] == "ok"]
+    bases = [base for base in OVER if any(row["model"] == base for row in rows)]
+    varied = len({tuple(row[k] for k in _POINT) for row in rows}) > 1
+    columns = ["mode, ratio, decoder depth", "model", "ms", "saved MiB", "peak MiB"]
+    columns += [f"speed vs {base}" for base in bases]
+    columns += COMPARED.values() if varied else []
     body = []
     for row in rows:
-        if row["status"] != "ok":
-            continue
-        relative = (row[k] for k in ("relative_time", "paper_time", "relative_memory", "paper_memory"))
-        peers = [r for r in rows if r["model"] == base and _same_point(r, row)]
-        body.append((
+        peers = {r["model"]: r for r in rows if all(r[k] == row[k] for k in _POINT)}
+        body.append([
             f"{row['mode']}, {row['ratio']:g}, {row['depth']}", row["model"], _number(row["p50_ms"], ".4g"),
             *(_number(row[k], ".0f") for k in ("saved_mib", "allocated_mib")),
-            "" if row["model"] == base else _speed(row, peers[0] if peers else None),
-            *(_number(value, ".2f") for value in relative),
-        ))  # fmt: skip
+            *("" if row["model"] == base else _speed(row, peers.get(base)) for base in bases),
+            *(_number(row[k], ".2f") for k in COMPARED if varied),
+        ])  # fmt: skip
     return _markdown(columns, body)
-
-
-def _same_point(a: dict, b: dict) -> bool:
-    return all(a[k] == b[k] for k in ("mode", "ratio", "depth"))
 
 
 def _forms(rows: Sequence[dict]) -> str:

@@ -58,6 +58,7 @@ COLUMNS = {
         "saved_mib": "float?",
         "relative_time": "float?",
         "relative_memory": "float?",
+        "relative_saved": "float?",
         "paper_time": "float?",
         "paper_memory": "float?",
         **{f"vs_original{end}": kind for end, kind in _RATIO.items()},

@@ -8,6 +8,7 @@ from twins import twin_overrides
 from mimdet.bench import backbone, forms
 from mimdet.bench.backbone import Options, paper, run_tables
 from mimdet.bench.models import PEERS, with_child
+from mimdet.bench.plot import plot
 from mimdet.bench.readme import render
 from mimdet.bench.results import Results
 
@@ -103,6 +104,8 @@ def test_table8_by_command(monkeypatch, tmp_path, capsys):
         assert row["relative_time"] == pytest.approx(
             row["p50_ms"] / rows[row["mode"] == "inference" and 4]["p50_ms"], rel=1e-3
         )
+    plot(Results.read(path), tmp_path / "table8.png")
+    assert (tmp_path / "table8.png").read_bytes().startswith(b"\x89PNG")
     text = render(Results.read(path))
     assert "| train, windows, FPN from the ViT |" in text
     assert text.count("\n| ") == 2 + 8

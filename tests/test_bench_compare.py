@@ -33,7 +33,8 @@ def ops_results(*milliseconds):
 def curve_results():
     rows = [
         row("backbone", 10 * ratio * slow, mode=mode, ratio=ratio, depth=4, model=model, relative_time=2 * ratio,
-            relative_memory=ratio + 0.5, paper_time=1.5 * ratio if mode == "train" else None, paper_memory=None)
+            relative_memory=ratio + 0.5, relative_saved=ratio, paper_memory=None,
+            paper_time=1.5 * ratio if mode == "train" else None)
         for mode in ("train", "inference")
         for model, slow in (("ours", 1), ("original", 2))
         for ratio in (0.25, 0.5, 1.0)
