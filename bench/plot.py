@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from ..files import write_bytes
 from .results import Results
@@ -24,11 +26,11 @@ _COLORS = {
     "clean": "#cc79a7",
     "paper": "#222222",
 }
-_BARS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#999999")
+_BARS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#999999", "#222222", "#f0e442")
 
 
 def plot(results: Results, path: str | Path) -> None:
-    """Draw time and memory over keep ratio or depth or of the forms of the input, the bandwidth of every form of every
+    """Draw time and memory over keep ratio or depth or of the forms of the input, the speed of every form of every
     operation, or components beside their floors.
 
     Args:
@@ -114,29 +116,36 @@ def _lines(axes: Axes, rows: Sequence[dict], axis: str, column: str, theirs: str
 
 
 def _ops(rows: Sequence[dict], results: Results) -> Figure:
-    """One panel a direction, dtype and cache state; a group of bars for each case, one bar a form."""
+    """One panel a direction, dtype and cache state; a group of bars for each case, one bar a form, as long as its share
+    of what the machine could do: of the copy bandwidth or, where that binds, of the GEMM rate."""
     panels = list(dict.fromkeys((row["direction"], row["dtype"], row["cache"]) for row in rows))
-    groups = list(dict.fromkeys((row["op"], row["case"], row["shape"]) for row in rows))
     forms = list(dict.fromkeys(row["impl"] for row in rows))
-    figure = _figure(12, max(3.0, 0.5 + 0.16 * len(groups) * (len(forms) + 1)))
-    limit = results.limits.get("copy_gb_s")
+    groups: dict[tuple, list[str]] = {}
+    for row in rows:
+        there = groups.setdefault((row["op"], row["case"], row["shape"]), [])
+        there += [row["impl"]] if row["impl"] not in there else []
+    starts, end = {}, 0
+    for group, there in groups.items():
+        starts[group], end = end, end + len(there) + 1
+    figure = _figure(12, max(3.0, 1.0 + 0.13 * end))
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
-        chosen = {
-            (row["op"], row["case"], row["shape"], row["impl"]): row["gb_s"]
-            for row in rows
-            if (row["direction"], row["dtype"], row["cache"]) == panel
-        }
-        for index, form in enumerate(forms):
-            places = [g * (len(forms) + 1) + index for g, group in enumerate(groups) if (*group, form) in chosen]
-            widths = [chosen[(*group, form)] for group in groups if (*group, form) in chosen]
-            axes.barh(places, widths, 0.9, color=_BARS[index % len(_BARS)], label=form)
-        if limit:
-            axes.axvline(limit, color="#222222", linestyle="--", linewidth=1, label="copy, measured")
+        chosen = [row for row in rows if (row["direction"], row["dtype"], row["cache"]) == panel]
+        for form, color in zip(forms, cycle(_BARS)):
+            bars = []
+            for row in chosen:
+                group = row["op"], row["case"], row["shape"]
+                if row["impl"] == form and row["of_limit"]:
+                    bars.append((starts[group] + groups[group].index(form), row["of_limit"]))
+            places, lengths = zip(*bars, strict=True) if bars else ((), ())
+            axes.barh(places, lengths, 0.9, color=color, label=form)
+        axes.axvline(1.0, color="#222222", linestyle="--", linewidth=1, label="limit, measured")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_title(" ".join(panel), fontsize=10)
-        axes.set_xlabel("GB/s of the fewest bytes")
+        axes.set_xlabel("of the limit: copy bandwidth, GEMM rate")
         axes.grid(alpha=0.3, axis="x")
+        axes.margins(y=0.01)
     first = figure.axes[0]
-    first.set_yticks([g * (len(forms) + 1) + (len(forms) - 1) / 2 for g in range(len(groups))])
+    first.set_yticks([start + (len(groups[group]) - 1) / 2 for group, start in starts.items()])
     first.set_yticklabels([f"{op}\n{case} {shape}" for op, case, shape in groups], fontsize=7)
     first.invert_yaxis()
     figure.axes[-1].legend(fontsize=7)
