@@ -50,7 +50,7 @@ def run_demo(output: str | Path | None = None, overrides: Sequence[str] = (), co
     minutes = (time.perf_counter() - start) / 60
 
     write_json(output / "metrics.json", {"metrics": metrics, "minutes": round(minutes, 2)}, indent=2)
-    plot_training(output / "metrics.jsonl", output / "curves.png", title=f"mimdet demo, {Path(config).stem}")
+    plot_training(output / "metrics.jsonl", output / "curves.png", title=Path(config).stem)
     _draw_predictions(cfg, output)
     console.print(f"{NUM_VAL} held-out pictures, inference ratio 1.0, after {minutes:.1f} minutes:")
     console.print(_summary(metrics))
