@@ -366,7 +366,7 @@ def plot(
         Path | None, typer.Option(help="Folder of the pictures; default: beside each file.", show_default=False)
     ] = None,
 ) -> None:
-    """Draw each file: time and memory beside the paper's curve, every operation's share of the limit, or the roofline."""
+    """Draw each file: time and memory beside the paper's curve, operations beside the limit, or the roofline."""
     from .plot import plot
     from .results import Results
 

@@ -152,11 +152,14 @@ def test_bad_flags(capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-def test_mistakes_are_one_line(tmp_path):
-    config = tmp_path / "c.py"
+def test_mistakes_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "models", None)  # another test may have put the original on the path
+    config, empty = tmp_path / "c.py", tmp_path / "empty.py"
     config.write_text("from models import MIMDetBackbone")
+    empty.write_text("model = {}")
     for flags, message in (
         (["--config-file", str(config)], "import from mimdet.detectron2 instead"),
+        (["--config-file", str(empty)], "lacks dataloader, optimizer, lr_multiplier, train"),
         (["--config-file", "nothing.py"], "no config file 'nothing.py'"),
         (["--config-file", d2.BASE, "train.device=gpu"], "is not a device"),
     ):

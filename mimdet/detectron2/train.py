@@ -34,6 +34,8 @@ from .config import load_config
 
 logger = logging.getLogger("detectron2")
 
+_PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: Detectron2's flags, and the original MIMDet's for several machines.
@@ -42,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = parse(argv)
     try:  # mistakes are met here, before processes start; each of them reads the config again
-        _settle_device(load_config(args.config_file, args.opts), args.opts)
+        cfg = load_config(args.config_file, args.opts)
+        needed = ("model", "dataloader", "train") if args.eval_only else _PARTS
+        if missing := [part for part in needed if part not in cfg]:
+            raise ValueError(f"config {args.config_file} lacks {', '.join(missing)}: it must have {', '.join(needed)}")
+        _settle_device(cfg, args.opts)
     except (ImportError, FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
     launch(
