@@ -184,13 +184,14 @@ def test_interrupted_run_leaves_its_rounds(tmp_path, monkeypatch):
 def test_papers_columns_stand_beside_the_same_rows():
     rows = [
         {"mode": "train", "ratio": ratio, "depth": depth, "model": "ours", "p50_ms": 1.0, "allocated_mib": 1.0,
-         "paper_time": None, "paper_memory": None}
+         "saved_mib": ratio, "paper_time": None, "paper_memory": None}
         for ratio, depth in ((0.125, 4), (0.5, 4), (1.0, 4), (0.5, 1), (0.5, 8), (0.5, 3))
     ]  # fmt: skip
     made = backbone._relate(rows, Options(device="cpu", output="x"))
     want = [16.0 / 20.3, 1.0, 31.0 / 20.3, 15.5 / 20.3, 27.0 / 20.3]
     assert [row["paper_time"] for row in made[:5]] == pytest.approx(want, rel=1e-3)
     assert made[2]["paper_memory"] == pytest.approx(43.2 / 19.9, rel=1e-3)
+    assert [row["relative_saved"] for row in made[:3]] == [0.25, 1.0, 2.0]
     assert made[5]["paper_time"] is None
     assert "arXiv 2204.02964" in paper()["source"]
 
