@@ -213,7 +213,7 @@ def _row(key, mode, work, timings, fault, notes, options) -> dict:
         "parameters": sum(p.numel() for p in work.model.parameters()),
         "trainable": sum(p.numel() for p in work.model.parameters() if p.requires_grad),
         **(notes or dict.fromkeys(("allocated_mib", "reserved_mib", "saved_mib"))),
-        **dict.fromkeys(("relative_time", "relative_memory", "relative_saved", "paper_time", "paper_memory")),
+        **dict.fromkeys(COMPARED),
     }
     for other in OVER:
         there = timed and (ratio, depth, other) in timings.samples and other != peer

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import environment, report
+from .backbone import COMPARED, TOLERANCE, distance
 from .cases import DTYPES
 from .limits import measure_limits
 from .measure import Timings, measure, wall_timer
@@ -26,8 +27,6 @@ PEERS = {
     "ours-kept": (False, False),
     "original-sdpa-kept": (True, False),
 }
-# Relative distance allowed: features, gradients.
-_TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (3e-2, 1e-1), "fp16": (4e-3, 2e-2)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +125,9 @@ def _step(model: nn.Module, checkpointing: bool, options: Options) -> Callable[[
 def _check_equal(original: nn.Module, ours: nn.Module, options: Options) -> None:
     want, got = _outcome(original, options), _outcome(ours, options)
     for name, value in want.items():
-        allowed = _TOLERANCE[options.dtype]["gradient" in name]
-        distance = (_norm(got[name] - value) / _norm(value).clamp(min=1e-30)).item()
-        if not distance <= allowed:
-            raise ValueError(f"{name} is {distance:.2g} off the original's, allowed {allowed:.2g}: nothing was timed")
+        allowed, off = TOLERANCE[options.dtype]["gradient" in name], distance(got[name], value)
+        if not off <= allowed:
+            raise ValueError(f"{name} is {off:.2g} off the original's, allowed {allowed:.2g}: nothing was timed")
 
 
 def _outcome(model: nn.Module, options: Options) -> Mapping[str, torch.Tensor]:
@@ -147,10 +145,6 @@ def _outcome(model: nn.Module, options: Options) -> Mapping[str, torch.Tensor]:
     return found
 
 
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.float64)
-
-
 def _row(name: str, model: nn.Module, timings: Timings, options: Options) -> dict:
     row = {
         "part": "detectron2",
@@ -166,7 +160,7 @@ def _row(name: str, model: nn.Module, timings: Timings, options: Options) -> dic
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         **dict.fromkeys(("allocated_mib", "reserved_mib", "saved_mib")),
-        **dict.fromkeys(("relative_time", "relative_memory", "relative_saved", "paper_time", "paper_memory")),
+        **dict.fromkeys(COMPARED),
         **report.ratio_columns("vs_original", None),
         **report.ratio_columns("vs_clean", None),
     }

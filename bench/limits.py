@@ -42,12 +42,13 @@ def _copy(device: str, scale: float) -> float:
 
 def _gemm(device: str, dtype: torch.dtype, scale: float) -> float:
     largest = int((8192 if _is_gpu(device) and dtype.itemsize < 4 else 4096 if _is_gpu(device) else 1536) * scale)
+    timer = timer_for(device)
     for side in (largest // part or 1 for part in (8, 4, 2, 1)):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         run = partial(torch.mm, a, b, out=torch.empty_like(a))
         run()
         # A processor without instructions for the dtype would take minutes for the largest.
-        if side == largest or 8 * timer_for(device)(run, 1) > _LONGEST:
+        if side == largest or 8 * timer(run, 1) > _LONGEST:
             break
     return 2 * side**3 / _least(run, device) / 1e12
 

@@ -73,12 +73,11 @@ def case(
         return Case(op, inputs, {"scale": torch.arange(batch, device=device) % 3 * 1.25, "eps": EPS})
     if op == "attention_varlen":
         heads = next(n for n in range(2, channels + 1) if channels % n == 0 and channels // n <= 64)
-        inputs = {name: main(batch * length, heads, channels // heads, seed=i) for i, name in enumerate("qkv")}
-        if (
-            layout == "expanded"
-        ):  # over heads: tokens that are all alike have zero gradients, of which rounding is all there is
-            inputs = {name: main(heads, batch * length, channels // heads, seed=i) for i, name in enumerate("qkv")}
-            inputs = {name: x.transpose(0, 1) for name, x in inputs.items()}
+        # Tokens that are all alike have zero gradients, of which rounding is all there is: heads are expanded instead.
+        by_head = layout == "expanded"
+        shape = (heads, batch * length) if by_head else (batch * length, heads)
+        inputs = {name: main(*shape, channels // heads, seed=i) for i, name in enumerate("qkv")}
+        inputs = {name: x.transpose(0, 1) if by_head else x for name, x in inputs.items()}
         bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
         # The first picture is shorter, the last longer.
         bounds[1:-1] -= min(length, 1)
