@@ -6,11 +6,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel, get_platform
 from setuptools.command.build_py import build_py
 
-BUILD = Path(__file__).resolve().parent / "kernels" / "build.py"
+BUILD = Path(__file__).absolute().parent / "mimdet" / "kernels" / "build.py"
 
 
 class BuildKernels(build_py):
@@ -53,27 +53,8 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    packages=[
-        *find_packages(include=["mimdet", "mimdet.*"]),
-        "mimdet.kernels",
-        *(f"mimdet.kernels.{name}" for name in find_packages("kernels")),
-        "mimdet.bench",
-        "mimdet.configs",
-        "mimdet.configs.ablations",
-        "mimdet.configs.common",
-        "mimdet.configs.detectron2",
-        "mimdet.configs.detectron2.ablations",
-    ],
-    package_dir={
-        "mimdet": "mimdet",
-        "mimdet.kernels": "kernels",
-        "mimdet.bench": "bench",
-        "mimdet.configs": "configs",
-        "mimdet.configs.ablations": "configs/ablations",
-        "mimdet.configs.common": "configs/common",
-        "mimdet.configs.detectron2": "configs/detectron2",
-        "mimdet.configs.detectron2.ablations": "configs/detectron2/ablations",
-    },
-    package_data={"mimdet.kernels": ["csrc/*"], "mimdet.bench": ["*.json"]},
+    # kernels/, csrc/, bench/ and configs/ are symbolic links inside mimdet/, so that the package is one tree.
+    packages=find_namespace_packages(include=["mimdet", "mimdet.*"], exclude=["mimdet.bench.results*"]),
+    package_data={"mimdet.csrc": ["*"], "mimdet.bench": ["*.json"]},
     cmdclass={"build_py": BuildKernels, "bdist_wheel": PlatformWheel},
 )

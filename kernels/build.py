@@ -28,7 +28,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parent / "csrc"
+# Not resolve(): in a checkout the package reaches kernels/ and csrc/ through symbolic links.
+CSRC = Path(__file__).absolute().parent.parent / "csrc"
 SWITCH = "MIMDET_BUILD"  # 0: never compile at first use
 
 CPU_LIBRARY = "mimdet_cpu.abi3.so"

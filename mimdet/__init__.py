@@ -1,14 +1,8 @@
 """MIMDet: fine-tune a masked-image-modelling pre-trained ViT into an object detector (arXiv 2204.02964)."""
 
 from importlib import import_module as _import_module
-from pathlib import Path as _Path
 
 __version__ = "0.1.0"
-
-# A bare checkout keeps kernels/, bench/ and configs/ beside this package; an installed wheel has them inside it.
-_root = _Path(__file__).resolve().parent.parent
-if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
-    __path__.append(str(_root))
 
 _EXPORTS = {
     "LazyCall": "config",

@@ -21,8 +21,9 @@ HAS_COMPILER = any(map(shutil.which, ("g++", "c++", "clang++")))
 def source(tmp_path_factory):
     """A copy of what is packaged: building leaves files beside the sources, and other tests may build too."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("mimdet", "kernels", "bench", "configs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("mimdet", "kernels", "csrc", "bench", "configs"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     # What other tests compiled need not be compiled again.
@@ -85,8 +86,8 @@ def test_archives_carry_the_sources_of_the_kernels(archives):
     assert {n.rsplit("/", 1)[1] for n in names_in(archives[1]) if "/csrc/" in n} == sources
     with tarfile.open(archives[0]) as archive:
         names = [n.split("/", 1)[1] for n in archive.getnames() if "/" in n]
-    assert {n.rsplit("/", 1)[1] for n in names if n.startswith("kernels/csrc/")} == sources
-    assert {"setup.py", "pyproject.toml", "LICENSE", "kernels/build.py"} <= set(names)
+    assert {n.rsplit("/", 1)[1] for n in names if n.startswith("mimdet/csrc/")} == sources
+    assert {"setup.py", "pyproject.toml", "LICENSE", "mimdet/kernels/build.py"} <= set(names)
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
@@ -203,7 +204,7 @@ def test_building_without_torch_fails_only_where_kernels_are_insisted_on(source,
         return
     assert done.returncode == 0, done.stderr
     assert "kernels not compiled now (compile_cpu); they will be at first use" in done.stderr
-    assert (tmp_path / "lib" / "mimdet" / "kernels" / "csrc").is_dir()
+    assert (tmp_path / "lib" / "mimdet" / "csrc").is_dir()
 
 
 def test_checkout_does_not_shadow_the_other_kernels_package():

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from .overrides import apply_overrides
 from .serialize import from_yaml
 
-_SHIPPED = "configs"
+_SHIPPED = Path(__file__).absolute().parents[1] / "configs"
 _counter = itertools.count()
 
 
@@ -29,15 +29,11 @@ def find_config(path: str | Path) -> Path:
     given = Path(path).expanduser()
     if given.is_file():
         return given.resolve()
-    import mimdet
-
-    roots = [Path(root) / _SHIPPED for root in mimdet.__path__]
-    relative = Path(*given.parts[1:]) if given.parts[:1] == (_SHIPPED,) else given
-    for root in roots:
-        for candidate in (root / relative, root / relative.with_name(relative.name + ".py")):
-            if candidate.is_file():
-                return candidate.resolve()
-    shipped = sorted(str(p.relative_to(root)) for root in roots for p in root.rglob("*.py") if root.is_dir())
+    relative = Path(*given.parts[1:]) if given.parts[:1] == (_SHIPPED.name,) else given
+    for candidate in (_SHIPPED / relative, _SHIPPED / relative.with_name(relative.name + ".py")):
+        if candidate.is_file():
+            return candidate.resolve()
+    shipped = sorted(str(p.relative_to(_SHIPPED)) for p in _SHIPPED.rglob("*.py"))
     names = [n for n in shipped if "common" not in Path(n).parts]
     raise FileNotFoundError(f"no config file {str(path)!r}; shipped with mimdet: {', '.join(names) or 'none'}")
 
