@@ -11,32 +11,32 @@ from kernels_testing import assert_within_budget, kept_bytes, quantised
 from mimdet.kernels import use
 from mimdet.kernels.selector import requested
 from mimdet.modeling import convolution
-from mimdet.modeling.convolution import Conv2d, weight_gradient
-from mimdet.modeling.recompute import Linear, Remade, checkpointed
+from mimdet.modeling.convolution import RecomputeConv2d, weight_gradient
+from mimdet.modeling.recompute import Recomputed, RecomputeLinear, checkpointed
 
 BF16 = torch.bfloat16
 
 
 def linear():
-    return Linear(6, 4), quantised(3, 5, 6)
+    return RecomputeLinear(6, 4), quantised(3, 5, 6)
 
 
 def stem():
     """A convolution whose weight's gradient is a sum of products."""
     x = quantised(2, 16, 9, 7).contiguous(memory_format=torch.channels_last)
-    return Conv2d(16, 8, 3, stride=2, padding=1), x
+    return RecomputeConv2d(16, 8, 3, stride=2, padding=1), x
 
 
 def narrow():
     """A convolution of too few channels for that."""
-    return Conv2d(3, 8, 3, stride=2, padding=1), quantised(2, 3, 9, 7)
+    return RecomputeConv2d(3, 8, 3, stride=2, padding=1), quantised(2, 3, 9, 7)
 
 
 LAYERS = pytest.mark.parametrize("make_layer", [linear, stem, narrow], ids=lambda f: f.__name__)
 
 
-def remade(source, make=torch.tanh):
-    return Remade(make(source), make, (source,))
+def recomputed(source, make=torch.tanh):
+    return Recomputed(make(source), make, (source,))
 
 
 def gradients(layer, x, function, autocast=False, dtype=torch.float32):
@@ -52,12 +52,12 @@ def gradients(layer, x, function, autocast=False, dtype=torch.float32):
 def test_budget(make_layer, autocast):
     layer, x = make_layer()
     dtype = BF16 if autocast else torch.float32
-    operation = {Linear: F.linear, Conv2d: partial(F.conv2d, stride=2, padding=1)}[type(layer)]
+    operation = {RecomputeLinear: F.linear, RecomputeConv2d: partial(F.conv2d, stride=2, padding=1)}[type(layer)]
 
     def plain(layer, x, dtype=dtype):
         return operation(torch.tanh(x.to(dtype)), *layer.parameters())
 
-    got = gradients(layer, x, lambda layer, x: layer(remade(x.to(dtype))), autocast)
+    got = gradients(layer, x, lambda layer, x: layer(recomputed(x.to(dtype))), autocast)
     same = gradients(layer, x, plain, autocast)
     exact = gradients(layer, x, partial(plain, dtype=torch.float64), dtype=torch.float64)
     for name, value in exact.items():
@@ -69,14 +69,14 @@ def test_keeps_the_source_alone(make_layer):
     layer, x = make_layer()
     x.requires_grad_()
     # tanh would keep its result for a backward of its own
-    assert kept_bytes(layer, lambda: layer(Remade(x * 1, lambda x: x * 1, (x,)))) == x.nbytes
-    assert kept_bytes(layer.requires_grad_(False), lambda: layer(remade(x.detach()))) == 0
+    assert kept_bytes(layer, lambda: layer(Recomputed(x * 1, lambda x: x * 1, (x,)))) == x.nbytes
+    assert kept_bytes(layer.requires_grad_(False), lambda: layer(recomputed(x.detach()))) == 0
 
 
 @LAYERS
 def test_writing_into_the_source_is_noticed(make_layer):
     layer, x = make_layer()
-    y = layer(remade(x))
+    y = layer(recomputed(x))
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -85,7 +85,7 @@ def test_writing_into_the_source_is_noticed(make_layer):
 @LAYERS
 def test_second_order_is_refused(make_layer):
     layer, x = make_layer()
-    y = layer(remade(x.requires_grad_()))
+    y = layer(recomputed(x.requires_grad_()))
     (first,) = torch.autograd.grad(y.square().sum(), layer.weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -96,12 +96,12 @@ def test_no_gradients_no_recomputation(make_layer):
     layer, x = make_layer()
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
-            y = layer(remade(x))
+            y = layer(recomputed(x))
         assert y.grad_fn is None
         torch.testing.assert_close(y, layer(torch.tanh(x)))
 
 
-@pytest.mark.parametrize("how", ["remade", "checkpointed"])
+@pytest.mark.parametrize("how", ["recomputed", "checkpointed"])
 def test_the_kernels_of_forward_serve_backward(how):
     seen = []
 
@@ -111,7 +111,7 @@ def test_the_kernels_of_forward_serve_backward(how):
 
     layer, x = linear()
     with use("eager"):
-        y = layer(remade(x, make)) if how == "remade" else layer(checkpointed(make, x.requires_grad_()))
+        y = layer(recomputed(x, make)) if how == "recomputed" else layer(checkpointed(make, x.requires_grad_()))
     with use("auto"):
         y.sum().backward()
     assert seen == ["eager", "eager"]

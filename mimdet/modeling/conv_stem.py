@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..kernels.group_norm_gelu.api import group_norm_gelu
-from .convolution import Conv2d
-from .recompute import Remade, checkpointed, is_lean
+from .convolution import RecomputeConv2d
+from .recompute import Recomputed, checkpointed, is_selective
 
 
 class GroupNormGELU(nn.GroupNorm):
@@ -20,26 +20,26 @@ class GroupNormGELU(nn.GroupNorm):
     Args:
         channels: C.
         eps: added to the variance.
-        remade: give a ``Remade``, which only a ``Conv2d`` of this package takes.
+        recompute: give a ``Recomputed``, which only a ``RecomputeConv2d`` takes.
     """
 
-    def __init__(self, channels: int, eps: float, remade: bool = False):
+    def __init__(self, channels: int, eps: float, recompute: bool = False):
         super().__init__(1, channels, eps=eps)
-        self.remade = remade
+        self.recompute = recompute
 
-    def forward(self, x: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor | Remade:
+    def forward(self, x: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor | Recomputed:
         """(B, C, H, W) -> the same. With ``sizes`` (B, 2), each sample's rows and columns from its top left are the
         whole of it, whatever lies outside, and zeros are written there."""
         sources = x, self.weight, self.bias
         function = partial(group_norm_gelu, eps=self.eps, sizes=sizes)
         y = function(*sources)
-        return Remade(y, function, sources) if self.remade else y
+        return Recomputed(y, function, sources) if self.recompute else y
 
 
 class Stage(nn.Sequential):
     """Convolution, norm and what follows them."""
 
-    def forward(self, x: torch.Tensor | Remade, sizes: torch.Tensor | None = None) -> torch.Tensor | Remade:
+    def forward(self, x: torch.Tensor | Recomputed, sizes: torch.Tensor | None = None) -> torch.Tensor | Recomputed:
         """(B, C, H, W) -> (B, C', H/2, W/2); ``sizes`` (B, 2) are those of the norm."""
         convolution, norm, *rest = self
         x = norm(convolution(x), sizes)
@@ -88,12 +88,12 @@ class ConvStem(nn.Module):
         self.patch_size = patch_size
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.checkpointing = checkpointing
-        remade = is_lean(recompute) and depth > 1
+        recompute_first = is_selective(recompute) and depth > 1
         widths = [in_chans, *(embed_dim // 2**i for i in reversed(range(depth)))]
         self.proj = nn.ModuleList(
             Stage(
-                Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1),
-                GroupNormGELU(c_out, eps=1e-6, remade=remade and i == 0),
+                RecomputeConv2d(c_in, c_out, kernel_size=3, stride=2, padding=1),
+                GroupNormGELU(c_out, eps=1e-6, recompute=recompute_first and i == 0),
                 nn.Identity(),  # the GELU's place: the 1x1's key counts it
             )
             for i, (c_in, c_out) in enumerate(pairwise(widths))

@@ -7,8 +7,8 @@ from torch import nn
 
 from ..checkpoint.convnext import load_convnext
 from ..kernels.image_norm import valid
-from .recompute import checkpointed, is_lean
-from .vit import Mlp, Pending, compute_dtype
+from .recompute import checkpointed, is_selective
+from .vit import Mlp, add_norm, compute_dtype
 
 _EPS = 1e-6
 
@@ -18,7 +18,7 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, dim: int, recompute: str = "lean"):
         super().__init__()
-        self.lean = is_lean(recompute)
+        self.recompute = is_selective(recompute)
         self.conv_dw = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=_EPS)
         self.mlp = Mlp(dim, 4 * dim, recompute)
@@ -27,7 +27,7 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> the same."""
         cells = self.conv_dw(x).permute(0, 2, 3, 1)
-        _, rows = Pending(cells.flatten(1, 2)).normalised(self.norm, compute_dtype(x), self.lean)
+        _, rows = add_norm(self.norm, cells.flatten(1, 2), dtype=compute_dtype(x), recompute=self.recompute)
         branch = self.mlp(rows) * self.gamma
         return (x + branch.view(cells.shape).permute(0, 3, 1, 2)).to(x.dtype)
 
@@ -38,7 +38,7 @@ class CellNorm(nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> the same."""
         cells = x.permute(0, 2, 3, 1)
-        _, rows = Pending(cells.flatten(1, 2)).normalised(self, compute_dtype(x))
+        _, rows = add_norm(self, cells.flatten(1, 2), dtype=compute_dtype(x))
         return rows.view(cells.shape).permute(0, 3, 1, 2)
 
 

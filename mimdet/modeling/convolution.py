@@ -1,4 +1,4 @@
-"""Convolutions that keep less for backward, and whose weight's gradient is fast on a CPU."""
+"""Convolutions that save less for backward, and whose weight's gradient is fast on a CPU."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels import use
 from ..kernels.selector import requested
-from .recompute import Remade
+from .recompute import Recomputed
 
 # Elements of the patches that are multiplied at once: they stay in the cache.
 _BAND = 2**19
 
 
-class Conv2d(nn.Conv2d):
-    """``nn.Conv2d`` with a square kernel and no bias that keeps the sources of a ``Remade`` input for backward.
+class RecomputeConv2d(nn.Conv2d):
+    """``nn.Conv2d`` with a square kernel and no bias that saves the sources of a ``Recomputed`` input for backward.
 
     In float32 and channels_last memory oneDNN takes 2-3 times as long over the gradient of such a weight as the same
     sums take as matrix products, so on a CPU these are used. In both cases gradients are of first order.
@@ -25,27 +25,28 @@ class Conv2d(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
 
-    def forward(self, x: torch.Tensor | Remade) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Recomputed) -> torch.Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H', W')."""
-        value, make, sources = (x, _same, (x,)) if isinstance(x, torch.Tensor) else x
+        value, function, sources = (x, _same, (x,)) if isinstance(x, torch.Tensor) else x
         device, weight = value.device.type, self.weight
         if torch.is_autocast_enabled(device) and value.dtype != torch.float64:
-            # Cast where gradients flow: the function then sees one dtype, and the parameter's gradient has its own.
+            # autocast: cast where gradients flow, so that the parameter's gradient has the parameter's dtype.
             value, weight = (t.to(torch.get_autocast_dtype(device)) for t in (value, weight))
         if (
             torch.compiler.is_compiling()
             or not (torch.is_grad_enabled() and weight.requires_grad)
-            or (make is _same and not _by_products(value))
+            or (function is _same and not _by_products(value))
         ):
             return super().forward(value)
         sources = [source.detach() for source in sources]
-        return _Convolution.apply(value, weight, self.stride[0], self.padding[0], make, *sources)
+        return _Convolution.apply(value, weight, self.stride[0], self.padding[0], function, *sources)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, stride, padding, make, *sources):
-        ctx.shape, ctx.stride, ctx.padding, ctx.make, ctx.kernels = x.shape[2:], stride, padding, make, requested()
+    def forward(ctx, x, weight, stride, padding, function, *sources):
+        ctx.shape, ctx.stride, ctx.padding, ctx.function = x.shape[2:], stride, padding, function
+        ctx.kernels = requested()
         ctx.save_for_backward(weight, *sources)
         return F.conv2d(x, weight, stride=stride, padding=padding)
 
@@ -58,7 +59,7 @@ class _Convolution(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[1]:
                 with use(ctx.kernels):
-                    x = ctx.make(*sources).to(grad.dtype)
+                    x = ctx.function(*sources).to(grad.dtype)
                 if _by_products(x):
                     grad_weight = weight_gradient(grad, x, kernel, stride, padding)
                 else:

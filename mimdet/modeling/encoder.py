@@ -18,7 +18,7 @@ from .pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from .sampling import TokenSplit, cell_sizes, check_ratio, sampling_noise, split_canvas, split_packed
 from .shapes import ImageList
 from .stems import make_stem
-from .vit import Pending, init_vit_weights, make_blocks, run_blocks, run_layers
+from .vit import add, init_vit_weights, make_blocks, run_blocks, run_layers
 from .window_sequences import split_windows
 
 MAE_NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -162,7 +162,7 @@ class MIMDetEncoder(nn.Module):
         tokens = tokens.reshape(*split.encoder.shape, dim)
         tapped, begin = [], 0
         for end in self.taps:
-            tokens = run_blocks(self.blocks[begin:end], Pending(tokens), self.checkpointing, split.encoder).added()
+            tokens = add(*run_blocks(self.blocks[begin:end], tokens, self.checkpointing, split.encoder))
             tapped.append(tokens)
             begin = end
         tokens = run_layers(self.blocks[begin:], self.norm, tokens, self.checkpointing, split.encoder)

@@ -1,4 +1,4 @@
-"""What backward computes again instead of keeping it."""
+"""Selective recomputation and checkpointing: what backward computes again instead of keeping it."""
 
 from __future__ import annotations
 
@@ -18,48 +18,49 @@ from ..kernels.selector import requested
 RECOMPUTE = ("lean", "none")
 
 
-def is_lean(recompute: str) -> bool:
+def is_selective(recompute: str) -> bool:
     """Whether ``recompute`` is "lean" rather than "none"; ValueError if it is neither."""
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute: {recompute!r} is unknown; choose from {', '.join(RECOMPUTE)}")
     return recompute == "lean"
 
 
-class Remade(NamedTuple):
-    """A tensor that is cheap to make again, on its way to a ``Linear``: ``make(*sources)`` equals ``value``.
+class Recomputed(NamedTuple):
+    """A recomputed activation on its way to a ``RecomputeLinear`` or ``RecomputeConv2d``: ``function(*sources)`` equals
+    ``value``, and is cheap.
 
     Attributes:
         value: the tensor, part of the graph.
-        make: called in backward, without gradients and with the kernels that were asked for in forward.
-        sources: what ``value`` was made of and the graph keeps anyway.
+        function: called in backward, without gradients and with the kernels that were asked for in forward.
+        sources: its arguments, which autograd saves anyway.
     """
 
     value: torch.Tensor
-    make: Callable[..., torch.Tensor]
+    function: Callable[..., torch.Tensor]
     sources: tuple[torch.Tensor, ...]
 
 
-class Linear(nn.Linear):
-    """``nn.Linear`` that keeps the sources of a ``Remade`` input for backward in place of the input."""
+class RecomputeLinear(nn.Linear):
+    """``nn.Linear`` that saves the sources of a ``Recomputed`` input for backward in place of the input."""
 
-    def forward(self, x: torch.Tensor | Remade, add_bias: bool = True) -> torch.Tensor:
-        """(..., in_features) -> (..., out_features). Gradients of a ``Remade`` input are of first order."""
+    def forward(self, x: torch.Tensor | Recomputed, add_bias: bool = True) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features). Gradients of a ``Recomputed`` input are of first order."""
         weight, bias = self.weight, self.bias if add_bias else None
         if isinstance(x, torch.Tensor):
             return F.linear(x, weight, bias)
-        # torch.compile decides itself what is kept, and would merge the second computation with the first.
+        # torch.compile decides itself what is saved, and would merge the second computation with the first.
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
             return F.linear(x.value, weight, bias)
         if torch.is_autocast_enabled(x.value.device.type):
-            # Cast where gradients flow: the function then sees one dtype, and the parameter's gradient has its own.
+            # autocast: cast where gradients flow, so that the parameter's gradient has the parameter's dtype.
             weight, bias = weight.to(x.value.dtype), None if bias is None else bias.to(x.value.dtype)
-        return _Linear.apply(x.value, weight, bias, x.make, *(source.detach() for source in x.sources))
+        return _RecomputeLinear.apply(x.value, weight, bias, x.function, *(source.detach() for source in x.sources))
 
 
-class _Linear(torch.autograd.Function):
+class _RecomputeLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, make, *sources):
-        ctx.make, ctx.kernels = make, requested()
+    def forward(ctx, x, weight, bias, function, *sources):
+        ctx.function, ctx.kernels = function, requested()
         ctx.save_for_backward(weight, *sources)
         return F.linear(x, weight, bias)
 
@@ -72,7 +73,7 @@ class _Linear(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[1]:
                 with use(ctx.kernels):
-                    x = ctx.make(*sources)
+                    x = ctx.function(*sources)
                 grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
                 del x
             if ctx.needs_input_grad[0]:

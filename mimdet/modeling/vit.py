@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,51 +11,52 @@ from torch import nn
 from ..kernels.add_layer_norm.api import add_layer_norm
 from ..kernels.attention_varlen.api import attention_varlen_packed
 from ..kernels.bias_gelu.api import bias_gelu
-from .recompute import Linear, Remade, checkpointed, is_lean
+from .recompute import Recomputed, RecomputeLinear, checkpointed, is_selective
 from .sequences import Sequences
 
 
-class Pending(NamedTuple):
-    """A residual stream whose last branch is still to be added: it stands for ``residual + scale * branch``.
+def add_norm(
+    norm: nn.LayerNorm,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    recompute: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | Recomputed]:
+    """The residual stream ``residual + scale * hidden`` and its ``norm``, in one pass over memory.
 
-    The addition waits for the LayerNorm that reads the sum, so that both are one pass over memory.
-
-    Attributes:
-        residual: (B, N, C), or packed tokens (T, 1, C).
-        branch: like residual, or None when nothing is to be added.
-        scale: (B,) or (T,), or None for 1.
+    Args:
+        hidden: (B, N, C), or packed tokens (T, 1, C); the residual stream itself where ``residual`` is None.
+        residual: like hidden.
+        scale: (B,) or (T,), factors of drop path; None for 1.
+        dtype: of the normalized tokens; None for the stream's.
+        recompute: give the normalized tokens as ``Recomputed``.
     """
+    branch = None if residual is None else hidden
+    stream = hidden if residual is None else residual
+    stream, x = add_layer_norm(stream, branch, scale, norm.weight, norm.bias, norm.eps, dtype=dtype)
+    if recompute:
+        x = Recomputed(x, partial(_layer_norm, eps=norm.eps, dtype=dtype), (stream, norm.weight, norm.bias))
+    return stream, x
 
-    residual: torch.Tensor
-    branch: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
 
-    def added(self) -> torch.Tensor:
-        """The sum, in the residual's dtype."""
-        if self.branch is None:
-            return self.residual
-        branch = self.branch if self.scale is None else self.branch * self.scale.view(-1, 1, 1)
-        return (self.residual + branch).to(self.residual.dtype)
-
-    def normalised(
-        self, norm: nn.LayerNorm, dtype: torch.dtype | None = None, lean: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | Remade]:
-        """The sum, and ``norm`` of it in ``dtype``, which a ``lean`` reader makes again in backward."""
-        total, x = add_layer_norm(*self, norm.weight, norm.bias, norm.eps, dtype=dtype)
-        if lean:
-            x = Remade(x, partial(_normalised, eps=norm.eps, dtype=dtype), (total, norm.weight, norm.bias))
-        return total, x
+def add(hidden: torch.Tensor, residual: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """``residual + scale * hidden`` in the residual's dtype: the end of a residual stream that no norm reads."""
+    if residual is None:
+        return hidden
+    hidden = hidden if scale is None else hidden * scale.view(-1, 1, 1)
+    return (residual + hidden).to(residual.dtype)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: draws which pictures keep a branch (Huang et al., 2016)."""
+    """Stochastic depth: draws which images keep a branch (Huang et al., 2016)."""
 
     def __init__(self, drop_prob: float):
         super().__init__()
         self.drop_prob = drop_prob
 
     def forward(self, branch: torch.Tensor, sequences: Sequences) -> torch.Tensor | None:
-        """Factors for the rows of a branch, 0 or 1 / keep, one draw a picture; None in eval mode."""
+        """Factors for the rows of a branch, 0 or 1 / keep, one draw an image; None in eval mode."""
         if not self.training:
             return None
         keep = 1.0 - self.drop_prob
@@ -71,15 +71,15 @@ class DropPath(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention within each picture's tokens."""
+    """Multi-head self-attention within each image's tokens."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = RecomputeLinear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor | Remade, sequences: Sequences) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Recomputed, sequences: Sequences) -> torch.Tensor:
         """Tokens (*sequences.shape, C) -> the same."""
         qkv = self.qkv(x)
         heads = qkv.flatten(0, 1).unflatten(-1, (3, self.num_heads, -1))
@@ -92,14 +92,14 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, recompute: str = "lean"):
         super().__init__()
-        self.lean = is_lean(recompute)
-        self.fc1 = Linear(dim, hidden_dim)
-        self.fc2 = Linear(hidden_dim, dim)
+        self.recompute = is_selective(recompute)
+        self.fc1 = RecomputeLinear(dim, hidden_dim)
+        self.fc2 = RecomputeLinear(hidden_dim, dim)
 
-    def forward(self, x: torch.Tensor | Remade) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Recomputed) -> torch.Tensor:
         sources = self.fc1(x, add_bias=False), self.fc1.bias
         y = bias_gelu(*sources)
-        return self.fc2(Remade(y, bias_gelu, sources) if self.lean else y)
+        return self.fc2(Recomputed(y, bias_gelu, sources) if self.recompute else y)
 
 
 class TransformerBlock(nn.Module):
@@ -127,40 +127,40 @@ class TransformerBlock(nn.Module):
         init_values: float | None = None,
     ):
         super().__init__()
-        self.lean = is_lean(recompute)
+        self.recompute = is_selective(recompute)
         for name in ("gamma_1", "gamma_2"):
             gamma = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
             self.register_parameter(name, gamma)
-        self.norm1 = _layer_norm(norm_layer, dim)
+        self.norm1 = _make_norm(norm_layer, dim)
         self.attn = Attention(dim, num_heads)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else None
-        self.norm2 = _layer_norm(norm_layer, dim)
+        self.norm2 = _make_norm(norm_layer, dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), recompute)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else None
 
     def forward(
         self,
-        residual: torch.Tensor,
-        branch: torch.Tensor | None = None,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
         sequences: Sequences | None = None,
         **attention: torch.Tensor,
-    ) -> Pending:
-        """Takes what ``Pending`` holds, and leaves its own last addition pending. By default each row of the batch is
-        a sequence. ``attention`` is what this block's attention takes beside tokens and sequences."""
-        sequences = sequences or Sequences.equal(*residual.shape[:2], residual.device)
-        state = Pending(residual, branch, scale)
-        dtype = compute_dtype(residual)
-        for norm, function, gamma, drop_path in (
-            (self.norm1, partial(self.attn, sequences=sequences, **attention), self.gamma_1, self.drop_path1),
-            (self.norm2, self.mlp, self.gamma_2, self.drop_path2),
-        ):
-            residual, x = state.normalised(norm, dtype, self.lean)
-            branch = function(x)
-            if gamma is not None:
-                branch = branch * gamma.to(branch.dtype)
-            state = Pending(residual, branch, drop_path and drop_path(branch, sequences))
-        return state
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Takes and gives (hidden, residual, scale): a stream ``residual + scale * hidden`` that the next norm adds up.
+
+        Args:
+            hidden, residual, scale: as ``add_norm`` takes them.
+            sequences: which tokens attend to each other; by default each row of the batch is a sequence.
+            attention: what this block's attention takes beside tokens and sequences.
+        """
+        sequences = sequences or Sequences.equal(*hidden.shape[:2], hidden.device)
+        dtype = compute_dtype(hidden if residual is None else residual)
+        residual, x = add_norm(self.norm1, hidden, residual, scale, dtype, self.recompute)
+        hidden = _layer_scale(self.attn(x, sequences, **attention), self.gamma_1)
+        scale = self.drop_path1 and self.drop_path1(hidden, sequences)
+        residual, x = add_norm(self.norm2, hidden, residual, scale, dtype, self.recompute)
+        hidden = _layer_scale(self.mlp(x), self.gamma_2)
+        return hidden, residual, self.drop_path2 and self.drop_path2(hidden, sequences)
 
 
 def make_blocks(
@@ -195,24 +195,25 @@ def run_layers(
     checkpointing: bool,
     sequences: Sequences | None = None,
 ) -> torch.Tensor:
-    """``norm`` of tokens (*sequences.shape, C) after all ``blocks``. By default each row of the batch is a sequence.
+    """``norm`` of tokens (*sequences.shape, C) after all ``blocks``. By default each row of the batch is a sequence."""
+    sequences = sequences or Sequences.equal(*x.shape[:2], x.device)
+    return add_norm(norm, *run_blocks(blocks, x, checkpointing, sequences))[1]
+
+
+def run_blocks(
+    blocks: Iterable[TransformerBlock], x: torch.Tensor, checkpointing: bool, sequences: Sequences, **attention
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(hidden, residual, scale) after all ``blocks``; ``attention`` as the blocks take it.
 
     With ``checkpointing``, and if gradients flow, each block is computed again in backward, with the random numbers
     it had; between blocks the sum alone is kept.
     """
-    sequences = sequences or Sequences.equal(*x.shape[:2], x.device)
-    return run_blocks(blocks, Pending(x), checkpointing, sequences).normalised(norm)[1]
-
-
-def run_blocks(
-    blocks: Iterable[TransformerBlock], state: Pending, checkpointing: bool, sequences: Sequences
-) -> Pending:
-    """What ``run_layers`` does before its norm."""
+    state = x, None, None
     for block in blocks:
-        if checkpointing and state.residual.requires_grad:
-            state = Pending(checkpointed(_run_whole, block, state.added(), sequences))
+        if checkpointing and state[0].requires_grad:
+            state = checkpointed(partial(_run_block, block, sequences, **attention), add(*state)), None, None
         else:
-            state = block(*state, sequences)
+            state = block(*state, sequences, **attention)
     return state
 
 
@@ -223,15 +224,19 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype | None:
     return None
 
 
-def _normalised(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype | None):
+def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype | None):
     return add_layer_norm(x, None, None, weight, bias, eps, dtype=dtype)[1]
 
 
-def _run_whole(block: TransformerBlock, x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-    return block(x, sequences=sequences).added()
+def _layer_scale(hidden: torch.Tensor, gamma: torch.Tensor | None) -> torch.Tensor:
+    return hidden if gamma is None else hidden * gamma.to(hidden.dtype)
 
 
-def _layer_norm(norm_layer: Callable[[int], nn.Module], dim: int) -> nn.LayerNorm:
+def _run_block(block: TransformerBlock, sequences: Sequences, x: torch.Tensor, **attention) -> torch.Tensor:
+    return add(*block(x, sequences=sequences, **attention))
+
+
+def _make_norm(norm_layer: Callable[[int], nn.Module], dim: int) -> nn.LayerNorm:
     norm = norm_layer(dim)
     if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
         raise TypeError(f"transformer: norm_layer must give a LayerNorm with weight and bias, got {norm}")

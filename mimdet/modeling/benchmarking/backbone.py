@@ -10,9 +10,9 @@ from torch import nn
 
 from ...checkpoint.mae import load_mae
 from ..pos_embed import sincos_pos_embed_2d
-from ..recompute import checkpointed
+from ..sequences import Sequences
 from ..shapes import ImageList, ShapeSpec
-from ..vit import Pending, compute_dtype
+from ..vit import add, compute_dtype, run_blocks
 from ..windows import window_partition, window_reverse
 from .block import BiasedBlock
 from .position_bias import RelativePositionBias
@@ -177,14 +177,8 @@ class BenchmarkingViTDet(nn.Module):
         return outputs
 
     def _run(self, blocks: list[BiasedBlock], x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        if self.with_cp and x.requires_grad:
-            for block in blocks:
-                x = checkpointed(block.whole, x, bias)
-            return x
-        state = Pending(x)
-        for block in blocks:
-            state = block(*state, bias=bias)
-        return state.added()
+        sequences = Sequences.equal(*x.shape[:2], x.device)
+        return add(*run_blocks(blocks, x, self.with_cp, sequences, bias=bias))
 
     def _init_weights(self) -> None:
         _truncated_normal(self.pos_embed, 0.02, 1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..recompute import Linear, Remade
+from ..recompute import Recomputed, RecomputeLinear
 from ..sequences import Sequences
 from ..vit import Attention, TransformerBlock
 
@@ -28,11 +28,11 @@ class BiasedAttention(Attention):
         super().__init__(dim, num_heads)
         self.beit_qkv_bias = beit_qkv_bias
         if beit_qkv_bias:
-            self.qkv = Linear(dim, 3 * dim, bias=False)
+            self.qkv = RecomputeLinear(dim, 3 * dim, bias=False)
             self.q_bias = nn.Parameter(torch.zeros(dim))
             self.v_bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: torch.Tensor | Remade, sequences: Sequences, bias: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Recomputed, sequences: Sequences, bias: torch.Tensor) -> torch.Tensor:
         """``sequences`` are the rows of x; ``bias``: (1, heads, N, N) in the dtype that linear layers compute in."""
         qkv = self.qkv(x)
         if self.beit_qkv_bias:
@@ -55,7 +55,3 @@ class BiasedBlock(TransformerBlock):
     def __init__(self, dim: int, num_heads: int, beit_qkv_bias: bool = False, **options):
         super().__init__(dim, num_heads, **options)
         self.attn = BiasedAttention(dim, num_heads, beit_qkv_bias)
-
-    def whole(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """(B, N, C) -> the same, nothing pending."""
-        return self(x, bias=bias).added()
