@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..modeling import ImageList, MIMDetBackbone
-from ..modeling.pos_embed import PosEmbedCache
+from ..pos_embed import PosEmbedCache
 from ..modeling.vit import TransformerBlock
 
 

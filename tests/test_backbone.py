@@ -17,8 +17,8 @@ from mimdet.kernels import use
 from mimdet.kernels.registry import can_run_cpp
 from mimdet.kernels.sample_tokens.api import sample_tokens, valid_tokens
 from mimdet.modeling import ConvStem, ImageList
-from mimdet.modeling.pos_embed import PosEmbedCache, interpolate_pos_embed, sincos_pos_embed_2d
 from mimdet.modeling.sampling import cell_sizes
+from mimdet.pos_embed import PosEmbedCache, interpolate_pos_embed, sincos_pos_embed_2d
 
 DATA = Path(__file__).parent / "data"
 

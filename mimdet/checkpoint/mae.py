@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ..pos_embed import interpolate_pos_embed
 from .read import CheckpointError, read_checkpoint, state_dict_of, strip_prefixes
 
 logger = logging.getLogger(__name__)
@@ -134,8 +135,6 @@ def _dropped_by_design(key: str, part: str) -> bool:
 
 
 def _resize_pos_embed(value: torch.Tensor, target: torch.Tensor, key: str, report: LoadReport) -> torch.Tensor:
-    from ..modeling.pos_embed import interpolate_pos_embed
-
     old, new = isqrt(value.shape[1] - 1), isqrt(target.shape[1])
     report.resized.append(f"{key} {old}x{old} -> {new}x{new}")
     table = interpolate_pos_embed(value, (new, new))

@@ -10,8 +10,8 @@ from torch import nn
 from ..checkpoint.mae import load_mae
 from ..kernels.gather_add_pos.api import gather_add_pos
 from ..kernels.scatter_fill.api import scatter_fill
+from ..pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from .encoder import EncoderOutput
-from .pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from .vit import init_vit_weights, make_blocks, run_layers
 
 FILL = ("conv_stem", "mask_token")

@@ -14,7 +14,7 @@ from ..checkpoint.mae import load_mae
 from ..kernels.gather_add_pos.api import gather_add_pos
 from ..kernels.image_norm import valid
 from ..kernels.sample_tokens.api import upload
-from .pos_embed import PosEmbedCache, sincos_pos_embed_2d
+from ..pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from .sampling import TokenSplit, cell_sizes, check_ratio, sampling_noise, split_canvas, split_packed
 from .shapes import ImageList
 from .stems import make_stem

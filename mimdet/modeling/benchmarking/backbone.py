@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...checkpoint.mae import load_mae
-from ..pos_embed import sincos_pos_embed_2d
+from ...pos_embed import sincos_pos_embed_2d
 from ..sequences import Sequences
 from ..shapes import ImageList, ShapeSpec
 from ..vit import add, compute_dtype, run_blocks
