@@ -43,7 +43,7 @@ class Answers(nn.Module):
         self.logits = nn.Parameter(torch.full((1, CELLS, 2), -9.0) if logits is None else logits)
         self.deltas = nn.Parameter(torch.zeros(1, CELLS, 4) if deltas is None else deltas)
 
-    def forward(self, levels):
+    def forward(self, levels, areas):
         assert [level.shape[0] for level in levels] == [1]
         return [self.logits], [self.deltas]
 

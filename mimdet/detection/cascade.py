@@ -93,7 +93,7 @@ class CascadeROIHeads(StandardROIHeads):
         self, stage: int, features: dict[str, torch.Tensor], boxes: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A stage's scores and deltas of boxes."""
-        pooled = self.box_pooler([features[f] for f in self.box_in_features], boxes)
+        pooled = self._pool_boxes(features, boxes)
         if pooled.requires_grad:
             # The stages' losses are added up: so the features learn from their mean, the heads in full.
             pooled.register_hook(lambda grad: grad * (1 / len(self.box_head)))

@@ -7,9 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ..modeling.areas import ValidArea
+from .norm import normalise
+
 
 class Conv2d(nn.Conv2d):
-    """``nn.Conv2d`` followed by ``norm`` and ``activation`` if given; the norm's keys are under ``norm.``."""
+    """``nn.Conv2d`` followed by ``norm`` and ``activation`` if given; the norm's keys are under ``norm.``.
+
+    With the maps' valid area, the norm sees that alone, and the result is zero elsewhere: what the next convolution
+    reads beyond an image is then what it reads beyond the map of that image alone.
+    """
 
     def __init__(
         self,
@@ -22,11 +29,13 @@ class Conv2d(nn.Conv2d):
         self.norm = norm
         self.activation = activation
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, area: ValidArea | None = None) -> torch.Tensor:
         x = super().forward(x)
         if self.norm is not None:
-            x = self.norm(x)
-        return x if self.activation is None else self.activation(x)
+            x = normalise(self.norm, x, area)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x if area is None else area.zero_padding(x)
 
 
 def xavier_fill(module: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..modeling.areas import PackedFeatures, ValidArea, areas_of, levels_of
 from ..modeling.shapes import ShapeSpec
 from .conv import Conv2d, xavier_fill
 from .norm import get_norm
@@ -21,7 +22,8 @@ class LastLevelMaxPool(nn.Module):
     num_levels = 1
     in_feature = "p5"
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, x: torch.Tensor, areas: Sequence[ValidArea | None] = (None,)) -> list[torch.Tensor]:
+        """Where the padding of x is zero, that of p6 is."""
         return [F.max_pool2d(x, kernel_size=1, stride=2)]
 
 
@@ -44,13 +46,20 @@ class LastLevelP6P7(nn.Module):
         xavier_fill(self.p6)
         xavier_fill(self.p7)
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        p6 = self.p6(x)
-        return [p6, self.p7(F.relu(p6))]
+    def forward(self, x: torch.Tensor, areas: Sequence[ValidArea | None] = (None, None)) -> list[torch.Tensor]:
+        """p6 and p7 of ``in_feature``; ``areas`` are those of both."""
+        p6 = _zero_padding(self.p6(x), areas[0])
+        return [p6, _zero_padding(self.p7(F.relu(p6)), areas[1])]
+
+
+def _zero_padding(x: torch.Tensor, area: ValidArea | None) -> torch.Tensor:
+    return x if area is None else area.zero_padding(x)
 
 
 class FPN(nn.Module):
     """Top-down pyramid over a backbone's features; outputs are named p<log2 of stride>.
+
+    Where the backbone gives ``PackedFeatures``, so does the pyramid: norms see images alone, and padding stays zero.
 
     Args:
         bottom_up: backbone with ``output_shape()``; it gets the forward arguments as they come.
@@ -105,13 +114,18 @@ class FPN(nn.Module):
     def forward(self, *args, **kwargs) -> dict[str, torch.Tensor]:
         """The backbone's arguments -> {"p2": (B, out_channels, H/4, W/4), ...}."""
         features = self.bottom_up(*args, **kwargs)
+        areas = levels_of(features, [2**n for n in self._levels_out])
         outputs: list[torch.Tensor] = []
         x = None
-        for name, level in zip(reversed(self.in_features), reversed(self.levels), strict=True):
-            lateral = getattr(self, f"fpn_lateral{level}")(features[name])
-            x = lateral if x is None else lateral + F.interpolate(x, scale_factor=2.0, mode="nearest")
-            outputs.insert(0, getattr(self, f"fpn_output{level}")(x))
+        for i, (name, level) in reversed(list(enumerate(zip(self.in_features, self.levels, strict=True)))):
+            lateral = getattr(self, f"fpn_lateral{level}")(features[name], areas[i])
+            # A coarse cell at an image's edge may reach beyond it.
+            up = None if x is None else F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = lateral if up is None else _zero_padding(lateral + up, areas[i])
+            outputs.insert(0, getattr(self, f"fpn_output{level}")(x, areas[i]))
         if self.top_block is not None:
             levels = {f"p{n}": out for n, out in zip(self.levels, outputs, strict=True)}
-            outputs += self.top_block((levels | features)[self.top_block.in_feature])
-        return {f"p{n}": out for n, out in zip(self._levels_out, outputs, strict=True)}
+            outputs += self.top_block((levels | features)[self.top_block.in_feature], areas[len(levels) :])
+        pyramid = {f"p{n}": out for n, out in zip(self._levels_out, outputs, strict=True)}
+        areas = areas_of(features)
+        return pyramid if areas is None else PackedFeatures(pyramid, areas)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from torchvision.ops import box_iou
+
+from ..modeling.areas import ValidArea
 
 
 class Matcher:
@@ -47,6 +50,23 @@ class Matcher:
             best_of_each = iou.max(dim=1, keepdim=True).values
             labels = torch.where((iou == best_of_each).any(dim=0), labels.new_ones(()), labels)
         return index, labels
+
+
+def outside_images(areas: Sequence[ValidArea | None], num_anchors: Sequence[int]) -> list[torch.Tensor] | None:
+    """(B, H * W * A) bool of each level: anchors of cells in the padding; None on a canvas or without padding."""
+    if not any(area is not None and area.padded for area in areas):
+        return None
+    return [area.outside(count) for area, count in zip(areas, num_anchors, strict=True)]
+
+
+def match_anchors(
+    matcher: Matcher, boxes: Sequence[torch.Tensor], anchors: torch.Tensor, outside: torch.Tensor | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The matcher's answer for each image's boxes (M, 4) and all anchors (N, 4), of which those ``outside`` (B, N) are
+    the best of no box, whatever label they get."""
+    for i, own in enumerate(boxes):
+        overlaps = box_iou(own, anchors)
+        yield matcher(overlaps if outside is None else overlaps.masked_fill(outside[i], -1.0))
 
 
 def matched_truth(

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..modeling.areas import ValidArea
+
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -38,7 +40,7 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
         num_features: channels.
         eps, momentum, affine, track_running_stats: as ``nn.BatchNorm2d``.
         stats_mode: "" weighs every process alike, so all must hold batches of one size; "N" weighs each by its
-            number of rows, as ROI heads need.
+            number of rows, as ROI heads need. Maps with a valid area weigh by its cells in both.
 
     Raises:
         ValueError: another ``stats_mode``; in training, fewer than two values a channel.
@@ -59,22 +61,29 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
             raise ValueError(f'stats_mode must be "" or "N", got {stats_mode!r}')
         self.stats_mode = stats_mode
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) -> the same."""
+    def forward(self, x: torch.Tensor, area: ValidArea | None = None) -> torch.Tensor:
+        """(N, C, H, W) -> the same. Training statistics are those of the valid area, if one is given; then padding
+        becomes zero."""
         if not self.training:
             return super().forward(x)
+        if area is not None:
+            return area.unpack(self._in_training(area.pack(x), by_cells=True))
+        return self._in_training(x)
+
+    def _in_training(self, x: torch.Tensor, by_cells: bool = False) -> torch.Tensor:
         world = _world_size()
         if world == 1:
             # No rows, as when no proposal is foreground: nothing to normalise and nothing to learn from.
             return super().forward(x) if x.numel() else x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
-        return self._synced(x, world)
+        rows, _, height, width = x.shape
+        weight = rows * height * width if by_cells else rows if self.stats_mode == "N" else 1
+        return self._synced(x, float(weight))
 
-    def _synced(self, x: torch.Tensor, world: int) -> torch.Tensor:
-        rows, _channels = x.shape[:2]
+    def _synced(self, x: torch.Tensor, weight: float) -> torch.Tensor:
+        rows = x.shape[0]
         values = x.float()
         # Sums, not means, so that an empty batch adds nothing; variance in a second, centred pass.
         cells = x.shape[2] * x.shape[3]
-        weight = float(rows) if self.stats_mode == "N" else 1.0
         total = values.new_tensor([weight])
         scale = weight / max(rows * cells, 1)
         summed = _SumOverProcesses.apply(torch.cat([values.sum((0, 2, 3)) * scale, total]))
@@ -90,6 +99,37 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
         gain = self.weight * (variance + self.eps).rsqrt()
         out = centred * gain.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
         return out.to(x.dtype)
+
+
+def normalise(norm: nn.Module, x: torch.Tensor, area: ValidArea | None = None) -> torch.Tensor:
+    """``norm(x)`` of maps (B, C, H, W); with a valid area, that area is all that enters the statistics.
+
+    What stands in the padding afterwards is arbitrary. Norms other than batch and group norms must work cell by cell.
+    """
+    if isinstance(norm, NaiveSyncBatchNorm):
+        return norm(x, area)
+    if area is None or not area.padded:
+        return norm(x)
+    if isinstance(norm, nn.GroupNorm):
+        return _group_norm(norm, x, area)
+    if norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return area.unpack(norm(area.pack(x)))
+    return norm(x)
+
+
+def _group_norm(norm: nn.GroupNorm, x: torch.Tensor, area: ValidArea) -> torch.Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    groups = x.to(dtype).unflatten(1, (norm.num_groups, -1))
+    padding = area.padding.unsqueeze(2)
+    count = (area.cells.prod(dim=1) * groups.shape[2]).view(-1, 1, 1, 1, 1)
+    mean = groups.masked_fill(padding, 0.0).sum((2, 3, 4), keepdim=True) / count
+    # Two passes, so that a large mean costs the variance no digits.
+    centred = (groups - mean).masked_fill(padding, 0.0)
+    variance = centred.square().sum((2, 3, 4), keepdim=True) / count
+    y = (centred * (variance + norm.eps).rsqrt()).flatten(1, 2)
+    if norm.affine:
+        y = y * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
+    return y.to(x.dtype)
 
 
 def get_norm(norm: str | Callable[[int], nn.Module] | None, channels: int) -> nn.Module | None:

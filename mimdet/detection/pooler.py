@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torchvision.ops import roi_align
 
+from ..modeling.areas import ValidAreas
+
 
 class ROIPooler(nn.Module):
     """ROIAlign with half-pixel alignment over a pyramid (Lin et al. 2017, equation 1, picks the level).
@@ -54,16 +56,26 @@ class ROIPooler(nn.Module):
         level = torch.floor(self.canonical_level + torch.log2(side / self.canonical_box_size + 1e-8))
         return level.clamp(self.min_level, self.max_level).to(torch.int64) - self.min_level
 
-    def forward(self, features: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, features: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor], areas: ValidAreas | None = None
+    ) -> torch.Tensor:
         """Pool boxes of every picture.
 
         Args:
             features: the levels, (B, C, H, W) each.
             boxes: B tensors (N_i, 4) in pixels of the padded batch.
+            areas: of packed images, whose last rows and columns then are where ROIAlign ends, as it does at a map's.
 
         Returns:
             (sum N_i, C, output_size, output_size) in the features' dtype, in the order of ``boxes``.
         """
+        if areas is not None and areas.padded:
+            levels = [areas.at(round(1 / scale)) for scale in self.scales]
+            maps = [[a.crop(f, i) for a, f in zip(levels, features, strict=True)] for i in range(len(boxes))]
+            return torch.cat([self._pool(own, [box]) for own, box in zip(maps, boxes, strict=True)])
+        return self._pool(features, boxes)
+
+    def _pool(self, features: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
         picture = torch.cat([b.new_full((len(b), 1), float(i)) for i, b in enumerate(boxes)])
         rois = torch.cat([picture, torch.cat(list(boxes))], dim=1)
         level = self.assign_levels(rois[:, 1:])

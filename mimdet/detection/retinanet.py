@@ -9,15 +9,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import batched_nms, box_iou, sigmoid_focal_loss
+from torchvision.ops import batched_nms, sigmoid_focal_loss
 
+from ..modeling.areas import ValidArea, levels_of
 from ..modeling.shapes import ShapeSpec
 from .anchors import DefaultAnchorGenerator
 from .boxes import Box2BoxTransform
 from .conv import normal_fill
 from .detector import Detector
-from .matcher import Matcher, matched_truth
-from .norm import get_norm
+from .matcher import Matcher, match_anchors, matched_truth, outside_images
+from .norm import get_norm, normalise
 from .passes import InferencePasses
 
 _FIRST_NORMALIZER = 100.0
@@ -66,14 +67,34 @@ class RetinaNetHead(nn.Module):
         normal_fill(self.bbox_pred, std=0.01)
         nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
 
-    def forward(self, features: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(B, C, H, W) of each level -> logits (B, H*W*A, num_classes) and deltas (B, H*W*A, 4), in anchor order."""
-        logits = [_by_anchor(self.cls_score(self.cls_subnet(f)), self.num_classes) for f in features]
-        deltas = [_by_anchor(self.bbox_pred(self.bbox_subnet(f)), 4) for f in features]
+    def forward(
+        self, features: Sequence[torch.Tensor], areas: Sequence[ValidArea | None] | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(B, C, H, W) of each level -> logits (B, H*W*A, num_classes) and deltas (B, H*W*A, 4), in anchor order.
+
+        With the levels' valid areas, those are what each image has alone; elsewhere numbers mean nothing.
+        """
+        levels = list(zip(features, areas or [None] * len(features), strict=True))
+        logits = [_by_anchor(self.cls_score(self.cls_subnet(f, area)), self.num_classes) for f, area in levels]
+        deltas = [_by_anchor(self.bbox_pred(self.bbox_subnet(f, area)), 4) for f, area in levels]
         return logits, deltas
 
 
-def _tower(channels: int, dims: Sequence[int], norm: str | Callable[[int], nn.Module]) -> nn.Sequential:
+class _Tower(nn.Sequential):
+    """Convolutions, each with a norm or none, and ReLU."""
+
+    def forward(self, x: torch.Tensor, area: ValidArea | None = None) -> torch.Tensor:
+        for layer in self:
+            if isinstance(layer, nn.Conv2d):
+                x = layer(x)
+            elif isinstance(layer, nn.ReLU):
+                x = layer(x) if area is None else area.zero_padding(layer(x))
+            else:
+                x = normalise(layer, x, area)
+        return x
+
+
+def _tower(channels: int, dims: Sequence[int], norm: str | Callable[[int], nn.Module]) -> _Tower:
     layers: list[nn.Module] = []
     for dim in dims:
         conv = nn.Conv2d(channels, dim, 3, padding=1)
@@ -83,7 +104,7 @@ def _tower(channels: int, dims: Sequence[int], norm: str | Callable[[int], nn.Mo
             raise ValueError(f"RetinaNetHead: norm {norm!r} would mix the levels' statistics; use 'GN' or ''")
         layers += [conv, nn.ReLU()] if after is None else [conv, after, nn.ReLU()]
         channels = dim
-    return nn.Sequential(*layers)
+    return _Tower(*layers)
 
 
 def _by_anchor(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -181,8 +202,10 @@ class RetinaNet(Detector):
     ) -> dict[str, torch.Tensor]:
         levels = [features[name] for name in self.head_in_features]
         anchors = torch.cat(self.anchor_generator(levels))
-        logits, deltas = (torch.cat(parts, dim=1).float() for parts in self.head(levels))
-        classes, boxes = self.label_anchors(anchors, targets)
+        areas = levels_of(features, self.anchor_generator.strides)
+        logits, deltas = (torch.cat(parts, dim=1).float() for parts in self.head(levels, areas))
+        outside = outside_images(areas, self.anchor_generator.num_anchors)
+        classes, boxes = self.label_anchors(anchors, targets, None if outside is None else torch.cat(outside, 1))
         foreground = (classes >= 0) & (classes < self.num_classes)
         normalizer = self._update_normalizer(foreground)
 
@@ -199,16 +222,18 @@ class RetinaNet(Detector):
 
     @torch.no_grad()
     def label_anchors(
-        self, anchors: torch.Tensor, targets: Sequence[dict[str, Any]]
+        self, anchors: torch.Tensor, targets: Sequence[dict[str, Any]], outside: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Classes (B, N) of N anchors, ``num_classes`` for background and -1 for ignored, and boxes (B, N, 4)."""
+        """Classes (B, N) of N anchors, ``num_classes`` for background and -1 for ignored, as are those (B, N)
+        ``outside``, and boxes (B, N, 4)."""
         classes, boxes = [], []
-        for target in targets:
-            index, label = self.anchor_matcher(box_iou(target["boxes"], anchors))
+        matched = match_anchors(self.anchor_matcher, [t["boxes"] for t in targets], anchors, outside)
+        for target, (index, label) in zip(targets, matched, strict=True):
             own_classes, own_boxes = matched_truth(target, index, label, anchors, self.num_classes)
             classes.append(own_classes)
             boxes.append(own_boxes)
-        return torch.stack(classes), torch.stack(boxes)
+        classes = torch.stack(classes)
+        return classes if outside is None else classes.masked_fill(outside, -1), torch.stack(boxes)
 
     @torch.no_grad()
     def _update_normalizer(self, foreground: torch.Tensor) -> torch.Tensor:
@@ -223,11 +248,12 @@ class RetinaNet(Detector):
     ) -> list[dict[str, torch.Tensor]]:
         levels = [features[name] for name in self.head_in_features]
         anchors = self.anchor_generator(levels)
-        logits, deltas = self.head(levels)
-        return [
-            self._detect(anchors, [x[i].float().sigmoid() for x in logits], [x[i] for x in deltas])
-            for i in range(len(image_sizes))
-        ]
+        areas = levels_of(features, self.anchor_generator.strides)
+        logits, deltas = self.head(levels, areas)
+        scores = [x.float().sigmoid() for x in logits]
+        if outside := outside_images(areas, self.anchor_generator.num_anchors):
+            scores = [x.masked_fill(o.unsqueeze(2), -torch.inf) for x, o in zip(scores, outside, strict=True)]
+        return [self._detect(anchors, [x[i] for x in scores], [x[i] for x in deltas]) for i in range(len(image_sizes))]
 
     def _detect(
         self, anchors: Sequence[torch.Tensor], scores: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor]

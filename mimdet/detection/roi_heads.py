@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torchvision.ops import box_iou
 
+from ..modeling.areas import areas_of
 from .mask_head import class_logits, mask_loss
 from .masks import crop_and_resize
 from .matcher import Matcher, matched_truth
@@ -87,7 +88,7 @@ class StandardROIHeads(nn.Module):
         """Detections (eval mode) or losses (training), the other one empty.
 
         Args:
-            features: pyramid levels, (B, C, H, W) each.
+            features: pyramid levels, (B, C, H, W) each; of ``PackedFeatures`` images alone are pooled.
             proposals: of each picture.
             image_sizes: B pairs (height, width) before padding.
             targets: of each picture boxes, labels and masks; needed in training.
@@ -133,8 +134,14 @@ class StandardROIHeads(nn.Module):
         image_sizes: Sequence[tuple[int, int]],
         targets: Sequence[dict[str, Any]],
     ) -> dict[str, torch.Tensor]:
-        pooled = self.box_pooler([features[f] for f in self.box_in_features], [s.boxes for s in sampled])
+        pooled = self._pool_boxes(features, [s.boxes for s in sampled])
         return self._losses_of(self.box_predictor, self.box_predictor(self.box_head(pooled)), sampled)
+
+    def _pool_boxes(self, features: dict[str, torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.box_pooler([features[f] for f in self.box_in_features], boxes, areas_of(features))
+
+    def _mask_logits(self, features: dict[str, torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.mask_head(self.mask_pooler([features[f] for f in self.mask_in_features], boxes, areas_of(features)))
 
     @staticmethod
     def _losses_of(
@@ -152,7 +159,7 @@ class StandardROIHeads(nn.Module):
         keep = [s.classes < self.num_classes for s in sampled]
         boxes = [s.boxes[k] for s, k in zip(sampled, keep, strict=True)]
         classes = torch.cat([s.classes[k] for s, k in zip(sampled, keep, strict=True)])
-        logits = self.mask_head(self.mask_pooler([features[f] for f in self.mask_in_features], boxes))
+        logits = self._mask_logits(features, boxes)
         wanted = [
             crop_and_resize(t["masks"], s.gt_index[k], b, logits.shape[-1])
             for s, k, b, t in zip(sampled, keep, boxes, targets, strict=True)
@@ -165,7 +172,7 @@ class StandardROIHeads(nn.Module):
         boxes: Sequence[torch.Tensor],
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[dict[str, torch.Tensor]]:
-        pooled = self.box_pooler([features[f] for f in self.box_in_features], boxes)
+        pooled = self._pool_boxes(features, boxes)
         scores, deltas = self.box_predictor(self.box_head(pooled))
         return self.box_predictor.inference(scores, deltas, boxes, image_sizes)
 
@@ -173,7 +180,7 @@ class StandardROIHeads(nn.Module):
         self, features: dict[str, torch.Tensor], detections: list[dict[str, torch.Tensor]]
     ) -> list[dict[str, torch.Tensor]]:
         boxes = [d["boxes"] for d in detections]
-        logits = self.mask_head(self.mask_pooler([features[f] for f in self.mask_in_features], boxes))
+        logits = self._mask_logits(features, boxes)
         probabilities = class_logits(logits, torch.cat([d["labels"] for d in detections])).sigmoid()
         for detection, maps in zip(detections, probabilities.split([len(b) for b in boxes]), strict=True):
             detection["mask_probabilities"] = maps

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import batched_nms
 
+from ..modeling.areas import ValidArea, levels_of
 from .boxes import Box2BoxTransform, clip_boxes
 from .conv import Conv2d, normal_fill
-from .matcher import Matcher
+from .matcher import Matcher, match_anchors, outside_images
 from .subsample import subsample_labels
 
 
@@ -45,11 +46,18 @@ class StandardRPNHead(nn.Module):
         for layer in (*layers, self.objectness_logits, self.anchor_deltas):
             normal_fill(layer, std=0.01)
 
-    def forward(self, features: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(B, C, H, W) of each level -> logits (B, H*W*A) and deltas (B, H*W*A, 4) of each, in anchor order."""
+    def forward(
+        self, features: Sequence[torch.Tensor], areas: Sequence[ValidArea | None] | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(B, C, H, W) of each level -> logits (B, H*W*A) and deltas (B, H*W*A, 4) of each, in anchor order.
+
+        With the levels' valid areas, those are what each image has alone; elsewhere numbers mean nothing.
+        """
         logits, deltas = [], []
-        for feature in features:
-            x = self.conv(feature)
+        layers = self.conv if isinstance(self.conv, nn.Sequential) else [self.conv]
+        for x, area in zip(features, areas or [None] * len(features), strict=True):
+            for layer in layers:
+                x = layer(x, area)
             logits.append(self.objectness_logits(x).permute(0, 2, 3, 1).flatten(1))
             d = self.anchor_deltas(x).permute(0, 2, 3, 1)
             deltas.append(d.reshape(d.shape[0], -1, self.box_dim))
@@ -123,7 +131,8 @@ class RPN(nn.Module):
         """Proposals of each picture and, in training, the losses.
 
         Args:
-            features: pyramid levels, (B, C, H, W) each.
+            features: pyramid levels, (B, C, H, W) each. Of ``PackedFeatures``, anchors in the padding propose nothing
+                and enter no loss.
             image_sizes: B pairs (height, width) before padding.
             gt_boxes: B tensors (M, 4), needed in training.
 
@@ -132,23 +141,29 @@ class RPN(nn.Module):
         """
         levels = [features[name] for name in self.in_features]
         anchors = self.anchor_generator(levels)
-        logits, deltas = self.rpn_head(levels)
+        areas = levels_of(features, self.anchor_generator.strides)
+        logits, deltas = self.rpn_head(levels, areas)
+        outside = outside_images(areas, self.anchor_generator.num_anchors)
         losses = {}
         if self.training:
-            losses = self.losses(torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1), gt_boxes)
+            every = None if outside is None else torch.cat(outside, 1)
+            losses = self.losses(torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1), gt_boxes, every)
+        if outside is not None:
+            logits = [x.masked_fill(o, -torch.inf) for x, o in zip(logits, outside, strict=True)]
         return self.predict_proposals(anchors, logits, deltas, image_sizes), losses
 
     @torch.no_grad()
     def label_anchors(
-        self, anchors: torch.Tensor, gt_boxes: Sequence[torch.Tensor]
+        self, anchors: torch.Tensor, gt_boxes: Sequence[torch.Tensor], outside: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels (B, N) int8 of all anchors and the box (B, N, 4) each is matched to."""
+        """Labels (B, N) int8 of all anchors, -1 where (B, N) ``outside``, and the box (B, N, 4) each is matched to."""
         labels, targets = [], []
-        for boxes in gt_boxes:
-            index, label = self.anchor_matcher(box_iou(boxes, anchors))
+        matched = match_anchors(self.anchor_matcher, gt_boxes, anchors, outside)
+        for boxes, (index, label) in zip(gt_boxes, matched, strict=True):
             labels.append(label)
             targets.append(boxes[index] if len(boxes) else anchors)
-        return torch.stack(labels), torch.stack(targets)
+        labels = torch.stack(labels)
+        return labels if outside is None else labels.masked_fill(outside, -1), torch.stack(targets)
 
     def losses(
         self,
@@ -156,9 +171,10 @@ class RPN(nn.Module):
         logits: torch.Tensor,
         deltas: torch.Tensor,
         gt_boxes: Sequence[torch.Tensor],
+        outside: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Binary cross entropy of sampled anchors and L1 of foreground ones, over the anchors asked for."""
-        labels, targets = self.label_anchors(anchors, gt_boxes)
+        labels, targets = self.label_anchors(anchors, gt_boxes, outside)
         index, used = subsample_labels(labels, self.batch_size_per_image, self.positive_fraction)
         label = labels.gather(1, index)
         logit = logits.gather(1, index).float()

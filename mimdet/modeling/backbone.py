@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .areas import PackedFeatures, ValidAreas
 from .decoder import MIMDetDecoder
 from .encoder import MIMDetEncoder
 from .pyramid import UpsampledTokens
@@ -23,8 +24,8 @@ class MIMDetBackbone(nn.Module):
     Pictures of different sizes share a batch in one of two ways. On the "canvas", as in the original, padding is part
     of every picture: statistics, tokens and attention include it, and a picture's features depend on its batch-mates.
     "packed", each picture gets exactly the features it would get alone, at the cost of its own tokens only: its own
-    statistics, position grid and share of tokens, attention within it, and zeros outside it in every output. Without
-    padding the two are the same.
+    statistics, position grid and share of tokens, attention within it, and zeros outside it in every output. FPN and
+    heads of ``mimdet.detection`` go on like that. Without padding the two are the same.
 
     Args:
         encoder: ConvStem and ViT encoder.
@@ -97,7 +98,7 @@ class MIMDetBackbone(nn.Module):
                 given, else ``inference_sample_ratio``.
 
         Returns:
-            c2, c3, c4, c5: (B, channels, H/stride, W/stride) each.
+            c2, c3, c4, c5: (B, channels, H/stride, W/stride) each; ``PackedFeatures`` if ``batch_mode`` is "packed".
 
         Raises:
             ValueError: sides that are not multiples of ``size_divisibility``, a ratio outside (0, 1], noise of
@@ -119,7 +120,10 @@ class MIMDetBackbone(nn.Module):
         encoded = self.encoder(images, sample_ratio, noise, sampling=self.sampling, packed=packed)
         c4 = encoded.map(encoded.tokens) if self.decoder is None else self.decoder(encoded)
         c2, c3 = encoded.features[:2] if self.pyramid is None else self.pyramid(encoded)
-        return {"c2": c2, "c3": c3, "c4": c4, "c5": F.max_pool2d(c4, 2)}
+        maps = {"c2": c2, "c3": c3, "c4": c4, "c5": F.max_pool2d(c4, 2)}
+        if self.batch_mode == "canvas":
+            return maps
+        return PackedFeatures(maps, ValidAreas(images.image_sizes, (height, width), images.tensor.device))
 
     def _check_whole(self, ratio: float) -> None:
         whole = self.decoder is None or self.pyramid is not None or self.encoder.window
