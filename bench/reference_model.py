@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..modeling import ImageList, MIMDetBackbone
-from ..pos_embed import PosEmbedCache
 from ..modeling.vit import TransformerBlock
+from ..pos_embed import PosEmbedCache
 
 
 class _Block(nn.Module):

@@ -13,12 +13,12 @@ import torch
 from fill_weights import fill_module, image
 from small import target
 from torch import nn
-from twins import twin_config
 
 from mimdet import detection
 from mimdet.config import instantiate
 from mimdet.detection.rpn import Proposals
 from mimdet.modeling import ShapeSpec
+from mimdet.testing import tiny_config
 
 DATA = Path(__file__).parent / "data" / "detectron2_heads.npz"
 CLASSES = 5
@@ -71,7 +71,7 @@ def roi_inputs():
 
 
 def our_cascade():
-    config = twin_config("mimdet_b_cascade_mask_rcnn", f"model.roi_heads.num_classes={CLASSES}")
+    config = tiny_config("mimdet_b_cascade_mask_rcnn", f"model.roi_heads.num_classes={CLASSES}")
     for predictor in config.model.roi_heads.box_predictors:
         predictor.test_topk_per_image = 20
     heads = instantiate(config.model.roi_heads)
@@ -182,14 +182,14 @@ class Stem(nn.Module):
     def output_shape(self):
         return {f"c{n}": ShapeSpec(channels=c, stride=2**n) for n, c in ((3, 8), (4, 12), (5, 16))}
 
-    def forward(self, x, noise=None):
+    def forward(self, x):
         c3 = self.c3(getattr(x, "tensor", x)).relu()
         c4 = self.c4(c3).relu()
         return {"c3": c3, "c4": c4, "c5": self.c5(c4)}
 
 
 def our_retinanet():
-    config = twin_config("mimdet_b_retinanet", f"model.num_classes={CLASSES}", "model.test_topk_candidates=40").model
+    config = tiny_config("mimdet_b_retinanet", f"model.num_classes={CLASSES}", "model.test_topk_candidates=40").model
     config.max_detections_per_image = 30
     config.backbone.norm = "BN"
     config.backbone.top_block.in_channels = 16

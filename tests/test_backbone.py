@@ -19,6 +19,7 @@ from mimdet.kernels.sample_tokens.api import sample_tokens, valid_tokens
 from mimdet.modeling import ConvStem, ImageList
 from mimdet.modeling.sampling import cell_sizes
 from mimdet.pos_embed import PosEmbedCache, interpolate_pos_embed, sincos_pos_embed_2d
+from mimdet.testing import fixed_noise
 
 DATA = Path(__file__).parent / "data"
 
@@ -167,7 +168,8 @@ def test_checkpointing_changes_nothing():
     grads = []
     for flag in ("false", "true"):
         model = small_model(f"model.backbone.bottom_up.encoder.checkpointing={flag}").backbone.bottom_up
-        sum(f.square().mean() for f in model(images, noise=noise).values()).backward()
+        with fixed_noise(model, noise):
+            sum(f.square().mean() for f in model(images).values()).backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for name, want in grads[0].items():
         assert relative(grads[1][name], want) < 1e-6, name
@@ -181,9 +183,9 @@ def test_lean_changes_nothing_and_keeps_little():
     for kernels, recompute in (("eager", "none"), ("auto", "lean")):
         change = [f"model.backbone.bottom_up.{part}.recompute={recompute}" for part in ("encoder", "decoder")]
         model = small_model(*change).backbone.bottom_up.to(memory_format=torch.channels_last)
-        with use(kernels):
-            kept.append(kept_bytes(model, lambda model=model: model(images, noise=noise)))
-            features = model(images, noise=noise)
+        with use(kernels), fixed_noise(model, noise):
+            kept.append(kept_bytes(model, lambda model=model: model(images)))
+            features = model(images)
         # Not c5: rounding may choose the other of two nearly equal cells in its pooling.
         sum(features[name].square().mean() for name in ("c2", "c3", "c4")).backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
@@ -206,7 +208,7 @@ def test_evaluation_sees_everything_unless_told_otherwise():
         full = model(images)["c4"]
         assert torch.equal(full, model(images)["c4"])
         assert torch.equal(full, model(images, sample_ratio=1.0)["c4"])
-        assert not torch.equal(full, model(images, noise=torch.rand(2, 280))["c4"])
+        assert not torch.equal(full, model(images, sample_ratio=0.5)["c4"])
         state = torch.get_rng_state()
         model(images)
     assert torch.equal(state, torch.get_rng_state())
@@ -215,9 +217,9 @@ def test_evaluation_sees_everything_unless_told_otherwise():
 def test_plain_tensor_counts_as_unpadded():
     model = small_model().backbone.bottom_up.eval()
     x = torch.stack(normalised(pictures([(96, 128)])))
-    noise = torch.rand(1, 48)
-    with torch.no_grad():
-        assert torch.equal(model(x, noise=noise)["c4"], model(ImageList(x, [(96, 128)]), noise=noise)["c4"])
+    with torch.no_grad(), fixed_noise(model, torch.rand(1, 48)):
+        plain, listed = (model(images, sample_ratio=0.5) for images in (x, ImageList(x, [(96, 128)])))
+    assert torch.equal(plain["c4"], listed["c4"])
 
 
 def test_features_are_channels_last():
@@ -244,11 +246,14 @@ def test_ratio_out_of_range(ratio):
 
 
 @pytest.mark.parametrize(
-    ("shape", "noise", "message"),
-    [((1, 3, 90, 128), None, "multiples of 32"), ((1, 3, 96, 128), (1, 47), "noise must be")],
+    ("shape", "tokens", "message"),
+    [
+        ((1, 3, 90, 128), 48, "multiples of 32"),
+        ((1, 3, 96, 128), 47, r"noise of tokens must be \(1, 48\)"),
+    ],
     ids=["unpadded", "noise-shape"],
 )
-def test_bad_input(shape, noise, message):
+def test_bad_input(shape, tokens, message):
     model = small_model().backbone.bottom_up.eval()
-    with pytest.raises(ValueError, match=message):
-        model(torch.zeros(shape), noise=None if noise is None else torch.zeros(noise))
+    with pytest.raises(ValueError, match=message), fixed_noise(model, torch.zeros(1, tokens)):
+        model(torch.zeros(shape), sample_ratio=0.5)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from test_cli import run
-from twins import twin_overrides
 
 from mimdet.bench import backbone, forms
 from mimdet.bench.backbone import Options, paper, run_tables
@@ -11,6 +10,7 @@ from mimdet.bench.models import PEERS, with_child
 from mimdet.bench.plot import plot
 from mimdet.bench.readme import render
 from mimdet.bench.results import Results
+from mimdet.testing import tiny_overrides
 
 LIMITS = {"copy_gb_s": 10.0, "gemm_float32_tflop_s": 0.1}
 BOTTOM_UP = "model.backbone.bottom_up"
@@ -127,7 +127,7 @@ def test_a_form_that_differs_is_not_timed(tmp_path, monkeypatch):
 
 
 def test_a_detector_of_one_stage(tmp_path):
-    small = twin_overrides("mimdet_b_retinanet")
+    small = tiny_overrides("mimdet_b_retinanet")
     chosen = options(
         tmp_path, config="mimdet_b_retinanet", overrides=small, part="detector", default=(0.5, 1), peers=("ours",)
     )

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from twins import twin_config
 
 from mimdet.config import instantiate
 from mimdet.detection import Box2BoxTransform, CascadeROIHeads, FastRCNNOutputLayers, Matcher
 from mimdet.detection.rpn import Proposals
 from mimdet.modeling import ShapeSpec
+from mimdet.testing import tiny_config
 
 SIZE = (100, 100)
 BOXES = torch.tensor([[10.0, 10, 30, 30], [60, 10, 80, 30], [10, 60, 30, 80]])
@@ -160,7 +160,7 @@ def test_a_picture_without_proposals_or_ground_truth(boxes):
 
 
 def test_a_row_that_overflows_is_dropped():
-    model = instantiate(twin_config("mimdet_b_cascade_mask_rcnn").model.roi_heads).eval()
+    model = instantiate(tiny_config("mimdet_b_cascade_mask_rcnn").model.roi_heads).eval()
     model.box_predictor[-1].test_score_thresh = 0.0
     levels = {f"p{n}": torch.ones(1, 16, 128 >> n, 128 >> n) for n in range(2, 6)}
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_a_row_that_overflows_is_dropped():
 
 
 def test_keys_are_detectron2s():
-    keys = instantiate(twin_config("mimdet_b_cascade_mask_rcnn").model.roi_heads).state_dict().keys()
+    keys = instantiate(tiny_config("mimdet_b_cascade_mask_rcnn").model.roi_heads).state_dict().keys()
     assert {"box_head.0.conv1.weight", "box_head.2.fc1.bias", "box_predictor.1.bbox_pred.weight"} <= keys
     assert "mask_head.predictor.weight" in keys
 

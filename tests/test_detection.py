@@ -87,7 +87,7 @@ def test_matcher_refuses(thresholds, labels):
 def test_subsample_counts_and_membership():
     torch.manual_seed(0)
     labels = torch.tensor([[1] * 30 + [0] * 50 + [-1] * 20, [1] * 2 + [0] * 98, [1] * 90 + [0] * 10])
-    index, used = subsample_labels(labels, 40, 0.25)
+    index, used = subsample_labels(labels, 40, 0.25, torch.rand(3, 100))
     chosen = labels.gather(1, index)
     assert [(int((chosen[i][used[i]] == 1).sum()), int((chosen[i][used[i]] == 0).sum())) for i in range(3)] == [
         (10, 30),
@@ -98,18 +98,16 @@ def test_subsample_counts_and_membership():
         assert len(row[keep].unique()) == int(keep.sum())
 
 
-def test_subsample_takes_the_smallest_numbers_and_the_first_of_equals(monkeypatch):
+def test_subsample_takes_the_smallest_numbers_and_the_first_of_equals():
     labels = torch.tensor([[0, 0, 0, 1, 1, 1]])
-    monkeypatch.setattr(torch, "rand", lambda *s, **k: torch.tensor([[0.9, 0.1, 0.5, 0.3, 0.2, 0.8]]))
-    index, used = subsample_labels(labels, 3, 0.34)
+    index, used = subsample_labels(labels, 3, 0.34, torch.tensor([[0.9, 0.1, 0.5, 0.3, 0.2, 0.8]]))
     assert index[used].tolist() == [4, 1, 2]
-    monkeypatch.setattr(torch, "rand", lambda *s, **k: torch.full(s, 0.5))
-    index, used = subsample_labels(labels, 3, 0.34)
+    index, used = subsample_labels(labels, 3, 0.34, torch.full((1, 6), 0.5))
     assert index[used].tolist() == [3, 0, 1]
 
 
 def test_subsample_of_nothing():
-    index, used = subsample_labels(torch.full((2, 0), 0), 8, 0.25)
+    index, used = subsample_labels(torch.full((2, 0), 0), 8, 0.25, torch.rand(2, 0))
     assert used.sum() == 0
     assert index.shape == used.shape
 

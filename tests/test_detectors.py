@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 from small import pictures, target
-from twins import TWINS, twin_config
 
 from mimdet.checkpoint.read import read_checkpoint
 from mimdet.config import LazyCall, instantiate, load, to_yaml
@@ -14,6 +13,7 @@ from mimdet.data import RandomFlip, ResizeShortestEdge
 from mimdet.data.synthetic import CLASSES, generate_shapes
 from mimdet.engine import evaluate_only, train
 from mimdet.predict import Predictor, predict_files
+from mimdet.testing import TWINS, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def shapes(tmp_path_factory):
 
 
 def twin_on_shapes(name, shapes, output_dir):
-    cfg = twin_config(name)
+    cfg = tiny_config(name)
     kind = "boxes" if name.endswith("retinanet") else "instances"
     for part, split in ((cfg.dataloader.train, "train"), (cfg.dataloader.test, "val")):
         part.dataset.json_file = str(shapes / "annotations" / f"{kind}_{split}.json")
@@ -103,7 +103,7 @@ def test_twin_trains_saves_loads_evaluates_and_predicts(name, shapes, tmp_path):
 @pytest.mark.parametrize("name", TWINS)
 def test_every_parameter_learns_under_autocast(name):
     """As processes that train together need it, also with a picture without objects."""
-    model = instantiate(twin_config(name).model).train()
+    model = instantiate(tiny_config(name).model).train()
     truth = target(5, (64, 96), 2)
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": []}
     with torch.autocast("cpu", torch.bfloat16):

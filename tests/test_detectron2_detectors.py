@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from small import SIZES, target
-from twins import TWINS, twin_config, twin_overrides
 
 from mimdet.config import instantiate, load
+from mimdet.testing import TWINS, tiny_config, tiny_overrides
 
 d2 = pytest.importorskip("detectron2_testing")
 
@@ -36,8 +36,8 @@ def test_full_size_has_the_native_keys(name):
 
 @pytest.mark.parametrize("name", TWINS)
 def test_both_forms_agree(name):
-    overrides = [o.replace("=false", "=False") for o in twin_overrides(name)]
-    native = instantiate(twin_config(name).model)
+    overrides = [o.replace("=false", "=False") for o in tiny_overrides(name)]
+    native = instantiate(tiny_config(name).model)
     theirs = their_instantiate(load_config(f"configs/detectron2/{name}.py", overrides).model)
     heads = theirs.head if name.endswith("retinanet") else theirs.roi_heads
     assert type(heads).__module__.startswith("detectron2.modeling.")
@@ -58,12 +58,12 @@ def test_both_forms_agree(name):
 @pytest.mark.parametrize("name", TWINS)
 def test_losses_of_a_training_step(name):
     """By Detectron2's own draws of proposals, so the names and their being finite are what can be compared."""
-    overrides = [o.replace("=false", "=False") for o in twin_overrides(name)]
+    overrides = [o.replace("=false", "=False") for o in tiny_overrides(name)]
     model = their_instantiate(load_config(f"configs/detectron2/{name}.py", overrides).model)
     with EventStorage(0):
         losses = model.train()(d2.inputs())
     sum(losses.values()).backward()
-    native = instantiate(twin_config(name).model).train()
+    native = instantiate(tiny_config(name).model).train()
     truth = [target(21 + i, size, count) for i, (size, count) in enumerate(zip(SIZES, (3, 5), strict=True))]
     assert losses.keys() == native([x["image"] for x in d2.inputs()], truth).keys()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

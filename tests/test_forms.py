@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from test_mae import fake_mae, saved
 from test_packed import STRIDES, batch, cells, relative
 from timm.models.convnext import ConvNeXt
-from twins import twin_config
 
 from mimdet.checkpoint.read import CheckpointError
 from mimdet.config import instantiate
 from mimdet.engine.model import build_model
 from mimdet.modeling import ConvNeXtStem, ConvStem, ImageList, MIMDetDecoder
 from mimdet.modeling.window_sequences import split_windows, window_order
+from mimdet.testing import fixed_noise, tiny_config
 
 BOTTOM_UP = "model.backbone.bottom_up"
 FORMS = ["table5_convnext", "table6_mask_token", "table8_window", "table8_window_vit_fpn"]
@@ -24,7 +24,7 @@ def backbone(name, *overrides):
     """The twin's backbone with weights that leave no part without effect."""
     torch.manual_seed(0)
     changes = [f"{BOTTOM_UP}.{change}" for change in overrides]
-    model = instantiate(twin_config(f"ablations/{name}", *changes).model).backbone.bottom_up
+    model = instantiate(tiny_config(f"ablations/{name}", *changes).model).backbone.bottom_up
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.ndim == 1:
@@ -63,10 +63,8 @@ def test_checkpointing_changes_nothing(name):
     for checkpointing in ("true", "false"):
         model = backbone(name, f"encoder.checkpointing={checkpointing}", "encoder.recompute=none").train()
         images = batch([(64, 96), (96, 64)])
-        length = images.tensor.shape[2] // 16 * images.tensor.shape[3] // 16
         torch.manual_seed(1)
-        noise = torch.rand(2, length)
-        features = model(images, noise=noise)
+        features = model(images)
         sum(f.square().mean() for f in features.values()).backward()
         found.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
     for key, gradient in found[0].items():
@@ -81,7 +79,7 @@ def test_autocast(name):
     with torch.no_grad():
         plain = model(images)
         with torch.autocast("cpu", torch.bfloat16):
-            features = model(images, noise=torch.rand(1, 24), sample_ratio=1.0)
+            features = model(images, sample_ratio=1.0)
     for key, value in features.items():
         assert 0 < relative(value.float(), plain[key]) <= 3e-2, key
 
@@ -218,7 +216,7 @@ def test_convnext_weights_from_a_file(tmp_path, caplog):
 
 
 def test_weights_that_others_will_replace_are_not_read():
-    cfg = twin_config("ablations/table5_convnext", f"{BOTTOM_UP}.encoder.stem_pretrained=nowhere.pth")
+    cfg = tiny_config("ablations/table5_convnext", f"{BOTTOM_UP}.encoder.stem_pretrained=nowhere.pth")
     assert isinstance(build_model(cfg, pretrained=False).backbone.bottom_up.encoder.patch_embed, ConvNeXtStem)
     with pytest.raises(CheckpointError, match=r"no checkpoint at nowhere\.pth"):
         build_model(cfg)
@@ -239,7 +237,8 @@ def test_mask_token_fills_what_is_not_sampled():
     model = backbone("table6_mask_token", "decoder.depth=0").train()
     images = batch([(64, 96)])
     noise = torch.rand(1, 24)
-    encoded = model.encoder(images, 0.5, noise)
+    with fixed_noise(model, noise):
+        encoded = model.encoder(images, 0.5)
     made = model.decoder(encoded).flatten(2).transpose(1, 2)[0]
     pos = model.decoder._pos_embed_at(model.decoder.decoder_pos_embed, (4, 6))[0]
     want = model.decoder.decoder_norm(model.decoder.mask_token[0] + pos)

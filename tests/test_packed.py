@@ -8,10 +8,12 @@ from torch import nn
 
 from mimdet.config import instantiate
 from mimdet.modeling import ImageList
-from mimdet.modeling.pos_embed import PosEmbedCache, sincos_pos_embed_2d
+from mimdet.modeling.noise import NoiseSource
 from mimdet.modeling.sampling import sampling_noise, split_packed
 from mimdet.modeling.sequences import Sequences
 from mimdet.modeling.vit import DropPath, make_blocks, run_layers
+from mimdet.pos_embed import PosEmbedCache, sincos_pos_embed_2d
+from mimdet.testing import fixed_noise
 
 PACKED = "model.backbone.bottom_up.batch_mode=packed"
 # Multiples of 32, odd ones, one that is a single token, one that needs the whole canvas.
@@ -51,10 +53,15 @@ def noise_for(images):
     return noise.flatten(1)
 
 
+def run(model, images, ratio=None):
+    """The model's features of images whose tokens are chosen by ``noise_for``."""
+    with fixed_noise(model, noise_for(images)):
+        return model(images, sample_ratio=ratio)
+
+
 def step(model, images, ratio, weights=None):
     """Features cut to each picture, and gradients of each picture's own sum, by size."""
-    noise = None if ratio == 1.0 else noise_for(images)
-    features = model(images, noise=noise, sample_ratio=ratio)
+    features = run(model, images, ratio)
     found = {}
     for b, size in enumerate(images.image_sizes):
         own = {
@@ -97,16 +104,16 @@ def test_batch_mates_and_padding_do_not_matter(alone, ratio, garbage):
 def test_without_padding_the_same_as_on_the_canvas(ratio):
     packed, canvas = backbone().train(), small_model().backbone.bottom_up.train()
     images = batch([(96, 128), (96, 128)])
-    noise = noise_for(images)
-    for name, value in packed(images, noise, ratio).items():
-        assert torch.equal(value, canvas(images, noise, ratio)[name]), name
+    expected = run(canvas, images, ratio)
+    for name, value in run(packed, images, ratio).items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_alone_on_a_canvas_of_its_own_size_the_same_as_on_the_canvas(alone):
     """Sides that are multiples of 32 need no padding: there the original's semantics hold."""
     model, size = small_model().backbone.bottom_up.train(), (96, 128)
     images = batch([size])
-    features = model(images, noise_for(images), 0.5)
+    features = run(model, images, 0.5)
     for name, value in alone[0.5][size][0].items():
         assert torch.equal(features[name][0], value), name
 
@@ -118,7 +125,7 @@ def test_cost_is_that_of_own_tokens(ratio):
         layer.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:-1].numel()))
     images = batch(SIZES)
     with torch.no_grad():
-        model(images, noise_for(images), ratio)
+        run(model, images, ratio)
     own = [rows * columns for rows, columns in map(cells, SIZES)]
     assert seen == [sum(max(1, int(n * ratio)) for n in own), sum(own)]
 
@@ -142,11 +149,10 @@ def test_recomputing_changes_nothing(checkpointing, recompute):
 def test_bf16_autocast():
     model = backbone().train()
     images = batch(SIZES)
-    noise = noise_for(images)
     with torch.no_grad():
-        want = model(images, noise)
+        want = run(model, images)
         with torch.autocast("cpu", torch.bfloat16):
-            got = model(images, noise)
+            got = run(model, images)
     for name, value in want.items():
         assert relative(got[name].float(), value) <= 3e-2, name
         assert got[name].isfinite().all()
@@ -230,7 +236,7 @@ def test_drop_path_draws_once_a_picture():
 
 @pytest.mark.parametrize("mode", ["canvas", "packed"])
 def test_grid_sampling_is_a_checkerboard(mode):
-    noise = sampling_noise("grid", 2, (6, 8), 0.5, None, "cpu")
+    noise = sampling_noise("grid", 2, (6, 8), 0.5, NoiseSource("tokens"), "cpu")
     split = split_packed([(6, 8), (3, 5)], (6, 8), 0.5, noise, "cpu")
     row, column = split.keep[0] % 48 // 8, split.keep[0] % 8
     assert ((row + column) % 2 == 0).all()
@@ -288,8 +294,8 @@ def test_grid_sampling_at_another_ratio(ratio):
 
 def test_grid_sampling_with_noise():
     model = small_model("model.backbone.bottom_up.sampling=grid").backbone.bottom_up
-    with pytest.raises(ValueError, match="noise cannot be given"):
-        model(batch([(96, 128)]), noise=torch.rand(1, 48))
+    with pytest.raises(ValueError, match="tokens cannot have fixed noise"):
+        run(model, batch([(96, 128)]), 0.5)
 
 
 @pytest.mark.parametrize("size", [(0, 64), (64, 0), (65, 64), (64, 97)], ids=str)

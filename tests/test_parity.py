@@ -6,6 +6,7 @@ The recordings (``data/original_small.*``) are of the small model of ``small.py`
 random, the first ones in index order were taken.
 """
 
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -17,6 +18,7 @@ from small import SIZES, normalised, pictures, small_model, target
 
 from mimdet.kernels import use
 from mimdet.modeling import ImageList
+from mimdet.testing import fixed_noise
 
 GOLDEN = Golden("original_small")
 COUNTS = (3, 5)
@@ -32,12 +34,14 @@ def fresh():
     return small_model()
 
 
-@pytest.fixture(autouse=True)
-def first_candidates(monkeypatch):
-    def rand(*size, **kwargs):
-        return (torch.arange(size[-1]) / max(size[-1], 1)).expand(size)
-
-    monkeypatch.setattr(torch, "rand", rand)
+def recorded_noise(model):
+    """The recordings' tokens; anchors and proposals are chosen in the order of their index."""
+    anchors = 3 * sum(
+        math.ceil(SIZES[0][0] / stride) * math.ceil(SIZES[0][1] / stride) for stride in (4, 8, 16, 32, 64)
+    )
+    proposals = model.proposal_generator.post_nms_topk[0] + max(COUNTS)
+    in_order = [(torch.arange(count) / count).expand(2, -1) for count in (anchors, proposals)]
+    return fixed_noise(model, torch.from_numpy(noise(7, 2, 280)), *in_order)
 
 
 def targets():
@@ -52,7 +56,7 @@ def bitmaps(polygons, size):
 
 
 def backbone_input():
-    return ImageList.from_tensors(normalised(pictures(seed=11)), 32), torch.from_numpy(noise(7, 2, 280))
+    return ImageList.from_tensors(normalised(pictures(seed=11)), 32)
 
 
 def relative(key, got):
@@ -61,20 +65,19 @@ def relative(key, got):
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 1.0])
 def test_features(model, ratio):
-    images, u = backbone_input()
-    with torch.no_grad():
-        features = model.eval().backbone.bottom_up(images, noise=u, sample_ratio=ratio)
+    with torch.no_grad(), recorded_noise(model):
+        features = model.eval().backbone.bottom_up(backbone_input(), sample_ratio=ratio)
     prefix = "stable_" if ratio == 0.75 else ""  # ties among padding tokens matter there
     for name, feature in features.items():
         assert relative(f"{prefix}r{ratio}_{name}", feature) <= 3e-6, name
 
 
-def gradients(bottom_up, dtype, names=("c2", "c3", "c4", "c5")):
-    images, u = backbone_input()
+def gradients(model, dtype, names=("c2", "c3", "c4", "c5")):
+    bottom_up, images = model.backbone.bottom_up, backbone_input()
     bottom_up.to(dtype).zero_grad()
     # Compiled kernels have no float64: whatever implementation is under test, that is computed in plain PyTorch.
-    with use("auto") if dtype is torch.float64 else nullcontext():
-        features = bottom_up(ImageList(images.tensor.to(dtype), images.image_sizes), noise=u, sample_ratio=0.5)
+    with use("auto") if dtype is torch.float64 else nullcontext(), recorded_noise(model):
+        features = bottom_up(ImageList(images.tensor.to(dtype), images.image_sizes), sample_ratio=0.5)
     upstream = {n: torch.from_numpy(gradient(100 + i, f.shape)).to(dtype) for i, (n, f) in enumerate(features.items())}
     sum((features[n] * upstream[n]).sum() for n in names).backward()
     return {n: p.grad.double() for n, p in bottom_up.named_parameters() if p.requires_grad}
@@ -82,13 +85,13 @@ def gradients(bottom_up, dtype, names=("c2", "c3", "c4", "c5")):
 
 def test_backbone_gradients(fresh):
     """In float64: in float32 rounding may choose the other of two nearly equal cells in c5's max pooling."""
-    for name, grad in gradients(fresh.eval().backbone.bottom_up, torch.float64).items():
+    for name, grad in gradients(fresh.eval(), torch.float64).items():
         assert relative(f"grad.{name}", grad) <= 2e-5, name
 
 
 def test_backbone_gradients_in_float32(fresh):
-    bottom_up, smooth = fresh.eval().backbone.bottom_up, ("c2", "c3", "c4")
-    got, want = (gradients(bottom_up, dtype, smooth) for dtype in (torch.float32, torch.float64))
+    smooth = "c2", "c3", "c4"
+    got, want = (gradients(fresh.eval(), dtype, smooth) for dtype in (torch.float32, torch.float64))
     assert len(got) > 60
     for name in got:
         assert (got[name] - want[name]).norm() <= 2e-5 * want[name].norm(), name
@@ -112,7 +115,8 @@ def test_training(fresh, case):
             "labels": truth[0]["labels"][[0, 2]],
             "masks": [[*first, *second], third],
         }
-    losses = fresh.train()(pictures(seed=11), truth, noise=torch.from_numpy(noise(7, 2, 280)))
+    with recorded_noise(fresh):
+        losses = fresh.train()(pictures(seed=11), truth)
     for name, loss in losses.items():
         want = GOLDEN.expected(f"train_{case}.{name}").item()
         assert loss.item() == pytest.approx(want, rel=1e-5, abs=1e-9), name
@@ -136,7 +140,7 @@ def test_training(fresh, case):
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_inference(model, ratio):
     model.eval()
-    model.backbone.bottom_up.sample_ratio = ratio
+    model.backbone.bottom_up.inference_sample_ratio = ratio
     seen = {}
     hooks = [
         model.backbone.register_forward_hook(lambda m, a, out: seen.update(fpn=out)),
@@ -144,9 +148,9 @@ def test_inference(model, ratio):
         model.proposal_generator.register_forward_hook(lambda m, a, out: seen.update(proposals=out[0])),
         model.roi_heads.register_forward_hook(lambda m, a, out: seen.update(detections=out[0])),
     ]
-    images, u = pictures(seed=11), torch.from_numpy(noise(7, 2, 280))
-    with torch.no_grad():
-        results = model(images, noise=u)
+    images = pictures(seed=11)
+    with torch.no_grad(), recorded_noise(model):
+        results = model(images)
     for hook in hooks:
         hook.remove()
     case = f"eval_r{ratio}"
@@ -179,11 +183,11 @@ def test_inference(model, ratio):
 @pytest.mark.parametrize(("picture", "size"), [(1, (300, 600)), (0, (337, 480))])
 def test_results_at_another_size(model, picture, size):
     model.eval()
-    model.backbone.bottom_up.sample_ratio = 0.5
+    model.backbone.bottom_up.inference_sample_ratio = 0.5
     sizes = list(SIZES)
     sizes[picture] = size
-    with torch.no_grad():
-        result = model(pictures(seed=11), noise=torch.from_numpy(noise(7, 2, 280)), output_sizes=sizes)[picture]
+    with torch.no_grad(), recorded_noise(model):
+        result = model(pictures(seed=11), output_sizes=sizes)[picture]
     key = f"eval_r0.5.im{picture}.to{size[0]}x{size[1]}"
     _check_masks(key, result, _same_order(result["boxes"].numpy(), GOLDEN.expected(f"{key}.boxes"), 1e-2))
     assert result["masks"].shape[1:] == size

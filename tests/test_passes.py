@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from twins import twin_config
+from small import target
 
 from mimdet.config import instantiate
 from mimdet.detection import InferencePasses
+from mimdet.testing import fixed_noise, tiny_config
 
 
 def found(*rows):
@@ -37,16 +38,16 @@ def test_the_best_of_what_overlaps_stays_with_the_mean_box_and_mask():
 @pytest.fixture(scope="module")
 def detector():
     torch.manual_seed(0)
-    model = instantiate(twin_config("mimdet_b_mask_rcnn").model).eval()
+    model = instantiate(tiny_config("mimdet_b_mask_rcnn").model).eval()
     model.roi_heads.box_predictor.test_score_thresh = 0.0
     return model
 
 
-def run(model, passes, images, noise=None):
+def run(model, passes, images, tokens=None):
     before, model.inference = model.inference, passes
     try:
-        with torch.no_grad():
-            return model(images, noise=noise)
+        with torch.no_grad(), fixed_noise(model, tokens):
+            return model(images)
     finally:
         model.inference = before
 
@@ -57,8 +58,8 @@ def test_passes_are_independent_runs_of_the_detector(detector):
     passes = InferencePasses(passes=3, ratio=0.5)
     got = run(detector, passes, images, noise)
     batch = detector.preprocess(images)
-    with torch.no_grad():
-        each = [detector.detect(detector.backbone(batch, noise=n, sample_ratio=0.5), batch.image_sizes) for n in noise]
+    with torch.no_grad(), fixed_noise(detector, noise):
+        each = [detector.detect(detector.backbone(batch, sample_ratio=0.5), batch.image_sizes) for _ in noise]
     want = passes.merge(each)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours["scores"], theirs["scores"])
@@ -68,12 +69,13 @@ def test_passes_are_independent_runs_of_the_detector(detector):
     assert alone[0]["scores"].tolist() != pytest.approx(got[0]["scores"].tolist())
 
 
-def test_without_noise_each_pass_draws_its_own(detector, monkeypatch):
-    drawn, rand = [], torch.rand
-    monkeypatch.setattr(torch, "rand", lambda *args, **kw: drawn.append(rand(*args, **kw)) or drawn[-1])
+def test_each_pass_draws_its_own_tokens(detector):
+    tokens = []
+    hook = detector.backbone.bottom_up.encoder.register_forward_hook(lambda m, a, out: tokens.append(out.split.keep))
     run(detector, InferencePasses(passes=2, ratio=0.5), [torch.full((3, 64, 96), 100.0)])
-    assert len(drawn) == 2
-    assert not torch.equal(*drawn)
+    hook.remove()
+    assert len(tokens) == 2
+    assert not torch.equal(*tokens)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,31 @@ def test_bad_words(changes, message):
         InferencePasses(**changes)
 
 
-def test_noise_of_one_pass_is_refused_for_several(detector):
-    with pytest.raises(ValueError, match=r"noise must be \(2, B, L\) for 2 passes, got \(1, 24\)"):
-        run(detector, InferencePasses(passes=2, ratio=0.5), [torch.zeros(3, 64, 96)], torch.rand(1, 24))
+def test_fixed_noise_names_what_the_model_does_not_choose(detector):
+    message = "MIMDetBackbone draws no numbers for anchors or proposals"
+    with pytest.raises(ValueError, match=message), fixed_noise(detector.backbone.bottom_up, None, *torch.rand(2, 1, 9)):
+        pass
+
+
+def test_fixed_noise_of_another_shape_is_refused_and_forgotten(detector):
+    with pytest.raises(ValueError, match=r"noise of tokens must be \(1, 24\), got \(1, 23\)"):
+        run(detector, InferencePasses(ratio=0.5), [torch.zeros(3, 64, 96)], torch.rand(1, 23))
+    run(detector, InferencePasses(ratio=0.5), [torch.zeros(3, 64, 96)])
+
+
+def test_fixed_noise_makes_training_repeat(detector):
+    """Also with more ground-truth slots than boxes, and with ground truth as the best candidates."""
+    images = [torch.rand(3, 64, 96) * 255, torch.rand(3, 50, 60) * 255]
+    targets = [target(5, (64, 96), 2), target(6, (50, 60), 1)]
+    anchors = 3 * (16 * 24 + 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2)
+    numbers = torch.rand(2, 24), torch.rand(2, anchors), torch.rand(2, 40 + 5)
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with fixed_noise(detector.train(), *numbers):
+            runs.append(detector(images, targets))
+    detector.eval()
+    assert {k: v.item() for k, v in runs[0].items()} == {k: v.item() for k, v in runs[1].items()}
+    with pytest.raises(ValueError, match="40 proposals"), fixed_noise(detector.train(), None, None, torch.rand(2, 41)):
+        detector(images, targets)
+    detector.eval()

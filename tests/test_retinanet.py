@@ -29,7 +29,7 @@ class Grid(nn.Module):
 
     size_divisibility = 8
 
-    def forward(self, batch, noise=None):
+    def forward(self, batch):
         return {"p3": batch.tensor[:, :1, ::8, ::8]}
 
 

@@ -82,7 +82,6 @@ class Detector(nn.Module):
         images: Sequence[torch.Tensor],
         targets: Sequence[dict[str, Any]] | None = None,
         *,
-        noise: torch.Tensor | None = None,
         output_sizes: Sequence[tuple[int, int]] | None = None,
     ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
         """Losses in training, detections in eval mode.
@@ -92,8 +91,6 @@ class Detector(nn.Module):
             targets: in training, for each picture ``boxes`` (N, 4) x0, y0, x1, y1 in pixels, ``labels`` (N,)
                 int64 from 0 and, for detectors that predict them, ``masks``: N lists of COCO polygons, or
                 (N, H, W) bool.
-            noise: (B, L) uniform numbers for the token sampler, L the tokens of a padded picture; see
-                ``MIMDetBackbone.forward``. For several passes in eval mode (passes, B, L).
             output_sizes: in eval mode, (height, width) of each picture that detections are wanted in; default:
                 the pictures' own.
 
@@ -109,11 +106,8 @@ class Detector(nn.Module):
         if self.training:
             check_targets(targets, len(batch), self.num_classes, self.predicts_masks)
             targets = [self._to_device(t) for t in targets]
-            return self.compute_losses(self.backbone(batch, noise=noise), batch.image_sizes, targets)
-        samples = self.inference.samples(noise)
-        detections = self.inference.merge(
-            [self.detect(self.backbone(batch, **sample), batch.image_sizes) for sample in samples]
-        )
+            return self.compute_losses(self.backbone(batch), batch.image_sizes, targets)
+        detections = self.inference(lambda **ratio: self.detect(self.backbone(batch, **ratio), batch.image_sizes))
         sizes = batch.image_sizes if output_sizes is None else output_sizes
         if len(sizes) != len(detections):
             raise ValueError(f"output_sizes must name one size for each of {len(detections)} images, got {len(sizes)}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torchvision.ops import batched_nms, box_iou
@@ -36,18 +35,10 @@ class InferencePasses:
             raise ValueError(f"inference.passes={passes} need an inference.ratio below 1: else all see the same tokens")
         self.passes, self.ratio, self.nms_thresh, self.topk = passes, ratio, nms_thresh, topk
 
-    def samples(self, noise: torch.Tensor | None) -> list[dict[str, Any]]:
-        """The backbone's arguments in each pass.
-
-        Args:
-            noise: (B, L), or (passes, B, L) for several; None leaves it to the backbone to draw it.
-        """
+    def __call__(self, detect: Callable[..., list[dict[str, torch.Tensor]]]) -> list[dict[str, torch.Tensor]]:
+        """``detect()``, or ``detect(sample_ratio=ratio)``, as often as there are passes, and the merged result."""
         ratio = {} if self.ratio is None else {"sample_ratio": self.ratio}
-        if noise is None or self.passes == 1:
-            return [{"noise": noise, **ratio}] * self.passes
-        if noise.dim() != 3 or len(noise) != self.passes:
-            raise ValueError(f"noise must be ({self.passes}, B, L) for {self.passes} passes, got {tuple(noise.shape)}")
-        return [{"noise": each, **ratio} for each in noise]
+        return self.merge([detect(**ratio) for _ in range(self.passes)])
 
     def merge(self, found: Sequence[Sequence[dict[str, torch.Tensor]]]) -> list[dict[str, torch.Tensor]]:
         """Detections of each picture, best first, from those of each pass: boxes (N, 4), scores (N,), labels (N,) and,

@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from ..modeling.areas import areas_of
+from ..modeling.noise import NoiseSource
 from .mask_head import class_logits, mask_loss
 from .masks import crop_and_resize
 from .matcher import Matcher, matched_truth
@@ -77,6 +78,7 @@ class StandardROIHeads(nn.Module):
         self.mask_in_features = list(mask_in_features)
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
+        self.noise = NoiseSource("proposals")
 
     def forward(
         self,
@@ -109,16 +111,18 @@ class StandardROIHeads(nn.Module):
         self, proposals: Sequence[Proposals], targets: Sequence[dict[str, Any]]
     ) -> list[SampledProposals]:
         """Label each picture's proposals and draw the training sample."""
-        boxes, matched, labels = [], [], []
+        boxes, matched, labels, counts = [], [], [], []
         for proposal, target in zip(proposals, targets, strict=True):
             candidates = torch.cat([proposal.boxes, target["boxes"]]) if self.proposal_append_gt else proposal.boxes
             index, label = self.proposal_matcher(box_iou(target["boxes"], candidates))
             boxes.append(candidates)
             matched.append(index)
             labels.append(label)
+            counts.append((len(proposal.boxes), len(candidates) - len(proposal.boxes)))
         # Padding carries label -1, which is never drawn.
         padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-1)
-        index, used = subsample_labels(padded, self.batch_size_per_image, self.positive_fraction)
+        noise = self.noise.draw_candidates(counts, padded.device)
+        index, used = subsample_labels(padded, self.batch_size_per_image, self.positive_fraction, noise)
         sampled = []
         for i, target in enumerate(targets):
             rows = index[i][used[i]]

@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.ops import batched_nms
 
 from ..modeling.areas import ValidArea, levels_of
+from ..modeling.noise import NoiseSource
 from .boxes import Box2BoxTransform, clip_boxes
 from .conv import Conv2d, normal_fill
 from .matcher import Matcher, match_anchors, outside_images
@@ -121,6 +122,7 @@ class RPN(nn.Module):
         self.min_box_size = min_box_size
         self.loss_weight = loss_weight
         self.smooth_l1_beta = smooth_l1_beta
+        self.noise = NoiseSource("anchors")
 
     def forward(
         self,
@@ -175,7 +177,8 @@ class RPN(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Binary cross entropy of sampled anchors and L1 of foreground ones, over the anchors asked for."""
         labels, targets = self.label_anchors(anchors, gt_boxes, outside)
-        index, used = subsample_labels(labels, self.batch_size_per_image, self.positive_fraction)
+        noise = self.noise.draw(labels.shape, labels.device)
+        index, used = subsample_labels(labels, self.batch_size_per_image, self.positive_fraction, noise)
         label = labels.gather(1, index)
         logit = logits.gather(1, index).float()
         rows = index.unsqueeze(-1).expand(-1, -1, 4)

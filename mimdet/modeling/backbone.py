@@ -85,7 +85,6 @@ class MIMDetBackbone(nn.Module):
     def forward(
         self,
         images: ImageList | torch.Tensor,
-        noise: torch.Tensor | None = None,
         sample_ratio: float | None = None,
     ) -> dict[str, torch.Tensor]:
         """Feature maps of a batch.
@@ -93,16 +92,15 @@ class MIMDetBackbone(nn.Module):
         Args:
             images: normalised pictures padded to ``size_divisibility``; a plain (B, C, H, W) tensor counts as
                 unpadded.
-            noise: (B, L) uniform numbers in [0, 1) that choose the tokens, L = H/16 * W/16.
-            sample_ratio: keep ratio of this call. Default: ``sample_ratio`` in training and whenever noise is
-                given, else ``inference_sample_ratio``.
+            sample_ratio: keep ratio of this call. Default: ``sample_ratio`` in training, ``inference_sample_ratio`` in
+                eval mode.
 
         Returns:
             c2, c3, c4, c5: (B, channels, H/stride, W/stride) each; ``PackedFeatures`` if ``batch_mode`` is "packed".
 
         Raises:
-            ValueError: sides that are not multiples of ``size_divisibility``, a ratio outside (0, 1], noise of
-                another shape, noise or a ratio that "grid" cannot take.
+            ValueError: sides that are not multiples of ``size_divisibility``, a ratio outside (0, 1], or one that
+                "grid" cannot take.
         """
         if isinstance(images, torch.Tensor):
             images = ImageList(images, [images.shape[-2:]] * images.shape[0])
@@ -112,12 +110,11 @@ class MIMDetBackbone(nn.Module):
                 f"backbone: images must be padded to multiples of {self.size_divisibility}, got {height}x{width}"
             )
         if sample_ratio is None:
-            sampled = self.training or noise is not None
-            sample_ratio = self.sample_ratio if sampled else self.inference_sample_ratio
+            sample_ratio = self.sample_ratio if self.training else self.inference_sample_ratio
         self._check_whole(sample_ratio)
         padded = any(size != (height, width) for size in images.image_sizes)
         packed = self.batch_mode == "packed" and padded
-        encoded = self.encoder(images, sample_ratio, noise, sampling=self.sampling, packed=packed)
+        encoded = self.encoder(images, sample_ratio, sampling=self.sampling, packed=packed)
         c4 = encoded.map(encoded.tokens) if self.decoder is None else self.decoder(encoded)
         c2, c3 = encoded.features[:2] if self.pyramid is None else self.pyramid(encoded)
         maps = {"c2": c2, "c3": c3, "c4": c4, "c5": F.max_pool2d(c4, 2)}

@@ -15,6 +15,7 @@ from ..kernels.gather_add_pos.api import gather_add_pos
 from ..kernels.image_norm import valid
 from ..kernels.sample_tokens.api import upload
 from ..pos_embed import PosEmbedCache, sincos_pos_embed_2d
+from .noise import NoiseSource
 from .sampling import TokenSplit, cell_sizes, check_ratio, sampling_noise, split_canvas, split_packed
 from .shapes import ImageList
 from .stems import make_stem
@@ -114,6 +115,7 @@ class MIMDetEncoder(nn.Module):
             part.apply(init_vit_weights)
         self.pos_embed.data.copy_(sincos_pos_embed_2d(embed_dim, rows))
         self._pos_embed_at = PosEmbedCache()
+        self.noise = NoiseSource("tokens")
         if pretrained:
             load_mae(self, pretrained, "encoder")
 
@@ -121,7 +123,6 @@ class MIMDetEncoder(nn.Module):
         self,
         images: ImageList,
         sample_ratio: float,
-        noise: torch.Tensor | None = None,
         *,
         sampling: str = "random",
         packed: bool = False,
@@ -131,14 +132,12 @@ class MIMDetEncoder(nn.Module):
         Args:
             images: normalised pictures, padded to multiples of the patch size.
             sample_ratio: keep ratio in (0, 1].
-            noise: (B, L) uniform numbers that choose the tokens; drawn from ``torch.rand`` if None. At ratio
-                1.0 nothing is chosen and none are drawn.
             sampling: "random", or "grid" for a checkerboard.
             packed: each picture gets what it would get alone, whatever its padding holds.
 
         Raises:
-            ValueError: ratio outside (0, 1], or other than 1 with windows, noise of another shape, or what "grid"
-                cannot do.
+            ValueError: ratio outside (0, 1], or other than 1 with windows, fixed noise of another shape, or what
+                "grid" cannot do.
         """
         check_ratio(sample_ratio)
         if self.window and sample_ratio != 1.0:
@@ -147,7 +146,7 @@ class MIMDetEncoder(nn.Module):
         features = self.patch_embed(x, stage_sizes)
         batch, dim, *grid = features[-1].shape
         grid, device = tuple(grid), features[-1].device
-        noise = sampling_noise(sampling, batch, grid, sample_ratio, noise, device)
+        noise = sampling_noise(sampling, batch, grid, sample_ratio, self.noise, device)
         sizes = cell_sizes(images.image_sizes, self.patch_embed.patch_size)
         if self.window:
             split = split_windows(sizes, grid, self.window, packed, device)

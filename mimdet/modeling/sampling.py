@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.sample_tokens.api import sample_packed_tokens, sample_tokens, valid_tokens
+from .noise import NoiseSource
 from .sequences import Sequences
 
 SAMPLING = ("random", "grid")
@@ -97,26 +98,23 @@ def split_packed(
 
 
 def sampling_noise(
-    sampling: str, batch: int, grid: tuple[int, int], ratio: float, given: torch.Tensor | None, device
+    sampling: str, batch: int, grid: tuple[int, int], ratio: float, noise: NoiseSource, device
 ) -> torch.Tensor | None:
     """(B, L) numbers of which the smallest choose the tokens; None at ratio 1, where nothing is chosen.
 
-    "random" takes what is given, or draws it from ``torch.rand``. "grid" is a checkerboard: tokens whose row and column
+    "random" draws them from ``noise``. "grid" is a checkerboard: tokens whose row and column
     add up to an even number come first (paper, Table 3).
 
     Raises:
-        ValueError: noise of another shape, or given for "grid"; "grid" with a ratio that is neither 0.5 nor 1.
+        ValueError: "grid" with fixed noise, or with a ratio that is neither 0.5 nor 1.
     """
     rows, columns = grid
-    if given is not None and given.shape != (batch, rows * columns):
-        wanted = batch, rows * columns
-        raise ValueError(f"noise must be {wanted} for a {rows}x{columns} grid, got {tuple(given.shape)}")
     if ratio == 1.0:
         return None
     if sampling == "random":
-        return torch.rand(batch, rows * columns, device=device) if given is None else given.to(device)
-    if given is not None:
-        raise ValueError("sampling='grid' chooses by position: noise cannot be given")
+        return noise.draw((batch, rows * columns), device)
+    if noise.fixed:
+        raise ValueError("sampling='grid' chooses by position: tokens cannot have fixed noise")
     if ratio != 0.5:
         raise ValueError(f"sampling='grid' keeps half of the tokens: sample_ratio must be 0.5 or 1, got {ratio}")
     row, column = (torch.arange(n, device=device) for n in grid)

@@ -140,18 +140,17 @@ class BenchmarkingViTDet(nn.Module):
         finest = self.patch_size // 4
         return {n: ShapeSpec(channels=self.embed_dim, stride=finest * 2**i) for i, n in enumerate(self.out_features)}
 
-    def forward(self, images: ImageList | torch.Tensor, noise: None = None) -> dict[str, torch.Tensor]:
+    def forward(self, images: ImageList | torch.Tensor) -> dict[str, torch.Tensor]:
         """Feature maps of a batch.
 
         Args:
             images: normalised pictures, (B, C, img_size, img_size); what is padding counts as picture.
-            noise: None, for no tokens are chosen; detectors pass it to any backbone.
 
         Returns:
             s0, s1, s2, s3: (B, embed_dim, H / stride, W / stride) each.
 
         Raises:
-            ValueError: pictures of another size, or noise.
+            ValueError: images of another size.
         """
         x = images if isinstance(images, torch.Tensor) else images.tensor
         if x.shape[-2:] != (self.img_size, self.img_size):
@@ -159,8 +158,6 @@ class BenchmarkingViTDet(nn.Module):
                 f"BenchmarkingViTDet: pictures must be {self.img_size}x{self.img_size}, got "
                 f"{x.shape[-2]}x{x.shape[-1]}: let FixedSizeCrop be among the augmentations, or set img_size"
             )
-        if noise is not None:
-            raise ValueError("BenchmarkingViTDet: noise chooses tokens, and this backbone takes all of them")
         x = self.patch_embed(x) + self.pos_embed.unflatten(1, self.grid_size)
         dtype = compute_dtype(x) or x.dtype
         # Once for all blocks: at 1024 pixels the global one is as large as attention's logits.

@@ -1,6 +1,10 @@
 """The shipped detectors shrunk until they train on a CPU in a second: every part is there, and few channels."""
 
-from mimdet.config import load
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from ..config import load
 
 _BACKBONE = [
     "model.backbone.bottom_up.encoder.embed_dim=48",
@@ -27,7 +31,7 @@ _DETECTORS = {
     "_mask_rcnn": _TWO_STAGES + [f"model.roi_heads.box_head.{change}" for change in _BOX_HEAD],
     "_retinanet": ["model.head.conv_dims=[16]"],
 }
-# What the encoder hands on where there is no decoder; windows that a small picture has several of.
+# Without a decoder c4 is as wide as the encoder; windows are small enough for several in a small image.
 _WINDOWS = [
     *(change for change in _BACKBONE if ".decoder." not in change and "_out_feature_channels" not in change),
     "model.backbone.bottom_up.encoder.window=3",
@@ -41,15 +45,14 @@ _BACKBONES = {
         "model.backbone.bottom_up.encoder.taps=[1,2]",
     ],
 }
-TWINS = ("mimdet_b_cascade_mask_rcnn", "mimdet_l_cascade_mask_rcnn", "mimdet_b_retinanet")
 
 
-def twin_overrides(name):
-    """What makes the config ``name`` small."""
+def tiny_overrides(name: str) -> list[str]:
+    """The ``key=value`` overrides that make the shipped config ``name`` tiny."""
     ending = next((ending for ending in _DETECTORS if name.endswith(ending)), "_mask_rcnn")
     return [*_BACKBONES.get(name, _BACKBONE), *_DETECTORS[ending]]
 
 
-def twin_config(name, *overrides):
-    """The config ``name`` of ``configs/`` with a detector of a few thousand weights."""
-    return load(f"configs/{name}.py", [*twin_overrides(name), *overrides])
+def tiny_config(name: str, *overrides: str) -> DictConfig:
+    """The shipped config ``name`` with a detector of a few thousand weights, and ``key=value`` overrides."""
+    return load(name, [*tiny_overrides(name), *overrides])
