@@ -1,16 +1,21 @@
-"""One image, one answer: a packed batch through whole detectors."""
+"""One image, one answer: packed batches through whole detectors, and evaluation by any number of processes."""
+
+from functools import cache
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from fill_weights import fill_module
 from small import SMALL, pictures, target
 from torch import nn
 
 from mimdet.config import instantiate, load
+from mimdet.data.synthetic import generate_shapes
 from mimdet.detection import FPN, LastLevelP6P7, Matcher, NaiveSyncBatchNorm, ROIPooler
 from mimdet.detection.matcher import match_anchors, outside_images
 from mimdet.detection.norm import get_norm, normalise
+from mimdet.engine.evaluate import Evaluation
 from mimdet.modeling.areas import PackedFeatures, ValidArea, ValidAreas
 
 TINY = [
@@ -206,23 +211,6 @@ def test_norms_see_the_valid_area_alone(norm, garbage):
     assert not x.grad.masked_select(area.padding).any()
 
 
-def _sync_worker(rank, folder):
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    x, weight = _maps()
-    # The first process has two images with padding, the other one image that fills its maps.
-    own = slice(0, 2) if rank == 0 else slice(2, 3)
-    size = AREAS.at(4).grid if rank == 0 else (8, 1)
-    x = x[own, :, : size[0], : size[1]].clone().requires_grad_()
-    area = ValidArea(AREAS.at(4).sizes[own], size, torch.device("cpu"))
-    norm = NaiveSyncBatchNorm(3)
-    out = normalise(norm, x, area)
-    (out * weight[own, :, : size[0], : size[1]]).sum().backward()
-    torch.save({"out": out, "grad": x.grad, "mean": norm.running_mean}, f"{folder}/{rank}")
-    dist.destroy_process_group()
-
-
 def _maps():
     torch.manual_seed(0)
     area = AREAS.at(4)
@@ -230,17 +218,103 @@ def _maps():
     return x, area.zero_padding(weight)
 
 
-def test_statistics_of_two_processes_are_those_of_one(tmp_path):
-    torch.multiprocessing.spawn(_sync_worker, (str(tmp_path),), nprocs=2)
-    parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+def _batch_norm(rank):
+    """The first process has two images with padding, the other one image that fills its maps."""
+    x, weight = _maps()
+    own = slice(0, 2) if rank == 0 else slice(2, 3)
+    rows, columns = AREAS.at(4).grid if rank == 0 else (8, 1)
+    x = x[own, :, :rows, :columns].clone().requires_grad_()
+    norm = NaiveSyncBatchNorm(3)
+    out = normalise(norm, x, ValidArea(AREAS.at(4).sizes[own], (rows, columns), x.device))
+    (out * weight[own, :, :rows, :columns]).sum().backward()
+    return {"out": out.detach(), "grad": x.grad, "mean": norm.running_mean}
+
+
+class Recorder:
+    """An evaluator that keeps what each image of this process got."""
+
+    def reset(self):
+        self.found = {}
+
+    def process(self, samples, results):
+        self.found |= {sample["image_id"]: result for sample, result in zip(samples, results, strict=True)}
+
+    def evaluate(self):
+        return {}
+
+
+@cache
+def _model():
+    return detector("mask_rcnn")
+
+
+def _evaluate(folder, batch_size, mode):
+    """What this process finds in its share of the demo's kind of data: images of different sizes."""
+    _model().backbone.bottom_up.batch_mode = mode
+    demo = load("configs/demo.py", [f"train.output_dir={folder}"])
+    demo.dataloader.evaluator = {"_target_": f"{Recorder.__module__}.{Recorder.__name__}"}
+    demo.dataloader.test.mapper.augmentations = []
+    if batch_size is not None:
+        demo.dataloader.test.batch_size = batch_size
+    evaluation = Evaluation.from_config(demo)
+    evaluation.run(_model())
+    return evaluation.evaluator.found
+
+
+CASES = [(None, "canvas"), (2, "canvas"), (2, "packed")]
+
+
+def _process(rank, folder):
+    for world in (3, 2):
+        if rank < world:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world)
+            found = {"found": [_evaluate(folder, *case) for case in CASES]}
+            if world == 2:
+                found |= _batch_norm(rank)
+            torch.save(found, f"{folder}/{world}-{rank}.pth")
+            dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Folder, and {number of processes: what each of them found}, from one start of them."""
+    folder = tmp_path_factory.mktemp("processes")
+    generate_shapes(folder / "shapes", 1, 7, (48, 96))
+    torch.multiprocessing.spawn(_process, (str(folder),), nprocs=3)
+    return folder, {n: [torch.load(folder / f"{n}-{rank}.pth") for rank in range(n)] for n in (2, 3)}
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=["demo", "canvas", "packed"])
+def test_an_evaluation_finds_the_same_with_any_number_of_processes(processes, case):
+    folder, found = processes
+    alone = _evaluate(folder, *CASES[case])
+    assert len(alone) == 7
+    assert sum(len(each["scores"]) for each in alone.values()) > 50
+    for parts in found.values():
+        shares = [part["found"][case] for part in parts]
+        assert sum(map(len, shares)) == 7
+        for image, got in (pair for share in shares for pair in share.items()):
+            for key, value in alone[image].items():
+                assert torch.equal(got[key], value), (len(parts), image, key)
+
+
+def test_the_demo_evaluates_as_it_predicts(processes):
+    """One by one: on the canvas, what an image is batched with would count."""
+    folder, _ = processes
+    single, demo = (_evaluate(folder, batch_size, "canvas") for batch_size in (1, None))
+    assert all(torch.equal(demo[image]["boxes"], single[image]["boxes"]) for image in single)
+
+
+def test_statistics_of_two_processes_are_those_of_one(processes):
+    parts = processes[1][2]
     x, weight = _maps()
     norm, area = NaiveSyncBatchNorm(3), AREAS.at(4)
     out = normalise(norm, x.requires_grad_(), area)
     (out * weight).sum().backward()
-    for name, want in (("out", out), ("grad", x.grad)):
-        for part, own, size in zip(parts, ((0, 1), (2,)), (area.grid, (8, 1)), strict=True):
+    for name, want in (("out", out.detach()), ("grad", x.grad)):
+        for part, own, (rows, columns) in zip(parts, ((0, 1), (2,)), (area.grid, (8, 1)), strict=True):
             got = torch.zeros(len(own), 3, *area.grid)
-            got[:, :, : size[0], : size[1]] = part[name]
+            got[:, :, :rows, :columns] = part[name]
             torch.testing.assert_close(got, want[list(own)], atol=1e-5, rtol=1e-4)
     for part in parts:
         torch.testing.assert_close(part["mean"], norm.running_mean, atol=1e-6, rtol=1e-5)
