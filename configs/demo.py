@@ -30,7 +30,7 @@ dataloader.train.mapper.augmentations = [
 ]
 dataloader.test.mapper.augmentations = [L(ResizeShortestEdge)(short_edge_length=160, max_size=256)]
 dataloader.train.update(total_batch_size=4, num_workers=0)
-dataloader.test.update(batch_size=4, num_workers=0)
+dataloader.test.num_workers = 0
 
 optimizer.lr = 2e-3
 train.update(

@@ -60,13 +60,14 @@ def build_detection_test_loader(
 ) -> DataLoader:
     """Loader that gives every image once, in order, each a sample in a list of up to `batch_size`.
 
-    Where torch.distributed is initialised, every rank gets a contiguous share of the images.
+    Where torch.distributed is initialised, every rank gets a contiguous share of the batches. They are the same for
+    any number of processes, and so is what a detector finds whose result depends on what an image is batched with.
     """
     rank, world_size = _rank_and_world_size()
-    share = range(len(dataset) * rank // world_size, len(dataset) * (rank + 1) // world_size)
-    items = [(index, (index,)) for index in share]
+    items = [(index, (index,)) for index in range(len(dataset))]
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
-    return _loader(dataset, mapper, batches, num_workers)
+    share = slice(len(batches) * rank // world_size, len(batches) * (rank + 1) // world_size)
+    return _loader(dataset, mapper, batches[share], num_workers)
 
 
 def _rank_and_world_size() -> tuple[int, int]:

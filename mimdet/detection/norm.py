@@ -102,34 +102,17 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
 
 
 def normalise(norm: nn.Module, x: torch.Tensor, area: ValidArea | None = None) -> torch.Tensor:
-    """``norm(x)`` of maps (B, C, H, W); with a valid area, that area is all that enters the statistics.
+    """``norm(x)`` of maps (B, C, H, W); with a valid area, that area is all that the norm sees.
 
-    What stands in the padding afterwards is arbitrary. Norms other than batch and group norms must work cell by cell.
+    What stands in the padding afterwards is arbitrary.
     """
     if isinstance(norm, NaiveSyncBatchNorm):
         return norm(x, area)
     if area is None or not area.padded:
         return norm(x)
-    if isinstance(norm, nn.GroupNorm):
-        return _group_norm(norm, x, area)
-    if norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        return area.unpack(norm(area.pack(x)))
-    return norm(x)
-
-
-def _group_norm(norm: nn.GroupNorm, x: torch.Tensor, area: ValidArea) -> torch.Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    groups = x.to(dtype).unflatten(1, (norm.num_groups, -1))
-    padding = area.padding.unsqueeze(2)
-    count = (area.cells.prod(dim=1) * groups.shape[2]).view(-1, 1, 1, 1, 1)
-    mean = groups.masked_fill(padding, 0.0).sum((2, 3, 4), keepdim=True) / count
-    # Two passes, so that a large mean costs the variance no digits.
-    centred = (groups - mean).masked_fill(padding, 0.0)
-    variance = centred.square().sum((2, 3, 4), keepdim=True) / count
-    y = (centred * (variance + norm.eps).rsqrt()).flatten(1, 2)
-    if norm.affine:
-        y = y * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
-    return y.to(x.dtype)
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return area.join([norm(area.crop(x, i)) for i in range(len(x))])
+    return area.unpack(norm(area.pack(x))) if norm.training else norm(x)
 
 
 def get_norm(norm: str | Callable[[int], nn.Module] | None, channels: int) -> nn.Module | None:

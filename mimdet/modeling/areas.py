@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..kernels.sample_tokens.api import upload
 from .sampling import cell_sizes
@@ -71,6 +72,11 @@ class ValidArea:
         """(1, C, rows, columns) of one image."""
         rows, columns = self.sizes[image]
         return x[image : image + 1, :, :rows, :columns]
+
+    def join(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Crops (1, C, rows, columns) of all images -> maps (B, C, H, W), padding zero."""
+        height, width = self.grid
+        return torch.cat([F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2])) for x in images])
 
     def outside(self, anchors: int) -> torch.Tensor:
         """(B, H * W * anchors) bool: anchors of cells without image, in order row, column, anchor."""
