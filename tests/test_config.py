@@ -10,6 +10,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from mimdet.config import LazyCall, from_yaml, instantiate, load, to_yaml
+from mimdet.config.lazy import resolve_target
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ def test_shipped_config_is_found_from_anywhere(tmp_path, monkeypatch):
     assert load("mimdet_l_mask_rcnn").optimizer.params.multiplier == 3.5
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
 def test_every_shipped_config_builds_and_survives_yaml(path, tmp_path):
     saved = tmp_path / "saved.yaml"
     saved.write_text(to_yaml(load(path)))
@@ -105,6 +108,68 @@ def test_every_shipped_config_builds_and_survives_yaml(path, tmp_path):
     for source in (path, saved):
         multiplier = instantiate(load(source).lr_multiplier)
         assert 0 <= multiplier(0.0) <= multiplier(0.5) <= 1
+
+
+SHIPPED = [p for p in sorted(CONFIGS.rglob("*.py")) if not {"common", "detectron2"} & set(p.relative_to(CONFIGS).parts)]
+
+
+def meaning(node):
+    """A config's plain tree with every callable, by name or itself, as (object, whether partial, arguments)."""
+    if isinstance(node, functools.partial):
+        return node.func, True, meaning(node.keywords)
+    if isinstance(node, dict) and "_target_" in node:
+        arguments = {k: meaning(v) for k, v in node.items() if k not in ("_target_", "_partial_")}
+        return resolve_target(node["_target_"]), node.get("_partial_", False), arguments
+    if isinstance(node, dict):
+        return {k: meaning(v) for k, v in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [meaning(v) for v in node]
+    return (node, True, {}) if callable(node) else node
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_a_saved_config_means_what_the_python_config_means(path):
+    cfg = load(path)
+    saved = from_yaml(to_yaml(cfg))
+    first, second = (meaning(OmegaConf.to_container(c, resolve=True)) for c in (cfg, saved))
+    assert first == second
+    assert second["optimizer"][0] is torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("torch.optim.adamw.AdamW", torch.optim.AdamW),
+        ("torch.nn.LayerNorm", nn.LayerNorm),
+        ("torch.nn.LayerNorm.forward", nn.LayerNorm.forward),
+        ("pathlib.Path.home", Path.home),
+    ],
+)
+def test_targets_are_found_by_module_and_attributes(name, found):
+    assert resolve_target(name) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no.such", r"no callable 'no\.such'"),
+        ("torch.optim.adamw.Adamm", "no callable"),
+        ("torch.optim", "no callable"),
+        ("torch.__version__", "no callable"),
+        ("LayerNorm", "no callable"),
+        (".LayerNorm", "no callable"),
+        ("", "no callable ''"),
+        (5, "no callable 5"),
+        ("broken_module.f", "module broken_module fails with ZeroDivisionError: division by zero"),
+        ("needy_module.f", "module needy_module needs no_such_package"),
+    ],
+)
+def test_targets_that_cannot_be_found_are_named(name, message, tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("1 / 0\n")
+    (tmp_path / "needy_module.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=message):
+        resolve_target(name)
 
 
 def test_syntax_error_names_file_and_line(tmp_path):
