@@ -1,5 +1,6 @@
 """Python configs in Detectron2's lazy form, loaded without Detectron2."""
 
+from .checks import check_config
 from .lazy import LazyCall, instantiate
 from .loader import find_config, load
 from .overrides import apply_overrides
@@ -10,6 +11,7 @@ __all__ = [
     "LazyCall",
     "UntrustedConfigError",
     "apply_overrides",
+    "check_config",
     "find_config",
     "from_untrusted_yaml",
     "from_yaml",
