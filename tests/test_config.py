@@ -148,32 +148,6 @@ def test_every_shipped_config_builds_and_survives_yaml(path, tmp_path):
         assert 0 <= multiplier(0.0) <= multiplier(0.5) <= 1
 
 
-SHIPPED = [p for p in sorted(CONFIGS.rglob("*.py")) if not {"common", "detectron2"} & set(p.relative_to(CONFIGS).parts)]
-
-
-def meaning(node):
-    """A config's plain tree with every callable, by name or itself, as (object, whether partial, arguments)."""
-    if isinstance(node, functools.partial):
-        return node.func, True, meaning(node.keywords)
-    if isinstance(node, dict) and "_target_" in node:
-        arguments = {k: meaning(v) for k, v in node.items() if k not in ("_target_", "_partial_")}
-        return resolve_target(node["_target_"]), node.get("_partial_", False), arguments
-    if isinstance(node, dict):
-        return {k: meaning(v) for k, v in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [meaning(v) for v in node]
-    return (node, True, {}) if callable(node) else node
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_a_saved_config_means_what_the_python_config_means(path):
-    cfg = load(path)
-    saved = from_yaml(to_yaml(cfg))
-    first, second = (meaning(OmegaConf.to_container(c, resolve=True)) for c in (cfg, saved))
-    assert first == second
-    assert second["optimizer"][0] is torch.optim.AdamW
-
-
 @pytest.mark.parametrize(
     ("name", "found"),
     [

@@ -1,5 +1,6 @@
 """Configs out of checkpoints: they build the shipped configs' parts and run nothing else."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from torch import nn
 
 from mimdet import Predictor
 from mimdet.checkpoint.read import CheckpointError
-from mimdet.config import UntrustedConfigError, apply_overrides, from_untrusted_yaml, load, to_yaml
+from mimdet.config import (
+    UntrustedConfigError,
+    apply_overrides,
+    check_config,
+    from_untrusted_yaml,
+    from_yaml,
+    load,
+    to_yaml,
+)
 from mimdet.config.lazy import TARGET, resolve_target
 from mimdet.config.trusted import TRUSTED, _allowed
 from mimdet.engine.model import build_model
@@ -36,21 +45,41 @@ def targets(node, path=()):
             yield from targets(value, (*path, str(index)))
 
 
+def meaning(node):
+    """A config's plain tree with every callable, by name or itself, as (object, whether partial, arguments)."""
+    if isinstance(node, functools.partial):
+        return node.func, True, meaning(node.keywords)
+    if isinstance(node, dict) and "_target_" in node:
+        arguments = {k: meaning(v) for k, v in node.items() if k not in ("_target_", "_partial_")}
+        return resolve_target(node["_target_"]), node.get("_partial_", False), arguments
+    if isinstance(node, dict):
+        return {k: meaning(v) for k, v in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [meaning(v) for v in node]
+    return (node, True, {}) if callable(node) else node
+
+
 @pytest.fixture(scope="module")
-def saved():
-    """YAML text of every shipped config."""
-    return {path: to_yaml(load(path)) for path in SHIPPED}
+def shipped():
+    """Every shipped config with its YAML text."""
+    configs = [load(path) for path in SHIPPED]
+    return [(cfg, to_yaml(cfg)) for cfg in configs]
 
 
-def test_every_shipped_config_passes_unchanged(saved):
-    assert len(saved) > 25
-    for text in saved.values():
-        assert to_yaml(from_untrusted_yaml(text)) == text
+def test_every_shipped_config_is_good_trusted_and_means_the_same_as_yaml(shipped):
+    assert len(shipped) > 25
+    for cfg, text in shipped:
+        check_config(cfg)
+        saved = from_untrusted_yaml(text)
+        assert to_yaml(saved) == text == to_yaml(from_yaml(text))
+        first, second = (meaning(OmegaConf.to_container(c, resolve=True)) for c in (cfg, saved))
+        assert first == second
+        assert second["optimizer"][0] is torch.optim.AdamW
 
 
-def test_the_list_is_what_the_shipped_configs_use_and_no_more(saved):
+def test_the_list_is_what_the_shipped_configs_use_and_no_more(shipped):
     used = {part: set() for part in TRUSTED}
-    for text in saved.values():
+    for _, text in shipped:
         for path, name in targets(yaml.safe_load(text)):
             part = next(part for part in TRUSTED if _allowed(path) is TRUSTED[part])
             used[part].add(name)
