@@ -19,14 +19,16 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 # Not resolve(): in a checkout the package reaches kernels/ and csrc/ through symbolic links.
 CSRC = Path(__file__).absolute().parent.parent / "csrc"
@@ -63,8 +65,8 @@ def cpp_unavailable() -> str | None:
     import torch
 
     try:
-        torch.ops.load_library(str(_find(CPU_LIBRARY, compile_cpu)))
-    except (BuildError, OSError) as error:
+        _load(CPU_LIBRARY, compile_cpu, torch.ops.load_library)
+    except BuildError as error:
         warnings.warn(f"mimdet: C++ kernels are off, plain PyTorch runs instead: {error}", stacklevel=2)
         return str(error)
     return None
@@ -75,7 +77,7 @@ def cuda_unavailable() -> str | None:
     """None once the CUDA library is loaded (compiling it if need be), else the reason."""
     try:
         _cuda_library()
-    except (BuildError, OSError) as error:
+    except BuildError as error:
         return str(error)
     return None
 
@@ -117,7 +119,17 @@ def call_cuda(name: str, *arguments) -> None:
 def _cuda_library():
     import ctypes
 
-    return ctypes.CDLL(str(_find(CUDA_LIBRARY, compile_cuda)))
+    return _load(CUDA_LIBRARY, compile_cuda, ctypes.CDLL)
+
+
+def _load(name: str, compile_library: Callable[[Path], Path], load: Callable[[str], Any]) -> Any:
+    library = _find(name, compile_library)
+    try:
+        return load(str(library))
+    except OSError as error:
+        shipped = library.parent == Path(__file__).resolve().parent
+        what = "reinstall mimdet, or delete the file and it is compiled here" if shipped else "delete it"
+        raise BuildError(f"{library} cannot be loaded: {error} ({what})") from error
 
 
 def _find(name: str, compile_library) -> Path:
@@ -139,7 +151,8 @@ def compile_cpu(folder: Path) -> Path:
     """Compile ``csrc/*.cpp`` into ``folder``; files ending in ``CPU.cpp`` once for each instruction set.
 
     Objects and the library are named by the hash of all they depend on, wherever the sources lie, so that nothing is
-    compiled twice and nothing stale is loaded.
+    compiled twice and nothing stale is loaded. A file beside each, written last, has the hash of its content: what a
+    crash or a full disk cut short, or something else overwrote, is compiled again.
 
     Raises:
         BuildError: no compiler, it failed, or ``folder`` cannot be written.
@@ -209,15 +222,15 @@ def _compile(folder: Path, name: str, commands: list[list[str]], link: list[str]
     folder = folder.resolve()
     objects = [folder / f"{_digest(identity, headers, *c, (CSRC / c[-1]).read_bytes())}.o" for c in commands]
     library = folder / _digest(identity, *link, *(made.name for made in objects)) / name
-    if library.is_file():
+    if _is_intact(library):
         return library
     workers = _workers()
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder), concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            if library.is_file():
+            if _is_intact(library):
                 return library
-            missing = [(c, o) for c, o in zip(commands, objects, strict=True) if not o.is_file()]
+            missing = [(c, o) for c, o in zip(commands, objects, strict=True) if not _is_intact(o)]
             list(pool.map(lambda job: _run_to(*job), missing))
             # Libraries follow what they are linked from.
             _run_to([*link[:1], *map(str, objects), *link[1:]], library)
@@ -235,7 +248,15 @@ def _alone(folder: Path) -> Iterator[None]:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
+            _remove_scratch(folder)
         yield
+
+
+def _remove_scratch(folder: Path) -> None:
+    """Delete what killed builds left; the lock says that no other build is at work."""
+    for scratch in (*folder.glob("tmp*"), *folder.glob("*/tmp*")):
+        if re.fullmatch(r"tmp[a-z0-9_]{8}", scratch.name) and scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _workers() -> int:
@@ -257,7 +278,28 @@ def _run_to(command: list[str], output: Path) -> None:
         if done.returncode:
             errors = (done.stderr + done.stdout)[-2000:]
             raise BuildError(f"{Path(command[0]).name} failed (exit {done.returncode}) on {command[-1]}:\n{errors}")
-        os.replace(made, output)
+        digest = Path(scratch) / "digest"
+        digest.write_text(_content_digest(made))
+        for file, place in ((made, output), (digest, _digest_file(output))):
+            with open(file, "rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(file, place)
+
+
+def _is_intact(file: Path) -> bool:
+    """Whether a file has the content that it was built with: loading a library that was cut short kills the process."""
+    try:
+        return _digest_file(file).read_bytes() == _content_digest(file).encode()
+    except OSError:
+        return False
+
+
+def _content_digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _digest_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
 
 
 def _version(compiler: list[str]) -> str:

@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from rich.progress import Progress
 from torchvision.transforms.v2 import functional as F
 
 from .checkpoint.read import CheckpointError, read_checkpoint, state_dict_of, strip_prefixes
-from .config import apply_overrides, from_yaml, instantiate, load
+from .config import UntrustedConfigError, apply_overrides, from_untrusted_yaml, instantiate, load
 from .data import COCO_CATEGORIES, DataError
 from .engine.model import build_model, match_num_classes, num_classes
 from .engine.weights import load_state
@@ -241,11 +241,21 @@ def _from_array(image: np.ndarray | torch.Tensor) -> Image.Image:
 
 
 def _config(given: DictConfig | str | os.PathLike | None, meta: dict[str, Any], weights: Any) -> DictConfig:
-    if given is None:
-        if "config" not in meta:
-            raise CheckpointError(f"{weights} carries no config; pass the one that it was trained with")
-        return from_yaml(meta["config"])
-    return copy.deepcopy(given) if isinstance(given, DictConfig) else load(given)
+    """The config to build: the one given, which is the caller's code, else the weights' own, which is not trusted."""
+    if not isinstance(meta, Mapping):
+        raise CheckpointError(f"{weights}: its meta is a {type(meta).__name__}, not a dictionary")
+    if given is not None:
+        return copy.deepcopy(given) if isinstance(given, DictConfig) else load(given)
+    if not meta.get("config"):
+        raise CheckpointError(f"{weights} carries no config; pass the one that it was trained with (--config-file)")
+    try:
+        return from_untrusted_yaml(meta["config"])
+    except UntrustedConfigError as error:
+        raise CheckpointError(
+            f"{weights}: the config in it is refused, and nothing of it was run: {error}. A config that comes with "
+            "weights may build only what the shipped configs build. If you trust the one that it was trained with, "
+            "pass that (--config-file CONFIG)"
+        ) from error
 
 
 def _categories(meta: dict[str, Any], count: int | None) -> tuple[list[str], list[int]]:

@@ -13,7 +13,7 @@ from engine_fakes import LOSSES, FakeDetector, FakeEvaluator, fake_config
 from omegaconf import OmegaConf
 
 from mimdet.checkpoint.read import CheckpointError, read_checkpoint
-from mimdet.config import apply_overrides, from_yaml
+from mimdet.config import apply_overrides, from_yaml, load
 from mimdet.engine import NonFiniteLossError, TrainingInterrupted, train
 from mimdet.engine.model import build_model
 from mimdet.engine.random_state import get_random_state, isolated_random, set_random_state
@@ -318,6 +318,21 @@ def test_resuming_bare_weights_is_refused(tmp_path):
     torch.save({"model": weights(tmp_path / "a" / "model_final.pth")}, tmp_path / "a" / "model_final.pth")
     with pytest.raises(CheckpointError, match=r"no optimizer, iteration, random, meta.*train.init_checkpoint"):
         run(tmp_path, "a", resume=True)
+
+
+def test_a_saved_config_trains_and_resumes_as_the_python_config(tmp_path):
+    run(tmp_path, "a", "train.checkpointer.period=2", max_iter=4)
+    text = (tmp_path / "a" / "config.yaml").read_text()
+    assert "torch.optim.adamw.AdamW" in text, "a name that is no attribute of its package"
+    train(load(tmp_path / "a" / "config.yaml", [f"train.output_dir={tmp_path / 'b'}"]))
+    expected = weights(tmp_path / "a" / "model_final.pth")
+    assert_same(weights(tmp_path / "b" / "model_final.pth"), expected)
+
+    (tmp_path / "b" / "model_final.pth").unlink()
+    (tmp_path / "b" / "last_checkpoint").write_text("model_0000001.pth")
+    train(load(tmp_path / "b" / "config.yaml"), resume=True)
+    assert_same(weights(tmp_path / "b" / "model_final.pth"), expected)
+    assert "resuming from" in (tmp_path / "b" / "log.txt").read_text()
 
 
 def test_init_checkpoint_gives_the_weights(tmp_path):

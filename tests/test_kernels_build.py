@@ -1,6 +1,7 @@
 """Compiling: in parallel, once, into a cache, and with words that help when it fails."""
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ case $1 in --version) echo fake; exit 0;; esac
 for output; do :; done
 echo start >> {log}
 sleep 0.02
-: > "$output"
+echo built > "$output"
 echo end >> {log}
 """
 
@@ -102,6 +103,113 @@ def test_processes_that_start_together_build_once(compiler, tmp_path):
     assert Path(library).is_file()
     objects = len(list((tmp_path / "objects").glob("*.o")))
     assert compiler.read_text().count("start") == objects + 1
+
+
+DAMAGES = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "empty": lambda file: file.write_bytes(b""),
+    "garbage": lambda file: file.write_bytes(b"garbage"),
+    "without-digest": lambda file: build._digest_file(file).unlink(),
+    "empty-digest": lambda file: build._digest_file(file).write_bytes(b""),
+    "garbage-digest": lambda file: build._digest_file(file).write_bytes(b"\xff" * 64),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_library_is_linked_again(compiler, tmp_path, damage):
+    library = build.compile_cpu(tmp_path / "objects")
+    content, compiled = library.read_bytes(), compiler.read_text().count("start")
+    damage(library)
+    for _ in range(2):
+        assert build.compile_cpu(tmp_path / "objects") == library
+        assert library.read_bytes() == content
+        assert compiler.read_text().count("start") == compiled + 1
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_object_is_compiled_again(compiler, tmp_path, damage):
+    library = build.compile_cpu(tmp_path / "objects")
+    object_file = next((tmp_path / "objects").glob("*.o"))
+    content, compiled = object_file.read_bytes(), compiler.read_text().count("start")
+    damage(object_file)
+    library.unlink()
+    build.compile_cpu(tmp_path / "objects")
+    assert object_file.read_bytes() == content
+    assert compiler.read_text().count("start") == compiled + 2  # it and the library
+
+
+def test_another_library_in_its_place_is_not_loaded(compiler, monkeypatch, tmp_path):
+    ours = build.compile_cpu(tmp_path / "ours")
+    content = ours.read_bytes()
+    other = tmp_path / "other.so"
+    other.write_bytes(b"another compiler's library, whole")
+    shutil.copy(other, ours)
+    assert build.compile_cpu(tmp_path / "ours").read_bytes() == content
+
+
+def test_scratch_of_killed_builds_is_removed(compiler, tmp_path):
+    folder = tmp_path / "objects"
+    library = build.compile_cpu(folder)
+    left = [folder / "tmpab12cd_9", library.parent / "tmpzzzzzzzz"]
+    others = [folder / "tmp", folder / "tmpfiles", library.parent / "tmp_mine_too"]
+    for path in (*left, *others):
+        path.mkdir()
+        (path / "half.o").write_bytes(b"half")
+    assert build.compile_cpu(folder) == library
+    assert all(path.exists() for path in left), "nothing is built, so another build's scratch may be in use"
+    library.unlink()
+    build.compile_cpu(folder)
+    assert not any(path.exists() for path in left)
+    assert all((path / "half.o").exists() for path in others)
+
+
+def test_scratch_stays_where_nothing_can_be_locked(compiler, monkeypatch, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    folder = tmp_path / "objects"
+    folder.mkdir()
+    (folder / "tmpab12cd_9").mkdir()
+
+    def refuse(*args):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    build.compile_cpu(folder)
+    assert (folder / "tmpab12cd_9").exists()
+
+
+def test_every_file_is_on_the_disk_before_it_has_its_name(compiler, monkeypatch, tmp_path):
+    synced, replace, fsync = set(), os.replace, os.fsync
+
+    def recorded_sync(handle):
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def checked_replace(source, target):
+        assert os.stat(source).st_ino in synced, target
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_sync)
+    monkeypatch.setattr(os, "replace", checked_replace)
+    library = build.compile_cpu(tmp_path / "objects")
+    assert build._is_intact(library)
+
+
+def test_a_shipped_library_that_cannot_be_loaded_is_named(monkeypatch, tmp_path):
+    import torch
+
+    for folder, advice in ((tmp_path, "reinstall mimdet"), (tmp_path / "cache", "delete it")):
+        folder.mkdir(exist_ok=True)
+        (folder / build.CPU_LIBRARY).write_bytes(b"no library")
+        monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+        monkeypatch.setattr(build, "_find", lambda *_, folder=folder: folder / build.CPU_LIBRARY)
+        build.cpp_unavailable.cache_clear()
+        try:
+            with pytest.warns(UserWarning, match=r"mimdet_cpu\.abi3\.so cannot be loaded: .*" + advice):
+                assert "cannot be loaded" in build.cpp_unavailable()
+            with pytest.raises(build.BuildError, match="cannot be loaded"):
+                build._load(build.CPU_LIBRARY, build.compile_cpu, torch.ops.load_library)
+        finally:
+            build.cpp_unavailable.cache_clear()
 
 
 def test_a_cache_that_cannot_be_written_names_the_variable(compiler, tmp_path):

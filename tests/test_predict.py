@@ -11,6 +11,7 @@ from PIL import Image
 
 from mimdet.checkpoint.read import CheckpointError
 from mimdet.config import LazyCall, to_yaml
+from mimdet.config.trusted import TRUSTED
 from mimdet.data import COCO_CATEGORIES, DataError, DatasetMapper, ResizeShortestEdge
 from mimdet.predict import Predictor, find_pictures, predict_files, read_picture
 
@@ -150,7 +151,8 @@ def test_class_names(tmp_path, meta, num_classes, first, last):
     assert len(pairs) == (len(COCO_CATEGORIES) if meta is None and num_classes == 80 else 3)
 
 
-def test_config_from_a_file_or_from_the_checkpoint(tmp_path):
+def test_config_from_a_file_or_from_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setitem(TRUSTED, "model", TRUSTED["model"] | {f"{__name__}.RedBoxDetector"})
     text = to_yaml(config())
     (tmp_path / "config.yaml").write_text(text)
     overrides = ["dataloader.test.mapper.augmentations.0.short_edge_length=32"]
@@ -158,8 +160,9 @@ def test_config_from_a_file_or_from_the_checkpoint(tmp_path):
         predictor = Predictor(cfg, weights(tmp_path, meta), device="cpu", overrides=overrides)
         assert predictor(picture())["class_names"] == ["cone"]
         assert predictor.model.seen == [(3, 32, 48)]
-    with pytest.raises(CheckpointError, match="carries no config"):
-        Predictor(None, weights(tmp_path, META))
+    for nothing in ({}, {"config": ""}):
+        with pytest.raises(CheckpointError, match="carries no config"):
+            Predictor(None, weights(tmp_path, {**META, **nothing}))
 
 
 def test_the_given_config_is_left_alone(tmp_path):

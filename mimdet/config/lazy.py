@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pydoc
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,13 +32,43 @@ class LazyCall:
 
 
 def resolve_target(target: Callable | str) -> Callable:
-    """The callable behind a ``_target_``, which may be a dotted name such as ``torch.nn.Linear``."""
+    """The callable behind a ``_target_``, which may be a dotted name such as ``torch.nn.Linear``.
+
+    A module is found by its name in ``sys.modules``, not as an attribute of its package: torch deletes submodules
+    such as ``torch.optim.adamw`` from theirs.
+
+    Raises:
+        ImportError: a name that cannot be imported, or that names nothing callable.
+    """
     if callable(target):
         return target
-    found = pydoc.locate(target) if isinstance(target, str) else None
+    found = _locate(target) if isinstance(target, str) else None
     if not callable(found):
         raise ImportError(f"config: no callable {target!r}; {TARGET} must name an importable function or class")
     return found
+
+
+def _locate(name: str) -> Any:
+    """What a dotted name means: the longest module that can be imported, and the attributes that follow; or None."""
+    parts = name.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return None
+    for length in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:length])
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+                continue  # this is the class around a class, or no module at all
+            raise ImportError(f"config: {TARGET} {name!r}: module {module} needs {error.name}: {error}") from error
+        except Exception as error:
+            raise ImportError(
+                f"config: {TARGET} {name!r}: module {module} fails with {type(error).__name__}: {error}"
+            ) from error
+        for part in parts[length:]:
+            found = getattr(found, part, None)
+        return found
+    return None
 
 
 def instantiate(cfg: Any, **extra: Any) -> Any:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import itertools
+import re
 import sys
+import textwrap
+import traceback
 import types
 from collections.abc import Iterable
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from .overrides import apply_overrides
 from .serialize import from_yaml
 
 _SHIPPED = Path(__file__).absolute().parents[1] / "configs"
+_WIDTH = 100  # of the list of shipped configs
 _counter = itertools.count()
 
 
@@ -30,12 +36,29 @@ def find_config(path: str | Path) -> Path:
     if given.is_file():
         return given.resolve()
     relative = Path(*given.parts[1:]) if given.parts[:1] == (_SHIPPED.name,) else given
-    for candidate in (_SHIPPED / relative, _SHIPPED / relative.with_name(relative.name + ".py")):
+    for candidate in (_SHIPPED / relative, _SHIPPED / f"{relative}.py"):
         if candidate.is_file():
             return candidate.resolve()
-    shipped = sorted(str(p.relative_to(_SHIPPED)) for p in _SHIPPED.rglob("*.py"))
-    names = [n for n in shipped if "common" not in Path(n).parts]
-    raise FileNotFoundError(f"no config file {str(path)!r}; shipped with mimdet: {', '.join(names) or 'none'}")
+    raise FileNotFoundError(_no_config(path, relative))
+
+
+def _no_config(path: str | Path, relative: Path) -> str:
+    """What to say where there is no such config: the nearest name, then all of them by kind."""
+    names = {file.relative_to(_SHIPPED).with_suffix("").as_posix() for file in _SHIPPED.rglob("*.py")}
+    names = sorted((name for name in names if not name.startswith("common/")), key=lambda n: (n.rpartition("/")[0], n))
+    asked = re.sub(r"\.(py|ya?ml)$", "", relative.as_posix())
+    near = difflib.get_close_matches(asked, names, n=1) or [n for n in names if n.endswith(f"/{Path(asked).name}")]
+    groups: dict[str, list[str]] = {"detectors": [], "demo": []}
+    for name in names:
+        folder = name.rpartition("/")[0] or ("demo" if name.startswith("demo") else "detectors")
+        groups.setdefault(folder, []).append(name)
+    lines = [
+        f"no config file {str(path)!r}; " + (f"did you mean {near[0]!r}? " if near else "") + "shipped with mimdet:"
+    ]
+    for group, members in groups.items():
+        shown = textwrap.wrap("  ".join(members), _WIDTH, break_on_hyphens=False, break_long_words=False)
+        lines += [f"  {group}:", *(f"    {line}" for line in shown)] if members else []
+    return "\n".join(lines)
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
@@ -46,16 +69,22 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
             other config files) or a ``.yaml`` saved by a run.
         overrides: such as ``"train.max_iter=100"``; values are read as YAML.
 
+    Either file is the caller's code: a ``.yaml`` too may name any importable function to be called.
+
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file does not parse.
+        ValueError: the file does not parse, or fails while it runs; with file and line. ImportError where it imports
+            what is not there.
         KeyError: an override names a key that does not exist; the message suggests the nearest.
     """
     file = find_config(path)
     if file.suffix in (".yaml", ".yml"):
-        cfg = from_yaml(file.read_text(encoding="utf-8"))
+        try:
+            cfg = from_yaml(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"config {file}: {error}") from error
     elif file.suffix == ".py":
-        cfg = _from_module(_execute(file))
+        cfg = _from_module(_execute(file), file)
     else:
         raise ValueError(f"config {file}: expected a .py or .yaml file")
     return apply_overrides(cfg, overrides)
@@ -75,17 +104,43 @@ def _execute(file: Path) -> types.ModuleType:
     try:
         return importlib.import_module(f"{parent}.{file.stem}")
     except SyntaxError as error:
-        raise ValueError(f"config {error.filename}, line {error.lineno}: {error.msg}") from error
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise ValueError(f"config {error.filename or file}{line}: {error.msg}") from error
+    except Exception as error:
+        kind = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind(f"config {_where(error, prefix) or file}: {_what(error, prefix)}") from error
     finally:
         sys.dont_write_bytecode = keep
         for module in [m for m in sys.modules if m == prefix or m.startswith(prefix + ".")]:
             del sys.modules[module]
 
 
-def _from_module(module: types.ModuleType) -> DictConfig:
-    values = {
-        key: OmegaConf.create(value, flags={"allow_objects": True}) if isinstance(value, (dict, list)) else value
-        for key, value in vars(module).items()
-        if not key.startswith("_") and isinstance(value, (dict, list, DictConfig, ListConfig))
-    }
+def _where(error: Exception, prefix: str) -> str:
+    """The last line of a config file that led to an error, "" where none did."""
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__", "").startswith(f"{prefix}."):
+            place = f"{frame.f_code.co_filename}, line {line}"
+    return place
+
+
+def _what(error: Exception, prefix: str) -> str:
+    """An error in a line; the names of the throw-away packages are no user's business."""
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = re.sub(rf"{prefix}(\.d)*\.?", "", str(message))
+    text = " ".join(text.split())
+    return text if isinstance(error, ImportError) else f"{type(error).__name__}: {text}"
+
+
+def _from_module(module: types.ModuleType, file: Path) -> DictConfig:
+    values = {}
+    for key, value in vars(module).items():
+        if key.startswith("_") or not isinstance(value, (dict, list, DictConfig, ListConfig)):
+            continue
+        try:
+            values[key] = (
+                OmegaConf.create(value, flags={"allow_objects": True}) if isinstance(value, (dict, list)) else value
+            )
+        except OmegaConfBaseException as error:
+            raise ValueError(f"config {file}: {key}: {_what(error, module.__name__)}") from error
     return DictConfig(values, flags={"allow_objects": True})

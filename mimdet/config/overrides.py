@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,26 +15,47 @@ from omegaconf.errors import OmegaConfBaseException
 from .lazy import PARTIAL, TARGET, resolve_target
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as people mean it on a command line: ``8e-5`` is a number, ``2024-01-05`` is text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$"), list("-+.0123456789")
+)
+
+
 def split_override(override: str) -> tuple[str, Any]:
     """``"a.b=1"`` -> ``("a.b", 1)``; the value is read as YAML, so lists and null work."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ValueError(f"override {override!r} is not of the form key=value")
     try:
-        return key.strip(), _number(yaml.safe_load(text)) if text else ""
-    except yaml.YAMLError as error:
+        return key.strip(), _restore(yaml.load(text.translate(_HIDE), _Loader)) if text else ""
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"override {override!r}: the value is not valid YAML ({error})") from error
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads ``8e-5`` as a string; people mean a number."""
+# In a locale without UTF-8, Python has the bytes of a non-ASCII path as lone surrogates, which YAML refuses: they pass
+# through it as private characters.
+_SURROGATES = range(0xDC80, 0xDD00)
+_PRIVATE = 0x10FF00
+_HIDE = {surrogate: _PRIVATE + index for index, surrogate in enumerate(_SURROGATES)}
+_SHOW = {private: surrogate for surrogate, private in _HIDE.items()}
+
+
+def _restore(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_restore(k): _restore(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_number(v) for v in value]
+        return [_restore(v) for v in value]
     if isinstance(value, str):
-        try:
-            return float(value) if value[:1] in "+-.0123456789" else value
-        except ValueError:
-            return value
+        # JSON, whose strings are YAML, writes a character beyond 16 bits as two surrogates.
+        joined = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+        return joined.translate(_SHOW)
     return value
 
 
@@ -44,14 +66,17 @@ def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
 
     Raises:
         KeyError: unknown key; the message suggests the nearest existing one.
-        ValueError: an override that is not ``key=value``.
+        ValueError: an override that is not ``key=value``, or whose value no config can hold.
     """
     for override in overrides:
         key, value = split_override(override)
         parts = key.split(".")
         for depth in range(1, len(parts) + 1):
             _check(cfg, parts[: depth - 1], parts[depth - 1], key)
-        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+        try:
+            OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"override {override!r}: {str(error).splitlines()[0]}") from error
     return cfg
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from .lazy import PARTIAL, TARGET
 
@@ -24,15 +25,17 @@ def from_yaml(text: str) -> DictConfig:
     """The config behind :func:`to_yaml`'s text.
 
     Raises:
-        ValueError: the text is not a YAML mapping.
+        ValueError: the text is not a YAML mapping, or holds an interpolation that does not parse.
     """
     try:
         content = yaml.safe_load(text)
+        if not isinstance(content, dict):
+            raise ValueError("config is not a YAML mapping")
+        return OmegaConf.create(content, flags={"allow_objects": True})
     except yaml.YAMLError as error:
         raise ValueError(f"config is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError("config is not a YAML mapping")
-    return OmegaConf.create(content, flags={"allow_objects": True})
+    except OmegaConfBaseException as error:
+        raise ValueError(f"config holds what none can: {error}") from error
 
 
 def _plain(value: Any) -> Any:

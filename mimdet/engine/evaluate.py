@@ -14,7 +14,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
 
-from ..config import instantiate
+from ..config import check_config, instantiate
 from ..evaluation import format_results
 from .logger import RunLog
 from .model import build_model, match_num_classes
@@ -123,6 +123,7 @@ def evaluate_only(
         ValueError: no ``train.init_checkpoint``.
         CheckpointError: it cannot be read or does not fit.
     """
+    check_config(cfg)
     if not cfg.train.init_checkpoint:
         raise ValueError("nothing to evaluate: pass the detector's weights as train.init_checkpoint=PATH")
     cfg = copy.deepcopy(cfg)

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..config import instantiate
 
 logger = logging.getLogger(__name__)
 
-_PRETRAINED = ("mae_checkpoint.path", "model.backbone.bottom_up.encoder.stem_pretrained")
+_PRETRAINED = ("pretrained", "stem_pretrained")  # arguments that name files of pre-trained weights
 _CLASS_KEYS = ("model.roi_heads.num_classes", "model.num_classes")
 
 
@@ -48,14 +48,26 @@ def num_classes(cfg: DictConfig) -> tuple[str, int | None]:
 def build_model(cfg: DictConfig, pretrained: bool = True) -> nn.Module:
     """The config's model in channels_last memory, which the convolutions want.
 
-    Without ``pretrained`` files of pre-trained parts are not read, for other weights will replace them.
+    Without ``pretrained`` no file is read, for other weights will replace those of pre-trained parts: the arguments
+    ``pretrained`` and ``stem_pretrained`` of every part, and ``mae_checkpoint.path``, are taken as None.
     """
     if not pretrained:
         cfg = copy.deepcopy(cfg)
-        for key in _PRETRAINED:
-            if OmegaConf.select(cfg, key) is not None:
-                OmegaConf.update(cfg, key, None)
+        _empty_pretrained(cfg.model)
+        if OmegaConf.select(cfg, "mae_checkpoint.path") is not None:
+            cfg.mae_checkpoint.path = None
     return instantiate(cfg.model).to(memory_format=torch.channels_last)
+
+
+def _empty_pretrained(node: DictConfig | ListConfig) -> None:
+    for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
+        if key in _PRETRAINED:
+            node[key] = None
+            continue
+        if not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)):
+            child = node[key]
+            if isinstance(child, (DictConfig, ListConfig)):
+                _empty_pretrained(child)
 
 
 def _names(dataset: Any) -> str:

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
 from ..checkpoint.read import state_dict_of
-from ..config import instantiate, to_yaml
+from ..config import check_config, instantiate, to_yaml
 from ..files import write_atomically
 from .checkpoint import Checkpointer
 from .evaluate import Evaluation, EvaluationInterruptedError
@@ -55,6 +55,7 @@ def train(cfg: DictConfig, resume: bool = False, overrides: Sequence[str] = ()) 
         NonFiniteLossError: a loss or a weight became NaN or infinite.
         CheckpointError: a checkpoint cannot be written, read or fitted.
     """
+    check_config(cfg)
     cfg = copy.deepcopy(cfg)
     fabric = build_fabric(cfg.train)
     with RunLog(cfg.train.output_dir, fabric.global_rank) as log:

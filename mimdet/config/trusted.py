@@ -1,0 +1,184 @@
+"""A config that comes out of a file of weights, read so that it can build mimdet's own parts and nothing else.
+
+Whoever made the file wrote the config too, and a config can name any function to be called. So only the targets
+listed here are built from such a config: those of the shipped configs, each only in the part of a config where those
+use it. No model part and no transform reads or writes a file, once the paths of pre-trained weights are emptied
+(:func:`mimdet.engine.model.build_model` with ``pretrained=False``). A config file that the user names is code that the
+user chose, and may name any target.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
+
+from .lazy import PARTIAL, TARGET
+
+_TRANSFORMS = frozenset(
+    {
+        "mimdet.data.mapper.DatasetMapper",
+        "mimdet.data.transforms.AugmentationList",
+        "mimdet.data.transforms.FixedSizeCrop",
+        "mimdet.data.transforms.RandomApply",
+        "mimdet.data.transforms.RandomCrop",
+        "mimdet.data.transforms.RandomFlip",
+        "mimdet.data.transforms.ResizeScale",
+        "mimdet.data.transforms.ResizeShortestEdge",
+    }
+)
+
+# Part of a config -> targets that may be anywhere in it. Of two parts the longer one counts.
+TRUSTED: dict[str, frozenset[str]] = {
+    "model": frozenset(
+        {
+            "mimdet.detection.anchors.DefaultAnchorGenerator",
+            "mimdet.detection.box_head.FastRCNNConvFCHead",
+            "mimdet.detection.box_head.FastRCNNOutputLayers",
+            "mimdet.detection.boxes.Box2BoxTransform",
+            "mimdet.detection.cascade.CascadeROIHeads",
+            "mimdet.detection.fpn.FPN",
+            "mimdet.detection.fpn.LastLevelMaxPool",
+            "mimdet.detection.fpn.LastLevelP6P7",
+            "mimdet.detection.mask_head.MaskRCNNConvUpsampleHead",
+            "mimdet.detection.matcher.Matcher",
+            "mimdet.detection.passes.InferencePasses",
+            "mimdet.detection.pooler.ROIPooler",
+            "mimdet.detection.rcnn.GeneralizedRCNN",
+            "mimdet.detection.retinanet.RetinaNet",
+            "mimdet.detection.retinanet.RetinaNetHead",
+            "mimdet.detection.roi_heads.StandardROIHeads",
+            "mimdet.detection.rpn.RPN",
+            "mimdet.detection.rpn.StandardRPNHead",
+            "mimdet.modeling.backbone.MIMDetBackbone",
+            "mimdet.modeling.benchmarking.backbone.BenchmarkingViTDet",
+            "mimdet.modeling.decoder.MIMDetDecoder",
+            "mimdet.modeling.encoder.MIMDetEncoder",
+            "mimdet.modeling.pyramid.UpsampledTokens",
+            "mimdet.modeling.shapes.ShapeSpec",
+            "torch.nn.modules.normalization.LayerNorm",
+        }
+    ),
+    "dataloader.train.mapper": _TRANSFORMS,
+    "dataloader.test.mapper": _TRANSFORMS,
+    # The rest is kept in a checkpoint and never built from it.
+    "dataloader": frozenset(
+        {
+            "mimdet.data.coco.CocoDataset",
+            "mimdet.data.loader.build_detection_test_loader",
+            "mimdet.data.loader.build_detection_train_loader",
+            "mimdet.evaluation.coco_evaluator.COCOEvaluator",
+        }
+    ),
+    "optimizer": frozenset(
+        {
+            "mimdet.engine.optim.get_default_optimizer_params",
+            "mimdet.engine.optim.get_fpn_model_parameters",
+            "torch.optim.adamw.AdamW",
+        }
+    ),
+    "lr_multiplier": frozenset(
+        {
+            "mimdet.engine.schedule.CosineParamScheduler",
+            "mimdet.engine.schedule.MultiStepParamScheduler",
+            "mimdet.engine.schedule.WarmupParamScheduler",
+        }
+    ),
+}
+
+_MOST_CHARACTERS = 100_000  # a shipped config has at most 10 thousand
+_REFERENCE = re.compile(r"\$\{\.*\w+(?:\.\w+|\[\w+\])*\}")
+
+
+class UntrustedConfigError(ValueError):
+    """A config out of a file of weights that asks for more than mimdet's own parts."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, by which a short text describes an endless tree."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise UntrustedConfigError("it has YAML aliases, which no config saved by mimdet has")
+        return super().compose_node(parent, index)
+
+
+def from_untrusted_yaml(text: Any) -> DictConfig:
+    """The config behind :func:`mimdet.config.to_yaml`'s text, checked as a whole before anything is imported or built.
+
+    Raises:
+        UntrustedConfigError: a target that is not in :data:`TRUSTED`, an interpolation other than ``${a.b}`` to a
+            single value, or a text that ``to_yaml`` does not write; the message names the key.
+    """
+    if not isinstance(text, str) or len(text) > _MOST_CHARACTERS:
+        what = f"text of {len(text)} characters" if isinstance(text, str) else type(text).__name__
+        raise UntrustedConfigError(f"it is a {what}, not the YAML text of a config")
+    try:
+        content = yaml.load(text, _Loader)
+        if not isinstance(content, dict):
+            raise UntrustedConfigError("it is not a YAML mapping")
+        for path, value in _walk(content, ()):
+            _check(path, value)
+        cfg = OmegaConf.create(content, flags={"allow_objects": True})
+        for path, value in _walk(content, ()):
+            _check_reference(cfg, path, value)
+        return cfg
+    except UntrustedConfigError:
+        raise
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UntrustedConfigError(f"it cannot be read: {error}") from error
+    except RecursionError:
+        raise UntrustedConfigError("it is nested too deep") from None
+
+
+def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every node of a plain tree with its path, parents first."""
+    yield path, value
+    if isinstance(value, dict):
+        for key, child in value.items():
+            if not isinstance(key, str):
+                raise UntrustedConfigError(f"{_name(path)} has the key {key!r}, which is not text")
+            yield from _walk(child, (*path, key))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _walk(child, (*path, str(index)))
+
+
+def _check(path: tuple[str, ...], value: Any) -> None:
+    if not (value is None or isinstance(value, (str, bool, int, float, dict, list))):
+        raise UntrustedConfigError(f"{_name(path)} is a {type(value).__name__}, which no saved config holds")
+    if path and path[-1] == TARGET:
+        if not isinstance(value, str) or value not in _allowed(path):
+            raise UntrustedConfigError(f"{_name(path[:-1])} names {value!r} to be called, which is none of its parts")
+    elif path and path[-1] == PARTIAL:
+        if not isinstance(value, bool):
+            raise UntrustedConfigError(f"{_name(path)} is {value!r}, neither true nor false")
+    elif isinstance(value, str) and "${" in _REFERENCE.sub("", value, count=1):
+        raise UntrustedConfigError(f"{_name(path)} is {value!r}: of interpolations it may have one such as ${{a.b}}")
+
+
+def _check_reference(cfg: DictConfig, path: tuple[str, ...], value: Any) -> None:
+    """A reference to a whole node would put it where its target is not allowed, or double it again and again."""
+    if not (isinstance(value, str) and "${" in value):
+        return
+    node: Any = cfg
+    try:
+        for key in path:
+            node = node[int(key) if isinstance(node, ListConfig) else key]
+    except (InterpolationKeyError, InterpolationToMissingValueError):
+        return  # it gets its value from an override, or is never asked for
+    if isinstance(node, (DictConfig, ListConfig)):
+        raise UntrustedConfigError(f"{_name(path)} is {value!r}, which refers to more than a single value")
+
+
+def _allowed(path: tuple[str, ...]) -> frozenset[str]:
+    lengths = range(len(path), 0, -1)
+    return next((TRUSTED[part] for n in lengths if (part := ".".join(path[:n])) in TRUSTED), frozenset())
+
+
+def _name(path: tuple[str, ...]) -> str:
+    return ".".join(path) or "its top"
