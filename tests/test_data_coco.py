@@ -151,7 +151,7 @@ def without(data, *path):
         pytest.param(content([instance(5, image_id=8)]), "annotation 5 of image 8 refers", id="unknown image"),
         pytest.param(
             content([instance(5, category_id=1)]),
-            "annotation 5 of image 7 .*category 1",
+            "annotation 5 of image 7 refers to a category .*category_id 1",
             id="unknown category",
         ),
         pytest.param(

@@ -166,7 +166,7 @@ def test_boxes_are_clipped_but_not_fitted_to_polygons():
     # Half of the triangle's box remains, of the triangle only a smaller part.
     targets = make_targets((0, 0, 20, 20))
     targets["masks"] = [[np.array([0.0, 0, 20, 0, 0, 20])]]
-    cropped = crop_targets(targets, 10, 5, 30, 30)
+    cropped = clip_targets(crop_targets(targets, 10, 5, 30, 30), 30, 30)
     assert cropped["boxes"].tolist() == [[0, 0, 10, 15]]
     assert cropped["masks"][0][0].reshape(-1, 2)[:, 1].max() == 5
 
@@ -174,7 +174,7 @@ def test_boxes_are_clipped_but_not_fitted_to_polygons():
 def test_instances_without_box_or_polygon_are_dropped():
     targets = make_targets((0, 0, 20, 20), (0, 0, 10, 10), (0, 0, 10 + 5e-6, 20), (5, 5, 15, 15))
     targets["masks"][3] = [np.array([5.0, 5, 9, 5, 5, 15])]  # its box reaches the window, its mask does not
-    cropped = crop_targets(targets, 10, 0, 30, 30)
+    cropped = clip_targets(crop_targets(targets, 10, 0, 30, 30), 30, 30)
     assert cropped["labels"].tolist() == [0]
     assert len(cropped["masks"]) == len(cropped["boxes"]) == 1
 
@@ -191,7 +191,7 @@ def test_crop_picture_and_targets_agree():
     x, y, width, height = crop.window(40, 60, rng(3))
     cropped, targets = crop(whole, make_targets((0, 0, 60, 40)), generator)
     np.testing.assert_array_equal(np.asarray(cropped), np.asarray(whole)[y : y + height, x : x + width])
-    assert targets["boxes"].tolist() == [[0, 0, width, height]]
+    assert targets["boxes"].tolist() == [[-x, -y, 60 - x, 40 - y]]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_fixed_size_crop_crops_pads_or_both():
         np.testing.assert_array_equal(pixels[:40], whole[:, x : x + 30])
         assert pixels.shape == (50, 30, 3)
         assert (pixels[40:] == 128).all()
-        assert targets["boxes"].tolist() == [[0, 0, 30, 40]]
+        assert targets["boxes"].tolist() == [[-x, 0, 60 - x, 40]]
     assert len(places) > 15
 
 
@@ -302,6 +302,7 @@ def test_masks_follow_the_picture_through_the_whole_pipeline():
     generator = rng(1)
     for _ in range(20):
         result, targets = augment(Image.fromarray(pixels), make_targets((100, 60, 220, 150)), generator)
+        targets = clip_targets(targets, result.width, result.height)
         bright = np.asarray(result)[..., 0] > 127
         if not len(targets["boxes"]):
             assert bright.mean() < 0.01
