@@ -166,11 +166,15 @@ def _sift(
     return sound, ids
 
 
+def _is_printable(text: str) -> bool:
+    return not any(unicodedata.category(character) in _UNPRINTABLE for character in text)
+
+
 def _category_flaw(category: dict, names: set[str]) -> str | None:
     where, name = f"category {category['id']}", category["name"]
     if type(name) is not str or not name.strip():
         return f"{where}: name must be a text that is not empty, is {_repr.repr(name)}"
-    if any(unicodedata.category(character) in _UNPRINTABLE for character in name):
+    if not _is_printable(name):
         return f"{where}: name {_repr.repr(name)} has a line break or another character that cannot be drawn"
     if name in names:
         return f"{where}: name {_repr.repr(name)} occurs twice; give each category another name"
@@ -180,7 +184,7 @@ def _category_flaw(category: dict, names: set[str]) -> str | None:
 
 def _image_flaw(image: dict) -> str | None:
     where, name, height, width = f"image {image['id']}", image["file_name"], image["height"], image["width"]
-    if type(name) is not str or not name or "\0" in name:
+    if type(name) is not str or not name or not _is_printable(name):
         return f"{where}: file_name must be the name of a file, is {_repr.repr(name)}"
     if not all(type(side) is int and 0 < side <= MAX_SIDE for side in (height, width)) or height * width > MAX_AREA:
         return (
