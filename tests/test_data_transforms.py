@@ -9,7 +9,9 @@ import shapely
 from fill_weights import image
 from PIL import Image
 
+from mimdet.data import DataError
 from mimdet.data.transforms import (
+    MAX_PIXELS,
     AugmentationList,
     FixedSizeCrop,
     RandomApply,
@@ -63,6 +65,35 @@ def test_resized_pixels(height, width):
     # A cap gives the one recorded size that a shortest edge alone would round to 25x38.
     resized, _ = ResizeShortestEdge(height, max_size=width)(picture(), None, rng())
     np.testing.assert_array_equal(np.asarray(resized), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((1, 1), (800, 800)), ((3000, 1), (1333, 1)), ((1, 3000), (1, 1333)), ((10000, 3), (1333, 1))],
+    ids=str,
+)
+def test_thin_images_keep_a_pixel(size, expected):
+    width, height = size
+    targets = make_targets((0, 0, width, height), (0, 0, 0.5, 0.5))
+    resized, moved = ResizeShortestEdge(800, 1333)(Image.new("RGB", size), targets, rng())
+    assert resized.size == expected
+    moved = clip_targets(moved, *resized.size)
+    assert moved["boxes"][0].tolist() == [0, 0, *expected]
+    assert len(moved["boxes"]) == len(moved["masks"]) == 2
+    assert moved["masks"][0][0].reshape(-1, 2).max(axis=0).tolist() == list(expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 3000), (3, 10000), (3000, 1)])
+def test_thin_images_do_not_become_huge(height, width):
+    # without a cap of the longer side these had 0.5 to 1.1 thousand million pixels
+    new_height, new_width = ResizeShortestEdge.output_size(height, width, 600)
+    assert 0.99 * MAX_PIXELS < new_height * new_width < 1.01 * MAX_PIXELS
+    assert new_height / new_width == pytest.approx(height / width, rel=0.01)
+
+
+def test_an_image_without_pixels_is_refused():
+    with pytest.raises(DataError, match="no pixels: it is 0x5"):
+        AugmentationList([ResizeShortestEdge(80)])(Image.new("RGB", (0, 5)), None, rng())
 
 
 def test_resize_moves_targets():
@@ -274,10 +305,19 @@ def test_large_scale_jitter_refuses(build):
         build()
 
 
+def test_boxes_are_judged_in_float32():
+    """A width of 2e-5 at 600 is none in float32: the target of its regression would be infinite."""
+    targets = make_targets((600, 0, 600 + 2e-5, 9), (0, 0, 2e-5, 9))
+    kept = clip_targets(targets, 700, 40)
+    assert kept["boxes"].dtype == np.float32
+    assert kept["labels"].tolist() == [1]
+
+
 def test_mask_boxes_are_tight():
     masks = [[np.array([1.0, 2, 5, 2, 5, 9]), np.array([3.0, 1, 8, 4, 7, 7])], [np.array([0.5, 0, 2, 0, 2, 3])]]
     assert mask_boxes(masks).tolist() == [[1, 1, 8, 9], [0.5, 0, 2, 3]]
     assert mask_boxes([]).shape == (0, 4)
+    assert mask_boxes([[], masks[1]]).tolist() == [[0, 0, 0, 0], [0.5, 0, 2, 3]]
 
 
 def test_masks_follow_the_picture_through_the_whole_pipeline():

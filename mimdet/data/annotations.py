@@ -4,7 +4,7 @@ import json
 import os
 import reprlib
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -98,9 +98,12 @@ def is_box(bbox: list) -> bool:
     return is_finite(bbox) and bbox[2] > 0 and bbox[3] > 0
 
 
-def is_finite(numbers: Iterable[float]) -> bool:
-    """Whether all numbers can be computed with; integers of JSON may have any length."""
-    return all(-_FINITE < number < _FINITE for number in numbers)
+def is_finite(bbox: list) -> bool:
+    """Whether float32 can hold all four numbers; integers of JSON may have any length."""
+    x, y, width, height = bbox
+    return (
+        -_FINITE < x < _FINITE and -_FINITE < y < _FINITE and -_FINITE < width < _FINITE and -_FINITE < height < _FINITE
+    )
 
 
 def usable_polygons(segmentation: list | None) -> list[np.ndarray]:

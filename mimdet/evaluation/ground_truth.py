@@ -73,7 +73,10 @@ def _mask(annotation: dict[str, Any]) -> dict[str, Any] | list[list[float]] | No
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
         return segmentation
-    return [polygon.tolist() for polygon in usable_polygons(segmentation)] or None
+    polygons = usable_polygons(segmentation)
+    if polygons and len(polygons) == len(segmentation):
+        return segmentation  # as it is: lists of numbers again would take their time
+    return [polygon.tolist() for polygon in polygons] or None
 
 
 def _outline(x: float, y: float, width: float, height: float) -> list[float]:
