@@ -179,9 +179,7 @@ def without(data, *path):
         pytest.param(content([instance(1.0)]), r"id 1\.0 in annotations is not an integer", id="float id"),
         pytest.param(content([instance(3), instance(3)]), "id 3 in annotations .*twice", id="annotation id twice"),
         pytest.param(content([instance(5, image_id=[7])]), r"annotation 5 .*image_id must be an integer", id="list id"),
-        pytest.param(
-            content([instance(5, category_id="9")]), "annotation 5 .*category_id must be", id="text id"
-        ),
+        pytest.param(content([instance(5, category_id="9")]), "annotation 5 .*category_id must be", id="text id"),
         pytest.param(content([instance(5, bbox=["1", "2", "3", "4"])]), "annotation 5 .*bbox must be", id="text box"),
         pytest.param(content([instance(5, bbox=[1, 2, 3, True])]), "annotation 5 .*bbox must be", id="true in a box"),
         pytest.param(content([instance(5, bbox=[60, 0, 5, 5])]), "annotation 5 .*wholly outside .* 60x40", id="right"),
