@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as mask_utils
 
 from mimdet.data import (
     COCO_CATEGORIES,
@@ -22,6 +23,7 @@ from mimdet.data import (
     read_image,
     register,
 )
+from mimdet.data.annotations import _text_runs
 
 TRIANGLE = [10.0, 10.0, 30.0, 10.0, 10.0, 25.0]
 RLE = {"size": [40, 60], "counts": [0, 5, 2395]}
@@ -48,15 +50,23 @@ def content(annotations, images=(7,)):
     }
 
 
+def changed(key, position, **fields):
+    """Sound content but for the fields of one entry."""
+    data = content([instance(1)])
+    data[key][position].update(fields)
+    return data
+
+
 @pytest.fixture
 def write(tmp_path):
-    """Writes an annotation file and pictures; returns the arguments of CocoDataset."""
+    """Writes an annotation file and images; returns the arguments of CocoDataset."""
 
     def write(data):
         (tmp_path / "pictures").mkdir(exist_ok=True)
         for image in data.get("images", ()) if isinstance(data, dict) else ():
             pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "pictures" / image["file_name"])
+            name = image.get("file_name")
+            Image.fromarray(pixels).save(tmp_path / "pictures" / (name if name in ("7.png", "8.png") else "9.png"))
         (tmp_path / "set.json").write_text(json.dumps(data))
         return {"json_file": tmp_path / "set.json", "image_root": tmp_path / "pictures"}
 
@@ -151,7 +161,7 @@ def without(data, *path):
         pytest.param(content([instance(5, image_id=8)]), "annotation 5 of image 8 refers", id="unknown image"),
         pytest.param(
             content([instance(5, category_id=1)]),
-            "annotation 5 of image 7 .*category 1",
+            "annotation 5 of image 7 refers to a category .*category_id 1",
             id="unknown category",
         ),
         pytest.param(
@@ -165,6 +175,30 @@ def without(data, *path):
             id="boxes only",
         ),
         pytest.param(content([]), "no image with a usable instance", id="nothing usable"),
+        pytest.param(content([instance(1)], images=(True,)), "id True in images is not an integer", id="image id true"),
+        pytest.param(content([instance(1.0)]), r"id 1\.0 in annotations is not an integer", id="float id"),
+        pytest.param(content([instance(3), instance(3)]), "id 3 in annotations .*twice", id="annotation id twice"),
+        pytest.param(content([instance(5, image_id=[7])]), r"annotation 5 .*image_id must be an integer", id="list id"),
+        pytest.param(content([instance(5, category_id="9")]), "annotation 5 .*category_id must be", id="text id"),
+        pytest.param(content([instance(5, bbox=["1", "2", "3", "4"])]), "annotation 5 .*bbox must be", id="text box"),
+        pytest.param(content([instance(5, bbox=[1, 2, 3, True])]), "annotation 5 .*bbox must be", id="true in a box"),
+        pytest.param(content([instance(5, bbox=[60, 0, 5, 5])]), "annotation 5 .*wholly outside .* 60x40", id="right"),
+        pytest.param(content([instance(5, bbox=[5, -9, 5, 9])]), "annotation 5 .*wholly outside", id="above"),
+        pytest.param(content([instance(5, area="150")]), "annotation 5 .*area must be a number", id="text area"),
+        pytest.param(content([instance(5, area=-1)]), "annotation 5 .*area must be a number, 0 or more", id="area"),
+        pytest.param(content([instance(5, iscrowd="0")]), "annotation 5 .*iscrowd must be 0 or 1, is '0'", id="crowd"),
+        pytest.param(content([instance(5, ignore=2)]), "annotation 5 .*ignore must be 0 or 1, is 2", id="ignore"),
+        pytest.param(content([instance(5, segmentation=TRIANGLE)]), "annotation 5 .*list of polygons", id="flat mask"),
+        pytest.param(content([instance(5, segmentation=[["1"] * 6])]), "annotation 5 .*list of polygons", id="text xy"),
+        pytest.param(changed("images", 0, file_name=7), "image 7: file_name must be the name", id="number as file"),
+        pytest.param(changed("images", 0, file_name="a\nb"), "image 7: file_name must be the name", id="line break"),
+        pytest.param(changed("images", 0, width=True), "image 7 has height 40, width True", id="true as width"),
+        pytest.param(changed("images", 0, width=10**9), "image 7 has height 40, width 1000000000", id="too wide"),
+        pytest.param(changed("categories", 0, name=3), "category 9: name must be a text", id="number as class"),
+        pytest.param(changed("categories", 0, name=" "), "category 9: name must be .* not empty", id="blank class"),
+        pytest.param(changed("categories", 0, name="a\nb"), r"category 9: name 'a\\nb' has a line", id="two lines"),
+        pytest.param(changed("categories", 0, name="\ud800"), "category 9: .* cannot be drawn", id="surrogate"),
+        pytest.param(changed("categories", 0, name="dog"), "category 4: name 'dog' occurs twice", id="class twice"),
     ],
 )
 def test_malformed_files_are_named(write, data, message):
@@ -174,11 +208,90 @@ def test_malformed_files_are_named(write, data, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "is empty"), ('{"images": [', "not valid JSON")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ('{"images": [', "not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": "\xff"}', "not valid JSON"),
+    ],
+    ids=["empty", "cut", "deep", "latin-1"],
+)
 def test_unreadable_files_are_named(write, text, message):
     files = write(content([]))
-    files["json_file"].write_text(text)
+    files["json_file"].write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match=f"{message}.*set.json"):
+        CocoDataset(**files)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"counts": [2400]},
+        {"size": [40, 60]},
+        {"size": [60, 40], "counts": [2400]},
+        {"size": [40.0, 60.0], "counts": [2400]},
+        {"size": [40, 60], "counts": [2399]},
+        {"size": [40, 60], "counts": [-1, 2401]},
+        {"size": [40, 60], "counts": ["2400"]},
+        {"size": [40, 60], "counts": ""},
+        {"size": [40, 60], "counts": "PPPPPPPP"},  # every digit says that another follows
+        {"size": [40, 60], "counts": "o" * 20 + "0"},  # a number of 105 bits
+        {"size": [40, 60], "counts": "~"},
+        {"size": [40, 60], "counts": "\u0660"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("crowd", [0, 1])
+def test_malformed_run_lengths_are_named(write, mask, crowd):
+    files = write(content([instance(1), instance(5, segmentation=mask, iscrowd=crowd)]))
+    with pytest.raises(DataError, match=r"set\.json: annotation 5 of image 7: (size|counts) of the run-length"):
+        CocoDataset(**files, filter_empty=False)
+    assert len(CocoDataset(**files, use_masks=False)[0]["labels"]) == 2 - crowd
+
+
+def test_compressed_run_lengths_are_read_as_pycocotools_does():
+    rng = np.random.default_rng(0)
+    for density in (0.0, 0.01, 0.5, 1.0):
+        mask = np.asfortranarray(rng.random((70, 90)) < density, dtype=np.uint8)
+        flat = mask.flatten(order="F")
+        edges = np.flatnonzero(np.diff(flat, prepend=0)).tolist()
+        expected = np.diff([0, *edges, flat.size]).tolist()
+        assert _text_runs(mask_utils.encode(mask)["counts"].decode()) == expected
+
+
+def test_annotations_to_ignore_are_no_objects(write):
+    dataset = CocoDataset(**write(content([instance(1), instance(2, ignore=1), instance(3, ignore=0)])))
+    assert len(dataset[0]["labels"]) == 2
+
+
+def test_boxes_over_the_edge_are_no_mistake(write):
+    boxes = [[-5, -5, 10, 10], [55, 35, 10, 10], [-100, -100, 1000, 1000]]
+    dataset = CocoDataset(**write(content([instance(i, bbox=box) for i, box in enumerate(boxes)])))
+    assert len(dataset[0]["labels"]) == 3
+
+
+def test_far_corners_are_added_in_float32(write):
+    """As Detectron2 adds them: 21.43 + 338.96 is not the float32 nearest to 360.39, but the one before."""
+    given = [[21.43, 338.96], [20.1, 30.3], [3.0, 4.0]]
+    annotations = [instance(i, bbox=[x, 1.5, w, 2.0]) for i, (x, w) in enumerate(given)]
+    data = content(annotations)
+    data["images"][0]["width"] = 400
+    boxes = CocoDataset(**write(data))[0]["boxes"]
+    assert boxes[0, 2] == np.float32(21.43) + np.float32(338.96) == 360.3899841308594 != np.float32(360.39)
+    for box, (x, w) in zip(boxes, given, strict=True):
+        assert box.tolist() == [np.float32(x), 1.5, np.float32(x) + np.float32(w), 3.5]
+
+
+def test_missing_images_are_counted_and_named(write):
+    data = content([instance(1), instance(2, image_id=8), instance(3, image_id=9)], images=(7, 8, 9))
+    data["images"].append({"id": 10, "file_name": "unused.png", "height": 40, "width": 60})
+    files = write(data)
+    CocoDataset(**files)
+    (files["image_root"] / "7.png").unlink()
+    (files["image_root"] / "9.png").rename(files["image_root"] / "9.PNG")
+    with pytest.raises(DataError, match=r"2 of 3 image files of .*set\.json do not exist: '.*7\.png', '.*9\.png'"):
         CocoDataset(**files)
 
 
@@ -273,7 +386,7 @@ class TestPictures:
         assert turned[:, :35].max() < 50
 
     def test_missing(self, record):
-        with pytest.raises(DataError, match=r"not found: .*a.png \(image id 3\)"):
+        with pytest.raises(DataError, match=r"image not found: .*a.png \(image id 3\)"):
             read_image(record)
 
     @pytest.mark.parametrize("keep", [0, 20, 500], ids=["empty", "header only", "truncated"])
@@ -338,6 +451,20 @@ class TestMapper:
         assert fitted == [[0, 10, 15, 21.25]] * 2
         with pytest.raises(ValueError, match="set use_instance_mask too"):
             DatasetMapper(True, [], use_instance_mask=False, recompute_boxes=True)
+
+    def test_a_box_that_misses_the_window_is_fitted_to_a_mask_that_reaches_it(self, record):
+        record["boxes"][:] = [[0, 10, 5, 25]]
+        mapper = DatasetMapper(True, [FixedSizeCrop((40, 30))], recompute_boxes=True)
+        targets = mapper(record, SimpleNamespace(random=lambda: 0.5))["targets"]
+        assert targets["boxes"].tolist() == [[0, 10, 15, 21.25]] * 2
+
+    def test_failing_augmentations_name_the_file(self, record):
+        def fail(image, targets, rng):
+            raise IndexError("list index out of range")
+
+        with pytest.raises(DataError, match=r"7\.png \(image id 7\), 60x40 .*IndexError: list index") as error:
+            DatasetMapper(True, [RandomFlip(), fail])(record, np.random.default_rng(0))
+        assert isinstance(error.value.__cause__, IndexError)
 
     def test_channel_order(self, record):
         rgb, bgr = (DatasetMapper(False, [], image_format=f)(record, None)["image"] for f in ("RGB", "BGR"))

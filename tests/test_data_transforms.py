@@ -9,7 +9,9 @@ import shapely
 from fill_weights import image
 from PIL import Image
 
+from mimdet.data import DataError
 from mimdet.data.transforms import (
+    MAX_PIXELS,
     AugmentationList,
     FixedSizeCrop,
     RandomApply,
@@ -63,6 +65,35 @@ def test_resized_pixels(height, width):
     # A cap gives the one recorded size that a shortest edge alone would round to 25x38.
     resized, _ = ResizeShortestEdge(height, max_size=width)(picture(), None, rng())
     np.testing.assert_array_equal(np.asarray(resized), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((1, 1), (800, 800)), ((3000, 1), (1333, 1)), ((1, 3000), (1, 1333)), ((10000, 3), (1333, 1))],
+    ids=str,
+)
+def test_thin_images_keep_a_pixel(size, expected):
+    width, height = size
+    targets = make_targets((0, 0, width, height), (0, 0, 0.5, 0.5))
+    resized, moved = ResizeShortestEdge(800, 1333)(Image.new("RGB", size), targets, rng())
+    assert resized.size == expected
+    moved = clip_targets(moved, *resized.size)
+    assert moved["boxes"][0].tolist() == [0, 0, *expected]
+    assert len(moved["boxes"]) == len(moved["masks"]) == 2
+    assert moved["masks"][0][0].reshape(-1, 2).max(axis=0).tolist() == list(expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 3000), (3, 10000), (3000, 1)])
+def test_thin_images_do_not_become_huge(height, width):
+    # without a cap of the longer side these had 0.5 to 1.1 thousand million pixels
+    new_height, new_width = ResizeShortestEdge.output_size(height, width, 600)
+    assert 0.99 * MAX_PIXELS < new_height * new_width < 1.01 * MAX_PIXELS
+    assert new_height / new_width == pytest.approx(height / width, rel=0.01)
+
+
+def test_an_image_without_pixels_is_refused():
+    with pytest.raises(DataError, match="no pixels: it is 0x5"):
+        AugmentationList([ResizeShortestEdge(80)])(Image.new("RGB", (0, 5)), None, rng())
 
 
 def test_resize_moves_targets():
@@ -166,7 +197,7 @@ def test_boxes_are_clipped_but_not_fitted_to_polygons():
     # Half of the triangle's box remains, of the triangle only a smaller part.
     targets = make_targets((0, 0, 20, 20))
     targets["masks"] = [[np.array([0.0, 0, 20, 0, 0, 20])]]
-    cropped = crop_targets(targets, 10, 5, 30, 30)
+    cropped = clip_targets(crop_targets(targets, 10, 5, 30, 30), 30, 30)
     assert cropped["boxes"].tolist() == [[0, 0, 10, 15]]
     assert cropped["masks"][0][0].reshape(-1, 2)[:, 1].max() == 5
 
@@ -174,7 +205,7 @@ def test_boxes_are_clipped_but_not_fitted_to_polygons():
 def test_instances_without_box_or_polygon_are_dropped():
     targets = make_targets((0, 0, 20, 20), (0, 0, 10, 10), (0, 0, 10 + 5e-6, 20), (5, 5, 15, 15))
     targets["masks"][3] = [np.array([5.0, 5, 9, 5, 5, 15])]  # its box reaches the window, its mask does not
-    cropped = crop_targets(targets, 10, 0, 30, 30)
+    cropped = clip_targets(crop_targets(targets, 10, 0, 30, 30), 30, 30)
     assert cropped["labels"].tolist() == [0]
     assert len(cropped["masks"]) == len(cropped["boxes"]) == 1
 
@@ -191,7 +222,7 @@ def test_crop_picture_and_targets_agree():
     x, y, width, height = crop.window(40, 60, rng(3))
     cropped, targets = crop(whole, make_targets((0, 0, 60, 40)), generator)
     np.testing.assert_array_equal(np.asarray(cropped), np.asarray(whole)[y : y + height, x : x + width])
-    assert targets["boxes"].tolist() == [[0, 0, width, height]]
+    assert targets["boxes"].tolist() == [[-x, -y, 60 - x, 40 - y]]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +285,7 @@ def test_fixed_size_crop_crops_pads_or_both():
         np.testing.assert_array_equal(pixels[:40], whole[:, x : x + 30])
         assert pixels.shape == (50, 30, 3)
         assert (pixels[40:] == 128).all()
-        assert targets["boxes"].tolist() == [[0, 0, 30, 40]]
+        assert targets["boxes"].tolist() == [[-x, 0, 60 - x, 40]]
     assert len(places) > 15
 
 
@@ -274,10 +305,19 @@ def test_large_scale_jitter_refuses(build):
         build()
 
 
+def test_boxes_are_judged_in_float32():
+    """A width of 2e-5 at 600 is none in float32: the target of its regression would be infinite."""
+    targets = make_targets((600, 0, 600 + 2e-5, 9), (0, 0, 2e-5, 9))
+    kept = clip_targets(targets, 700, 40)
+    assert kept["boxes"].dtype == np.float32
+    assert kept["labels"].tolist() == [1]
+
+
 def test_mask_boxes_are_tight():
     masks = [[np.array([1.0, 2, 5, 2, 5, 9]), np.array([3.0, 1, 8, 4, 7, 7])], [np.array([0.5, 0, 2, 0, 2, 3])]]
     assert mask_boxes(masks).tolist() == [[1, 1, 8, 9], [0.5, 0, 2, 3]]
     assert mask_boxes([]).shape == (0, 4)
+    assert mask_boxes([[], masks[1]]).tolist() == [[0, 0, 0, 0], [0.5, 0, 2, 3]]
 
 
 def test_masks_follow_the_picture_through_the_whole_pipeline():
@@ -302,6 +342,7 @@ def test_masks_follow_the_picture_through_the_whole_pipeline():
     generator = rng(1)
     for _ in range(20):
         result, targets = augment(Image.fromarray(pixels), make_targets((100, 60, 220, 150)), generator)
+        targets = clip_targets(targets, result.width, result.height)
         bright = np.asarray(result)[..., 0] > 127
         if not len(targets["boxes"]):
             assert bright.mean() < 0.01

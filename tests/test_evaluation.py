@@ -9,8 +9,11 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from mimdet.data import CocoDataset
+from mimdet.config import LazyCall
+from mimdet.data import CocoDataset, DataError
+from mimdet.engine.evaluate import Evaluation
 from mimdet.evaluation import (
     COCOEvaluator,
     copypaste_lines,
@@ -163,6 +166,8 @@ def test_ground_truth_scores_one(tmp_path, toolkit, with_crowd):
 def test_ground_truth_of_a_coco_dataset_scores_one(tmp_path):
     content = coco_content()
     json_file = make_dataset(tmp_path, content).json_file
+    for image in content["images"]:
+        (tmp_path / image["file_name"]).touch()
     dataset = CocoDataset(json_file=json_file, image_root=tmp_path, filter_empty=False)
     figures = evaluate(dataset, truth_as_results(content, with_crowd=False))
     assert figures["segm"]["AP"] == pytest.approx(1, abs=1e-12)
@@ -381,8 +386,8 @@ def test_objects_without_a_mask_count_where_boxes_alone_are_scored(tmp_path, too
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda c: c["annotations"][2].pop("bbox"), "annotation 2 of image 7.*bbox"),
-        (lambda c: c["images"].pop(0), "annotation 0 of image 7: there is no such image"),
+        (lambda c: c["annotations"][2].pop("bbox"), r"annotations\[2\] must have bbox"),
+        (lambda c: c["images"].pop(0), "annotation 0 of image 7 refers to an image that the file does not list"),
     ],
     ids=["no-box", "no-image"],
 )
@@ -392,6 +397,51 @@ def test_flawed_ground_truth_is_named_before_inference(tmp_path, spoil, message)
     evaluator = COCOEvaluator(make_dataset(tmp_path, content))
     with pytest.raises(ValueError, match=message):
         evaluator.reset()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "PPPP"}}, "annotation 2 of image 7: counts"),
+        ({"segmentation": {"counts": [HEIGHT * WIDTH]}}, "annotation 2 of image 7: size"),
+        ({"iscrowd": "0"}, "annotation 2 of image 7: iscrowd"),
+        ({"id": 1}, "id 1 in annotations .*twice"),
+    ],
+    ids=["counts", "size", "iscrowd", "id"],
+)
+def test_flawed_ground_truth_is_named_when_the_evaluation_is_built(tmp_path, changes, message):
+    content = coco_content()
+    content["annotations"][2].update(changes)
+    dataset = make_dataset(tmp_path, content)
+    cfg = OmegaConf.create(flags={"allow_objects": True})
+    cfg.dataloader = {"evaluator": LazyCall(COCOEvaluator)()}
+    with pytest.raises(DataError, match=rf"instances\.json: {message}"):
+        Evaluation.from_config(cfg, SimpleNamespace(dataset=dataset))
+
+
+@both_toolkits
+def test_annotations_to_ignore_are_as_crowds(tmp_path, toolkit):
+    content = coco_content()
+    del content["annotations"][-1]["iscrowd"]
+    content["annotations"][-1]["ignore"] = 1
+    results = random_results(coco_content(), seed=4)
+    expected = evaluate(make_dataset(tmp_path), results, toolkit=toolkit)
+    assert evaluate(make_dataset(tmp_path, content), results, toolkit=toolkit) == expected
+    content["annotations"][-1]["ignore"] = 0
+    assert evaluate(make_dataset(tmp_path, content), results, toolkit=toolkit) != expected
+
+
+@both_toolkits
+def test_what_cannot_be_rasterised_does_not_reach_the_toolkits(tmp_path, toolkit, caplog):
+    content = coco_content()
+    expected = evaluate(make_dataset(tmp_path), truth_as_results(content, with_crowd=False), toolkit=toolkit)
+    # the toolkits would read the four numbers as a box, and need gigabytes for the far points
+    unusable = [[1.0, 1.0, 5.0, 5.0], [], [float("nan")] * 6, [1e9, 1e9, -1e9, 1e9, 1e9, -1e9]]
+    content["annotations"][0]["segmentation"][:0] = unusable
+    content["annotations"].append(annotation(99, 7, 3, (float("nan"), 1, 1, 1)))
+    dataset = make_dataset(tmp_path, content)
+    assert evaluate(dataset, truth_as_results(coco_content(), with_crowd=False), toolkit=toolkit) == expected
+    assert "1 annotations whose box is not finite are left out of the evaluation (annotations 99)" in caplog.text
 
 
 def test_errors_name_the_culprit(tmp_path):
@@ -505,4 +555,6 @@ def test_tables_show_every_figure_and_class():
     assert max(map(len, text.splitlines())) <= 100
     assert text.splitlines()[-6:] == copypaste_lines(FIGURES)
     assert "class" not in format_results(FIGURES, per_class=False)
+    marked = {"bbox": FIGURES["bbox"], "bbox_per_class": {"[/b]": 0.5}}
+    assert "[/b]" in format_results(marked), "a name is not console markup"
     assert results_table({"bbox": FIGURES["bbox"]}).row_count == 1

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..bench.cli import app as bench
-from . import convert, demo, info, predict, train
+from . import check_data, convert, demo, info, predict, train
 
 app = typer.Typer(
     name="mimdet",
@@ -26,6 +26,7 @@ app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("eval")(train.evaluate)
 app.command("predict")(predict.predict)
+app.command("check-data")(check_data.check_data)
 app.command("info")(info.info)
 app.command("convert")(convert.convert)
 app.add_typer(bench, name="bench")

@@ -50,7 +50,11 @@ def train(
     **Stopped?** The same command with `--resume` goes on. Several machines: start this under `torchrun`.
     """
     _spread(num_gpus)
-    overrides = [*_data("train", train_json, train_images), *_data("test", val_json, val_images), *(opts or [])]
+    overrides = [
+        *data_overrides("train", train_json, train_images),
+        *data_overrides("test", val_json, val_images),
+        *(opts or []),
+    ]
     from .. import engine
     from ..config import load
 
@@ -77,7 +81,8 @@ def evaluate(
     train(config_file, opts, eval_only=True, num_gpus=num_gpus, val_json=val_json, val_images=val_images)
 
 
-def _data(split: str, json_file: Path | None, image_root: Path | None) -> list[str]:
+def data_overrides(split: str, json_file: Path | None, image_root: Path | None) -> list[str]:
+    """Config overrides for a split's annotation file and image folder; ValueError for one without the other."""
     if (json_file is None) != (image_root is None):
         name = "train" if split == "train" else "val"
         raise ValueError(f"--{name}-json and --{name}-images belong together: give both")

@@ -1,53 +1,77 @@
-"""Reading COCO annotation files: checks, and conversion to records."""
+"""Reading COCO annotation files, and every check of what is in them."""
 
 import json
-import logging
-import math
 import os
-from collections.abc import Sequence
+import reprlib
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from .errors import DataError
 
-logger = logging.getLogger(__name__)
+MAX_SIDE = 1_000_000  # pixels: no image is longer, and mask tools need gigabytes for an outline that is
+MAX_AREA = 2**31 - 1  # pixels of an image: mask tools count them in 32 bits
+_FINITE = 1e30  # well inside float32
+_REQUIRED = {
+    "categories": ("id", "name"),
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+}
+_NUMBERS = frozenset({int, float})  # the types of JSON's numbers; true and false are of another
+_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, lone surrogates, separators of lines
+
+_repr = reprlib.Repr()  # cuts what is long or deep
+_repr.maxstring = _repr.maxother = 100
+_repr.maxdict = 8
 
 
-def read_annotations(json_file: str) -> dict:
-    """Content of an annotation file; raises DataError unless its lists of objects are there."""
-    path = Path(json_file)
-    if not path.is_file():
-        raise DataError(f"annotation file not found: {json_file}. {where_to_point()}")
-    if path.stat().st_size == 0:
-        raise DataError(f"annotation file is empty: {json_file}. Copy or download it again")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"annotation file is not valid JSON: {json_file} ({error})") from None
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{json_file}: expected an object with images, annotations and categories, "
-            f"found a {type(content).__name__} (a file of detection results?)"
-        )
-    required = {
-        "images": ("id", "file_name", "height", "width"),
-        "annotations": ("id", "image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }
-    for key, fields in required.items():
-        if not isinstance(content.get(key), list):
-            raise DataError(f"{json_file}: the list {key!r} is missing; COCO files have it at their top level")
-        for position, entry in enumerate(content[key]):
-            if not isinstance(entry, dict) or any(field not in entry for field in fields):
-                raise DataError(f"{json_file}: {key}[{position}] must have {', '.join(fields)}, is {entry!r:.200}")
-    for key in ("images", "categories"):
-        seen = set()
-        for entry in content[key]:
-            if not isinstance(entry["id"], int) or entry["id"] in seen:
-                raise DataError(f"{json_file}: id {entry['id']!r} in {key} is not an integer, or occurs twice")
-            seen.add(entry["id"])
-    return content
+def refuse(problem: str) -> None:
+    """Raise DataError: what a reader does with a problem unless it collects them."""
+    raise DataError(problem)
+
+
+def read_annotations(
+    json_file: str | os.PathLike,
+    use_masks: bool = True,
+    need_polygons: bool = False,
+    report: Callable[[str], None] = refuse,
+) -> dict[str, list[dict]]:
+    """The lists `categories`, `images` and `annotations` of a file, every entry checked.
+
+    Each problem goes to `report` as a sentence that names file, entry and field; if that returns, the entry is left
+    out. Not a problem is what only makes an instance unusable, such as a box without area: COCO's own files have
+    some, and `make_records` leaves them out.
+
+    An object whose box is wholly outside its image is a problem although it could be left out too: nothing can learn
+    or detect it, so the file's coordinates, or the image's size in it, are wrong, and as a rule not only there. A box
+    that reaches over an edge is clipped later.
+
+    Args:
+        use_masks: check the masks; otherwise nothing looks at them.
+        need_polygons: masks of objects must be polygons, for augmentation needs them.
+
+    Raises DataError when the file is missing, empty or not JSON, or one of its lists is missing.
+    """
+    content = _parse(json_file)
+    names: set[str] = set()
+    categories, category_ids = _sift(content, "categories", json_file, report, lambda c: _category_flaw(c, names))
+    images, image_ids = _sift(content, "images", json_file, report, _image_flaw)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+
+    def annotation_flaw(annotation: dict) -> str | None:
+        flaw = _reference_flaw(annotation, image_ids, category_ids)
+        flaw = flaw or _box_flaw(annotation, sizes.get(annotation["image_id"]))
+        if flaw is None and use_masks:
+            flaw = _mask_flaw(annotation, sizes.get(annotation["image_id"]), need_polygons)
+        return flaw and f"annotation {annotation['id']} of image {_repr.repr(annotation['image_id'])}{flaw}"
+
+    annotations, _ = _sift(content, "annotations", json_file, report, annotation_flaw)
+    used = {category["id"] for category in categories}
+    # what refers to an entry that was left out goes with it
+    annotations = [a for a in annotations if a["image_id"] in sizes and a["category_id"] in used]
+    return {"categories": categories, "images": images, "annotations": annotations}
 
 
 def where_to_point() -> str:
@@ -60,115 +84,190 @@ def where_to_point() -> str:
     )
 
 
-def make_records(
-    content: dict,
-    json_file: str,
-    image_root: str,
-    category_ids: Sequence[int],
-    allow_rle: bool,
-    use_masks: bool = True,
-) -> list[dict]:
-    """One record (see CocoDataset) for every image, in the file's order.
+def is_ignored(annotation: dict) -> bool:
+    """Whether an annotation marks a region to ignore rather than an object.
 
-    One warning sums up the instances left out. Raises DataError for annotations that contradict the file,
-    and, unless `allow_rle`, for masks given as run lengths. Without `use_masks` nothing looks at masks.
+    That is `iscrowd`, and as well `ignore`, which some tools write for the same. Detectron2 refuses files with
+    `ignore`; pycocotools overwrites it with `iscrowd`, so that what its author set apart would count as an object.
     """
-    records = {}
-    for image in content["images"]:
-        if not all(isinstance(image[side], int) and image[side] > 0 for side in ("height", "width")):
-            raise DataError(
-                f"{json_file}: image {image['id']} has height {image['height']!r}, width {image['width']!r}; "
-                "both must be positive integers"
-            )
-        records[image["id"]] = {
-            "image_id": image["id"],
-            "file_name": os.path.join(image_root, image["file_name"]),
-            "height": image["height"],
-            "width": image["width"],
-            "boxes": [],
-            "labels": [],
-            **({"masks": []} if use_masks else {}),
-        }
-    _add_instances(records, content["annotations"], json_file, category_ids, allow_rle, use_masks)
-    for record in records.values():
-        record["boxes"] = np.array(record["boxes"], dtype=np.float64).reshape(-1, 4)
-        record["labels"] = np.array(record["labels"], dtype=np.int64)
-    return list(records.values())
+    return bool(annotation.get("iscrowd") or annotation.get("ignore"))
 
 
-def _add_instances(
-    records: dict[int, dict],
-    annotations: list[dict],
-    json_file: str,
-    category_ids: Sequence[int],
-    allow_rle: bool,
-    use_masks: bool,
-) -> None:
-    labels = {category_id: label for label, category_id in enumerate(category_ids)}
-    bad_boxes, bad_masks, rle_masks = [], [], []
-    instances = segmented = 0
-    for annotation in annotations:
-        where = f"{json_file}: annotation {annotation['id']} of image {annotation['image_id']}"
-        if annotation["image_id"] not in records:
-            raise DataError(f"{where} refers to an image that the file does not list")
-        if annotation["category_id"] not in labels:
-            raise DataError(f"{where} refers to the unknown category {annotation['category_id']}")
-        if annotation.get("iscrowd"):
+def is_box(bbox: list) -> bool:
+    """Whether x, y, width, height are finite and enclose an area."""
+    return is_finite(bbox) and bbox[2] > 0 and bbox[3] > 0
+
+
+def is_finite(bbox: list) -> bool:
+    """Whether float32 can hold all four numbers; integers of JSON may have any length."""
+    x, y, width, height = bbox
+    return (
+        -_FINITE < x < _FINITE and -_FINITE < y < _FINITE and -_FINITE < width < _FINITE and -_FINITE < height < _FINITE
+    )
+
+
+def usable_polygons(segmentation: list | None) -> list[np.ndarray]:
+    """The polygons, flat float64, that have three points or more, all within `MAX_SIDE`; a missing mask has none."""
+    polygons = []
+    for polygon in segmentation or ():
+        try:
+            points = np.array(polygon, dtype=np.float64)
+        except OverflowError:  # an integer beyond all floats
             continue
-        segmentation = annotation.get("segmentation") if use_masks else None
-        instances += 1
-        segmented += bool(segmentation)
-        box = _box(annotation["bbox"], where)
-        if isinstance(segmentation, dict) and not allow_rle:
-            raise DataError(f"{where} has a run-length encoded mask; training needs polygons, convert the masks")
-        if box is None:
-            bad_boxes.append(annotation["id"])
-            continue
-        record = records[annotation["image_id"]]
-        if isinstance(segmentation, dict):
-            rle_masks.append(annotation["id"])
-            continue
-        if use_masks:
-            if not (polygons := _polygons(segmentation, where)):
-                bad_masks.append(annotation["id"])
-                continue
-            record["masks"].append(polygons)
-        record["boxes"].append(box)
-        record["labels"].append(labels[annotation["category_id"]])
-    if use_masks and instances and not segmented:
+        if points.size >= 6 and points.size % 2 == 0 and (np.abs(points) <= MAX_SIDE).all():  # NaN is not
+            polygons.append(points)
+    return polygons
+
+
+def first(values: list, count: int = 5) -> str:
+    """The first few of a list, for a message."""
+    return ", ".join(map(str, values[:count])) + (", ..." if len(values) > count else "")
+
+
+def _parse(json_file: str | os.PathLike) -> dict:
+    path = Path(json_file)
+    if not path.is_file():
+        raise DataError(f"annotation file not found: {json_file}. {where_to_point()}")
+    if path.stat().st_size == 0:
+        raise DataError(f"annotation file is empty: {json_file}. Copy or download it again")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"annotation file is not valid JSON: {json_file} ({error})") from None
+    except RecursionError:
+        raise DataError(f"annotation file is nested too deeply: {json_file} is not in COCO's format") from None
+    if not isinstance(content, dict):
         raise DataError(
-            f"{json_file}: no annotation has a segmentation; Mask R-CNN needs masks, as polygons. "
-            "For a detector without masks, such as RetinaNet, set the dataset's use_masks=False"
+            f"{json_file}: expected an object with images, annotations and categories, "
+            f"found a {type(content).__name__} (a file of detection results?)"
         )
-    skipped = {
-        "with a box without area or not finite": bad_boxes,
-        "without a polygon of at least 3 points": bad_masks,
-        "with a run-length encoded mask": rle_masks,
-    }
-    report = [f"{len(ids)} {why} (annotations {_first(ids)})" for why, ids in skipped.items() if ids]
-    if report:
-        logger.warning(f"{json_file}: instances skipped: {'; '.join(report)}")
+    for key in _REQUIRED:
+        if not isinstance(content.get(key), list):
+            raise DataError(f"{json_file}: the list {key!r} is missing; COCO files have it at their top level")
+    return content
 
 
-def _first(ids: list, count: int = 5) -> str:
-    return ", ".join(map(str, ids[:count])) + (", ..." if len(ids) > count else "")
+def _sift(
+    content: dict, key: str, json_file: str | os.PathLike, report: Callable[[str], None], find_flaw: Callable
+) -> tuple[list[dict], set[int]]:
+    """The entries of a list without a flaw, and the ids of all."""
+    required = set(_REQUIRED[key])
+    sound, ids = [], set()
+    for position, entry in enumerate(content[key]):
+        if type(entry) is not dict or not entry.keys() >= required:
+            lacking = [field for field in _REQUIRED[key] if type(entry) is not dict or field not in entry]
+            flaw = f"{key}[{position}] must have {', '.join(lacking)}, is {_repr.repr(entry)}"
+        elif type(entry["id"]) is not int or abs(entry["id"]) >= 2**63 or entry["id"] in ids:
+            flaw = f"id {_repr.repr(entry['id'])} in {key} is not an integer of 64 bits, or occurs twice"
+        else:
+            ids.add(entry["id"])
+            flaw = find_flaw(entry)
+        if flaw is None:
+            sound.append(entry)
+        else:
+            report(f"{json_file}: {flaw}")
+    return sound, ids
 
 
-def _box(bbox, where: str) -> tuple[float, float, float, float] | None:
-    """xyxy of COCO's x, y, width, height; None when it encloses nothing."""
-    try:
-        x, y, width, height = map(float, bbox)
-    except (TypeError, ValueError):
-        raise DataError(f"{where}: bbox must be [x, y, width, height], is {bbox!r}") from None
-    if not math.isfinite(x + y + width + height) or width <= 0 or height <= 0:
+def _is_printable(text: str) -> bool:
+    return not any(unicodedata.category(character) in _UNPRINTABLE for character in text)
+
+
+def _category_flaw(category: dict, names: set[str]) -> str | None:
+    where, name = f"category {category['id']}", category["name"]
+    if type(name) is not str or not name.strip():
+        return f"{where}: name must be a text that is not empty, is {_repr.repr(name)}"
+    if not _is_printable(name):
+        return f"{where}: name {_repr.repr(name)} has a line break or another character that cannot be drawn"
+    if name in names:
+        return f"{where}: name {_repr.repr(name)} occurs twice; give each category another name"
+    names.add(name)
+    return None
+
+
+def _image_flaw(image: dict) -> str | None:
+    where, name, height, width = f"image {image['id']}", image["file_name"], image["height"], image["width"]
+    if type(name) is not str or not name or not _is_printable(name):
+        return f"{where}: file_name must be the name of a file, is {_repr.repr(name)}"
+    if not all(type(side) is int and 0 < side <= MAX_SIDE for side in (height, width)) or height * width > MAX_AREA:
+        return (
+            f"{where} has height {_repr.repr(height)}, width {_repr.repr(width)}; both must be positive integers, "
+            f"at most {MAX_SIDE}, and {MAX_AREA} multiplied"
+        )
+    return None
+
+
+def _reference_flaw(annotation: dict, image_ids: set[int], category_ids: set[int]) -> str | None:
+    for field, known, kind in (("image_id", image_ids, "an image"), ("category_id", category_ids, "a category")):
+        value = annotation[field]
+        if type(value) is not int:
+            return f": {field} must be an integer, is {_repr.repr(value)}"
+        if value not in known:
+            return f" refers to {kind} that the file does not list ({field} {_repr.repr(value)})"
+    for field in ("iscrowd", "ignore"):
+        if annotation.get(field) not in (None, 0, 1):
+            return f": {field} must be 0 or 1, is {_repr.repr(annotation[field])}"
+    return None
+
+
+def _box_flaw(annotation: dict, size: tuple[int, int] | None) -> str | None:
+    bbox, area = annotation["bbox"], annotation.get("area")
+    if not (type(bbox) is list and len(bbox) == 4 and _NUMBERS.issuperset(map(type, bbox))):
+        return f": bbox must be [x, y, width, height] in numbers, is {_repr.repr(bbox)}"
+    if area is not None and not (type(area) in _NUMBERS and 0 <= area < _FINITE):
+        return f": area must be a number, 0 or more, is {_repr.repr(area)}"
+    if size is not None and is_box(bbox) and not is_ignored(annotation):
+        x, y, width, height = bbox
+        if x >= size[1] or y >= size[0] or x + width <= 0 or y + height <= 0:
+            return (
+                f": bbox {_repr.repr(bbox)} is wholly outside its image of {size[1]}x{size[0]} (width x height); "
+                "correct the box (x, y of the upper left corner, width, height, in pixels), or delete the annotation"
+            )
+    return None
+
+
+def _mask_flaw(annotation: dict, size: tuple[int, int] | None, need_polygons: bool) -> str | None:
+    segmentation = annotation.get("segmentation")
+    if type(segmentation) is dict:
+        if need_polygons and not is_ignored(annotation):
+            return " has a run-length encoded mask; training needs polygons, convert the masks"
+        return None if size is None else _run_length_flaw(segmentation, size)
+    if segmentation is not None and not (
+        type(segmentation) is list and all(type(p) is list and _NUMBERS.issuperset(map(type, p)) for p in segmentation)
+    ):
+        return f": segmentation must be a list of polygons [x0, y0, x1, y1, ...], is {_repr.repr(segmentation)}"
+    return None
+
+
+def _run_length_flaw(segmentation: dict, size: tuple[int, int]) -> str | None:
+    """Nothing malformed may reach pycocotools, whose C code trusts what it is given."""
+    given, counts = segmentation.get("size"), segmentation.get("counts")
+    if not (type(given) is list and all(type(side) is int for side in given) and tuple(given) == size):
+        return f": size of the run-length encoded mask must be its image's, {list(size)}, is {_repr.repr(given)}"
+    runs = _text_runs(counts) if type(counts) is str else counts
+    if not (type(runs) is list and all(type(run) is int and run >= 0 for run in runs)):
+        return f": counts of the run-length encoded mask are malformed: {_repr.repr(counts)}"
+    if sum(runs) != size[0] * size[1]:
+        return f": counts of the run-length encoded mask cover {sum(runs)} pixels, its image has {size[0] * size[1]}"
+    return None
+
+
+def _text_runs(text: str) -> list[int] | None:
+    """The runs that COCO's compressed text stands for; None when it is malformed.
+
+    Each number is written in digits of five bits, lowest first, as characters from "0" on: bit 5 says that more
+    follow, bit 4 of the last is the sign. From the fourth on, a number is the difference to the run two before.
+    """
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.int64) - ord("0")
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         return None
-    return x, y, x + width, y + height
-
-
-def _polygons(segmentation, where: str) -> list[np.ndarray]:
-    """The usable polygons of a segmentation; a missing one gives none."""
-    try:
-        polygons = [np.asarray(polygon, dtype=np.float64) for polygon in segmentation or ()]
-    except (TypeError, ValueError):
-        raise DataError(f"{where}: segmentation must be a list of polygons [x0, y0, x1, y1, ...]") from None
-    return [p for p in polygons if p.ndim == 1 and p.size >= 6 and p.size % 2 == 0 and np.isfinite(p).all()]
+    ends = np.flatnonzero((codes & 32) == 0) + 1
+    starts = np.concatenate([[0], ends[:-1]])
+    digits = ends - starts
+    if digits.max() > 7:  # 35 bits: no run is that long
+        return None
+    values = np.add.reduceat((codes & 31) << 5 * (np.arange(len(codes)) - np.repeat(starts, digits)), starts)
+    values -= ((codes[ends - 1] & 16) > 0) * (1 << 5 * digits)
+    values[1::2] = values[1::2].cumsum()
+    values[2::2] = values[2::2].cumsum()
+    return values.tolist()

@@ -1,11 +1,12 @@
-"""COCO annotation files as a torch Dataset, and the pictures behind them."""
+"""COCO annotation files as a torch Dataset, and the images behind them."""
 
 import contextlib
 import io
 import logging
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,18 +17,19 @@ from pycocotools.coco import COCO
 from torch.utils.data import Dataset
 
 from . import catalog
-from .annotations import make_records, read_annotations, where_to_point
+from .annotations import first, is_ignored, read_annotations, refuse, where_to_point
 from .errors import DataError
+from .records import make_records, missing_files
 
 logger = logging.getLogger(__name__)
 
 
 class CocoDataset(Dataset):
-    """The images of a COCO annotation file, each as a record (the picture itself is read by the mapper).
+    """The images of a COCO annotation file, each as a record (its pixels are read by the mapper).
 
     A record is a dict: `image_id` int, `file_name` str (full path), `height`, `width` int, `boxes` float64
     (N, 4) xyxy pixels, `labels` int64 (N,) from 0, `masks` list of N lists of polygons (flat float64 arrays
-    x0, y0, x1, y1, ...; absent without `use_masks`). Crowd annotations are left out of it.
+    x0, y0, x1, y1, ...; absent without `use_masks`). Annotations with `iscrowd` or `ignore` are left out of it.
 
     Args:
         names: name of a known or registered dataset.
@@ -44,7 +46,8 @@ class CocoDataset(Dataset):
         sizes: int64 array (images, 2) of height and width.
         coco: the pycocotools object of the whole file, read at first use.
 
-    Raises DataError for missing, empty or malformed files, naming file, image and annotation.
+    Raises DataError for missing, empty or malformed files, naming file, annotation and field, and for images whose
+    file does not exist. Image files are not opened: `mimdet check-data --decode` does that.
     """
 
     def __init__(
@@ -55,23 +58,18 @@ class CocoDataset(Dataset):
         filter_empty: bool = True,
         use_masks: bool = True,
     ):
+        split = read_split(names, json_file, image_root, filter_empty, use_masks)
         self.use_masks = use_masks
-        self.name, self.json_file, self.image_root = _locate(names, json_file, image_root)
-        content = read_annotations(self.json_file)
-        if not Path(self.image_root).is_dir():
-            raise DataError(f"image folder not found: {self.image_root}. {where_to_point()}")
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        self.classes = [category["name"] for category in categories]
-        self.category_ids = [category["id"] for category in categories]
-        records = make_records(content, self.json_file, self.image_root, self.category_ids, not filter_empty, use_masks)
-        if filter_empty:
-            usable = [record for record in records if len(record["labels"])]
-            if len(usable) < len(records):
-                dropped = len(records) - len(usable)
-                logger.info(f"{self.name}: dropped {dropped} of {len(records)} images, which have no instance")
-            records = usable
-        if not records:
-            raise DataError(f"{self.json_file}: no image {'with a usable instance ' * filter_empty}in this file")
+        self.name, self.json_file, self.image_root = split.name, split.json_file, split.image_root
+        self.classes = [category["name"] for category in split.categories]
+        self.category_ids = [category["id"] for category in split.categories]
+        skipped = [f"{len(ids)} {cause} (annotations {first(ids)})" for cause, ids in split.skipped.items()]
+        if skipped:
+            logger.warning(f"{self.json_file}: instances skipped: {'; '.join(skipped)}")
+        records = split.records
+        if len(records) < len(split.images):
+            dropped = len(split.images) - len(records)
+            logger.info(f"{self.name}: dropped {dropped} of {len(split.images)} images, which have no instance")
         self.sizes = np.array([(record["height"], record["width"]) for record in records], dtype=np.int64)
         self.records = _PackedList(records)
 
@@ -84,25 +82,85 @@ class CocoDataset(Dataset):
     @cached_property
     def coco(self) -> COCO:
         """pycocotools object of the whole file, crowds included, `iscrowd` and `area` filled in."""
-        content = read_annotations(self.json_file)
+        content = read_annotations(self.json_file, self.use_masks)
         # The evaluator cannot rasterise an absent mask; these were reported when the dataset was made.
         content["annotations"] = [a for a in content["annotations"] if a.get("segmentation") or not self.use_masks]
         for annotation in content["annotations"]:
-            annotation.setdefault("iscrowd", 0)
+            annotation["iscrowd"] = int(is_ignored(annotation))
         coco = COCO()
         coco.dataset = content
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
         for annotation in content["annotations"]:
-            if "area" not in annotation and annotation.get("segmentation"):
+            if annotation.get("area") is None and annotation.get("segmentation"):
                 annotation["area"] = float(mask_utils.area(coco.annToRLE(annotation)))
-            elif "area" not in annotation:
+            elif annotation.get("area") is None:
                 annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         return coco
 
     def __getstate__(self) -> dict:
         # Loader workers have no use for the evaluator's copy of the file.
         return {key: value for key, value in self.__dict__.items() if key != "coco"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """A dataset's annotation file, read and checked.
+
+    Attributes:
+        name, json_file, image_root: str.
+        categories: in order of id, and so of label. images, annotations: the file's lists.
+        records: of the images that are used, see CocoDataset.
+        skipped: ids of the unusable instances by cause.
+    """
+
+    name: str
+    json_file: str
+    image_root: str
+    categories: list[dict]
+    images: list[dict]
+    annotations: list[dict]
+    records: list[dict]
+    skipped: dict[str, list[int]]
+
+
+def read_split(
+    names: str | None = None,
+    json_file: str | os.PathLike | None = None,
+    image_root: str | os.PathLike | None = None,
+    filter_empty: bool = True,
+    use_masks: bool = True,
+    report: Callable[[str], None] = refuse,
+) -> Split:
+    """Read and check what a CocoDataset with these arguments consists of.
+
+    Each problem goes to `report`, which by default raises DataError; if it returns, the rest is still read. Raises
+    DataError, whatever `report` is, for a file that cannot be read at all.
+    """
+    name, json_file, image_root = _locate(names, json_file, image_root)
+    content = read_annotations(json_file, use_masks, need_polygons=filter_empty, report=report)
+    if not content["categories"]:
+        report(f"{json_file}: the file lists no category")
+    objects = [annotation for annotation in content["annotations"] if not is_ignored(annotation)]
+    if use_masks and objects and not any(annotation.get("segmentation") for annotation in objects):
+        report(
+            f"{json_file}: no annotation has a segmentation; Mask R-CNN needs masks, as polygons. "
+            "For a detector without masks, such as RetinaNet, set the dataset's use_masks=False"
+        )
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    records, skipped = make_records(content, image_root, [category["id"] for category in categories], use_masks)
+    if filter_empty:
+        records = [record for record in records if len(record["labels"])]
+    if not records:
+        report(f"{json_file}: no image {'with a usable instance ' * filter_empty}in this file")
+    if not Path(image_root).is_dir():
+        report(f"image folder not found: {image_root}. {where_to_point()}")
+    elif missing := missing_files(records):
+        report(
+            f"{len(missing)} of {len(records)} image files of {json_file} do not exist: "
+            f"{first([repr(file) for file in missing])}. Correct the dataset's image_root, or copy the images there"
+        )
+    return Split(name, json_file, image_root, categories, content["images"], content["annotations"], records, skipped)
 
 
 class _PackedList(Sequence):
@@ -135,7 +193,7 @@ def _locate(names, json_file, image_root) -> tuple[str, str, str]:
 
 
 def read_image(record: dict) -> Image.Image:
-    """The record's picture in RGB, turned as its EXIF orientation says.
+    """The record's image in RGB, turned as its EXIF orientation says.
 
     Raises DataError when the file is missing, cannot be decoded, has more than 8 bits a channel, or differs
     from the record's height and width.
@@ -143,7 +201,7 @@ def read_image(record: dict) -> Image.Image:
     path = record["file_name"]
     name = f"{path} (image id {record['image_id']})"
     if not os.path.isfile(path):
-        raise DataError(f"picture not found: {name}. Correct the dataset's image_root, or copy the picture there")
+        raise DataError(f"image not found: {name}. Correct the dataset's image_root, or copy the image there")
     try:
         with Image.open(path) as image:
             mode = image.mode
@@ -151,14 +209,14 @@ def read_image(record: dict) -> Image.Image:
             image = image.convert("RGB")
     except Exception as error:  # decoders of broken files raise errors of many types
         raise DataError(
-            f"picture cannot be read: {name} is damaged or of an unknown format ({error}). "
+            f"image cannot be read: {name} is damaged or of an unknown format ({error}). "
             "Replace the file, or take its image out of the annotation file"
         ) from None
     if mode == "F" or mode.startswith("I"):
-        raise DataError(f"picture {name} has more than 8 bits a channel (mode {mode}). Convert it to 8 bits")
+        raise DataError(f"image {name} has more than 8 bits a channel (mode {mode}). Convert it to 8 bits")
     if image.size != (record["width"], record["height"]):
         raise DataError(
-            f"picture {name} is {image.width}x{image.height} (width x height, EXIF orientation applied), but "
+            f"image {name} is {image.width}x{image.height} (width x height, EXIF orientation applied), but "
             f"{record['width']}x{record['height']} in the annotation file. Correct the one or the other"
         )
     return image

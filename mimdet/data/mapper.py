@@ -12,11 +12,11 @@ from .transforms import AugmentationList, clip_targets, mask_boxes
 
 
 class DatasetMapper:
-    """Reads a record's picture, augments it and its instances, and makes tensors of them.
+    """Reads a record's image, augments it and its instances, and makes tensors of them.
 
     Called as `mapper(record, rng) -> sample`, with a record of CocoDataset and a numpy Generator, the only
     source of randomness. A sample is a dict: `image` uint8 (3, H, W); `image_id` int; `file_name` str;
-    `height`, `width` int, the picture's before augmentation; and, when `is_train`, `targets`: `boxes` float32
+    `height`, `width` int, the image's before augmentation; and, when `is_train`, `targets`: `boxes` float32
     (N, 4) xyxy pixels of `image`, `labels` int64 (N,), and, when `use_instance_mask`, `masks`, N lists of
     polygons (flat float64 arrays). N may be 0.
 
@@ -24,8 +24,8 @@ class DatasetMapper:
         image_format: order of the channels, "RGB" or "BGR".
         recompute_boxes: fit the boxes anew to what the augmentations left of the masks; needs `use_instance_mask`.
 
-    Raises DataError for pictures that are missing, damaged or of another size than the record says, and for
-    records without the masks that are asked for.
+    Raises DataError for images that are missing, damaged or of another size than the record says, that an
+    augmentation fails on, and for records without the masks that are asked for; it names the file.
     """
 
     def __init__(
@@ -57,18 +57,23 @@ class DatasetMapper:
                     "dataset's use_masks is"
                 )
             targets = {key: record[key] for key in keys}
-        image, targets = self.augmentations(image, targets, rng)
+        try:
+            image, targets = self.augmentations(image, targets, rng)
+        except Exception as error:  # the augmentations may be the user's, and fail with any type
+            raise DataError(
+                f"image {record['file_name']} (image id {record['image_id']}), {record['width']}x{record['height']} "
+                f"(width x height), cannot be augmented: {type(error).__name__}: {error}"
+            ) from error
         pixels = F.pil_to_tensor(image)
         sample = {
             "image": pixels if self.image_format == "RGB" else pixels.flip(0),
             **{key: record[key] for key in ("image_id", "file_name", "height", "width")},
         }
         if targets is not None:
-            targets = clip_targets(targets, image.width, image.height)
             if self.recompute_boxes:
-                fitted = {**targets, "boxes": mask_boxes(targets["masks"])}
-                targets = clip_targets(fitted, image.width, image.height)
-            targets["boxes"] = torch.from_numpy(targets["boxes"]).float()
+                targets = {**targets, "boxes": mask_boxes(targets["masks"])}
+            targets = clip_targets(targets, image.width, image.height)
+            targets["boxes"] = torch.from_numpy(targets["boxes"])
             targets["labels"] = torch.from_numpy(targets["labels"])
             sample["targets"] = targets
         return sample

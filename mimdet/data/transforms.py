@@ -1,9 +1,12 @@
-"""Augmentations of a picture together with its boxes and polygons.
+"""Augmentations of an image together with its boxes and polygons.
 
-Each is called as `augmentation(image, targets, rng) -> (image, targets)`. `image` is a PIL picture; `targets`
+Each is called as `augmentation(image, targets, rng) -> (image, targets)`. `image` is a PIL image; `targets`
 is None or a dict of `boxes` float64 (N, 4) xyxy pixels, `labels` int64 (N,), and optionally `masks`, N lists
 of polygons (flat float64 arrays x0, y0, x1, y1, ...). Inputs are left as they were. All randomness comes from
 `rng`, a numpy Generator.
+
+Augmentations move boxes and drop none: after the last one, `clip_targets` clips and drops once, in Detectron2's
+order and precision, so that equal annotations give equal boxes to the last bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,16 +16,21 @@ import shapely
 from PIL.Image import Image
 from torchvision.transforms.v2 import functional as F
 
+from .errors import DataError
+
 MIN_BOX_SIDE = 1e-5
+MAX_PIXELS = 2**27  # of a resized image: PIL takes 4 bytes for each. Only very thin images come near
 
 
 class AugmentationList:
-    """Augmentations applied one after the other."""
+    """Augmentations applied one after the other. Raises DataError for an image without pixels."""
 
     def __init__(self, augs: Sequence[Callable]):
         self.augs = list(augs)
 
     def __call__(self, image: Image, targets: dict | None, rng: np.random.Generator):
+        if 0 in image.size:
+            raise DataError(f"the image has no pixels: it is {image.width}x{image.height} (width x height)")
         for aug in self.augs:
             image, targets = aug(image, targets, rng)
         return image, targets
@@ -61,6 +69,8 @@ class RandomFlip:
 class ResizeShortestEdge:
     """Scales the shorter side to a drawn length, less if the longer side would exceed `max_size`.
 
+    A very thin image keeps at least one pixel a side, and is scaled less where it would exceed `MAX_PIXELS`.
+
     Args:
         short_edge_length: one length in pixels; or several, to choose one of them (`sample_style` "choice")
             or, given a lowest and a highest, any in between, both included ("range").
@@ -90,17 +100,20 @@ class ResizeShortestEdge:
 
     @staticmethod
     def output_size(height: int, width: int, length: int, max_size: int | None = None) -> tuple[int, int]:
-        """(height, width) after scaling; half pixels round up."""
+        """(height, width) after scaling, at least one pixel each; half pixels round up."""
         scale = length / min(height, width)
         new_height, new_width = (length, scale * width) if height < width else (scale * height, length)
         longest = max(new_height, new_width)
         if max_size is not None and longest > max_size:
             new_height, new_width = new_height * (max_size / longest), new_width * (max_size / longest)
-        return int(new_height + 0.5), int(new_width + 0.5)
+        if new_height * new_width > MAX_PIXELS:
+            shrink = (MAX_PIXELS / (new_height * new_width)) ** 0.5
+            new_height, new_width = new_height * shrink, new_width * shrink
+        return max(1, int(new_height + 0.5)), max(1, int(new_width + 0.5))
 
 
 class ResizeScale:
-    """Scales a picture, its sides' ratio kept, to the largest that fits a box of `target_height` x `target_width`
+    """Scales an image, its sides' ratio kept, to the largest that fits a box of `target_height` x `target_width`
     times a number drawn from [`min_scale`, `max_scale`)."""
 
     def __init__(self, min_scale: float, max_scale: float, target_height: int, target_width: int):
@@ -122,14 +135,13 @@ class ResizeScale:
 
 
 class FixedSizeCrop:
-    """Gives pictures of one size: larger ones are cropped at a place drawn, smaller ones padded.
+    """Gives images of one size: larger ones are cropped at a place drawn, smaller ones padded.
 
-    One number places the window on both axes, as in Detectron2. Boxes are clipped to the window; instances of which
-    nothing is left are dropped.
+    One number places the window on both axes, as in Detectron2. Polygons are cut to the window.
 
     Args:
         crop_size: height and width in pixels.
-        pad: pad smaller pictures, on the right and at the bottom, in grey `pad_value`; otherwise leave them.
+        pad: pad smaller images, on the right and at the bottom, in grey `pad_value`; otherwise leave them.
     """
 
     def __init__(self, crop_size: Sequence[int], pad: bool = True, pad_value: float = 128.0):
@@ -152,9 +164,8 @@ class FixedSizeCrop:
 class RandomCrop:
     """Cuts out a window whose sides are drawn from `crop_size` = (lowest, highest) pixels, inclusive.
 
-    Sides are limited to the picture's, and the window lies anywhere inside it with equal chance. Boxes are
-    clipped to the window, not fitted anew to the cut polygons. Instances of which nothing is left are
-    dropped.
+    Sides are limited to the image's, and the window lies anywhere inside it with equal chance. Polygons are cut to
+    the window; boxes are not fitted anew to them.
     """
 
     def __init__(self, crop_type: str, crop_size: Sequence[int]):
@@ -169,7 +180,7 @@ class RandomCrop:
         return F.crop(image, y, x, height, width), crop_targets(targets, x, y, width, height)
 
     def window(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """Draws x, y, width, height of a window in a picture of the given size."""
+        """Draws x, y, width, height of a window in an image of the given size."""
         crop_height = int(rng.integers(min(height, self.lowest), min(height, self.highest) + 1))
         crop_width = int(rng.integers(min(width, self.lowest), min(width, self.highest) + 1))
         y = int(rng.integers(height - crop_height + 1))
@@ -178,7 +189,7 @@ class RandomCrop:
 
 
 def crop_targets(targets: dict | None, x: int, y: int, width: int, height: int) -> dict | None:
-    """Targets in the coordinates of a window at (x, y), cut to it."""
+    """Targets in the coordinates of a window at (x, y), polygons cut to it; boxes may reach beyond it."""
     if targets is None:
         return None
     cropped = {**targets, "boxes": targets["boxes"] - (x, y, x, y)}
@@ -187,12 +198,15 @@ def crop_targets(targets: dict | None, x: int, y: int, width: int, height: int) 
             [part for polygon in polygons for part in crop_polygon(polygon, x, y, width, height)]
             for polygons in targets["masks"]
         ]
-    return clip_targets(cropped, width, height)
+    return cropped
 
 
 def clip_targets(targets: dict, width: int, height: int) -> dict:
-    """Clips boxes to the picture; drops instances with an empty box, or with masks but no polygon."""
-    boxes = targets["boxes"].clip(0, (width, height, width, height))
+    """Clips boxes to the image, as float32; drops instances with an empty box, or with masks but no polygon.
+
+    As in Detectron2 a box is empty unless both float32 sides exceed `MIN_BOX_SIDE`.
+    """
+    boxes = targets["boxes"].clip(0, (width, height, width, height)).astype(np.float32)
     keep = ((boxes[:, 2:] - boxes[:, :2]) > MIN_BOX_SIDE).all(axis=1)
     clipped = {}
     if "masks" in targets:
@@ -202,9 +216,13 @@ def clip_targets(targets: dict, width: int, height: int) -> dict:
 
 
 def mask_boxes(masks: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Tight boxes, float64 (N, 4), around N lists of polygons, each of one at least."""
-    points = [np.concatenate(polygons).reshape(-1, 2) for polygons in masks]
-    return np.array([[*p.min(axis=0), *p.max(axis=0)] for p in points], dtype=np.float64).reshape(-1, 4)
+    """Tight boxes, float64 (N, 4), around N lists of polygons; zeros around an empty list."""
+    boxes = np.zeros((len(masks), 4))
+    for box, polygons in zip(boxes, masks, strict=True):
+        if polygons:
+            points = np.concatenate(polygons).reshape(-1, 2)
+            box[:2], box[2:] = points.min(axis=0), points.max(axis=0)
+    return boxes
 
 
 def crop_polygon(polygon: np.ndarray, x: int, y: int, width: int, height: int) -> list[np.ndarray]:

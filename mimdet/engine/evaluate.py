@@ -52,6 +52,7 @@ class Evaluation:
             dataset = getattr(loader.dataset, "dataset", loader.dataset)
         evaluator = instantiate(cfg.dataloader.evaluator)
         evaluator.dataset = dataset
+        evaluator.reset()  # reads the ground truth: a flaw in it shows before anything is trained
         return cls(dataset, loader, evaluator)
 
     def run(self, model: nn.Module, should_stop: Callable[[], bool] | None = None) -> dict[str, Any]:

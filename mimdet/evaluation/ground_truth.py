@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pycocotools.mask as mask_util
 
-from ..data.errors import DataError
+from ..data.annotations import first, is_finite, is_ignored, read_annotations, usable_polygons
 
 logger = logging.getLogger(__name__)
 
@@ -17,66 +16,77 @@ logger = logging.getLogger(__name__)
 def load_ground_truth(json_file: str | Path, use_masks: bool = True) -> tuple[dict[str, Any], bool]:
     """Read an annotation file for evaluation.
 
-    What hand-made files often lack is filled in: ``iscrowd``, ``area``, and unique ids from 1 (the toolkits
-    take 0 for "no match"). An object without a usable mask, in a file where others have one, becomes a region
-    to ignore, as a crowd is: detections there count neither for nor against.
+    What hand-made files often lack is filled in: ``iscrowd``, ``area``, and ids from 1 (the toolkits take 0 for "no
+    match"). Detections in a region to ignore count neither for nor against; such are crowds, annotations with
+    ``ignore``, and an object without a usable mask in a file where others have one. An annotation whose box is not
+    finite is left out.
 
     Args:
         use_masks: False where boxes alone are scored: objects count then whether they have a mask or not.
 
     Returns:
-        the file's content, and whether its objects have masks to be scored.
+        the file's content without what is not needed, and whether its objects have masks to be scored.
 
     Raises:
-        DataError: an annotation has no box, or belongs to no image of the file.
+        DataError: a flaw of the file, as :func:`mimdet.data.annotations.read_annotations` finds it.
     """
-    content = json.loads(Path(json_file).read_text(encoding="utf-8"))
-    content.setdefault("info", {})
-    images = {image["id"]: image for image in content["images"]}
-    annotations = content["annotations"]
-    has_masks = use_masks and any(_has_mask(annotation) for annotation in annotations)
-    ignored = []
-    for number, annotation in enumerate(annotations, start=1):
-        where = f"{json_file}: annotation {annotation.get('id')} of image {annotation.get('image_id')}"
-        if annotation.get("image_id") not in images:
-            raise DataError(f"{where}: there is no such image in the file")
-        if len(annotation.get("bbox") or ()) != 4:
-            raise DataError(f"{where}: 'bbox' must be [x, y, width, height]")
-        annotation["iscrowd"] = int(annotation.get("iscrowd", 0))
-        if has_masks and not _has_mask(annotation):
-            ignored.append(annotation.get("id"))
-            annotation["iscrowd"] = 1
-            annotation["segmentation"] = [_outline(*annotation["bbox"])]
-        annotation["id"] = number
-        if "area" not in annotation:
-            annotation["area"] = _area(annotation, images[annotation["image_id"]])
-    if ignored:
-        logger.warning(
-            "%s: %d objects without a usable mask are ignored in the evaluation (annotations %s)",
-            json_file,
-            len(ignored),
-            ", ".join(map(str, ignored[:5])) + (", ..." if len(ignored) > 5 else ""),
+    content = read_annotations(json_file, use_masks)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    annotations, masks = [], []
+    ignored, dropped = [], []
+    for annotation in content["annotations"]:
+        if not is_finite(annotation["bbox"]):
+            dropped.append(annotation["id"])
+            continue
+        annotations.append(annotation)
+        masks.append(_mask(annotation) if use_masks else None)
+    has_masks = any(mask is not None for mask in masks)
+    completed = []
+    for number, (annotation, mask) in enumerate(zip(annotations, masks, strict=True), start=1):
+        crowd = is_ignored(annotation)
+        if has_masks and mask is None:
+            ignored.append(annotation["id"])
+            crowd, mask = True, [_outline(*annotation["bbox"])]
+        area = annotation.get("area")
+        completed.append(
+            {
+                "id": number,
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"],
+                "bbox": annotation["bbox"],
+                "iscrowd": int(crowd),
+                "area": _area(annotation["bbox"], mask, sizes[annotation["image_id"]]) if area is None else area,
+                **({} if mask is None else {"segmentation": mask}),
+            }
         )
-    return content, has_masks
+    for ids, what in (
+        (ignored, "objects without a usable mask are ignored in the evaluation"),
+        (dropped, "annotations whose box is not finite are left out of the evaluation"),
+    ):
+        if ids:
+            logger.warning("%s: %d %s (annotations %s)", json_file, len(ids), what, first(ids))
+    return {"info": {}, **content, "annotations": completed}, has_masks
 
 
-def _has_mask(annotation: dict[str, Any]) -> bool:
-    """Whether there is a run-length encoded mask, or a polygon of at least three points."""
+def _mask(annotation: dict[str, Any]) -> dict[str, Any] | list[list[float]] | None:
+    """The run-length encoded mask, or the polygons of at least three points; None without any."""
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
-        return True
-    return any(len(polygon) >= 6 for polygon in segmentation or ())
+        return segmentation
+    polygons = usable_polygons(segmentation)
+    if polygons and len(polygons) == len(segmentation):
+        return segmentation  # as it is: lists of numbers again would take their time
+    return [polygon.tolist() for polygon in polygons] or None
 
 
 def _outline(x: float, y: float, width: float, height: float) -> list[float]:
     return [x, y, x + width, y, x + width, y + height, x, y + height]
 
 
-def _area(annotation: dict[str, Any], image: dict[str, Any]) -> float:
-    if not _has_mask(annotation):
-        return annotation["bbox"][2] * annotation["bbox"][3]
-    segmentation = annotation["segmentation"]
-    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
-        return float(mask_util.area(segmentation))
-    rle = mask_util.frPyObjects(segmentation, image["height"], image["width"])
+def _area(bbox: list[float], mask: dict[str, Any] | list[list[float]] | None, size: tuple[int, int]) -> float:
+    if mask is None:
+        return bbox[2] * bbox[3]
+    if isinstance(mask, dict) and not isinstance(mask["counts"], list):
+        return float(mask_util.area(mask))
+    rle = mask_util.frPyObjects(mask, *size)
     return float(mask_util.area(mask_util.merge(rle) if isinstance(rle, list) else rle))

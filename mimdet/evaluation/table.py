@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 _TASKS = {"bbox": "box", "segm": "mask"}
 _HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -41,7 +42,7 @@ def per_class_table(results: Mapping[str, Mapping[str, float]], columns: int = 3
     for row in range(height):
         cells = []
         for name in classes[row::height]:
-            cells += [name, *(_percent(results[f"{task}_per_class"][name]) for task in tasks)]
+            cells += [Text(name), *(_percent(results[f"{task}_per_class"][name]) for task in tasks)]
         table.add_row(*cells)
     return table
 
