@@ -377,11 +377,17 @@ def plot(
 
 
 @app.command("readme")
-def readme(path: Annotated[Path, typer.Argument(help="Markdown with places for results.")] = Path("README.md")) -> None:
-    """Fill a README's tables from the files of results, and the folders of configs, that it names."""
-    from .readme import update
+def readme(
+    pages: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Markdown with places for results; default: README.md and the docs' pages of tables."),
+    ] = None,
+) -> None:
+    """Fill the tables of README and docs from the files of results, and the folders of configs, that they name."""
+    from .readme import PAGES, update
 
-    typer.echo(f"{path}: {'filled' if update(path) else 'as it was'}")
+    for page in pages or map(Path, PAGES):
+        typer.echo(f"{page}: {'filled' if update(page) else 'as it was'}")
 
 
 def _tables(name, opts, part, peers, size, batch, dtype, config, rounds, device, output, ratios, depths, modes) -> None:

@@ -1,9 +1,9 @@
-"""The README's table of configs: what each is, its parameters, the AP that others claim for it, and its command."""
+"""The table of configs in the docs: what each is, its parameters, the AP that others claim for it, and its command."""
 
 from __future__ import annotations
 
 import ast
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -21,8 +21,12 @@ def names(folder: Path) -> list[str]:
     return [str(path) for path in sorted(found, key=lambda p: (len(p.parts), p)) if path.parts[0] not in _APART]
 
 
-def rows(folder: Path) -> list[tuple[str, ...]]:
+def rows(folder: Path, links: str = ".") -> list[tuple[str, ...]]:
     """One row of ``COLUMNS`` for each config below ``folder``, more where the paper has more of it.
+
+    Args:
+        folder: the configs.
+        links: path from the page to the folder that holds ``folder``.
 
     Raises:
         ValueError: a claim for a config that is not there, or a config without a docstring.
@@ -36,7 +40,8 @@ def rows(folder: Path) -> list[tuple[str, ...]]:
     made = []
     for name in found:
         file = folder / f"{name}.py"
-        link, what, size = f"[`{name}`]({folder.name}/{name}.py)", _title(file), f"{_parameters(file) / 1e6:.2f}"
+        target = (PurePosixPath(links) / folder.name / f"{name}.py").as_posix()
+        link, what, size = f"[`{name}`]({target})", _title(file), f"{_parameters(file) / 1e6:.2f}"
         for claim in claims.get(name, [{}]):
             made.append((link, what, size, _claimed(claim), f"`{_command(name, claim)}`"))
     return made

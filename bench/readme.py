@@ -1,7 +1,8 @@
-"""``mimdet bench readme``: the README's tables of figures, made from the files of results that stand beside them."""
+"""``mimdet bench readme``: the tables of figures in README and docs, made from the committed files of results."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +20,15 @@ _PLACE = re.compile(r"(<!-- results: (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end of 
 # <!-- configs: configs --> table <!-- end of configs -->
 _CONFIGS = re.compile(r"(<!-- configs: (\S+) -->\n).*?(<!-- end of configs -->)", re.DOTALL)
 _OURS = ("triton", "cuda", "cpp")
+# The pages with places for results, relative to the checkout.
+PAGES = ("README.md", "docs/benchmarks.md", "docs/reproduction.md")
 
 
-def fill(text: str, root: Path) -> str:
+def fill(text: str, root: Path, folder: Path | None = None) -> str:
     """``text`` with every place for results filled from its file, which is named relative to ``root``.
 
     Words such as dtype=fp32 after the file's name choose its rows. A place for configs gets a row of each in the
-    folder that it names.
+    folder that it names, with links relative to ``folder``, the page's own (default: ``root``).
 
     Raises:
         FileNotFoundError: a file that is not there.
@@ -37,6 +40,8 @@ def fill(text: str, root: Path) -> str:
             "no place for results: <!-- results: FILE --> and <!-- end of results --> on lines of their own"
         )
 
+    links = os.path.relpath(root, folder or root)
+
     def filled(place: re.Match) -> str:
         results = Results.read(root / place[2])
         for word in place[3].split():
@@ -47,15 +52,20 @@ def fill(text: str, root: Path) -> str:
         return place[1] + render(results) + place[4]
 
     def listed(place: re.Match) -> str:
-        return place[1] + _markdown(configs.COLUMNS, configs.rows(root / place[2]), right=(2,)) + place[3]
+        return place[1] + _markdown(configs.COLUMNS, configs.rows(root / place[2], links), right=(2,)) + place[3]
 
     return _CONFIGS.sub(listed, _PLACE.sub(filled, text))
 
 
 def update(path: Path) -> bool:
-    """Fill a file in place; whether it changed."""
+    """Fill a file in place; whether it changed.
+
+    It names files relative to its checkout, the nearest folder above it that has a pyproject.toml, else to its folder.
+    """
     text = path.read_text(encoding="utf-8")
-    filled = fill(text, path.parent)
+    folder = path.resolve().parent
+    root = next((above for above in (folder, *folder.parents) if (above / "pyproject.toml").is_file()), folder)
+    filled = fill(text, root, folder)
     if filled != text:
         write_bytes(path, filled.encode())
     return filled != text

@@ -1,5 +1,6 @@
-"""The README's figures are those of the committed files of results."""
+"""The figures in README and docs are those of the committed files of results."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from test_cli import run
 
 from mimdet.bench.backbone import paper
 from mimdet.bench.configs import names
-from mimdet.bench.readme import fill, update
+from mimdet.bench.readme import PAGES, fill, update
 from mimdet.bench.results import Results, ResultsError
 from mimdet.config import load
 
@@ -15,9 +16,28 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "bench" / "results").rglob("*.json"))
 
 
-def test_readme_is_what_the_results_say():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert fill(text, ROOT) == text, "run: mimdet bench readme"
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_are_what_the_results_say(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert fill(text, ROOT, (ROOT / page).parent) == text, "run: mimdet bench readme"
+
+
+def test_every_page_with_a_place_is_filled():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    marked = {str(p.relative_to(ROOT)) for p in pages if re.search(r"^<!-- (results|configs): ", p.read_text(), re.M)}
+    assert marked == set(PAGES)
+
+
+def test_a_page_in_a_folder_names_files_from_the_checkout(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.py").write_text("'''What it is.'''\nmodel = dict(_target_='torch.nn.Identity')")
+    page = tmp_path / "docs" / "page.md"
+    page.write_text("<!-- configs: configs -->\n<!-- end of configs -->\n")
+    monkeypatch.setattr("mimdet.bench.configs.paper", lambda: {"claims": []})
+    assert update(page)
+    assert "| [`tiny`](../configs/tiny.py) | What it is |" in page.read_text()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
