@@ -25,7 +25,7 @@ figures: install
 	$(BIN)/python docs/figures/architecture.py
 
 wheel: install
-	$(BIN)/python -m build
+	$(BIN)/python -m build --no-isolation
 
 install: $(VENV)/installed
 

@@ -3,7 +3,7 @@
 import mimdet
 
 project = "mimdet"
-author = copyright = "the mimdet authors"  # noqa: A001
+author = copyright = "the mimdet authors"
 version = release = mimdet.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -13,7 +13,7 @@ myst_heading_anchors = 3
 
 autodoc_typehints = "none"  # docstrings give shapes, dtypes and units; signatures stay short
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True  # attributes are listed once, with the class
