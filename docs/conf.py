@@ -8,6 +8,8 @@ version = release = mimdet.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_title = f"mimdet {release}"
 myst_heading_anchors = 3
 
