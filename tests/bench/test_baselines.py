@@ -1,11 +1,9 @@
-"""The peers are the same model as ours: keys, weights, features, gradients."""
+"""The baselines are the same model as ours: keys, weights, features, gradients."""
 
 import pytest
 import torch
-from small import small_model
+from mimdet.bench.models import bottom_up, random_batch, variant
 
-from mimdet.bench.models import PEERS, bottom_up, random_batch, variant
-from mimdet.bench.reference_model import ReferenceBackbone
 from mimdet.modeling import ImageList
 
 # Inductor takes most of a minute for one model: the compiled one is run uncompiled here.
@@ -14,7 +12,14 @@ SIZES = [(96, 128), (64, 100)]
 
 @pytest.fixture(scope="module")
 def detector():
-    return small_model("model.backbone.bottom_up.encoder.dpr=0.3").to(memory_format=torch.channels_last)
+    """Its vectors, such as biases, are random: none is without effect."""
+    deep = (f"{BOTTOM_UP}.encoder.depth=3", f"{BOTTOM_UP}.encoder.dpr=0.3")
+    model = build_detector(CONFIG, (*OVERRIDES, *deep), 2, "cpu")
+    with torch.no_grad():
+        for parameter in bottom_up(model).parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(memory_format=torch.channels_last)
 
 
 def images(padded):
@@ -23,48 +28,48 @@ def images(padded):
     return ImageList.from_tensors(tensors, 32)
 
 
-def outcome(model, batch, training):
+def outputs_of(model, batch, training):
     model.train(training).zero_grad()
     noise = torch.rand(2, 48, generator=torch.Generator().manual_seed(5))
     torch.manual_seed(6)
     features = model(batch, noise=noise)
     sum((f * torch.linspace(-1, 1, f.numel()).view(f.shape)).sum() for f in features.values()).backward()
-    found = {name: f.detach() for name, f in features.items()}
-    return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    outputs = {name: f.detach() for name, f in features.items()}
+    return outputs | {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1.0])
-@pytest.mark.parametrize("peer", [name for name in PEERS if name != "ours"])
-def test_features_and_gradients_are_ours(detector, monkeypatch, peer, ratio):
-    """In training with drop path: the peers draw the same numbers in the same order."""
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "ours"])
+def test_features_and_gradients_are_ours(detector, monkeypatch, name, ratio):
+    """In training with drop path: the baselines draw the same numbers in the same order."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    batch = images(padded=peer != "clean")
-    want = outcome(bottom_up(variant(detector, "ours", ratio, 2)), batch, training=True)
-    got = outcome(bottom_up(variant(detector, peer, ratio, 2)), batch, training=True)
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        distance = (got[name] - value).norm() / value.norm().clamp(min=1e-6)
-        assert distance < 2e-5, f"{name}: {distance:.2g}"
+    batch = images(padded=name != "sdpa-compile")
+    expected = outputs_of(bottom_up(variant(detector, "ours", ratio, 2)), batch, training=True)
+    actual = outputs_of(bottom_up(variant(detector, name, ratio, 2)), batch, training=True)
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        distance = (actual[key] - value).norm() / value.norm().clamp(min=1e-6)
+        assert distance < 2e-5, f"{key}: {distance:.2g}"
 
 
-@pytest.mark.parametrize("peer", PEERS)
-def test_weights_are_shared_under_our_names(detector, peer):
-    ours, theirs = bottom_up(detector), bottom_up(variant(detector, peer, 0.5, 2))
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_weights_are_shared_under_our_names(detector, name):
+    ours, theirs = bottom_up(detector), bottom_up(variant(detector, name, 0.5, 2))
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     parameters = dict(theirs.named_parameters())
-    own = {name for name, p in ours.named_parameters() if parameters[name] is not p}
+    copied = {key for key, p in ours.named_parameters() if parameters[key] is not p}
     stem = {f"encoder.patch_embed.proj.{i}.0.weight" for i in range(4)} | {"encoder.patch_embed.proj.3.3.weight"}
-    assert own == (stem if "original" in peer else set())
+    assert copied == (stem if "original" in name else set())
 
 
 def test_the_original_runs_in_nchw(detector):
     """Whatever the memory of our weights."""
     assert bottom_up(detector).encoder.patch_embed.proj[1][0].weight.is_contiguous(memory_format=torch.channels_last)
-    peer = bottom_up(variant(detector, "original-kept", 0.5, 2))
+    baseline = bottom_up(variant(detector, "original-no-checkpoint", 0.5, 2))
     seen = {}
-    for index, stage in enumerate(peer.encoder.patch_embed.proj):
+    for index, stage in enumerate(baseline.encoder.patch_embed.proj):
         stage.register_forward_hook(lambda module, inputs, output, index=index: seen.update({index: output}))
-    peer(images(padded=False))
+    baseline(images(padded=False))
     assert len(seen) == 4
     assert all(output.is_contiguous() for output in seen.values())
 
@@ -80,24 +85,21 @@ def test_variants_leave_the_model_as_it_was(detector):
         encoder, decoder = backbone.encoder, backbone.decoder
         return backbone.sample_ratio, encoder.checkpointing, encoder.patch_embed.checkpointing, decoder.checkpointing
 
-    made = bottom_up(variant(detector, "ours-checkpointed", 0.125, 1))
-    assert state(made) == (0.125, True, True, True)
+    assert state(bottom_up(variant(detector, "ours-checkpointed", 0.125, 1))) == (0.125, True, True, True)
     assert state(bottom_up(detector)) == (0.5, False, False, False)
 
 
 def test_checkpointing_saves_memory(detector):
-    from mimdet.bench.memory import saved_bytes
-
     batch = images(padded=False)
     sizes = {}
     for checkpointing in (False, True):
-        peer = ReferenceBackbone(bottom_up(detector), fused_attention=False, checkpointing=checkpointing).train()
-        sizes[checkpointing] = saved_bytes(lambda peer=peer: peer(batch), peer.parameters())
+        baseline = OriginalBackbone(bottom_up(detector), fused_attention=False, checkpointing=checkpointing).train()
+        sizes[checkpointing] = saved_bytes(lambda baseline=baseline: baseline(batch), baseline.parameters())
     assert 0 < sizes[True] < 0.5 * sizes[False]
 
 
 def test_random_batch_trains_the_detector(detector):
-    pictures, targets = random_batch(1, (96, 128), 80, "cpu")
-    losses = variant(detector, "original", 0.5, 1).train()(pictures, targets)
+    batch, targets = random_batch(1, (96, 128), 80, "cpu")
+    losses = variant(detector, "original", 0.5, 1).train()(batch, targets)
     assert len(losses) == 5
     assert all(torch.isfinite(loss) for loss in losses.values())

@@ -1,35 +1,29 @@
 """Counted FLOPs and bytes, and whom they belong to."""
 
-import types
-
 import pytest
 import torch
-from test_bench_backbone import OVERRIDES
-from test_cli import run
+from tiny_model import CONFIG, OVERRIDES
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mimdet.bench import roofline
-from mimdet.bench.count import OTHER, UPDATE, Counter, flops
-from mimdet.bench.models import build_detector
+from mimdet.bench.experiments.roofline import COMPONENTS, STEP
+from mimdet.bench.operations import OTHER, UPDATE, Counter
 from mimdet.bench.plot import plot
-from mimdet.bench.results import Results
-from mimdet.bench.roofline import COMPONENTS, STEP
-from mimdet.bench.workload import Setting, idle_optimizer, workload
+from mimdet.bench.readme import render
+from mimdet.bench.row import Results
+from mimdet.bench.workload import Setting, build_detector, idle_optimizer, workload
 from mimdet.kernels.attention_varlen.api import attention_varlen_packed
-
-LIMITS = {"copy_gb_s": 10.0, "gemm_float32_tflop_s": 0.1}
 
 
 @pytest.fixture(scope="module")
 def detector():
-    return build_detector("mimdet_tiny_mask_rcnn", OVERRIDES, 1, "cpu")
+    return build_detector(CONFIG, OVERRIDES, 1, "cpu")
 
 
 def step_of(detector, part):
     optimizer = idle_optimizer(detector)
-    work = workload(detector, optimizer, "train", (0.5, 1, "ours"), Setting(device="cpu", part=part, size=(64, 64)))
-    return work, optimizer
+    return workload(detector, optimizer, "train", Setting(device="cpu", part=part, size=(64, 64))), optimizer
 
 
 def count(model, components, optimizer, step):
@@ -40,28 +34,16 @@ def count(model, components, optimizer, step):
 
 @pytest.mark.parametrize("part", ["backbone", "detector"])
 def test_flops_are_those_of_torchs_counter(detector, part):
+    """Which knows packed attention, and products that are added in place: the stem's weight gradients."""
     work, optimizer = step_of(detector, part)
+    torch.manual_seed(0)
+    counted = count(work.model, {}, optimizer, work.step)
     torch.manual_seed(0)
     with FlopCounterMode(display=False) as theirs:
         work.step()
-    torch.manual_seed(0)
-    ours = count(work.model, {}, optimizer, work.step)
-    # Torch's counter does not know our attention, nor products that are added in place: the stem's weight gradients.
-    for alone in ("mm_", "attention_varlen", "attention_varlen_backward"):
-        assert sum(w.flops for (_, _, op, _), w in ours.items() if op.endswith(alone)) > 0, alone
-    known = {op for _, _, op, _ in ours if not op.endswith("mm_") and "attention_varlen" not in op}
-    assert sum(w.flops for (_, _, op, _), w in ours.items() if op in known) == theirs.get_total_flops() > 0
-
-
-def test_flops_of_products_are_those_of_the_profiler():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Flatten(2), nn.Linear(16, 5))
-    x = torch.randn(2, 3, 8, 8)
-    with torch.no_grad(), torch.profiler.profile(with_flops=True) as profiler:
-        model(x)
-    theirs = sum(event.flops for event in profiler.key_averages() if event.key in ("aten::conv2d", "aten::addmm"))
-    with torch.no_grad():
-        ours = count(model, {}, idle_optimizer(model), lambda: model(x))
-    assert sum(w.flops for w in ours.values()) == theirs > 0
+    for name in ("mm_", "attention_varlen", "attention_varlen_backward"):
+        assert sum(w.flops for (_, _, op, _), w in counted.items() if op.endswith(name)) > 0, name
+    assert sum(w.flops for w in counted.values()) == theirs.get_total_flops()
 
 
 def attention_of(qkv, lengths, impl, backward):
@@ -97,21 +79,19 @@ def test_packed_attention(backward):
         assert packed["mimdet::attention_varlen_backward"].bytes == 8 * 4 * total * channels + lse + bounds
 
 
-@pytest.mark.parametrize("place", [(0, 3), (1, 6)], ids=["forward", "backward"])
-def test_packed_attention_of_pytorch_has_the_same_arguments(place):
-    """q and cu_seqlens stand where ours stand; the kernels need a GPU."""
-    from torch.nn.attention import varlen
-
-    name = "_varlen_attn_backward" if place[0] else "_varlen_attn"
-    theirs = getattr(torch.ops.torch_attn, name).default._schema
-    assert varlen.varlen_attn
-    assert f"torch_attn::{name}" == theirs.name
-    assert [theirs.arguments[i].name for i in place] == ["query", "cu_seq_q"]
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_packed_attention_of_pytorch(backward):
+    """Its kernels need a GPU, its fake implementation does not."""
     q, bounds = torch.zeros(12, 3, 8), torch.tensor([0, 5, 12], dtype=torch.int32)
-    arguments = [None] * 7
-    arguments[place[0]], arguments[place[1]] = q, bounds
-    call = types.SimpleNamespace(_schema=theirs, overloadpacket=None)
-    assert flops(call, tuple(arguments), {}, None) == (10 if place[0] else 4) * 24 * (5**2 + 7**2)
+    lse, seed = torch.zeros(3, 12), torch.zeros(2, dtype=torch.int64)
+    theirs = torch.ops.torch_attn
+    Counter(nn.Identity(), {}, torch.optim.SGD([nn.Parameter(q)]))  # registers the formulas
+    with FlopCounterMode(display=False) as counter, FakeTensorMode(allow_non_fake_inputs=True):
+        if backward:
+            theirs._varlen_attn_backward(q, q, q, q, q, lse, bounds, bounds, 7, 7, False, seed)
+        else:
+            theirs._varlen_attn(q, q, q, bounds, bounds, 7, 7)
+    assert counter.get_total_flops() == (10 if backward else 4) * 24 * (5**2 + 7**2)
 
 
 BYTES = {
@@ -126,11 +106,11 @@ BYTES = {
 
 @pytest.mark.parametrize("case", BYTES)
 def test_bytes(case):
-    operation, want = BYTES[case]
+    operation, expected = BYTES[case]
     model, square = nn.Linear(1, 1), torch.ones(4, 4)
     with torch.no_grad():
-        found = count(model, {}, idle_optimizer(model), lambda: operation(square))
-    assert sum(w.bytes for w in found.values()) == want
+        counted = count(model, {}, idle_optimizer(model), lambda: operation(square))
+    assert sum(w.bytes for w in counted.values()) == expected
 
 
 def test_work_belongs_to_the_module_that_called_it_and_backward_to_its_forward():
@@ -141,17 +121,17 @@ def test_work_belongs_to_the_module_that_called_it_and_backward_to_its_forward()
         model["b"](model["a"](torch.ones(3, 4))).exp().sum().backward()
         optimizer.step()
 
-    found = count(model, {"first": ["a"], "second": ["b"]}, optimizer, step)
+    counted = count(model, {"first": ["a"], "second": ["b"]}, optimizer, step)
     sums = {}
-    for (component, direction, _, _), work in found.items():
+    for (component, direction, _, _), work in counted.items():
         sums[component, direction] = sums.get((component, direction), 0) + work.flops
     assert sums["first", "forward"] == 2 * 3 * 4 * 6
     assert sums["first", "backward"] == 2 * 3 * 4 * 6  # the input needs no gradient
     assert sums["second", "forward"] == 2 * 3 * 6 * 2
     assert sums["second", "backward"] == 2 * 2 * 3 * 6 * 2
-    where = {op: {c for c, _, o, _ in found if o == op} for _, _, op, _ in found}
+    where = {op: {c for c, _, o, _ in counted if o == op} for _, _, op, _ in counted}
     assert where["aten::exp"] == {OTHER}
-    assert UPDATE in {component for component, *_ in found}
+    assert UPDATE in {component for component, *_ in counted}
 
 
 def test_hooks_are_gone_afterwards(detector):
@@ -161,29 +141,20 @@ def test_hooks_are_gone_afterwards(detector):
     assert not optimizer._optimizer_step_pre_hooks
 
 
-def test_by_command(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(roofline, "measure_limits", lambda device, dtypes: LIMITS)
+def test_by_command(bench, tmp_path, capsys):
     path = tmp_path / "roofline.csv"
-    status = run(
-        monkeypatch, "bench", "roofline", "--config", "mimdet_tiny_mask_rcnn", "--size", "64x64", "--rounds", 3,
-        "--device", "cpu", "--depth", 1, "--output", path, *OVERRIDES,
-    )  # fmt: skip
-    assert status == 0
+    words = ("--config", CONFIG, "--size", "64x64", "--rounds", 3, "--device", "cpu", "--depth", 1)
+    assert bench("roofline", *words, "--output", path, *OVERRIDES) == 0
     out = capsys.readouterr().out
-    for word in ("encoder blocks forward", "mask head backward", UPDATE, STEP, "Largest gaps"):
+    for word in ("encoder blocks, forward", "mask head, backward", UPDATE, STEP, "Largest gaps"):
         assert word in out
-    rows = Results.read(path).rows
-    assert {row["component"] for row in rows} == {*COMPONENTS, OTHER, UPDATE, STEP}
-    picture = tmp_path / "roofline.png"
-    plot(Results.read(path), picture)
-    assert picture.stat().st_size > 20_000
-    whole, *others = rows
+    results = Results.read(path)
+    assert {row["component"] for row in results.rows} == {*COMPONENTS, OTHER, UPDATE, STEP}
+    plot(results, tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").stat().st_size > 20_000
+    assert "| whole step |" in render(results)
+    whole, *others = results.rows
     assert whole["floor_ms"] == pytest.approx(sum(row["floor_ms"] for row in others), rel=1e-3)
     for row in others:
         assert row["floor_ms"] >= row["gflop"] / 0.1 * 0.999
         assert row["floor_ms"] >= row["mib"] * 2**20 / 10e9 * 1e3 * 0.999
-
-
-def test_a_compiled_model_is_refused(monkeypatch, capsys):
-    assert run(monkeypatch, "bench", "roofline", "--model", "clean") != 0
-    assert "no clean to measure" in capsys.readouterr().err

@@ -1,15 +1,16 @@
-"""The backbone as others write it: peers that share our weights and give our features.
+"""Baselines: the backbone as others write it, with our weights and our features.
 
-``ReferenceBackbone`` follows the released MIMDet step by step; two switches take it to what the same code does with
-today's timm (fused attention) and without checkpointing. ``CleanBackbone`` is the same model as one would write it now
-for ``torch.compile``. Both have the parameters of a ``MIMDetBackbone`` under its names, in fact the very same tensors,
-but for the weights of ``ReferenceBackbone``'s convolutions: copies that lie in memory as the release has them.
+``OriginalBackbone`` follows the released MIMDet step by step; two switches take it to what the same code does with
+today's timm (fused attention) and without checkpointing. ``CompiledBackbone`` is the same model as one would write it
+now for ``torch.compile``. Both share the parameters of a ``MIMDetBackbone`` under its names, but for the weights of
+``OriginalBackbone``'s convolutions: copies in the release's memory layout.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +54,8 @@ class _Block(nn.Module):
         return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
 
 
-class _Peer(nn.Module):
-    """Encoder and decoder of ``ours``, parameters shared and named alike; ``sample_ratio`` as ours has it."""
+class _Baseline(nn.Module):
+    """Encoder and decoder with the parameters of ``ours``, under the same names."""
 
     def __init__(self, ours: MIMDetBackbone, fused_attention: bool):
         super().__init__()
@@ -81,7 +82,7 @@ class _Peer(nn.Module):
 
     @staticmethod
     def convolution(ours: nn.Conv2d) -> nn.Conv2d:
-        """The stem's convolutions as this peer has them."""
+        """The stem's convolutions as this baseline has them."""
         return ours
 
     def forward(
@@ -99,11 +100,11 @@ class _Peer(nn.Module):
         return {"c2": c2, "c3": c3, "c4": c4, "c5": F.max_pool2d(c4, 2)}
 
 
-class ReferenceBackbone(_Peer):
+class OriginalBackbone(_Baseline):
     """The released algorithm: NCHW, every position embedded and projected, three sorts, int64 gather indices.
 
     Args:
-        ours: whose parameters it uses.
+        ours: backbone whose parameters it uses.
         fused_attention: False as with timm 0.4.12, which the release asks for; True as with today's timm.
         checkpointing: recompute the ConvStem's stages, every block and the last norm in backward, as released. (The
             non-reentrant form: the release's own is no longer recommended by PyTorch, and recomputes the same.)
@@ -115,11 +116,11 @@ class ReferenceBackbone(_Peer):
 
     @staticmethod
     def convolution(ours: nn.Conv2d) -> nn.Conv2d:
-        """With weights of its own in NCHW: weights in channels_last would make its output so, whatever its input."""
-        made = copy.copy(ours)
+        """A copy with weights in NCHW: weights in channels_last would make its output so, whatever its input."""
+        copied = copy.copy(ours)
         weight = torch.empty(ours.weight.shape, dtype=ours.weight.dtype, device=ours.weight.device)
-        made._parameters = {**ours._parameters, "weight": nn.Parameter(weight.copy_(ours.weight.detach()))}
-        return made
+        copied._parameters = {**ours._parameters, "weight": nn.Parameter(weight.copy_(ours.weight.detach()))}
+        return copied
 
     def features(
         self, images: ImageList, sample_ratio: float, noise: torch.Tensor | None
@@ -153,7 +154,7 @@ class ReferenceBackbone(_Peer):
         return checkpoint(module, x, use_reentrant=False) if self.checkpointing and x.requires_grad else module(x)
 
     def _padding(self, images: ImageList, grid: torch.Size) -> torch.Tensor:
-        """(B, L) bool, True for padding, written picture by picture."""
+        """(B, L) bool, True for padding, written image by image."""
         padding = torch.ones(len(images), *grid, dtype=torch.bool, device=images.tensor.device)
         for row, (height, width) in zip(padding, images.image_sizes, strict=True):
             row[: -(-height // 16), : -(-width // 16)] = False
@@ -163,19 +164,19 @@ class ReferenceBackbone(_Peer):
     def _sample(
         x: torch.Tensor, ratio: float, padding: torch.Tensor, noise: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kept tokens in order of their noise, and where each token went."""
+        """The sampled tokens in order of their noise, and ids_restore."""
         batch, length, dim = x.shape
         noise = torch.rand(batch, length, device=x.device) if noise is None else noise
         order = torch.argsort(noise.masked_fill(padding, 100), dim=1)
         restore = torch.argsort(order, dim=1)
-        keep = order[:, : int(length * ratio)]
-        return torch.gather(x, 1, keep.unsqueeze(-1).repeat(1, 1, dim)), restore
+        ids_keep = order[:, : int(length * ratio)]
+        return torch.gather(x, 1, ids_keep.unsqueeze(-1).repeat(1, 1, dim)), restore
 
 
-class CleanBackbone(_Peer):
+class CompiledBackbone(_Baseline):
     """Channels-last, fused attention, one sort, the position embedding interpolated once; made to be compiled.
 
-    Pictures must be unpadded.
+    Images must be unpadded.
     """
 
     def __init__(self, ours: MIMDetBackbone):
@@ -208,12 +209,12 @@ class CleanBackbone(_Peer):
         tokens = x.permute(0, 2, 3, 1).reshape(batch, -1, dim)
         rows = torch.arange(batch, device=x.device)[:, None]
         order = noise.argsort(dim=1)
-        keep, drop = order[:, :kept], order[:, kept:]
-        x = tokens[rows, keep] + position.expand(batch, -1, -1)[rows, keep]
+        ids_keep, ids_mask = order[:, :kept], order[:, kept:]
+        x = tokens[rows, ids_keep] + position.expand(batch, -1, -1)[rows, ids_keep]
         for block in self.encoder.blocks:
             x = block(x)
         x = self.decoder.decoder_embed(self.encoder.norm(x))
-        x = torch.cat([x, self.decoder.conv_feat_proj(tokens[rows, drop])], dim=1)
+        x = torch.cat([x, self.decoder.conv_feat_proj(tokens[rows, ids_mask])], dim=1)
         restore = torch.empty_like(order).scatter_(
             1, order, torch.arange(order.shape[1], device=x.device).expand_as(order)
         )
@@ -231,3 +232,60 @@ def _position(table: torch.Tensor, grid: torch.Size) -> torch.Tensor:
     return (
         F.interpolate(square, size=tuple(grid), mode="bicubic", align_corners=False).permute(0, 2, 3, 1).flatten(1, 2)
     )
+
+
+_BOTTOM_UP = "backbone.bottom_up"
+# Name -> the backbone for one of ours. "original" is the release, which recomputes activations
+# (checkpointing) and has unfused attention; "sdpa" is fused attention, which today's timm gives the original too.
+IMPLEMENTATIONS: dict[str, Callable[[MIMDetBackbone], nn.Module]] = {
+    "ours": lambda ours: ours,
+    "ours-checkpointed": lambda ours: checkpointed(ours),
+    "original": partial(OriginalBackbone, fused_attention=False, checkpointing=True),
+    "original-no-checkpoint": partial(OriginalBackbone, fused_attention=False, checkpointing=False),
+    "original-sdpa": partial(OriginalBackbone, fused_attention=True, checkpointing=True),
+    "original-sdpa-no-checkpoint": partial(OriginalBackbone, fused_attention=True, checkpointing=False),
+    "sdpa-compile": CompiledBackbone,
+}
+
+
+def variant(detector: nn.Module, implementation: str, ratio: float, depth: int) -> nn.Module:
+    """``detector`` with another backbone, a keep ratio for every mode and the first ``depth`` decoder blocks.
+
+    Nothing is copied but the modules' own dictionaries: all variants share their weights.
+
+    Args:
+        implementation: word of ``IMPLEMENTATIONS``.
+    """
+    backbone = bottom_up(detector)
+    blocks = nn.ModuleList(list(backbone.decoder.decoder_blocks)[:depth])
+    backbone = with_child(backbone, "decoder.decoder_blocks", blocks)
+    backbone.sample_ratio = backbone.inference_sample_ratio = ratio
+    return with_child(detector, _BOTTOM_UP, IMPLEMENTATIONS[implementation](backbone))
+
+
+def bottom_up(detector: nn.Module) -> nn.Module:
+    """The backbone below the pyramid."""
+    return detector.get_submodule(_BOTTOM_UP)
+
+
+def with_child(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
+    """``module`` with another module at ``path``; what is not on the path is shared."""
+    copied = _shallow(module)
+    head, _, rest = path.partition(".")
+    copied._modules[head] = with_child(module._modules[head], rest, child) if rest else child
+    return copied
+
+
+def checkpointed(ours: MIMDetBackbone) -> MIMDetBackbone:
+    """The same backbone with checkpointing as the configs have it."""
+    for path in ("encoder", "encoder.patch_embed", "decoder"):
+        part = _shallow(ours.get_submodule(path))
+        part.checkpointing = True
+        ours = with_child(ours, path, part)
+    return ours
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    return copied

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import run
 
-from mimdet.bench import backbone, gpu, ops, roofline
+from mimdet.bench import gpu
+from mimdet.bench.experiments import backbone, ops, roofline
 from mimdet.bench.gpu import MINUTES, PARTS, Part, run_gpu
 
-ROOT = Path(__file__).resolve().parent.parent
-NAMES = [part.name for part in PARTS]
+ROOT = Path(__file__).resolve().parents[2]
 # Whoever started pytest may have told it to ignore Ctrl-C, and children inherit that.
 HEAR = "import os, signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
 WAIT = "try:\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('kept', flush=True)"
@@ -155,59 +154,55 @@ def test_names_of_folders_are_left_out(python, tmp_path):
 
 
 def test_every_part_fits_into_a_run():
-    assert len(set(NAMES)) == len(NAMES)
+    assert len({part.name for part in PARTS}) == len(PARTS)
     assert MINUTES < 9
     for part in PARTS:
         assert part.seconds + gpu._GRACE < 60 * MINUTES
 
 
-def test_real_parts_are_commands_that_exist(monkeypatch, tmp_path):
+def test_real_parts_are_commands_that_exist(bench, monkeypatch, tmp_path):
     """Their options are taken by the subcommands, with what is to be measured."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     asked = {}
-    for module, name in ((ops, "run_ops"), (backbone, "run_tables"), (roofline, "run_roofline")):
-        monkeypatch.setattr(module, name, lambda options: asked.update({options.output.stem: options}))
+    for module in (ops, backbone, roofline):
+        monkeypatch.setattr(module, "run", lambda options: asked.update({options.output.stem: options}))
     for part in PARTS:
         if not part.text:
-            assert run(monkeypatch, "bench", *part.words[1:], "--output", tmp_path / part.file) == 0
+            assert bench(*part.words[1:], "--output", tmp_path / part.file) == 0
     assert set(asked) == {part.name for part in PARTS if not part.text}
     assert {options.device for options in asked.values()} == {"cuda"}
-    measured = {
-        (dtype, batch)
-        for o in asked.values()
-        if isinstance(o, ops.Options)
-        for dtype in o.dtypes
-        for batch in o.batches
+    measured = [options for options in asked.values() if isinstance(options, ops.Options)]
+    assert {(d, b) for options in measured for d in options.dtypes for b in options.batches} == {
+        (dtype, batch) for dtype in ("bf16", "fp32") for batch in (1, 8)
     }
-    assert measured == {(dtype, batch) for dtype in ("bf16", "fp32") for batch in (1, 8)}
     assert len(asked["table1"].ratios) == 5
     assert len(asked["table7"].depths) == 4
-    assert all(
-        asked[f"detector_batch{n}"].batch == n and asked[f"detector_batch{n}"].part == "detector" for n in (1, 8)
-    )
+    for batch in (1, 8):
+        step = asked[f"detector_batch{batch}"]
+        assert (step.batch, step.part, step.modes) == (batch, "detector", ("train",))
     parity = next(part for part in PARTS if part.name == "parity")
     files = [word for word in parity.words if word.endswith(".py")]
-    assert len(files) == 7
+    assert len(files) >= 7
     assert all(Path(file).is_file() for file in files)
 
 
-def test_command(monkeypatch, tmp_path, capsys, python):
+def test_command(bench, monkeypatch, tmp_path, capsys, python):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (test)")
     monkeypatch.setattr(gpu, "PARTS", (python("a", "print('figures')"), python("b", "raise SystemExit(3)")))
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, "bench", "gpu", "--part", "a") == 0
+    assert bench("gpu", "--part", "a") == 0
     folder = tmp_path / "bench/results/nvidia-h200-test"
     assert set(contents(folder)) == {"a.txt"}
-    assert run(monkeypatch, "bench", "gpu", "--output", folder) == 1
+    assert bench("gpu", "--output", folder) == 1
     assert contents(folder)["b.error.txt"].startswith("exit status 3")
-    assert run(monkeypatch, "bench", "gpu", "--part", "cake") == 1
+    assert bench("gpu", "--part", "cake") == 1
     assert "no part cake; choose from a, b" in capsys.readouterr().err
 
 
-def test_without_a_gpu(monkeypatch, capsys):
+def test_without_a_gpu(bench, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run(monkeypatch, "bench", "gpu") == 2
+    assert bench("gpu") == 2
     error = capsys.readouterr().err
     assert "no GPU found" in error
     assert "--device cpu" in error

@@ -1,17 +1,20 @@
-"""What a step computes and moves: FLOPs and bytes of each operation, by component and direction."""
+"""What a step computes and moves: FLOPs, bytes and seconds of each operation, by component and direction."""
 
 from __future__ import annotations
 
 import bisect
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 aten = torch.ops.aten
 
@@ -25,7 +28,7 @@ class Work:
 
     Attributes:
         calls: how often it ran.
-        flops: of all calls; 0 for what is not a matrix product, a convolution or attention.
+        flops: of all calls, as ``torch.utils.flop_counter`` counts them.
         bytes: of all calls: every input read and every output written once.
         dtype: of the first floating point tensor.
         seconds: of all calls.
@@ -36,11 +39,6 @@ class Work:
     bytes: int = 0
     dtype: torch.dtype | None = None
     seconds: float = 0.0
-
-    def floor(self, limits: Mapping[str, float], gemm_key: Callable[[torch.dtype], str]) -> float:
-        """Seconds that the machine needs at best, all of it computing or all of it moving."""
-        computing = self.flops / limits[gemm_key(self.dtype)] / 1e12 if self.flops else 0.0
-        return max(computing, self.bytes / limits["copy_gb_s"] / 1e9)
 
 
 # (component, "forward" or "backward", operation, shapes)
@@ -55,27 +53,28 @@ class Counter(TorchDispatchMode):
 
     Args:
         model: whose modules name the components.
-        components: component -> prefixes of module names; the longest prefix that fits wins, and "" fits all.
-        optimizer: whose steps are ``UPDATE``. What belongs nowhere, above all the sums of parameters' gradients, is
+        components: component -> prefixes of module names; the longest match wins, and "" matches all.
+        optimizer: its steps are ``UPDATE``. What belongs nowhere, above all the sums of parameters' gradients, is
             ``OTHER``.
     """
 
     def __init__(self, model: nn.Module, components: Mapping[str, Iterable[str]], optimizer: torch.optim.Optimizer):
         super().__init__()
+        register_flops()
         self.work: dict[Key, Work] = defaultdict(Work)
         self._stack = [OTHER]
         # Autograd nodes carry increasing numbers: from which number on which component's forward ran.
         self._numbers: list[int] = []
-        self._made_by: list[str] = []
-        prefixes = {prefix: name for name, found in components.items() for prefix in found}
+        self._components: list[str] = []
+        owner = {prefix: name for name, prefixes in components.items() for prefix in prefixes}
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._enter(UPDATE)),
             optimizer.register_step_post_hook(lambda *_: self._leave()),
         ]
         for name, module in model.named_modules():
-            fitting = [p for p in prefixes if not p or name == p or name.startswith(p + ".")]
-            if fitting:
-                component = prefixes[max(fitting, key=len)]
+            matching = [p for p in owner if not p or name == p or name.startswith(p + ".")]
+            if matching:
+                component = owner[max(matching, key=len)]
                 self._handles.append(module.register_forward_pre_hook(lambda m, a, c=component: self._enter(c)))
                 self._handles.append(module.register_forward_hook(lambda m, a, o: self._leave(), always_call=True))
 
@@ -86,19 +85,19 @@ class Counter(TorchDispatchMode):
 
     def _enter(self, component: str) -> None:
         self._stack.append(component)
-        self._note()
+        self._record()
 
     def _leave(self) -> None:
         self._stack.pop()
-        self._note()
+        self._record()
 
-    def _note(self) -> None:
+    def _record(self) -> None:
         number = torch._C._autograd._get_sequence_nr()
         if self._numbers and self._numbers[-1] >= number:
             self._numbers.pop()
-            self._made_by.pop()
+            self._components.pop()
         self._numbers.append(number)
-        self._made_by.append(self._stack[-1])
+        self._components.append(self._stack[-1])
 
     def _place(self) -> tuple[str, str]:
         node = torch._C._current_autograd_node()
@@ -107,7 +106,7 @@ class Counter(TorchDispatchMode):
         if len(self._stack) > 1:  # recomputed by checkpointing
             return self._stack[-1], "backward"
         at = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
-        return (self._made_by[at] if at >= 0 else OTHER), "backward"
+        return (self._components[at] if at >= 0 else OTHER), "backward"
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -131,15 +130,15 @@ class Counter(TorchDispatchMode):
 
 def flops(function, args: tuple, kwargs: dict, result) -> int:
     """Multiplications and additions of one call: 2 for each term of a product; 0 for operations without products."""
-    formula = _FLOPS.get(function.overloadpacket) or _PACKED.get(function._schema.name)
-    return formula(args, kwargs, result) if formula else 0
+    formula = flop_registry.get(function.overloadpacket)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
 
 
 def moved(function, args: tuple, kwargs: dict, result) -> int:
     """Bytes of one call: each tensor read once, each written once; what is written in place counts for both."""
     total = 0
-    values = [*zip(function._schema.arguments, args, strict=False)]
-    values += [(a, kwargs[a.name]) for a in function._schema.arguments if a.name in kwargs]
+    arguments = function._schema.arguments
+    values = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
     written_inputs = 0
     for argument, value in values:
         size = sum(map(_size, _tensors(value)))
@@ -181,76 +180,33 @@ def _wait(result) -> None:
         torch.cuda.synchronize()
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> int:
-    """(..., M, K) @ (..., K, N)."""
-    return 2 * a.numel() * b.shape[-1]
+@cache
+def register_flops() -> None:
+    """Teach ``torch.utils.flop_counter`` packed attention, ours and PyTorch's, and products that are added in place.
 
+    It takes formulas for operations that exist: those of packed attention are registered by the modules that use them.
+    """
+    import_module("torch.nn.attention.varlen")
+    import_module("mimdet.kernels.attention_varlen.api")
 
-def _convolution(x: torch.Tensor, weight: torch.Tensor, result_shape, transposed: bool) -> int:
-    # Each position of the map that the kernel slides over meets each weight of its group once.
-    positions = (x.shape if transposed else result_shape)[2:].numel()
-    return 2 * x.shape[0] * positions * weight.numel()
+    def attention(q: torch.Tensor, cu_seqlens: torch.Tensor, products: int) -> int:
+        """N x N x head_dim products of each sequence by itself; q: (T, ..., heads, head_dim)."""
+        return 2 * products * int(cu_seqlens.diff().long().square().sum()) * q.shape[-2:].numel()
 
+    def forward(q, k, v, cu_seqlens, *rest, **kwargs) -> int:
+        return attention(q, cu_seqlens, 2)
 
-def _convolution_backward(args, kwargs, result) -> int:
-    gradient, x, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[10]
-    return (wanted[0] + wanted[1]) * _convolution(x, weight, gradient.shape, transposed)
+    def backward(grad, q, k, v, out, lse, cu_seqlens, *rest, **kwargs) -> int:
+        return attention(q, cu_seqlens, 5)  # the scores again, and one product for each of dV, dP, dQ and dK
 
-
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:
-    """Scores and their product with the values: (B, H, N, D) each."""
-    return 2 * q.shape[:-2].numel() * q.shape[-2] * k.shape[-2] * (q.shape[-1] + v.shape[-1])
-
-
-def _attention_forward(args, kwargs, result) -> int:
-    return _attention(*args[:3])
-
-
-def _attention_backward(args, kwargs, result) -> int:
-    # Scores again, and one product for each of dV, dP, dQ and dK.
-    return _attention(*args[1:4]) * 5 // 2
-
-
-def _attention_packed(q: torch.Tensor, cu_seqlens: torch.Tensor) -> int:
-    """As ``_attention``, of each sequence by itself; q: (T, ..., H, D)."""
-    return 4 * int(cu_seqlens.diff().long().square().sum()) * q.shape[-2:].numel()
-
-
-def _packets(*names: str) -> list:
-    return [getattr(aten, name) for name in names if hasattr(aten, name)]
-
-
-_KERNELS = ("flash_attention", "efficient_attention", "cudnn_attention")
-_FLOPS = {
-    aten.mm: lambda args, kwargs, result: _product(*args[:2]),
-    aten.bmm: lambda args, kwargs, result: _product(*args[:2]),
-    **dict.fromkeys(
-        (aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_), lambda args, kwargs, result: _product(*args[1:3])
-    ),
-    aten.convolution: lambda args, kwargs, result: _convolution(args[0], args[1], result.shape, args[6]),
-    aten.convolution_backward: _convolution_backward,
-    **dict.fromkeys(
-        _packets(
-            *(f"_scaled_dot_product_{kernel}" for kernel in _KERNELS), "_scaled_dot_product_flash_attention_for_cpu"
-        ),
-        _attention_forward,
-    ),
-    **dict.fromkeys(
-        _packets(
-            *(f"_scaled_dot_product_{kernel}_backward" for kernel in _KERNELS),
-            "_scaled_dot_product_flash_attention_for_cpu_backward",
-        ),
-        _attention_backward,
-    ),
-}
-# By name: PyTorch's are registered by who uses them.
-_PACKED = {
-    **dict.fromkeys(
-        ("mimdet::attention_varlen", "torch_attn::_varlen_attn"),
-        lambda args, kwargs, result: _attention_packed(args[0], args[3]),
-    ),
-    **dict.fromkeys(
-        ("mimdet::attention_varlen_backward", "torch_attn::_varlen_attn_backward"),
-        lambda args, kwargs, result: _attention_packed(args[1], args[6]) * 5 // 2,
-    ),
-}
+    ours, torchs = torch.ops.mimdet, torch.ops.torch_attn
+    for target, formula in {
+        ours.attention_varlen: forward,
+        ours.attention_varlen_backward: backward,
+        torchs._varlen_attn: forward,
+        torchs._varlen_attn_backward: backward,
+        aten.addmm_: flop_registry[aten.addmm],
+        aten.baddbmm_: flop_registry[aten.baddbmm],
+    }.items():
+        if target not in flop_registry:  # a later PyTorch may know it
+            register_flop_formula(target, get_raw=True)(formula)

@@ -8,8 +8,7 @@ import torch
 
 from mimdet.bench.environment import command, describe
 from mimdet.bench.limits import gemm_key, measure_limits
-from mimdet.bench.measure import Ratio, measure, paired_ratio, unpaired_ratio
-from mimdet.bench.memory import peak_bytes, saved_bytes
+from mimdet.bench.measure import Ratio, measure, paired_ratio, peak_bytes, saved_bytes, unpaired_ratio
 
 
 def fake(cost, drift=0.0, noise=0.01, seed=0):
@@ -112,21 +111,22 @@ def test_unpaired_intervals_are_wider_than_paired_ones_under_common_noise():
 
 def test_slower_is_said_as_plainly_as_faster():
     assert str(Ratio(0.8, 0.7, 0.9)) == "0.80x [0.70, 0.90]"
+    assert f"{Ratio(0.8, 0.7, 1.1):.1f}" == "no difference [0.7, 1.1]"
 
 
 def test_limits_are_positive_and_named():
-    found = measure_limits("cpu", [torch.float32, torch.bfloat16], scale=0.02)
-    assert set(found) == {"copy_gb_s", gemm_key(torch.float32), "gemm_bfloat16_tflop_s"}
-    assert min(found.values()) > 0
+    rates = measure_limits("cpu", [torch.float32, torch.bfloat16], scale=0.02)
+    assert set(rates) == {"copy_gb_s", gemm_key(torch.float32), "gemm_bfloat16_tflop_s"}
+    assert min(rates.values()) > 0
 
 
 def test_environment_names_no_place(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "bench", "ops", "--output", "/somewhere/else/a b.json"])
     assert command() == "mimdet bench ops --output 'a b.json'"
-    found = describe("cpu")
-    assert found["threads"] == torch.get_num_threads()
-    assert torch.__version__.startswith(found["versions"]["torch"])
-    assert "/" not in found["device"]
+    described = describe("cpu")
+    assert described["threads"] == torch.get_num_threads()
+    assert torch.__version__.startswith(described["versions"]["torch"])
+    assert "/" not in described["device"]
 
 
 def test_peak_counts_what_is_alive_at_once():
