@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test lint format docs figures wheel install clean
 
 demo: install
 	$(BIN)/mimdet demo
@@ -18,12 +18,21 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: install
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
+
+figures: install
+	$(BIN)/python docs/figures/architecture.py
+
+wheel: install
+	$(BIN)/python -m build --no-isolation
+
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[fast-eval,test]"
+	$(BIN)/python -m pip install --quiet -e ".[docs,fast-eval,test]"
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""Inputs of every operation as MIMDet-Base has them, its peers, and the fewest bytes that any form must move."""
+"""Inputs of every operation as MIMDet-Base has them, its baselines, and the fewest bytes that any of them must move."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..kernels.group_norm_gelu.api import group_norm_gelu
 from ..kernels.layer_norm_gelu.api import layer_norm_gelu
 from ..kernels.sample_tokens.api import sample_tokens
 from ..kernels.scatter_fill.api import scatter_fill
+from .session import DTYPES
 
 Tensors = dict[str, torch.Tensor]
 Outputs = tuple[torch.Tensor, ...]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _RATIO = 0.5
 _EPS = 1e-5
 
@@ -33,19 +33,19 @@ class Case:
 
     Attributes:
         op: name; ``kernels_op`` is the registered operation whose implementations it has.
-        name: where in the model it stands.
+        name: its place in the model.
         shape: of the main input.
-        dtype: word of ``DTYPES``: of the main input. The residual stream and the position embedding are float32, as
-            they are under autocast.
+        dtype: word of ``session.DTYPES``: of the main input. The residual stream and the position embedding are
+            float32, as they are under autocast.
         make: device -> inputs, random.
         run: (inputs, impl) -> outputs.
         differentiable: inputs that get a gradient; empty for an operation without.
         moved: direction -> fewest bytes read and written.
         flops: direction -> multiplications and additions of its matrix products.
-        peers: other forms of the same, by name.
-        terms: see ``equality.why_wrong``.
-        comparable: what of the outputs must be equal in all forms.
-        reference: what all forms are held against, where that is not "eager".
+        baselines: how others write it, by name.
+        terms: see ``equality.mismatch``.
+        comparable: what of the outputs must be equal in all implementations.
+        reference: what all are compared with, where that is not "eager".
     """
 
     op: str
@@ -58,14 +58,14 @@ class Case:
     differentiable: tuple[str, ...]
     moved: dict[str, int]
     flops: dict[str, int] = field(default_factory=dict)
-    peers: dict[str, Callable[[Tensors], Outputs]] = field(default_factory=dict)
+    baselines: dict[str, Callable[[Tensors], Outputs]] = field(default_factory=dict)
     terms: dict[str, int] = field(default_factory=dict)
     comparable: Callable[[Outputs], Outputs] = tuple
     reference: Callable[[Tensors], Outputs] | None = None
 
 
 def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) -> list[Case]:
-    """The operation at each place it has in MIMDet-Base for pictures of this size, for each batch.
+    """The operation at each place it has in MIMDet-Base for images of this size, for each batch.
 
     Raises:
         ValueError: an unknown operation.
@@ -185,7 +185,7 @@ def _attention_varlen(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     flops = {"forward": 4 * count * length, "backward": 10 * count * length}
     return Case(
         "attention_varlen", "attention_varlen", name, shape, dtype, make, run, ("qkv",), moved, flops=flops,
-        peers={"original": original}, reference=one_by_one,
+        baselines={"original": original}, reference=one_by_one,
     )  # fmt: skip
 
 
@@ -216,12 +216,14 @@ def _image_norm(op: str, function: Callable) -> Callable[[str, tuple[int, ...], 
             }
 
         def run(t: Tensors, impl: str) -> Outputs:
-            return (function(**t, eps=_EPS, impl=impl),)
+            return (function(t["x"], t["weight"], t["bias"], eps=_EPS, impl=impl),)
 
         moved = {"forward": 2 * count * size, "backward": 3 * count * size}
         terms = dict.fromkeys(("gradient of weight", "gradient of bias"), count // shape[1])
-        peers = {"LayerNorm2d": _layer_norm_2d} if op == "layer_norm_gelu" else {}
-        return Case(op, op, name, shape, dtype, make, run, ("x", "weight", "bias"), moved, peers=peers, terms=terms)
+        baselines = {"LayerNorm2d": _layer_norm_2d} if op == "layer_norm_gelu" else {}
+        return Case(
+            op, op, name, shape, dtype, make, run, ("x", "weight", "bias"), moved, baselines=baselines, terms=terms
+        )
 
     return build
 
@@ -253,13 +255,14 @@ def _sample_tokens(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         return order[:, :kept], torch.argsort(restore, dim=1)[:, kept:], restore
 
     def comparable(outputs: Outputs) -> Outputs:
-        keep, drop, restore = outputs
-        return keep.sort(dim=1).values, drop.sort(dim=1).values, torch.cat([keep, drop], dim=1).gather(1, restore)
+        ids_keep, ids_mask, ids_restore = outputs
+        order = torch.cat([ids_keep, ids_mask], dim=1)
+        return ids_keep.sort(dim=1).values, ids_mask.sort(dim=1).values, order.gather(1, ids_restore)
 
     moved = {"forward": prod(shape) * (4 + 1 + 2 * 8)}
     return Case(
         "sample_tokens", "sample_tokens", name, shape, "fp32", make, run, (), moved,
-        peers={"original": original}, comparable=comparable,
+        baselines={"original": original}, comparable=comparable,
     )  # fmt: skip
 
 
@@ -293,8 +296,8 @@ def _gather_add_pos(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         "forward": kept * (channels * (size + 4) + 8) + rows_read * channels * 4,
         "backward": kept * (channels * 4 + 8) + batch * length * channels * size,
     }
-    peers = {"original": original, "x[i] + p[i]": fancy, "index_select add_": in_place}
-    return Case("gather_add_pos", "gather_add_pos", name, shape, dtype, make, run, ("x",), moved, peers=peers)
+    baselines = {"original": original, "x[i] + p[i]": fancy, "index_select add_": in_place}
+    return Case("gather_add_pos", "gather_add_pos", name, shape, dtype, make, run, ("x",), moved, baselines=baselines)
 
 
 def _scatter_fill(name: str, shape: tuple[int, ...], dtype: str) -> Case:
@@ -305,24 +308,24 @@ def _scatter_fill(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         return {
             "kept": _normal((batch, kept, channels), device, 0, DTYPES[dtype]),
             "fill": _normal((batch, length - kept, channels), device, 1, DTYPES[dtype]),
-            "restore": _sample(batch, length, device)[2],
+            "ids_restore": _sample(batch, length, device)[2],
             "pos": _normal(shape[1:], device, 2),
         }
 
     def run(t: Tensors, impl: str) -> Outputs:
-        return (scatter_fill(**t, impl=impl),)
+        return (scatter_fill(t["kept"], t["fill"], t["ids_restore"], t["pos"], impl=impl),)
 
     def original(t: Tensors) -> Outputs:
         rows = torch.cat([t["kept"], t["fill"]], dim=1)
-        return (torch.gather(rows, 1, _repeated(t["restore"], channels)) + t["pos"],)
+        return (torch.gather(rows, 1, _repeated(t["ids_restore"], channels)) + t["pos"],)
 
     total = batch * length
     moved = {
         "forward": total * (channels * (size + 4) + 8) + length * channels * 4,
         "backward": total * (channels * (4 + size) + 8),
     }
-    names, peers = ("kept", "fill"), {"original": original}
-    return Case("scatter_fill", "scatter_fill", name, shape, dtype, make, run, names, moved, peers=peers)
+    names, baselines = ("kept", "fill"), {"original": original}
+    return Case("scatter_fill", "scatter_fill", name, shape, dtype, make, run, names, moved, baselines=baselines)
 
 
 def _decoder_assembly(name: str, shape: tuple[int, ...], dtype: str) -> Case:
@@ -331,28 +334,28 @@ def _decoder_assembly(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     size, kept, wide = DTYPES[dtype].itemsize, int(length * _RATIO), channels * 3 // 2
 
     def make(device: str) -> Tensors:
-        _, drop, restore = _sample(batch, length, device)
+        _, ids_mask, ids_restore = _sample(batch, length, device)
         kind = DTYPES[dtype]
         return {
             "kept": _normal((batch, kept, channels), device, 0, kind),
             "stem": _normal((batch, length, wide), device, 1, kind),
             "weight": (_normal((channels, wide), device, 2) / wide**0.5).to(kind),
             "bias": _normal((channels,), device, 3, kind),
-            "drop": drop,
-            "restore": restore,
+            "ids_mask": ids_mask,
+            "ids_restore": ids_restore,
             "pos": _normal(shape[1:], device, 4),
         }
 
     def run(t: Tensors, impl: str) -> Outputs:
-        fill = F.linear(gather_add_pos(t["stem"], None, t["drop"], impl=impl), t["weight"], t["bias"])
-        return (scatter_fill(t["kept"], fill, t["restore"], t["pos"], impl=impl),)
+        fill = F.linear(gather_add_pos(t["stem"], None, t["ids_mask"], impl=impl), t["weight"], t["bias"])
+        return (scatter_fill(t["kept"], fill, t["ids_restore"], t["pos"], impl=impl),)
 
     def original(t: Tensors) -> Outputs:
         fill = F.linear(t["stem"], t["weight"], t["bias"])
-        order = torch.argsort(t["restore"], dim=1)
+        order = torch.argsort(t["ids_restore"], dim=1)
         fill = torch.gather(fill, 1, _repeated(order, channels))
         rows = torch.cat([t["kept"], fill[:, kept:]], dim=1)
-        return (torch.gather(rows, 1, _repeated(t["restore"], channels)) + t["pos"],)
+        return (torch.gather(rows, 1, _repeated(t["ids_restore"], channels)) + t["pos"],)
 
     dropped = batch * (length - kept)
     flops = 2 * dropped * channels * wide
@@ -367,7 +370,7 @@ def _decoder_assembly(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     names = ("kept", "stem", "weight", "bias")
     return Case(
         "decoder_assembly", "scatter_fill", name, shape, dtype, make, run, names, moved,
-        flops={"forward": flops, "backward": 2 * flops}, peers={"original": original},
+        flops={"forward": flops, "backward": 2 * flops}, baselines={"original": original},
         terms={"output 0": wide, "gradient of stem": channels}
         | dict.fromkeys(("gradient of weight", "gradient of bias"), dropped),
     )  # fmt: skip

@@ -1,20 +1,23 @@
-"""``mimdet bench``."""
+"""``mimdet bench``: its commands and their options. Nothing here imports torch before a command runs."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Any
 
 import typer
 
 from .gpu import MINUTES
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+RATIOS = (0.125, 0.25, 0.5, 0.75, 1.0)
+DEPTHS = (1, 2, 4, 8)
 
 
 class Device(str, Enum):
@@ -26,8 +29,7 @@ class Device(str, Enum):
 
 
 DeviceOption = Annotated[Device, typer.Option(help="auto takes the GPU where there is one.")]
-Rounds = Annotated[int, typer.Option(min=3, help="Interleaved rounds; 15 or more for figures to publish.")]
-TableRounds = Annotated[
+Rounds = Annotated[
     int, typer.Option(min=0, help="Interleaved rounds; 15 or more for figures to publish, 0 to count memory alone.")
 ]
 Output = Annotated[
@@ -35,13 +37,90 @@ Output = Annotated[
 ]
 Size = Annotated[
     str | None,
-    typer.Option(metavar="HxW", help="Pictures; default: 800x1344 on a GPU, 480x640 on a CPU.", show_default=False),
+    typer.Option(
+        metavar="HxW", help="Of the images; default: 800x1344 on a GPU, 480x640 on a CPU.", show_default=False
+    ),
 ]
+Implementations = Annotated[list[str] | None, typer.Option("--impl", help="To measure; may be repeated. Default: all.")]
+FormerImplementations = Annotated[list[str] | None, typer.Option("--peers", hidden=True)]
+Part = Annotated[str, typer.Option(help="backbone, or detector: the whole step with its update.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images.")]
+Dtype = Annotated[str | None, typer.Option(help="fp32, or bf16 or fp16 autocast; default: bf16 on a GPU, else fp32.")]
+Config = Annotated[str, typer.Option(help="The detector's config.")]
+Ratio = Annotated[float, typer.Option(help="Keep ratio.")]
+Modes = Annotated[list[str] | None, typer.Option(help="train or inference; may be repeated.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides.", show_default=False)
+]
+
+
+def setting(
+    opts: Overrides = None,
+    part: Part = "backbone",
+    impl: Implementations = None,
+    peers: FormerImplementations = None,
+    size: Size = None,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    config: Config = "mimdet_b_mask_rcnn",
+    rounds: Rounds = 15,
+    device: DeviceOption = Device.auto,
+    output: Output = None,
+) -> dict[str, Any]:
+    """The options that all experiments on models share, as ``workload.Setting`` takes them."""
+    from .row import ALIASES
+
+    where = _device(device)
+    names = [ALIASES.get(name, name) for name in (*(impl or ()), *(peers or ()))]
+    return {
+        "part": part,
+        "size": _size(size, where),
+        "batch": batch,
+        "dtype": _dtype(dtype, where),
+        "config": config,
+        "overrides": tuple(opts or ()),
+        "rounds": rounds,
+        "device": where,
+        "output": output,
+        **({"implementations": tuple(names)} if names else {}),
+    }
+
+
+def experiment(name: str, without: tuple[str, ...] = (), **defaults: Any) -> Callable:
+    """A command with the options of ``setting`` beside those of the decorated function.
+
+    The function gets what ``setting`` returns as its first argument, and returns an experiment's module and options.
+
+    Args:
+        without: options of ``setting`` that the command does not have.
+        defaults: of options of ``setting``, where they are not the same.
+    """
+
+    def register(function: Callable[..., tuple[ModuleType, Any]]) -> Callable:
+        shared = inspect.signature(setting, eval_str=True).parameters.values()
+        common = [p.replace(default=defaults.get(p.name, p.default)) for p in shared if p.name not in without]
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+
+        @functools.wraps(function)
+        def command(**given) -> None:
+            values = setting(**{parameter.name: given.pop(parameter.name) for parameter in common})
+            usual = values["part"] == defaults.get("part", "backbone")
+            values["output"] = _output(values["output"], name if usual else f"{name}_{values['part']}")
+            module, options = function({k: v for k, v in values.items() if k not in without}, **given)
+            module.run(options)
+            typer.echo(f"results in {options.output}")
+
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*common[:1], *own, *common[1:])]
+        command.__signature__ = inspect.Signature(parameters)
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return app.command(name)(command)
+
+    return register
 
 
 @app.callback()
 def prepare() -> None:
-    """Measure speed and memory: always beside peers and the machine's limit, checked equal first."""
+    """Measure speed and memory: always beside baselines and the machine's limit, checked equal first."""
     # The profiler that counts memory on a CPU writes two lines a use; it reads this when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
@@ -53,262 +132,133 @@ def ops(
     shape: Annotated[
         list[str] | None, typer.Option(metavar="BxNxC", help="Instead of the model's shapes; may be repeated.")
     ] = None,
-    impl: Annotated[list[str] | None, typer.Option(help="Form, as the table names it; may be repeated.")] = None,
+    impl: Implementations = None,
     direction: Annotated[list[str] | None, typer.Option(help="forward or backward. Default: both.")] = None,
     size: Size = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Of the model's shapes; may be repeated.")] = None,
-    rounds: Rounds = 15,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds; 15 or more for figures to publish.")] = 15,
     device: DeviceOption = Device.auto,
     output: Output = None,
 ) -> None:
-    """Each operation, forward and backward: every implementation, torch.compile, and the original's form.
+    """Each operation, forward and backward: every implementation, torch.compile, and the original's code.
 
-    A form is timed only if its outputs and gradients are right. A speed-up whose 95% interval includes 1 is written
-    "no difference"; A/A in a title is the first form against itself.
+    An implementation is timed only if its outputs and gradients are right. A speed-up whose 95% interval includes 1 is
+    written "no difference"; A/A in a title is the first implementation against itself.
     """
-    from .ops import DIRECTIONS, Options, run_ops
+    from .experiments.ops import DIRECTIONS, Options, run
 
     where = _device(device)
-    directions = tuple(direction or DIRECTIONS)
-    unknown = set(directions) - set(DIRECTIONS)
-    if unknown:
-        raise ValueError(f"no direction {', '.join(unknown)}; choose from {', '.join(DIRECTIONS)}")
     options = Options(
         device=where,
         output=_output(output, "ops"),
         ops=tuple(op or ()),
         dtypes=tuple(dtype or ()),
-        directions=directions,
+        directions=tuple(direction or DIRECTIONS),
         shapes=tuple(map(_sizes, shape or ())),
-        impls=tuple(impl or ()),
-        size=_picture(size, where),
+        implementations=tuple(impl or ()),
+        size=_size(size, where),
         batches=tuple(batch or (1,)),
         rounds=rounds,
     )
-    run_ops(options)
+    run(options)
     typer.echo(f"results in {options.output}")
 
 
-Peers = Annotated[list[str] | None, typer.Option("--peers", help="Model to measure; may be repeated. Default: all.")]
-Part = Annotated[str, typer.Option(help="backbone, or detector: the whole step with its update.")]
-Batch = Annotated[int, typer.Option(min=1, help="Pictures.")]
-Dtype = Annotated[str | None, typer.Option(help="fp32, or bf16 or fp16 autocast; default: bf16 on a GPU, else fp32.")]
-Config = Annotated[str, typer.Option(help="The detector's config.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides.", show_default=False)
-]
-RATIOS = (0.125, 0.25, 0.5, 0.75, 1.0)
-DEPTHS = (1, 2, 4, 8)
-
-
-@app.command("table1")
-def table1(
-    opts: Overrides = None,
-    part: Part = "backbone",
-    peers: Peers = None,
-    size: Size = None,
-    batch: Batch = 1,
-    dtype: Dtype = None,
-    config: Config = "mimdet_b_mask_rcnn",
-    rounds: TableRounds = 15,
-    device: DeviceOption = Device.auto,
-    output: Output = None,
-) -> None:
+@experiment("table1")
+def table1(setting: dict):
     """Time and memory over the keep ratio, in training and inference, beside the paper's Table 1."""
-    _tables("table1", opts, part, peers, size, batch, dtype, config, rounds, device, output, RATIOS, (), None)
+    return _tables(setting, ratios=RATIOS)
 
 
-@app.command("table7")
-def table7(
-    opts: Overrides = None,
-    part: Part = "backbone",
-    peers: Peers = None,
-    size: Size = None,
-    batch: Batch = 1,
-    dtype: Dtype = None,
-    config: Config = "mimdet_b_mask_rcnn",
-    rounds: TableRounds = 15,
-    device: DeviceOption = Device.auto,
-    output: Output = None,
-) -> None:
+@experiment("table7")
+def table7(setting: dict):
     """Time and memory over the decoder's depth, in training, beside the paper's Table 7."""
-    _tables("table7", opts, part, peers, size, batch, dtype, config, rounds, device, output, (), DEPTHS, ("train",))
+    return _tables(setting, depths=DEPTHS, modes=("train",))
 
 
-@app.command("table8")
-def table8(
-    opts: Overrides = None,
-    part: Part = "backbone",
-    mode: Annotated[list[str] | None, typer.Option(help="train or inference. Default: train.")] = None,
-    size: Size = None,
-    batch: Batch = 1,
-    dtype: Dtype = None,
-    rounds: Rounds = 15,
-    device: DeviceOption = Device.auto,
-    output: Output = None,
-) -> None:
-    """Time and memory of the four forms of the input, beside the paper's Table 8: sampled tokens or windows.
-
-    Each form is timed only if its features and gradients are those of the same weights in plain PyTorch. Overrides are
-    of all four configs.
-    """
-    from .forms import Options, run_forms
-
-    options = Options(
-        output=_output(output, "table8" if part == "backbone" else f"table8_{part}"),
-        part=part,
-        modes=tuple(mode or ("train",)),
-        **_setting(device, size, batch, dtype, opts, rounds),
-    )
-    run_forms(options)
-    typer.echo(f"results in {options.output}")
-
-
-@app.command("backbone")
+@experiment("backbone")
 def backbone(
-    opts: Overrides = None,
+    setting: dict,
     ratio: Annotated[list[float] | None, typer.Option(help="Keep ratio; may be repeated. Default: 0.5.")] = None,
     depth: Annotated[list[int] | None, typer.Option(min=1, help="Decoder blocks; may be repeated.")] = None,
-    mode: Annotated[list[str] | None, typer.Option(help="train or inference. Default: both.")] = None,
-    part: Part = "backbone",
-    peers: Peers = None,
-    size: Size = None,
-    batch: Batch = 1,
-    dtype: Dtype = None,
-    config: Config = "mimdet_b_mask_rcnn",
-    rounds: TableRounds = 15,
-    device: DeviceOption = Device.auto,
-    output: Output = None,
-) -> None:
+    mode: Modes = None,
+):
     """Time and memory of chosen ratios and depths; the row of ratio 0.5 and the config's depth is always there."""
-    _tables(
-        "backbone",
-        opts,
-        part,
-        peers,
-        size,
-        batch,
-        dtype,
-        config,
-        rounds,
-        device,
-        output,
-        ratio or (),
-        depth or (),
-        mode,
-    )
+    modes = {"modes": tuple(mode)} if mode else {}
+    return _tables(setting, ratios=tuple(map(_ratio, ratio or ())), depths=tuple(depth or ()), **modes)
 
 
-@app.command("packed")
-def packed(
-    opts: Overrides = None,
-    size: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="HxW",
-            help="One picture; may be repeated. Default: 480x640, 640x480 and 320x480.",
-            show_default=False,
-        ),
-    ] = None,
-    ratio: Annotated[float, typer.Option(help="Keep ratio.")] = 0.5,
-    mode: Annotated[list[str] | None, typer.Option(help="train or inference. Default: both.")] = None,
-    dtype: Dtype = None,
-    config: Config = "mimdet_b_mask_rcnn",
-    rounds: Rounds = 15,
-    device: DeviceOption = Device.auto,
-    output: Output = None,
-) -> None:
-    """A batch of pictures of different sizes through the backbone: on one canvas, packed, and one by one.
+@experiment("table8", without=("impl", "peers", "config"))
+def table8(setting: dict, mode: Modes = ("train",)):
+    """Time and memory of the paper's Table 8, beside it: sampled tokens with decoders of 4 and 1 blocks, windows.
 
-    Packed is timed only if each picture's features and gradients are those that it has alone.
+    Each model is timed only if its features and gradients are those of the same weights in plain PyTorch. Overrides are
+    of all four configs.
     """
-    from .packed import Options, run_packed
-    from .workload import MODES
+    from .experiments import table8
 
-    where = _device(device)
-    options = Options(
-        device=where,
-        output=_output(output, "packed"),
-        sizes=tuple(_picture(text, where) for text in size or ("480x640", "640x480", "320x480")),
-        ratio=_ratio(ratio),
-        modes=tuple(mode or MODES),
-        config=config,
-        overrides=tuple(opts or ()),
-        dtype=_dtype(dtype, where),
-        rounds=rounds,
-    )
-    run_packed(options)
-    typer.echo(f"results in {options.output}")
+    return table8, table8.Options(modes=tuple(mode), **setting)
 
 
-@app.command("roofline")
+@experiment("packed", without=("part", "impl", "peers", "size", "batch"))
+def packed(
+    setting: dict,
+    size: Annotated[list[str] | None, typer.Option(metavar="HxW", help="One image; may be repeated.")] = (
+        "480x640",
+        "640x480",
+        "320x480",
+    ),
+    ratio: Ratio = 0.5,
+    mode: Modes = ("train", "inference"),
+):
+    """A batch of images of different sizes through the backbone: on one canvas, packed, and one by one.
+
+    Packed is timed only if each image's features and gradients are those that it has alone.
+    """
+    from .experiments import packed
+
+    sizes = tuple(_size(text, setting["device"]) for text in size)
+    return packed, packed.Options(sizes=sizes, ratio=_ratio(ratio), modes=tuple(mode), **setting)
+
+
+@experiment("roofline", part="detector", without=("impl", "peers"), rounds=5)
 def roofline(
-    opts: Overrides = None,
-    ratio: Annotated[float, typer.Option(help="Keep ratio.")] = 0.5,
+    setting: dict,
+    ratio: Ratio = 0.5,
     depth: Annotated[int | None, typer.Option(min=1, help="Decoder blocks; default: the config's.")] = None,
     mode: Annotated[str, typer.Option(help="train or inference.")] = "train",
-    model: Annotated[str, typer.Option(help="Model to measure, as the tables name it.")] = "ours",
-    part: Part = "detector",
-    size: Size = None,
-    batch: Batch = 1,
-    dtype: Dtype = None,
-    config: Config = "mimdet_b_mask_rcnn",
-    rounds: Annotated[int, typer.Option(min=3, help="Of the step, and of each operation.")] = 5,
-    device: DeviceOption = Device.auto,
-    output: Output = None,
-) -> None:
+    impl: Annotated[str, typer.Option(help="Implementation, as in the tables.")] = "ours",
+    model: Annotated[str | None, typer.Option(hidden=True)] = None,
+):
     """What a step computes and moves by component, the machine's floor for it, and where the time goes.
 
     Floors come from the copy bandwidth and the GEMM rate measured in the same run: an operation needs at least the
     longer of computing its FLOPs and moving each of its tensors once. Operations are timed one at a time.
     """
-    from .roofline import Options, run_roofline
+    from .experiments import roofline
+    from .row import ALIASES
 
-    default = _decoder_depth(config, opts)
-    options = Options(
-        output=_output(output, "roofline"),
-        ratio=_ratio(ratio),
-        depth=depth or default,
-        mode=mode,
-        peer=model,
-        part=part,
-        config=config,
-        **_setting(device, size, batch, dtype, opts, rounds),
-    )
-    run_roofline(options)
-    typer.echo(f"results in {options.output}")
+    name = ALIASES.get(model or impl, model or impl)
+    depth = depth or _decoder_depth(setting)
+    return roofline, roofline.Options(ratio=_ratio(ratio), depth=depth, mode=mode, implementation=name, **setting)
 
 
-@app.command("detectron2")
+@experiment("detectron2", without=("part", "config"))
 def detectron2(
+    setting: dict,
+    *,
     original: Annotated[
         Path, typer.Option(help="Checkout of the original MIMDet.", envvar="MIMDET_ORIGINAL", show_default=False)
     ],
-    opts: Overrides = None,
-    ratio: Annotated[float, typer.Option(help="Keep ratio.")] = 0.5,
-    peers: Peers = None,
-    size: Size = None,
-    batch: Batch = 1,
-    dtype: Dtype = None,
-    rounds: Rounds = 15,
-    device: DeviceOption = Device.auto,
-    output: Output = None,
-) -> None:
+    ratio: Ratio = 0.5,
+):
     """A training step of the backbone inside Detectron2's pyramid, beside the original MIMDet's own code.
 
-    Detectron2 must be there. Overrides are of both configs, and in Detectron2's form.
+    Detectron2 must be installed. Overrides are of both configs, and as Detectron2 writes them.
     """
-    from .detectron2 import PEERS, Options, run_detectron2
+    from .experiments import detectron2
 
-    options = Options(
-        original=original,
-        output=_output(output, "detectron2"),
-        ratio=_ratio(ratio),
-        peers=tuple(peers or PEERS),
-        **_setting(device, size, batch, dtype, opts, rounds),
-    )
-    run_detectron2(options)
-    typer.echo(f"results in {options.output}")
+    return detectron2, detectron2.Options(original=original, ratio=_ratio(ratio), **setting)
 
 
 @app.command("gpu")
@@ -323,7 +273,7 @@ def gpu(
     """Everything worth measuring on a GPU, in parts: the tables, every operation, the roofline, the whole step.
 
     A part whose result is there is skipped, so that the same command goes on where the last run ended: after Ctrl-C,
-    after a failed part, or where the time was up. Exit status 1 means that some part is still missing.
+    after a failed part, or when the time was up. Exit status 1 means that some part is still missing.
     """
     import torch
 
@@ -363,12 +313,12 @@ def compare(
 def plot(
     files: Annotated[list[Path], typer.Argument(help="Files of results.")],
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the pictures; default: beside each file.", show_default=False)
+        Path | None, typer.Option(help="Folder of the figures; default: beside each file.", show_default=False)
     ] = None,
 ) -> None:
     """Draw each file: time and memory beside the paper's curve, operations beside the limit, or the roofline."""
     from .plot import plot
-    from .results import Results
+    from .row import Results
 
     for file in files:
         path = (output or file.parent) / f"{file.stem}.png"
@@ -377,53 +327,32 @@ def plot(
 
 
 @app.command("readme")
-def readme(path: Annotated[Path, typer.Argument(help="Markdown with places for results.")] = Path("README.md")) -> None:
-    """Fill a README's tables from the files of results, and the folders of configs, that it names."""
-    from .readme import update
+def readme(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Markdown pages; default: README.md and docs/*.md that have markers.", show_default=False),
+    ] = None,
+) -> None:
+    """Generate the tables of Markdown pages from the files of results, and the folders of configs, that they name."""
+    from .readme import pages, update
 
-    typer.echo(f"{path}: {'filled' if update(path) else 'as it was'}")
-
-
-def _tables(name, opts, part, peers, size, batch, dtype, config, rounds, device, output, ratios, depths, modes) -> None:
-    from .backbone import Options, run_tables
-    from .models import PEERS
-    from .workload import MODES
-
-    options = Options(
-        output=_output(output, name if part == "backbone" else f"{name}_{part}"),
-        ratios=tuple(map(_ratio, ratios)),
-        depths=tuple(depths),
-        default=(0.5, _decoder_depth(config, opts)),
-        modes=tuple(modes or MODES),
-        part=part,
-        peers=tuple(peers or PEERS),
-        config=config,
-        **_setting(device, size, batch, dtype, opts, rounds),
-    )
-    run_tables(options)
-    typer.echo(f"results in {options.output}")
+    for path in paths or pages(Path()):
+        typer.echo(f"{path}: {'filled' if update(path) else 'as it was'}")
 
 
-def _decoder_depth(config: str, opts: list[str] | None) -> int:
+def _tables(setting: dict, **choice):
+    from .experiments import backbone
+
+    return backbone, backbone.Options(default=(0.5, _decoder_depth(setting)), **choice, **setting)
+
+
+def _decoder_depth(setting: dict) -> int:
     from ..config import load
 
-    decoder = load(config, opts or []).model.backbone.bottom_up.decoder
+    decoder = load(setting["config"], setting["overrides"]).model.backbone.bottom_up.decoder
     if decoder is None:
-        raise ValueError(f"config {config} has no decoder to vary; mimdet bench table8 measures it")
+        raise ValueError(f"config {setting['config']} has no decoder to vary; mimdet bench table8 measures it")
     return decoder.depth
-
-
-def _setting(device, size, batch, dtype, opts, rounds) -> dict:
-    """What all that measure a model are told of it."""
-    where = _device(device)
-    return {
-        "device": where,
-        "size": _picture(size, where),
-        "batch": batch,
-        "dtype": _dtype(dtype, where),
-        "overrides": tuple(opts or ()),
-        "rounds": rounds,
-    }
 
 
 def _device(device: Device) -> str:
@@ -435,7 +364,7 @@ def _device(device: Device) -> str:
 
 
 def _dtype(word: str | None, device: str) -> str:
-    from .cases import DTYPES
+    from .session import DTYPES
 
     word = word or ("bf16" if device == "cuda" else "fp32")
     if word not in DTYPES:
@@ -449,8 +378,8 @@ def _ratio(ratio: float) -> float:
     return ratio
 
 
-def _output(given: Path | None, name: str) -> Path:
-    path = given or Path("output/bench") / f"{name}.json"
+def _output(path: Path | None, name: str) -> Path:
+    path = path or Path("output/bench") / f"{name}.json"
     if path.suffix not in (".json", ".csv"):
         raise ValueError(f"--output {path}: the name must end in .json or .csv")
     return path
@@ -463,7 +392,7 @@ def _sizes(text: str) -> tuple[int, ...]:
         raise ValueError(f"sizes are numbers with x between them, as 2x600x768; got {text!r}") from None
 
 
-def _picture(text: str | None, device: str) -> tuple[int, int]:
+def _size(text: str | None, device: str) -> tuple[int, int]:
     """Height and width, multiples of 32."""
     if text is None:
         return (800, 1344) if device == "cuda" else (480, 640)

@@ -2,94 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from . import report
+from . import views
 from .measure import Ratio, unpaired_ratio
-from .results import KEYS, Results
+from .row import Results, key
+
+# Speed-ups that two runs can agree on are over these.
+_BASELINES = ("eager", "inductor", "original", "original-sdpa", "sdpa-compile", "canvas")
 
 
-@dataclass(frozen=True)
-class Change:
-    """One row that both files have; ``speedup`` is of the second file over the first, None where a figure lacks."""
-
-    name: str
-    before_ms: float | None
-    after_ms: float | None
-    speedup: Ratio | None
-
-
-def compare(before: Results, after: Results) -> list[Change]:
-    """Every row that both files have, in the order of the first.
+def compare(before: Results, after: Results) -> list[dict]:
+    """Every row that both files have, in the order of the first: its name, both times, and the second's speed-up.
 
     The intervals know nothing of what differs between two runs as such: load, clocks, temperature.
 
     Raises:
-        ValueError: results of different kinds, or without a row in common.
+        ValueError: no row in common.
     """
-    if before.kind != after.kind:
-        raise ValueError(f"the files hold different kinds of results: {before.kind!r} and {after.kind!r}")
-    keys = KEYS[before.kind]
-    others = {tuple(row[k] for k in keys): row for row in after.rows}
+    others = {key(row): row for row in after.rows}
     changes = []
     for row in before.rows:
-        key = tuple(row[k] for k in keys)
-        if key in others:
-            first, second = row["samples_ms"], others[key]["samples_ms"]
-            speedup = unpaired_ratio(first, second) if first and second else None
-            changes.append(Change(" ".join(map(str, key)), row["p50_ms"], others[key]["p50_ms"], speedup))
+        other = others.get(key(row))
+        if other is not None:
+            slow, fast = row.get("samples_ms"), other.get("samples_ms")
+            change = {"name": " ".join(str(value) for _, value in key(row))}
+            change |= {"before_ms": row.get("p50_ms"), "after_ms": other.get("p50_ms")}
+            changes.append(change | {"speedup": unpaired_ratio(slow, fast) if slow and fast else None})
     if not changes:
-        raise ValueError(f"the files have no row in common; rows are named by {', '.join(keys)}")
+        raise ValueError("the files have no row in common: rows are equal in all key columns, see mimdet/bench/row.py")
     return changes
 
 
 def agreement(before: Results, after: Results) -> tuple[int, int]:
-    """How many speed-ups over peers both files give for the same row, and how many of these have intervals that
+    """How many speed-ups over baselines both files give for the same row, and how many of these have intervals that
     overlap."""
-    keys = KEYS[before.kind]
-    others = {tuple(row[k] for k in keys): row for row in after.rows}
-    both = agreeing = 0
-    for row in before.rows:
-        other = others.get(tuple(row[k] for k in keys), {})
-        for name in [k for k in row if k.startswith("vs_") and not k.endswith(("_low", "_high"))]:
-            if row[name] is not None and other.get(name) is not None:
-                both += 1
-                low, high = f"{name}_low", f"{name}_high"
-                agreeing += row[low] <= other[high] and other[low] <= row[high]
-    return both, agreeing
+    first, second = speedups(before), speedups(after)
+    both = [(first[name], second[name]) for name in first if name in second]
+    return len(both), sum(a.low <= b.high and b.low <= a.high for a, b in both)
 
 
-def show(first: Path, second: Path) -> list[Change]:
+def speedups(results: Results) -> dict[tuple, Ratio]:
+    """(row's key, baseline) -> how many times as fast the row is."""
+    over = {name: views.speedup_over(name, results.rows) for name in _BASELINES}
+    ratios = {(key(row), name): of(row) for row in results.rows for name, of in over.items()}
+    return {place: ratio for place, ratio in ratios.items() if ratio is not None}
+
+
+def show(first: Path, second: Path) -> list[dict]:
     """Print the comparison of two files."""
     before, after = Results.read(first), Results.read(second)
     changes = compare(before, after)
-    out = report.console()
-    for name, results in ((first.name, before), (second.name, after)):
-        there = results.environment
-        out.print(f"{name}: {there.get('date')}, {there.get('device')}, commit {there.get('commit')}")
-    differing = _differences(before, after)
+    out = views.console()
+    for path, results in ((first, before), (second, after)):
+        environment = results.environment
+        described = (environment.get("date"), environment.get("device"), f"commit {environment.get('commit')}")
+        out.print(f"{path.name}: {', '.join(map(str, described))}")
+    names = ("device", "threads", "versions", "variables")
+    differing = [name for name in names if before.environment.get(name) != after.environment.get(name)]
     if differing:
         out.print(f"the runs differ in {', '.join(differing)}", style="yellow")
-    body = [
-        (c.name, report.number(c.before_ms, ".4g"), report.number(c.after_ms, ".4g"), str(c.speedup or "-"))
-        for c in changes
+    columns = [
+        ("row", "name", ""),
+        (f"{first.name} ms", "before_ms", ".4g"),
+        (f"{second.name} ms", "after_ms", ".4g"),
+        ("second's speed over first's", "speedup", ".2f"),
     ]
-    columns = ("row", f"{first.name} ms", f"{second.name} ms", "second's speed over first's")
-    out.print(report.table(f"{len(changes)} rows in both", columns, body))
+    out.print(views.terminal(f"{len(changes)} rows in both", columns, changes))
     both, agreeing = agreement(before, after)
     if both:
-        out.print(f"speed-ups over peers: of {both} in both files, {agreeing} have intervals that overlap")
+        out.print(f"speed-ups over baselines: of {both} in both files, {agreeing} have intervals that overlap")
     alone = len(before.rows) + len(after.rows) - 2 * len(changes)
     if alone:
         out.print(f"{alone} rows are in one file only")
     return changes
-
-
-def _differences(before: Results, after: Results) -> Sequence[str]:
-    return [
-        k
-        for k in ("device", "threads", "versions", "variables")
-        if before.environment.get(k) != after.environment.get(k)
-    ]

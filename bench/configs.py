@@ -1,28 +1,39 @@
-"""The README's table of configs: what each is, its parameters, the AP that others claim for it, and its command."""
+"""The table of configs: what each is, its parameters, the AP that others claim for it, and its command."""
 
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 
 import torch
 
 from ..config import instantiate, load
-from .backbone import paper
+from .experiments.backbone import paper
+from .views import Column
 
-COLUMNS = ("config", "what", "parameters M", "AP box / mask, as claimed by", "command")
-# Of these every file is a twin of another, or part of others.
-_APART = ("common", "detectron2")
+COLUMNS: list[Column] = [
+    ("config", "config", ""),
+    ("what", "what", ""),
+    ("parameters M", "parameters_m", ".2f"),
+    ("AP box / mask, as claimed by", "claim", ""),
+    ("command", "command", ""),
+]
+# Folders with parts of configs, and with the same configs for Detectron2.
+_LEFT_OUT = ("common", "detectron2")
 
 
 def names(folder: Path) -> list[str]:
-    """The configs below a folder, as ``--config-file`` takes them: those that stand in it before its folders'."""
-    found = (path.relative_to(folder).with_suffix("") for path in folder.rglob("*.py"))
-    return [str(path) for path in sorted(found, key=lambda p: (len(p.parts), p)) if path.parts[0] not in _APART]
+    """The configs below a folder, as ``--config-file`` takes them: its own before those of its folders."""
+    files = (path.relative_to(folder).with_suffix("") for path in folder.rglob("*.py"))
+    return [str(path) for path in sorted(files, key=lambda p: (len(p.parts), p)) if path.parts[0] not in _LEFT_OUT]
 
 
-def rows(folder: Path) -> list[tuple[str, ...]]:
+def rows(folder: Path, page: Path) -> list[dict]:
     """One row of ``COLUMNS`` for each config below ``folder``, more where the paper has more of it.
+
+    Args:
+        page: folder of the page whose links lead to the configs.
 
     Raises:
         ValueError: a claim for a config that is not there, or a config without a docstring.
@@ -30,16 +41,16 @@ def rows(folder: Path) -> list[tuple[str, ...]]:
     claims: dict[str, list[dict]] = {}
     for claim in paper()["claims"]:
         claims.setdefault(claim["config"], []).append(claim)
-    found = names(folder)
-    if unknown := set(claims) - set(found):
+    configs = names(folder)
+    if unknown := set(claims) - set(configs):
         raise ValueError(f"{folder}: no config {', '.join(sorted(unknown))}, which paper.json names")
-    made = []
-    for name in found:
+    table, link = [], Path(os.path.relpath(folder, page)).as_posix()
+    for name in configs:
         file = folder / f"{name}.py"
-        link, what, size = f"[`{name}`]({folder.name}/{name}.py)", _title(file), f"{_parameters(file) / 1e6:.2f}"
+        row = {"config": f"[`{name}`]({link}/{name}.py)", "what": _title(file), "parameters_m": _millions(file)}
         for claim in claims.get(name, [{}]):
-            made.append((link, what, size, _claimed(claim), f"`{_command(name, claim)}`"))
-    return made
+            table.append({**row, "claim": _claimed(claim), "command": f"`{_command(name, claim)}`"})
+    return table
 
 
 def _title(file: Path) -> str:
@@ -49,9 +60,9 @@ def _title(file: Path) -> str:
     return text.splitlines()[0].rstrip(".")
 
 
-def _parameters(file: Path) -> int:
+def _millions(file: Path) -> float:
     with torch.device("meta"):
-        return sum(p.numel() for p in instantiate(load(file).model).parameters())
+        return sum(p.numel() for p in instantiate(load(file).model).parameters()) / 1e6
 
 
 def _claimed(claim: dict) -> str:

@@ -39,7 +39,7 @@ def describe(device: str) -> dict:
 
 
 def device_name(device: str) -> str:
-    """The processor's or the GPU's, with what of its instructions PyTorch uses."""
+    """Name of the processor or the GPU, and the instructions that PyTorch uses."""
     if torch.device(device).type == "cuda":
         gpu = torch.cuda.get_device_properties(torch.device(device))
         return f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
@@ -47,7 +47,7 @@ def device_name(device: str) -> str:
 
 
 def command() -> str:
-    """The command line, without what stands before the file name in a path."""
+    """The command line, without the folders of absolute paths."""
     words = [PurePath(word).name if PurePath(word).is_absolute() else word for word in sys.argv[1:]]
     return shlex.join(["mimdet", *words])
 

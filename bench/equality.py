@@ -8,6 +8,8 @@ import torch
 
 # Slack beside twice the reference's error, in units of the dtype's last place at the largest magnitude.
 _ULPS = 4
+# Relative L2 distance allowed between two models: features, gradients.
+_MODEL_TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (3e-2, 1e-1), "fp16": (4e-3, 2e-2)}
 
 
 def differentiate(
@@ -20,38 +22,68 @@ def differentiate(
     """Outputs of ``function(inputs)``, as ``comparable`` shows them, and gradients of ``differentiable`` inputs."""
     leaves = {k: v.detach().requires_grad_(k in differentiable) for k, v in inputs.items()}
     outputs = function(leaves)
-    found = {f"output {i}": output.detach() for i, output in enumerate(comparable(outputs))}
+    tensors = {f"output {i}": output.detach() for i, output in enumerate(comparable(outputs))}
     if differentiable:
-        wanted = [leaves[name] for name in differentiable]
-        computed = torch.autograd.grad(outputs, wanted, list(gradients), materialize_grads=True)
-        found |= {f"gradient of {name}": g for name, g in zip(differentiable, computed, strict=True)}
-    return found
+        sources = [leaves[name] for name in differentiable]
+        computed = torch.autograd.grad(outputs, sources, list(gradients), materialize_grads=True)
+        tensors |= {f"gradient of {name}": g for name, g in zip(differentiable, computed, strict=True)}
+    return tensors
 
 
-def why_wrong(
-    got: Mapping[str, torch.Tensor],
+def mismatch(
+    actual: Mapping[str, torch.Tensor],
     same_dtype: Mapping[str, torch.Tensor],
     exact: Mapping[str, torch.Tensor],
     terms: Mapping[str, int],
 ) -> str | None:
-    """None if ``got`` errs at most twice as much as ``same_dtype``, plus a few units in the last place; else why.
+    """Where ``actual`` exceeds the error budget; None if nowhere.
 
     Args:
-        got, same_dtype, exact: tensors by name; ``exact`` in float64, integers alike in all.
-        terms: how many are summed into one element, for names where that is many; slack grows with its root.
+        actual: tensors of an implementation, by name.
+        same_dtype: those of the reference in the same dtype.
+        exact: those of the reference in float64; integers are alike in all.
+        terms: how many are summed into one element, for names where that is many.
     """
-    for name, want in exact.items():
-        value, plain = got[name], same_dtype[name]
-        if value.shape != want.shape or value.dtype != plain.dtype:
-            return f"{name}: {tuple(value.shape)} {value.dtype}, not {tuple(want.shape)} {plain.dtype}"
-        if not want.is_floating_point():
-            if not torch.equal(value, want):
-                return f"{name}: {(value != want).sum().item()} of {want.numel()} integers differ"
-            continue
-        if not want.numel():
-            continue
-        error, reference = ((t.double() - want).abs().max().item() for t in (value, plain))
-        slack = _ULPS * torch.finfo(value.dtype).eps * want.abs().max().item() * terms.get(name, 1) ** 0.5
-        if not error <= 2 * reference + slack:
-            return f"{name}: error {error:.2g}, allowed {2 * reference + slack:.2g}"
+    for name, expected in exact.items():
+        value, plain = actual[name], same_dtype[name]
+        if value.shape != expected.shape or value.dtype != plain.dtype:
+            return f"{name}: {tuple(value.shape)} {value.dtype}, not {tuple(expected.shape)} {plain.dtype}"
+        if not expected.is_floating_point():
+            if not torch.equal(value, expected):
+                return f"{name}: {(value != expected).sum().item()} of {expected.numel()} integers differ"
+        elif expected.numel():
+            error, allowed = (
+                (value.double() - expected).abs().max().item(),
+                _budget(plain, expected, terms.get(name, 1)),
+            )
+            if not error <= allowed:
+                return f"{name}: error {error:.2g}, allowed {allowed:.2g}"
     return None
+
+
+def _budget(plain: torch.Tensor, exact: torch.Tensor, terms: int) -> float:
+    """Largest error allowed: twice the reference's in the same dtype, and slack that grows with the root of terms."""
+    reference = (plain.double() - exact).abs().max().item()
+    return 2 * reference + _ULPS * torch.finfo(plain.dtype).eps * exact.abs().max().item() * terms**0.5
+
+
+def model_mismatch(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], dtype: str) -> str | None:
+    """Which feature or gradient of a model is too far from the expected one; None if none is.
+
+    Args:
+        actual, expected: tensors by name; names of gradients have "gradient" in them.
+        dtype: word of ``session.DTYPES`` that both models computed in.
+    """
+    for name, value in expected.items():
+        allowed = _MODEL_TOLERANCE[dtype]["gradient" in name]
+        off, size = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (actual[name] - value, value))
+        error = (off / size.clamp(min=1e-30)).item()
+        if not error <= allowed:
+            return f"{name}: relative error {error:.2g}, allowed {allowed:.2g}"
+    return None
+
+
+def reason(error: Exception) -> str:
+    """The status of what raised ``error``: out of memory, a missing compiler, ...; the others go on."""
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"cannot run: {type(error).__name__}: {first[:120]}"

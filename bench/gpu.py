@@ -1,8 +1,8 @@
-"""``mimdet bench gpu``: all that is worth measuring on a GPU, in parts that stand alone.
+"""``mimdet bench gpu``: all that is worth measuring on a GPU, in independent parts.
 
-Each part is a process of its own, so that a crash or a lack of memory in one leaves the others alone, and has a budget
-of time. Beside its result lies ``<part>.error.txt`` from its start until it has succeeded: a part without that file is
-done, whatever ended the run that made it.
+Each part is a process, so that a crash or a lack of memory in one leaves the others alone, and has a budget of time.
+``<part>.error.txt`` is beside its result from its start until it has succeeded: a part without that file is done,
+whatever ended the run.
 """
 
 from __future__ import annotations
@@ -71,20 +71,19 @@ def _bench(name: str, seconds: float, *words: str, suffix: str = ".json") -> Par
 def _parity() -> Part:
     """The kernels' tests on what only a GPU can run."""
     ops = ("add_layer_norm", "attention_varlen", "bias_gelu", "gather_add_pos", "sample_tokens", "scatter_fill")
-    names = ("failure_modes", *ops)
-    files = [str(ROOT / "tests" / f"test_kernels_{name}.py") for name in names]
+    files = [str(path) for name in ("failure_modes", *ops) for path in sorted(ROOT.glob(f"tests/**/test_*{name}.py"))]
     workers = ("-n", "4") if importlib.util.find_spec("xdist") else ()
     options = ("-vv", "--no-header", "--tb=short", "--disable-warnings", "-p", "no:cacheprovider", *workers)
     return Part("parity", 110, ("pytest", *options, "-k", "triton or cuda", *files), ".txt")
 
 
-def _peers(*names: str) -> tuple[str, ...]:
-    return tuple(word for name in names for word in ("--peers", name))
+def _impl(*names: str) -> tuple[str, ...]:
+    return tuple(word for name in names for word in ("--impl", name))
 
 
-# The compiled peer takes a minute for every row of a table: it is measured at the default row.
-_EAGER = _peers("ours", "original", "original-kept", "original-sdpa")
-_STEP = (*_peers("ours", "original", "original-sdpa", "clean"), "--part", "detector", "--mode", "train")
+# The compiled baseline takes a minute for every row of a table: it is measured at the default row.
+_EAGER = _impl("ours", "original", "original-no-checkpoint", "original-sdpa")
+_STEP = (*_impl("ours", "original", "original-sdpa", "sdpa-compile"), "--part", "detector", "--mode", "train")
 # The most telling first: a run on a slow machine may not come to the last.
 PARTS = (
     Part("environment", 90, ("mimdet", "info"), ".txt"),  # builds what is in csrc
@@ -115,31 +114,28 @@ def run_gpu(parts: Sequence[Part], folder: Path, minutes: float = MINUTES, force
     A part begins only where its whole budget is left, so that the run ends in time; later, smaller ones still may.
     Ctrl-C, like SIGTERM, ends the part that runs and then the run; results stay.
     """
-    from . import report  # imports torch
+    from . import views  # imports torch
 
     deadline = time.monotonic() + 60 * minutes
-    out, scale = report.console(), minutes / MINUTES
+    out, scale = views.console(), minutes / MINUTES
     if force:
         for part in parts:
             write_bytes(part.error(folder), b"to be measured again\n")
     todo = [part for part in parts if not part.done(folder)]
     out.print(f"results in {folder}: {len(parts) - len(todo)} of {len(parts)} parts are there already")
     failed, left = [], []
-    with report.progress() as bar, _terminated_like_interrupted():
-        task = bar.add_task("", total=len(todo))
+    with views.progress("parts", len(todo)) as advance, _terminated_like_interrupted():
         for part in todo:
             budget = part.seconds * scale
             if budget + _GRACE > deadline - time.monotonic():
                 left.append(part.name)
                 continue
-            bar.update(task, description=f"{part.name}, at most {budget:.0f} s")
             start = time.monotonic()
             error = run_part(part, folder, budget)
             state = error.splitlines()[0] if error else "done"
             out.print(f"{part.name}: {state}, {time.monotonic() - start:.0f} s", markup=False)
-            if error:
-                failed.append(part.name)
-            bar.advance(task)
+            failed += [part.name] if error else []
+            advance()
     if failed:
         out.print(f"failed: {', '.join(failed)}; see <part>.error.txt. The next run tries again.", markup=False)
     if left:
@@ -155,22 +151,21 @@ def run_part(part: Part, folder: Path, seconds: float) -> str | None:
     # Full tracebacks, and lines of text that are as wide as tables are.
     variables = {**os.environ, "MIMDET_DEBUG": "1", "COLUMNS": "160"}
     with tempfile.TemporaryFile() as printed:
-        fault = "interrupted"
+        error = "interrupted"
         try:
-            fault = _run(command, variables, printed, seconds)
+            error = _run(command, variables, printed, seconds)
         finally:
             printed.seek(0)
-            text = _nameless(printed.read().decode(errors="replace"))
+            text = _without_folders(printed.read().decode(errors="replace"))
             if part.text:
                 write_bytes(result, text.encode()[-_LARGEST:])
-            if fault is None:
-                fault = _unfit(result)
-            if fault is None:
+            error = error or _problem(result)
+            if error is None:
                 marker.unlink()
             else:
                 tail = "" if part.text else "\n".join(["", *text.splitlines()[-_TAIL:]])
-                write_bytes(marker, f"{fault}\n{tail}".rstrip().encode() + b"\n")
-    return fault
+                write_bytes(marker, f"{error}\n{tail}".rstrip().encode() + b"\n")
+    return error
 
 
 def _run(command: Sequence[str], variables: dict[str, str], printed, seconds: float) -> str | None:
@@ -201,14 +196,14 @@ def _interrupt(process: subprocess.Popen) -> None:
         process.wait(_GRACE)
 
 
-def _unfit(result: Path) -> str | None:
+def _problem(result: Path) -> str | None:
     if not result.is_file():
         return f"wrote no {result.name}"
     size = result.stat().st_size
     return f"{result.name} has {size} bytes, more than the {_LARGEST} of a file to commit" if size > _LARGEST else None
 
 
-def _nameless(text: str) -> str:
+def _without_folders(text: str) -> str:
     """Without the folders of whoever ran it."""
     for folder, name in ((ROOT, "."), (Path.home(), "~")):
         if folder != Path(folder.anchor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -24,13 +24,19 @@ def measure_limits(device: str, dtypes: Iterable[torch.dtype], scale: float = 1.
     Returns:
         ``copy_gb_s``, bytes read and written; ``gemm_<dtype>_tflop_s``.
     """
-    found = {"copy_gb_s": _copy(device, scale)}
-    return found | {gemm_key(dtype): _gemm(device, dtype, scale) for dtype in dtypes}
+    rates = {gemm_key(dtype): _gemm(device, dtype, scale) for dtype in dtypes}
+    return {"copy_gb_s": _copy(device, scale), **rates}
 
 
 def gemm_key(dtype: torch.dtype) -> str:
     """Name of a dtype's rate in ``measure_limits``."""
     return f"gemm_{str(dtype).removeprefix('torch.')}_tflop_s"
+
+
+def floor_seconds(limits: Mapping[str, float], dtype: torch.dtype | None, flops: float, moved: float) -> float:
+    """Seconds that the machine needs at best: all of it computing in ``dtype``, or all of it moving bytes."""
+    computing = flops / limits[gemm_key(dtype)] / 1e12 if flops else 0.0
+    return max(computing, moved / limits["copy_gb_s"] / 1e9)
 
 
 def _copy(device: str, scale: float) -> float:

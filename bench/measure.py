@@ -1,9 +1,9 @@
-"""How things are timed: interleaved rounds, an A/A control, medians of per-round ratios with intervals."""
+"""How time and memory are measured: interleaved rounds, an A/A control, medians of per-round ratios, peaks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,16 +31,21 @@ class Ratio:
         """Whether the interval leaves 1 out."""
         return self.low > 1 or self.high < 1
 
+    def __format__(self, spec: str) -> str:
+        """A claim only where the interval allows one; ``spec`` is that of a number."""
+        spec = spec or ".2f"
+        interval = f"[{self.low:{spec}}, {self.high:{spec}}]"
+        return f"{self.median:{spec}}x {interval}" if self.differs else f"no difference {interval}"
+
     def __str__(self) -> str:
-        interval = f"[{self.low:.2f}, {self.high:.2f}]"
-        return f"{self.median:.2f}x {interval}" if self.differs else f"no difference {interval}"
+        return format(self)
 
 
 @dataclass
 class Timings:
     """Seconds of one call in each round, by name; ``control`` is the first name measured a second time."""
 
-    samples: dict[str, list[float]]
+    samples: dict[Hashable, list[float]]
     control: list[float] = field(default_factory=list)
 
     @property
@@ -48,11 +53,12 @@ class Timings:
         """Rounds that are complete."""
         return len(self.control)
 
-    def percentiles(self, name: str) -> tuple[float, float, float]:
+    def percentiles(self, name: Hashable) -> tuple[float, float, float]:
         """p20, p50 and p80 in seconds."""
-        return percentiles(self.samples[name])
+        p20, p50, p80 = np.percentile(self.samples[name], [20, 50, 80])
+        return float(p20), float(p50), float(p80)
 
-    def speedup(self, name: str, over: str) -> Ratio:
+    def speedup(self, name: Hashable, over: Hashable) -> Ratio:
         """How many times as fast ``name`` is as ``over``."""
         return paired_ratio(self.samples[over], self.samples[name])
 
@@ -60,9 +66,22 @@ class Timings:
         """The first name against itself: what this machine shows where there is nothing to see."""
         return paired_ratio(next(iter(self.samples.values())), self.control)
 
+    def columns(self, name: Hashable) -> dict[str, int | float | list[float]]:
+        """What a row says of its rounds; nothing where ``name`` was not timed."""
+        if not self.samples.get(name):
+            return {}
+        control = self.control_ratio()
+        figures = zip(("p20_ms", "p50_ms", "p80_ms"), (1e3 * s for s in self.percentiles(name)), strict=True)
+        intervals = {"control": control.median, "control_low": control.low, "control_high": control.high}
+        return {
+            "rounds": self.rounds,
+            **{column: rounded(figure) for column, figure in (*figures, *intervals.items())},
+            "samples_ms": [rounded(1e3 * s) for s in self.samples[name]],
+        }
+
 
 def measure(
-    runs: Mapping[str, Run],
+    runs: Mapping[Hashable, Run],
     rounds: int = 15,
     *,
     timer: Timer | None = None,
@@ -72,7 +91,7 @@ def measure(
 ) -> Timings:
     """Time every run in turn, forwards and then backwards (A B B A), ``rounds`` times.
 
-    A slow drift of the machine falls on all alike. The first run stands in the row twice: its second place is the
+    A slow drift of the machine falls on all alike. The first run is measured twice: its second place is the
     control. One figure is the mean of both passes of a round, and a pass repeats short runs until ``least`` seconds.
 
     Args:
@@ -81,7 +100,7 @@ def measure(
         timer: by default the wall clock; see ``timer_for``.
         warmup: untimed calls of each run.
         least: seconds of a pass.
-        on_round: sees what is there after each round; KeyboardInterrupt between calls loses only the last one.
+        on_round: gets the timings after each round; KeyboardInterrupt between calls loses only the last one.
 
     Raises:
         ValueError: fewer than 3 rounds, nothing to time, or the control's own name.
@@ -113,11 +132,11 @@ def measure(
 
 def wall_timer(run: Run, calls: int) -> float:
     """Wall clock; on a GPU, until it has finished."""
-    _synchronise()
+    _synchronize()
     start = time.perf_counter()
     for _ in range(calls):
         run()
-    _synchronise()
+    _synchronize()
     return (time.perf_counter() - start) / calls
 
 
@@ -156,12 +175,6 @@ def timer_for(device: str, cold: bool = False) -> Timer:
     return CudaTimer(cold) if torch.device(device).type == "cuda" else wall_timer
 
 
-def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """20th, 50th and 80th."""
-    p20, p50, p80 = np.percentile(samples, [20, 50, 80])
-    return float(p20), float(p50), float(p80)
-
-
 def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
     """Median of ``slow / fast`` over rounds measured together, rounds drawn anew for the interval."""
     ratios = np.asarray(slow, float) / np.asarray(fast, float)
@@ -175,6 +188,49 @@ def unpaired_ratio(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
     return _interval(np.median(a) / np.median(b), drawn)
 
 
+def peak_bytes(run: Run, device: str) -> int:
+    """Most bytes allocated at once during ``run`` beyond those before it, results included."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def saved_bytes(forward: Run, parameters: Iterable[torch.Tensor]) -> int:
+    """Activation memory: bytes of the tensors that autograd saves for backward, each storage once, no parameters."""
+    weights = {p.untyped_storage().data_ptr() for p in parameters}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address and address not in weights:
+            saved[address] = tensor.detach()  # alive, so that no other tensor gets the same address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    del result
+    return total
+
+
+def rounded(value: float, digits: int = 5) -> float:
+    """To significant digits: files stay small."""
+    return float(f"{value:.{digits}g}")
+
+
 def _draws(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, count, (_RESAMPLES, count))
 
@@ -184,7 +240,7 @@ def _interval(median: float, resampled: np.ndarray) -> Ratio:
     return Ratio(float(median), float(low), float(high))
 
 
-def _synchronise() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 

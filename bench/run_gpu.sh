@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m mimdet.bench gpu "$@"
+exec "${PYTHON:-python3}" -m mimdet bench gpu "$@"

@@ -1,51 +1,80 @@
-"""A model, its data and what is done with it in one step: what the tables and the roofline measure."""
+"""A model, its data and one step of it: what experiments on models check, time and count."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
-from .cases import DTYPES
-from .models import bottom_up, random_batch, variant
+from ..config import load
+from ..engine.model import build_model
+from ..testing import fixed_noise
+from .baselines import bottom_up
+from .equality import model_mismatch, reason
+from .measure import peak_bytes, rounded, saved_bytes
+from .session import DTYPES, Candidate
 
 MODES = ("train", "inference")
 PARTS = ("backbone", "detector")
-
-# Keep ratio, decoder depth, word of ``models.PEERS``.
-Key = tuple[float, int, str]
+_OBJECTS = 8  # in an image; COCO has 7.3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a step works on.
+    """What a step works on, and how it is measured.
 
     Attributes:
+        device: "cpu" or "cuda".
+        output: file of results.
         part: word of ``PARTS``.
         config, overrides: the detector.
-        size, batch, dtype, device: of the pictures; dtype other than fp32 means autocast.
+        size, batch, dtype: of the images; dtype other than fp32 means autocast.
+        rounds: see ``measure``.
     """
 
     device: str
+    output: Path | None = None
     part: str = "backbone"
     config: str = "mimdet_b_mask_rcnn"
     overrides: Sequence[str] = ()
     size: tuple[int, int] = (480, 640)
     batch: int = 1
     dtype: str = "fp32"
+    rounds: int = 15
+
+    @property
+    def gpu(self) -> bool:
+        """Whether the device is one."""
+        return torch.device(self.device).type == "cuda"
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The context that the forward runs in."""
-        kind = torch.device(self.device).type
-        return torch.autocast(kind, DTYPES[self.dtype], enabled=self.dtype != "fp32")
+        """The context of the forward."""
+        return torch.autocast(torch.device(self.device).type, DTYPES[self.dtype], enabled=self.dtype != "fp32")
+
+    def keys(self, experiment: str, mode: str) -> dict[str, str | int]:
+        """Key columns that all rows of the setting share."""
+        size = "{}x{}".format(*self.size)
+        common = {"part": self.part, "size": size, "batch": self.batch, "dtype": self.dtype, "mode": mode}
+        return {"experiment": experiment, **common}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and what is done with it; ``forward`` stands alone for what it saves."""
+    """A model and one step of it.
+
+    Attributes:
+        model: a detector or its backbone.
+        step: forward; in training backward too, and for a detector the update.
+        forward: the forward alone.
+        resident: bytes of weights, and in training of the optimizer's state.
+    """
 
     model: nn.Module
     step: Callable[[], object]
@@ -53,11 +82,22 @@ class Workload:
     resident: int
 
 
-def check_words(given: Iterable[str], known: Collection[str]) -> None:
-    """Raise ValueError, naming the choice, unless all are known."""
-    unknown = [word for word in given if word not in known]
+def check_words(words: Iterable[str], known: Collection[str], what: str = "to measure") -> None:
+    """Raise ValueError, which names the choice, unless all words are known."""
+    unknown = [word for word in words if word not in known]
     if unknown:
-        raise ValueError(f"no {', '.join(unknown)} to measure; choose from {', '.join(known)}")
+        raise ValueError(f"no {', '.join(unknown)} {what}; choose from {', '.join(known)}")
+
+
+def build_detector(config: str, overrides: Sequence[str], depth: int | None, device: str) -> nn.Module:
+    """A config's detector with random weights, without checkpointing and with ``depth`` decoder blocks; None leaves
+    the decoder to the config."""
+    cfg = load(config, overrides)
+    cfg.model.backbone.bottom_up.encoder.checkpointing = False
+    if depth is not None:
+        cfg.model.backbone.bottom_up.decoder.depth = depth
+    torch.manual_seed(0)
+    return build_model(cfg, pretrained=False).to(device)
 
 
 def idle_optimizer(detector: nn.Module) -> torch.optim.Optimizer:
@@ -65,26 +105,20 @@ def idle_optimizer(detector: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW((p for p in detector.parameters() if p.requires_grad), lr=0.0)
 
 
-def workload(detector: nn.Module, optimizer: torch.optim.Optimizer, mode: str, key: Key, setting: Setting) -> Workload:
-    """One step of a peer at a keep ratio and depth; ``optimizer`` is used by a whole detector alone."""
-    ratio, depth, peer = key
-    return step_of(variant(detector, peer, ratio, depth), optimizer, mode, setting)
-
-
 def step_of(detector: nn.Module, optimizer: torch.optim.Optimizer, mode: str, setting: Setting) -> Workload:
-    """One step of a detector as it is, or of its backbone."""
-    whole = setting.part == "detector"
-    model = (detector if whole else bottom_up(detector)).train(mode == "train")
+    """One step of a detector, or of its backbone, which does without ``optimizer``."""
+    whole, training = setting.part == "detector", mode == "train"
+    model = (detector if whole else bottom_up(detector)).train(training)
     parameters = list(model.parameters())
     resident = sum(p.nbytes for p in parameters)
     if whole:
         images, targets = random_batch(setting.batch, setting.size, model.num_classes, setting.device)
     else:
-        images, targets = pictures(setting), None
+        images, targets = random_images(setting), None
 
     def forward() -> object:
         with setting.autocast():
-            return model(images, targets) if whole and mode == "train" else model(images)
+            return model(images, targets) if whole and training else model(images)
 
     def inference() -> object:
         with torch.inference_mode():
@@ -95,31 +129,134 @@ def step_of(detector: nn.Module, optimizer: torch.optim.Optimizer, mode: str, se
             sum(forward().values()).backward()
             optimizer.step()
         else:
-            features = forward()
-            torch.autograd.backward(list(features.values()), gradients(features))
-        for parameter in parameters:
-            parameter.grad = None
+            features = list(forward().values())
+            torch.autograd.backward(features, gradients_of(features))
+        forget_gradients(model)
 
-    if whole and mode == "train":
+    if whole and training:
         resident += sum(2 * p.nbytes for p in parameters if p.requires_grad)
-    return Workload(model, train if mode == "train" else inference, forward, resident)
+    return Workload(model, train if training else inference, forward, resident)
 
 
-def pictures(setting: Setting) -> torch.Tensor:
+def candidate(
+    work: Workload,
+    keys: Mapping[str, str | int | float],
+    expected: Mapping[str, torch.Tensor],
+    mode: str,
+    setting: Setting,
+) -> Candidate:
+    """A workload with its memory, or with the reason why it must not be timed: outputs that are not ``expected``."""
+    error = None
+    try:
+        actual = outputs_of(work.model if setting.part == "backbone" else bottom_up(work.model), mode, setting)
+    except Exception as exception:  # whatever a model, its compiler or the allocator raises
+        error = reason(exception)
+    else:
+        difference = model_mismatch(actual, expected, setting.dtype)
+        error = f"wrong: {difference}" if difference else None
+    values = sizes_of(work.model) | ({} if error else memory_of(work, mode, setting))
+    return Candidate(keys, work.step, error, values)
+
+
+def outputs_of(backbone: nn.Module, mode: str, setting: Setting) -> dict[str, torch.Tensor]:
+    """Features, and in training the gradient of all encoder, decoder and stem parameters, each as one vector."""
+    images = random_images(setting)
+    length = setting.size[0] // 16 * (setting.size[1] // 16)
+    noise = torch.rand(setting.batch, length, generator=torch.Generator().manual_seed(3)).to(setting.device)
+    torch.manual_seed(4)  # of the drop path
+    fixed = fixed_noise(backbone, tokens=noise)
+    with torch.set_grad_enabled(mode == "train"), exact_convolutions(), setting.autocast(), fixed:
+        features = backbone(images)
+    tensors = {name: feature.detach().float() for name, feature in features.items()}
+    if mode == "train":
+        smooth = smooth_features(features)
+        torch.autograd.backward(smooth, gradients_of(smooth))
+        parts = {f"encoder.{name}": getattr(backbone.encoder, name) for name in ("patch_embed", "blocks")}
+        parts |= {name: getattr(backbone, name, None) for name in ("decoder", "pyramid")}
+        for name, part in parts.items():
+            if part is not None:
+                named = [p for _, p in sorted(part.named_parameters()) if p.requires_grad]
+                tensors[f"gradient of {name}"] = torch.cat([p.grad.flatten() for p in named])
+        forget_gradients(backbone)
+    return tensors
+
+
+def smooth_features(features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """All but c5: its pooling hands a gradient to the larger of two cells that may differ by rounding alone."""
+    return [feature for name, feature in features.items() if name != "c5"]
+
+
+def sizes_of(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters, as columns of a row."""
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return {"parameters": sum(p.numel() for p in parameters), "trainable": trainable}
+
+
+def memory_of(work: Workload, mode: str, setting: Setting) -> dict[str, float]:
+    """MiB at the step's peak, and in training of activations, as columns of a row."""
+    work.step()
+    if setting.gpu:
+        gc.collect()
+        torch.cuda.empty_cache()
+    peak = peak_bytes(work.step, setting.device)
+    memory = {"peak_mib": peak, "allocated_mib": work.resident + peak}
+    if setting.gpu:
+        memory["reserved_mib"] = torch.cuda.max_memory_reserved()
+    if mode == "train":
+        memory["activation_mib"] = saved_bytes(work.forward, work.model.parameters())
+    return {name: rounded(size / 2**20) for name, size in memory.items()}
+
+
+def forget_gradients(model: nn.Module) -> None:
+    """Free them; ``zero_grad`` goes through modules, and variants share parameters."""
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions without TF32, for a comparison."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def random_images(setting: Setting) -> torch.Tensor:
     """(B, 3, H, W) noise in channels_last memory."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(setting.batch, 3, *setting.size, generator=generator).to(setting.device)
     return images.contiguous(memory_format=torch.channels_last)
 
 
-_made: dict[tuple, list[torch.Tensor]] = {}
+def random_batch(batch: int, size: tuple[int, int], num_classes: int, device: str) -> tuple[list, list]:
+    """Images of noise, and ground truth of eight random triangles each."""
+    draw = np.random.default_rng(0)
+    height, width = size
+    images, targets = [], []
+    for _ in range(batch):
+        images.append(torch.from_numpy(draw.integers(0, 256, (3, height, width), dtype=np.uint8)).to(device))
+        corners = draw.uniform(0, 1, (_OBJECTS, 3, 2)) * (width, height)
+        boxes = np.concatenate([corners.min(1), corners.max(1)], axis=1)
+        targets.append(
+            {
+                "boxes": torch.from_numpy(boxes).float().to(device),
+                "labels": torch.from_numpy(draw.integers(0, num_classes, _OBJECTS)).to(device),
+                "masks": [[polygon.flatten()] for polygon in corners],
+            }
+        )
+    return images, targets
 
 
-def gradients(features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Random, the same for all models; made once."""
-    key = tuple((f.shape, f.dtype, f.device) for f in features.values())
-    if key not in _made:
-        _made.clear()
-        generator = torch.Generator().manual_seed(2)
-        _made[key] = [torch.randn(f.shape, generator=generator).to(f) for f in features.values()]
-    return _made[key]
+def gradients_of(features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Random gradients, the same for all models."""
+    return _gradients(tuple((f.shape, f.dtype, f.device) for f in features))
+
+
+@lru_cache(2)
+def _gradients(kinds: tuple) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape, dtype, device in kinds]

@@ -75,7 +75,7 @@ def test_only_mimdet_is_installed(wheel):
     names = names_in(wheel)
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"mimdet"}
     assert "mimdet/kernels/__init__.py" in names
-    assert {"mimdet/bench/__main__.py", "mimdet/bench/paper.json"} <= set(names)
+    assert {"mimdet/bench/cli.py", "mimdet/bench/paper.json"} <= set(names)
     assert "mimdet/configs/mimdet_b_mask_rcnn.py" in names
     assert "mimdet/configs/common/coco.py" in names
     assert not [n for n in names if "test" in n.lower()]

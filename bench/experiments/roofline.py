@@ -1,0 +1,189 @@
+"""``mimdet bench roofline``: what a step computes and moves, and how far it is from what the machine could do."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .. import session, views, workload
+from ..baselines import IMPLEMENTATIONS, variant
+from ..limits import floor_seconds
+from ..measure import Timings, measure, rounded, wall_timer
+from ..operations import OTHER, UPDATE, Counter, Key, Work
+from ..row import Results
+from ..workload import MODES, PARTS, Setting, check_words
+
+# Component -> modules, by name in the detector.
+COMPONENTS = {
+    "ConvStem": ("backbone.bottom_up.encoder.patch_embed",),
+    "sampling, gather": ("backbone.bottom_up.encoder",),
+    "encoder blocks": ("backbone.bottom_up.encoder.blocks", "backbone.bottom_up.encoder.norm"),
+    "decoder assembly": ("backbone.bottom_up.decoder",),
+    "decoder blocks": ("backbone.bottom_up.decoder.decoder_blocks", "backbone.bottom_up.decoder.decoder_norm"),
+    "pyramid": ("backbone",),
+    "proposals": ("proposal_generator",),
+    "box head": ("roi_heads.box_pooler", "roi_heads.box_head", "roi_heads.box_predictor"),
+    "mask head": ("roi_heads.mask_pooler", "roi_heads.mask_head"),
+    "ROI matching": ("roi_heads",),
+    "losses, the rest": ("",),
+}
+STEP = "whole step"
+_SUMMED = ("calls", "gflop", "mib", "floor_ms", "p50_ms")
+_GAPS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Setting):
+    """What to count.
+
+    Attributes:
+        ratio, depth: keep ratio and decoder blocks.
+        mode: word of ``MODES``.
+        implementation: word of ``IMPLEMENTATIONS``; not a compiled one, whose operations cannot be seen.
+        rounds: of the step, and of each operation.
+    """
+
+    part: str = "detector"
+    ratio: float = 0.5
+    depth: int = 4
+    mode: str = "train"
+    implementation: str = "ours"
+    rounds: int = 5
+
+
+def run(options: Options) -> Results:
+    """Count and time every operation of a step, print its components and the largest gaps, write the file.
+
+    Raises:
+        ValueError: an unknown mode, part or implementation.
+    """
+    visible = [name for name in IMPLEMENTATIONS if name != "sdpa-compile"]
+    for word, known in ((options.mode, MODES), (options.part, PARTS), (options.implementation, visible)):
+        check_words([word], known)
+    results = session.begin(options.device, [options.dtype, "fp32"])
+    detector = workload.build_detector(options.config, options.overrides, options.depth, options.device)
+    optimizer = workload.idle_optimizer(detector)
+    detector = variant(detector, options.implementation, options.ratio, options.depth)
+    work = workload.step_of(detector, optimizer, options.mode, options)
+    prefix = "" if options.part == "detector" else "backbone.bottom_up."
+    components = {name: [p.removeprefix(prefix) for p in modules] for name, modules in COMPONENTS.items()}
+    counted: dict[Key, Work] = {}
+    with views.progress("whole step, then each operation", 2 * options.rounds) as advance:
+        timings = measure(
+            {STEP: work.step}, options.rounds, timer=wall_timer, warmup=1, least=0.0, on_round=lambda _: advance()
+        )
+        for _ in range(options.rounds):
+            with Counter(work.model, components, optimizer) as counter:
+                work.step()
+            counted = _fastest(counted, counter.work)
+            advance()
+    results.rows = rows_of(counted, timings, options, results.limits)
+    results.write(options.output)
+    show(results.rows)
+    return results
+
+
+def _fastest(before: Mapping[Key, Work], now: dict[Key, Work]) -> dict[Key, Work]:
+    """The run with fewer seconds, key by key: another program on the machine only ever adds to them."""
+    for key, work in now.items():
+        if key in before:
+            work.seconds = min(work.seconds, before[key].seconds)
+    return now
+
+
+def rows_of(counted: Mapping[Key, Work], timings: Timings, options: Options, limits: Mapping[str, float]) -> list[dict]:
+    """One row for the whole step, then one for each kind of operation, the largest first."""
+    model = {"ratio": options.ratio, "depth": options.depth, "implementation": options.implementation}
+    common = {**options.keys("roofline", options.mode), **model, "status": "ok"}
+    rows = []
+    for (component, direction, operation, shape), work in counted.items():
+        figures = {
+            "gflop": work.flops / 1e9,
+            "mib": work.bytes / 2**20,
+            "floor_ms": 1e3 * floor_seconds(limits, work.dtype, work.flops, work.bytes),
+            "p50_ms": 1e3 * work.seconds,
+        }
+        keys = {"component": component, "direction": direction, "operation": operation, "shape": shape}
+        rows.append({**common, **keys, "calls": work.calls, **{k: rounded(v) for k, v in figures.items()}})
+    rows.sort(key=lambda row: -row["p50_ms"])
+    sums = {column: rounded(value) for column, value in _sum(rows).items() if column != "calls"}
+    whole = {**common, "component": STEP, "direction": "both", "calls": _sum(rows)["calls"], **sums}
+    return [{**whole, **timings.columns(STEP)}, *rows]
+
+
+def _sum(rows: Sequence[dict]) -> dict[str, float]:
+    return {column: sum(row[column] for row in rows) for column in _SUMMED}
+
+
+def published(rows: Sequence[dict]) -> list[dict]:
+    """Sums over a component and direction, in the order of the model, then the whole step."""
+    groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[row["component"], row["direction"]].append(row)
+    order = [*COMPONENTS, OTHER, UPDATE, STEP]
+    places = sorted(groups, key=lambda place: (order.index(place[0]), place[1] != "forward"))
+    return [{"component": c, "direction": d, **_sum(groups[c, d])} for c, d in places]
+
+
+def columns(rows: Sequence[dict]) -> list[views.Column]:
+    """FLOPs, bytes, the machine's floor for them, and the time."""
+    return [
+        ("component", label, ""),
+        ("calls", "calls", "d"),
+        ("GFLOP", "gflop", ".4g"),
+        ("MiB", "mib", ".4g"),
+        ("floor ms", "floor_ms", ".4g"),
+        ("ms", "p50_ms", ".4g"),
+        ("floor / measured", reached, ".0%"),
+    ]
+
+
+def label(row: dict) -> str:
+    """Component, direction, and the operation of a row that is not a sum."""
+    words = [row["component"]] + [row["direction"]] * (row["component"] != STEP)
+    return ", ".join(words) + "".join(f" {row[name]}" for name in ("operation", "shape") if name in row)
+
+
+def reached(row: dict) -> float | None:
+    """The floor's share of the time."""
+    return row["floor_ms"] / row["p50_ms"] if row["p50_ms"] else None
+
+
+def show(rows: Sequence[dict]) -> None:
+    """Print the components and the largest gaps."""
+    whole, *operations = rows
+    title = views.title([whole], "implementation", "part", "mode", "size", "batch", "dtype", "ratio")
+    alone = {"component": "all, one at a time", "direction": "both", **_sum(operations)}
+    *sums, step = published(rows)
+    out = views.console()
+    out.print(views.terminal(f"{title}, depth {whole['depth']}", columns(rows), [*sums, alone, step]))
+    gaps = sorted(operations, key=lambda row: row["floor_ms"] - row["p50_ms"])[:_GAPS]
+    out.print(
+        views.terminal("Largest gaps", [("operation", lambda row: label(row)[:90], ""), *columns(rows)[1:]], gaps)
+    )
+
+
+def draw(rows: Sequence[dict]):
+    """Milliseconds of each component, forward and backward, and the least that the machine needs for it."""
+    sums = published(rows)
+    figure = views.figure(9, 1.2 + 0.32 * len(sums))
+    axes = figure.subplots()
+    for offset, column, color, name in (
+        (0.0, "p50_ms", views.BARS[0], "measured"),
+        (0.4, "floor_ms", views.BARS[1], "floor: the longer of its FLOPs and its bytes"),
+    ):
+        places = [place + offset for place in range(len(sums))]
+        axes.barh(places, [row[column] for row in sums], 0.38, color=color, label=name)
+    for place, row in enumerate(sums):
+        if row["p50_ms"]:
+            axes.text(row["p50_ms"], place, f" {reached(row):.0%}", va="center", fontsize=7)
+    views.label_bars(axes, [label(row) for row in sums], offset=0.2)
+    axes.margins(x=0.08)
+    axes.set_xlabel("ms; at the bar: floor / measured")
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(fontsize=8)
+    whole = next(row for row in rows if row["component"] == STEP)
+    names = ("implementation", "part", "mode", "size", "batch", "dtype", "ratio")
+    axes.set_title(views.title([whole], *names).partition(";")[0] + f", decoder depth {whole['depth']}", fontsize=10)
+    return figure

@@ -1,0 +1,101 @@
+"""``mimdet bench table8``: time and memory of sampled tokens and of windows, beside the paper's Table 8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...kernels import use
+from .. import session, views, workload
+from ..baselines import bottom_up
+from ..measure import rounded
+from ..row import Results
+from ..workload import MODES, PARTS, Setting, check_words
+from .backbone import add_relative, paper, title
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Setting):
+    """What to measure: the configs of the paper's table, with ``overrides`` for all of them.
+
+    Attributes:
+        modes: words of ``MODES``.
+    """
+
+    modes: Sequence[str] = MODES[:1]
+
+
+def run(options: Options) -> Results:
+    """Check each model against its own weights in plain PyTorch, then measure all, print and write the table.
+
+    Raises:
+        ValueError: an unknown mode or part.
+    """
+    check_words(options.modes, MODES)
+    check_words([options.part], PARTS)
+    results = session.begin(options.device, [options.dtype])
+    lines = paper()["table8"]
+    detectors = [workload.build_detector(line["config"], options.overrides, None, options.device) for line in lines]
+    optimizers = [workload.idle_optimizer(detector) for detector in detectors]
+    for mode in options.modes:
+        candidates = []
+        for line, detector, optimizer in zip(lines, detectors, optimizers, strict=True):
+            work = workload.step_of(detector, optimizer, mode, options)
+            with use("eager"):
+                expected = workload.outputs_of(bottom_up(detector).train(mode == "train"), mode, options)
+            keys = {"case": line["case"], "config": line["config"], "implementation": "ours"}
+            keys = {**options.keys("table8", mode), **keys}
+            candidates.append(workload.candidate(work, keys, expected, mode, options))
+            candidates[-1].values["parameters"] = sum(p.numel() for p in detector.parameters())
+        rows = session.interleave(results, candidates, options.rounds, options.output, with_relative)
+        views.console().print(views.terminal(title(rows), columns(rows), rows))
+    return results
+
+
+def with_relative(rows: list[dict]) -> list[dict]:
+    """Add to the rows of one mode what is relative to the first, here and in the paper."""
+    lines = {line["case"]: line for line in paper()["table8"]}
+    hours = lines[rows[0]["case"]]["hours"]
+    for row in rows:
+        add_relative(row, rows[0])
+        row["paper_time"] = rounded(lines[row["case"]]["hours"] / hours, 4)
+        row["paper_parameters_m"] = lines[row["case"]]["parameters_m"]
+    return rows
+
+
+def columns(rows: Sequence[dict]) -> list[views.Column]:
+    """Beside the paper's parameters and hours."""
+    return [
+        ("mode, model", lambda row: f"{row['mode']}, {row['case']}", ""),
+        ("params M", views.scaled("parameters", 1e-6), ".1f"),
+        ("paper's params", "paper_parameters_m", "g"),
+        ("ms", "p50_ms", ".4g"),
+        ("time, relative", "relative_time", ".2f"),
+        ("paper's time", "paper_time", ".2f"),
+        ("activations MiB", "activation_mib", ".0f"),
+        ("peak MiB", "allocated_mib", ".0f"),
+        ("peak, relative", "relative_memory", ".2f"),
+    ]
+
+
+def draw(rows: Sequence[dict]):
+    """Time and memory relative to the first model, time beside the paper's; a row of panels for each mode."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    figure = views.figure(11, 0.6 + 2.6 * len(modes))
+    here, paper_color = views.BARS[0], views.COLORS["paper"]
+    for mode, panels in zip(modes, figure.subplots(len(modes), 2, squeeze=False, sharey="row"), strict=True):
+        shown = [row for row in rows if row["mode"] == mode]
+        for axes, label, bars in (
+            (panels[0], "time", (("relative_time", "here", here), ("paper_time", "paper", paper_color))),
+            (panels[1], "peak memory", (("relative_memory", "here", here),)),
+        ):
+            for offset, (column, name, color) in enumerate(bars):
+                places = [place + 0.4 * offset for place in range(len(shown))]
+                axes.barh(places, [row.get(column, 0.0) for row in shown], 0.38, color=color, label=name)
+            axes.set_xlabel(f"{label}, first model = 1")
+            axes.set_title(mode, fontsize=10)
+            axes.grid(alpha=0.3, axis="x")
+        views.label_bars(panels[0], [row["case"] for row in shown])
+        panels[0].legend(fontsize=8)
+    figure.suptitle(views.title(rows[:1], "part", "size", "batch", "dtype").partition(";")[0], fontsize=10)
+    return figure

@@ -1,0 +1,212 @@
+"""What a step computes and moves: FLOPs, bytes and seconds of each operation, by component and direction."""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+aten = torch.ops.aten
+
+OTHER = "gradient sums"
+UPDATE = "update"
+
+
+@dataclass
+class Work:
+    """One kind of operation on one set of shapes.
+
+    Attributes:
+        calls: how often it ran.
+        flops: of all calls, as ``torch.utils.flop_counter`` counts them.
+        bytes: of all calls: every input read and every output written once.
+        dtype: of the first floating point tensor.
+        seconds: of all calls.
+    """
+
+    calls: int = 0
+    flops: int = 0
+    bytes: int = 0
+    dtype: torch.dtype | None = None
+    seconds: float = 0.0
+
+
+# (component, "forward" or "backward", operation, shapes)
+Key = tuple[str, str, str, str]
+
+
+class Counter(TorchDispatchMode):
+    """Counts and times every operation that runs inside ``with``.
+
+    An operation belongs to the component whose module called it; in backward, to the one whose forward made the
+    autograd node that runs. Operations are run one at a time, so their seconds add up to more than those of a step.
+
+    Args:
+        model: whose modules name the components.
+        components: component -> prefixes of module names; the longest match wins, and "" matches all.
+        optimizer: its steps are ``UPDATE``. What belongs nowhere, above all the sums of parameters' gradients, is
+            ``OTHER``.
+    """
+
+    def __init__(self, model: nn.Module, components: Mapping[str, Iterable[str]], optimizer: torch.optim.Optimizer):
+        super().__init__()
+        register_flops()
+        self.work: dict[Key, Work] = defaultdict(Work)
+        self._stack = [OTHER]
+        # Autograd nodes carry increasing numbers: from which number on which component's forward ran.
+        self._numbers: list[int] = []
+        self._components: list[str] = []
+        owner = {prefix: name for name, prefixes in components.items() for prefix in prefixes}
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self._enter(UPDATE)),
+            optimizer.register_step_post_hook(lambda *_: self._leave()),
+        ]
+        for name, module in model.named_modules():
+            matching = [p for p in owner if not p or name == p or name.startswith(p + ".")]
+            if matching:
+                component = owner[max(matching, key=len)]
+                self._handles.append(module.register_forward_pre_hook(lambda m, a, c=component: self._enter(c)))
+                self._handles.append(module.register_forward_hook(lambda m, a, o: self._leave(), always_call=True))
+
+    def __exit__(self, *error):
+        for handle in self._handles:
+            handle.remove()
+        return super().__exit__(*error)
+
+    def _enter(self, component: str) -> None:
+        self._stack.append(component)
+        self._record()
+
+    def _leave(self) -> None:
+        self._stack.pop()
+        self._record()
+
+    def _record(self) -> None:
+        number = torch._C._autograd._get_sequence_nr()
+        if self._numbers and self._numbers[-1] >= number:
+            self._numbers.pop()
+            self._components.pop()
+        self._numbers.append(number)
+        self._components.append(self._stack[-1])
+
+    def _place(self) -> tuple[str, str]:
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return self._stack[-1], "forward"
+        if len(self._stack) > 1:  # recomputed by checkpointing
+            return self._stack[-1], "backward"
+        at = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
+        return (self._components[at] if at >= 0 else OTHER), "backward"
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        _wait(result)
+        seconds = time.perf_counter() - start
+        if _moves_nothing(function):
+            return result
+        tensors = _tensors((args, kwargs))
+        shapes = " ".join("x".join(map(str, t.shape)) for t in tensors if t.dim())
+        work = self.work[(*self._place(), function.name(), shapes)]
+        work.calls += 1
+        work.flops += flops(function, args, kwargs, result)
+        work.bytes += moved(function, args, kwargs, result)
+        work.seconds += seconds
+        if work.dtype is None:
+            work.dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
+        return result
+
+
+def flops(function, args: tuple, kwargs: dict, result) -> int:
+    """Multiplications and additions of one call: 2 for each term of a product; 0 for operations without products."""
+    formula = flop_registry.get(function.overloadpacket)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
+
+
+def moved(function, args: tuple, kwargs: dict, result) -> int:
+    """Bytes of one call: each tensor read once, each written once; what is written in place counts for both."""
+    total = 0
+    arguments = function._schema.arguments
+    values = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
+    written_inputs = 0
+    for argument, value in values:
+        size = sum(map(_size, _tensors(value)))
+        total += size
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written_inputs += size
+    if written_inputs:
+        # Outputs that are the written inputs are counted by them; an out= argument is written, not read.
+        out = sum(_size(t) for a, v in values if a.is_out for t in _tensors(v))
+        return total + written_inputs - out
+    return total + sum(map(_size, _tensors(result)))
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _size(tensor: torch.Tensor) -> int:
+    """Bytes of memory behind a tensor; what is expanded is read once."""
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride or not size else 1
+    return count * tensor.element_size()
+
+
+_ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh"}
+
+
+def _moves_nothing(function) -> bool:
+    """Views and fresh memory."""
+    if function.overloadpacket.__name__ in _ALLOCATIONS or function.overloadpacket is aten._unsafe_view:
+        return True
+    returns = function._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _wait(result) -> None:
+    if any(t.is_cuda for t in _tensors(result)):
+        torch.cuda.synchronize()
+
+
+@cache
+def register_flops() -> None:
+    """Teach ``torch.utils.flop_counter`` packed attention, ours and PyTorch's, and products that are added in place.
+
+    It takes formulas for operations that exist: those of packed attention are registered by the modules that use them.
+    """
+    import_module("torch.nn.attention.varlen")
+    import_module("mimdet.kernels.attention_varlen.api")
+
+    def attention(q: torch.Tensor, cu_seqlens: torch.Tensor, products: int) -> int:
+        """N x N x head_dim products of each sequence by itself; q: (T, ..., heads, head_dim)."""
+        return 2 * products * int(cu_seqlens.diff().long().square().sum()) * q.shape[-2:].numel()
+
+    def forward(q, k, v, cu_seqlens, *rest, **kwargs) -> int:
+        return attention(q, cu_seqlens, 2)
+
+    def backward(grad, q, k, v, out, lse, cu_seqlens, *rest, **kwargs) -> int:
+        return attention(q, cu_seqlens, 5)  # the scores again, and one product for each of dV, dP, dQ and dK
+
+    ours, torchs = torch.ops.mimdet, torch.ops.torch_attn
+    for target, formula in {
+        ours.attention_varlen: forward,
+        ours.attention_varlen_backward: backward,
+        torchs._varlen_attn: forward,
+        torchs._varlen_attn_backward: backward,
+        aten.addmm_: flop_registry[aten.addmm],
+        aten.baddbmm_: flop_registry[aten.baddbmm],
+    }.items():
+        if target not in flop_registry:  # a later PyTorch may know it
+            register_flop_formula(target, get_raw=True)(formula)
