@@ -11,7 +11,7 @@ from mimdet.visualize import (
     class_color,
     comparison_grid,
     draw_instances,
-    picture_grid,
+    image_grid,
     plot_training,
     polygons_to_masks,
     save_png,
@@ -65,7 +65,7 @@ def test_overlapping_masks_keep_the_color_of_the_smaller_instance():
     assert drawn[:, 400, 400].tolist() == list(class_color(1))
 
 
-def test_small_pictures_are_enlarged_and_large_ones_kept():
+def test_small_images_are_enlarged_and_large_ones_kept():
     boxes, labels = torch.tensor([[2.0, 2.0, 9.0, 9.0]]), [0]
     assert draw_instances(gray(30, 40), boxes, labels, CLASSES).shape == (3, 480, 640)
     assert draw_instances(gray(900, 700), boxes, labels, CLASSES).shape == (3, 900, 700)
@@ -78,7 +78,7 @@ def test_small_pictures_are_enlarged_and_large_ones_kept():
     [(0, 0, 20, 20), (620, 0, 640, 20), (0, 620, 20, 640), (600, 600, 640, 640), (-30, -30, 700, 700), (5, 5, 5, 5)],
     ids=["top-left", "top-right", "bottom-left", "bottom-right", "beyond", "empty"],
 )
-def test_labels_stay_inside_the_picture(box):
+def test_labels_stay_inside_the_image(box):
     def letters(*corners):
         drawn = draw_instances(gray(640, 640), torch.tensor([corners]).float(), [1], ["x", "a long name"])
         return (drawn < 50).all(0).sum().item()
@@ -139,7 +139,7 @@ def test_grid_pairs_truth_and_prediction(tmp_path):
         images, [target] * 3, [prediction] * 3, CLASSES, captions=["a", "b", "c"], path=path, columns=2, height=240
     )
     assert Image.open(path).size == (grid.shape[2], grid.shape[1])
-    # two bands, each a caption and two pictures high
+    # two bands, each a caption and two images high
     assert 4 * 240 < grid.shape[1] < 4 * 240 + 120
     assert 320 + 160 < grid.shape[2] < 320 + 160 + 80
     first_row, second_row = grid[:, : grid.shape[1] // 4], grid[:, grid.shape[1] // 4 : grid.shape[1] // 2]
@@ -153,23 +153,23 @@ def test_grid_pairs_truth_and_prediction(tmp_path):
 
 def test_grid_rejects_uneven_rows():
     with pytest.raises(ValueError, match="same, non-zero length"):
-        picture_grid([[gray(5, 5)], []])
+        image_grid([[gray(5, 5)], []])
     with pytest.raises(ValueError, match="same, non-zero length"):
-        picture_grid([])
+        image_grid([])
 
 
 def test_long_captions_are_cut_to_their_column():
-    pictures = [[gray(200, 120), gray(200, 120)]]
-    plain = picture_grid(pictures, captions=["", ""])
-    captioned = picture_grid(pictures, captions=["a caption that is much longer than its column", ""])
+    images = [[gray(200, 120), gray(200, 120)]]
+    plain = image_grid(images, captions=["", ""])
+    captioned = image_grid(images, captions=["a caption that is much longer than its column", ""])
     assert captioned.shape == plain.shape
     assert (captioned != plain).any(0).nonzero()[:, 1].max() < 120 + 8
 
 
 def test_png_is_written_whole(tmp_path):
-    picture = torch.randint(0, 256, (3, 9, 7), dtype=torch.uint8)
-    save_png(picture, tmp_path / "folder" / "a.png")
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "folder" / "a.png")), picture.permute(1, 2, 0))
+    image = torch.randint(0, 256, (3, 9, 7), dtype=torch.uint8)
+    save_png(image, tmp_path / "folder" / "a.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "folder" / "a.png")), image.permute(1, 2, 0))
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a.png"]
 
 
