@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 PREDICTIONS_FILE = "predictions.json"
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_LONGEST_NAME = 200  # bytes; file systems take 255, and a number, a suffix and a temporary file's marks are added
 _SCORE_LIMIT = "test_score_thresh"
 
 AnyImage = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
@@ -373,15 +374,17 @@ def _walk(folder: Path, excluded: Path | None) -> Iterator[Path]:
 
 
 def _drawing_paths(files: Sequence[Path], output_dir: Path) -> list[Path]:
-    """A PNG path for each file; all differ, also where case does not count, and none is one of the files."""
+    """A PNG path for each file; all differ, also where case does not count, none is a file of them or a folder."""
     stems = Counter(file.stem.casefold() for file in files)
     taken = {str(file.resolve()).casefold() for file in files}
     paths = []
     for file in files:
         unique = stems[file.stem.casefold()] == 1
         name = file.stem if unique else f"{file.resolve().parent.name}_{file.stem}"
+        while len(os.fsencode(name)) > _LONGEST_NAME:
+            name = name[:-1]
         number, path = 2, output_dir / f"{name}.png"
-        while str(path.resolve()).casefold() in taken:
+        while str(path.resolve()).casefold() in taken or path.is_dir():
             number, path = number + 1, output_dir / f"{name}_{number}.png"
         taken.add(str(path.resolve()).casefold())
         paths.append(path)

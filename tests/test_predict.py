@@ -241,6 +241,16 @@ def test_same_names_do_not_overwrite_one_another(tmp_path, predictor):
     assert names[-1] == "b.png"
 
 
+def test_names_that_cannot_be_written_are_changed(tmp_path, predictor):
+    names = [125 * "ä" + "1", 125 * "ä" + "2", "folder"]
+    for name in names:
+        save(sample(), tmp_path / "in" / f"{name}.png")
+    (tmp_path / "out" / "folder.png").mkdir(parents=True)
+    report = predict_files(tmp_path / "in", tmp_path / "out", predictor, progress=False)
+    assert report.skipped == []
+    assert [path.name for path in report.drawings] == ["folder_2.png", f"{100 * 'ä'}.png", f"{100 * 'ä'}_2.png"]
+
+
 def test_inputs_are_never_overwritten(tmp_path, predictor):
     path = save(sample(), tmp_path / "a.png")
     before = path.read_bytes()

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
+from mimdet.evaluation.results import encode_masks
 from mimdet.visualize import (
     class_color,
     comparison_grid,
@@ -109,6 +111,34 @@ def test_polygons_are_filled_as_masks():
     assert from_polygons.equal(draw_instances(gray(60, 50), boxes, [0, 1], CLASSES, masks=masks))
 
 
+def test_rles_and_pil_images_give_the_same_drawing():
+    masks = torch.stack([rectangle_mask(700, 90, 10, 10, 50, 60), rectangle_mask(700, 90, 5, 30, 80, 690)])
+    boxes = torch.tensor([[10.0, 10, 50, 60], [5, 30, 80, 690]])
+    noise = torch.randint(0, 256, (3, 700, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    drawn = draw_instances(noise, boxes, [0, 1], CLASSES, masks=masks)
+    image = to_pil_image(noise)
+    again = draw_instances(image, boxes, [0, 1], CLASSES, masks=encode_masks(masks))
+    np.testing.assert_array_equal(np.asarray(again), drawn.permute(1, 2, 0))
+    np.testing.assert_array_equal(np.asarray(image), noise.permute(1, 2, 0))
+    with pytest.raises(ValueError, match=r"RLEs of size \(700, 90\) like the image, got \(90, 700\)"):
+        draw_instances(noise, boxes, [0, 1], CLASSES, masks=encode_masks(masks.transpose(1, 2)))
+
+
+def test_bands_of_rows_do_not_show(monkeypatch):
+    masks = torch.stack([rectangle_mask(700, 90, 10, 10, 50, 60), rectangle_mask(700, 90, 5, 30, 80, 690)])
+    boxes = torch.tensor([[10.0, 10, 50, 60], [5, 30, 80, 690]])
+    whole = draw_instances(gray(700, 90), boxes, [0, 1], CLASSES, masks=masks)
+    for rows in (1, 7):
+        monkeypatch.setattr("mimdet.visualize.draw._BAND_PIXELS", 90 * rows)
+        assert draw_instances(gray(700, 90), boxes, [0, 1], CLASSES, masks=masks).equal(whole)
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a\x00b\x1b", "\ud800", 500 * "long ", "", 7], ids=range(6))
+def test_every_name_can_be_drawn(name):
+    drawn = draw_instances(gray(640, 640), torch.tensor([[10.0, 300, 200, 400]]), [0], [name], scores=[0.5])
+    assert drawn.shape == (3, 640, 640)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -117,8 +147,10 @@ def test_polygons_are_filled_as_masks():
         ({"labels": [0, 2]}, "labels run from 0 to 2, but there are 2 classes"),
         ({"scores": [0.5]}, "2 boxes but 1 scores"),
         ({"masks": torch.zeros(2, 20, 19, dtype=torch.bool)}, "masks must be"),
+        ({"masks": [[np.zeros(6)]]}, "2 boxes but 1 masks"),
+        ({"image": Image.new("L", (20, 20))}, "must be in RGB, got L"),
     ],
-    ids=["float-image", "labels", "unknown-label", "scores", "mask-size"],
+    ids=["float-image", "labels", "unknown-label", "scores", "mask-size", "masks", "gray-image"],
 )
 def test_wrong_arguments_are_named(change, message):
     arguments = {"image": gray(20, 20), "boxes": torch.zeros(2, 4), "labels": [0, 1], "classes": CLASSES}
