@@ -1,19 +1,20 @@
-"""The whole detector in one go on generated pictures: data, training, metrics, plots."""
+"""The whole detector in one go on generated images: data, training, metrics, plots."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from .config import instantiate, load
+from .config import find_config, instantiate, load
 from .data import read_image
 from .data.synthetic import generate_shapes
 from .engine import train
@@ -26,9 +27,9 @@ _SHOWN = 8
 
 
 def run_demo(output: str | Path | None = None, overrides: Sequence[str] = (), config: str | Path = "demo") -> dict:
-    """Generate pictures, train a detector on them, evaluate, and draw.
+    """Generate images, train a detector on them, evaluate, and draw.
 
-    ``output`` receives ``shapes/`` (the pictures in COCO format), ``model_final.pth``, ``metrics.json``,
+    ``output`` receives ``shapes/`` (the images in COCO format), ``model_final.pth``, ``metrics.json``,
     ``curves.png`` and ``predictions.png``.
 
     Args:
@@ -38,13 +39,17 @@ def run_demo(output: str | Path | None = None, overrides: Sequence[str] = (), co
 
     Returns:
         the evaluator's metrics, fractions.
+
+    Raises:
+        ValueError: the config does not train and test on ``shapes/``.
     """
     if output is not None:
         overrides = [f"train.output_dir={json.dumps(str(output))}", *overrides]
     cfg = load(config, overrides)
     console, output = Console(), Path(cfg.train.output_dir)
+    _check_data(cfg, config, output / "shapes")
     start = time.perf_counter()
-    console.print(f"Drawing {NUM_TRAIN} training and {NUM_VAL} held-out pictures ...")
+    console.print(f"Drawing {NUM_TRAIN} training and {NUM_VAL} held-out images ...")
     generate_shapes(output / "shapes", NUM_TRAIN, NUM_VAL)
     metrics = train(cfg, overrides=overrides)
     minutes = (time.perf_counter() - start) / 60
@@ -52,29 +57,40 @@ def run_demo(output: str | Path | None = None, overrides: Sequence[str] = (), co
     write_json(output / "metrics.json", {"metrics": metrics, "minutes": round(minutes, 2)}, indent=2)
     plot_training(output / "metrics.jsonl", output / "curves.png", title=Path(config).stem)
     _draw_predictions(cfg, output)
-    console.print(f"{NUM_VAL} held-out pictures, inference ratio 1.0, after {minutes:.1f} minutes:")
+    console.print(f"{NUM_VAL} held-out images, inference ratio 1.0, after {minutes:.1f} minutes:")
     console.print(_summary(metrics))
     for name, what in (
-        ("predictions.png", "held-out pictures: ground truth above, predictions below"),
+        ("predictions.png", "held-out images: ground truth above, predictions below"),
         ("curves.png", "losses and AP during training"),
         ("metrics.json", "all figures"),
         ("model_final.pth", "the weights"),
     ):
         console.print(f"  {output / name}  {what}", soft_wrap=True, highlight=False)
-    command = f"mimdet predict --weights {output / 'model_final.pth'} {output / 'shapes' / 'val'}"
-    console.print(f"Next: {command}", soft_wrap=True, highlight=False)
+    command = ["mimdet", "predict", "--weights", str(output / "model_final.pth"), str(output / "shapes" / "val")]
+    console.print(f"Next: {shlex.join(command)}", markup=False, soft_wrap=True, highlight=False)
     return metrics
+
+
+def _check_data(cfg: DictConfig, config: str | Path, shapes: Path) -> None:
+    for split in ("train", "test"):
+        file = OmegaConf.select(cfg, f"dataloader.{split}.dataset.json_file")
+        if file is None or not Path(file).is_relative_to(shapes):
+            demos = ", ".join(sorted(path.stem for path in find_config("demo").parent.glob("demo*.py")))
+            raise ValueError(
+                f"config {config} is not a demo config: its {split} data are not the generated {shapes}; "
+                f"use one of {demos}, or mimdet train"
+            )
 
 
 def _draw_predictions(cfg: DictConfig, output: Path) -> None:
     dataset = instantiate(cfg.dataloader.test.dataset)
     records = [dataset[i] for i in range(min(_SHOWN, len(dataset)))]
     predictor = Predictor(cfg, output / "model_final.pth")
-    pictures = [read_image(record) for record in records]
+    images = [read_image(record) for record in records]
     comparison_grid(
-        [pil_to_tensor(picture) for picture in pictures],
+        [pil_to_tensor(image) for image in images],
         [{**record, "boxes": torch.from_numpy(record["boxes"])} for record in records],
-        [predictor(picture) for picture in pictures],
+        [predictor(image) for image in images],
         dataset.classes,
         path=output / "predictions.png",
     )

@@ -1,4 +1,4 @@
-"""Detect objects in pictures with trained weights."""
+"""Detect objects in images with trained weights."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from PIL import Image, ImageOps
 from rich.progress import Progress
 from torchvision.transforms.v2 import functional as F
@@ -22,7 +23,9 @@ from torchvision.transforms.v2 import functional as F
 from .checkpoint.read import CheckpointError, read_checkpoint, state_dict_of, strip_prefixes
 from .config import UntrustedConfigError, apply_overrides, from_untrusted_yaml, instantiate, load
 from .data import COCO_CATEGORIES, DataError
+from .detection.masks import paste_in_parts, paste_masks
 from .engine.model import build_model, match_num_classes, num_classes
+from .engine.runtime import choose_device
 from .engine.weights import load_state
 from .evaluation import to_coco_results
 from .files import write_json
@@ -32,18 +35,21 @@ logger = logging.getLogger(__name__)
 
 PREDICTIONS_FILE = "predictions.json"
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_LONGEST_NAME = 200  # bytes; file systems take 255, and a number, a suffix and a temporary file's marks are added
+_SCORE_LIMIT = "test_score_thresh"
 
-Picture = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
+AnyImage = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 
 
 class Predictor:
-    """A detector ready to be called with one picture after the other.
+    """A detector ready to be called with one image after the other.
 
     Args:
         cfg_or_path: config or its path; None takes the config that a training wrote into ``weights``.
         weights: checkpoint of the detector.
-        device: ``auto`` is CUDA where there is a GPU, else the CPU; other names are torch's.
-        score_threshold: detections below it are left out; the config's own threshold holds besides.
+        device: ``auto`` is CUDA where there is a GPU, else the CPU; or cpu, cuda, cuda:1, mps.
+        score_threshold: detections below it are left out, in [0, 1]; the config's own threshold holds besides, and a
+            warning says so where that is the higher one.
         overrides: ``key=value`` for the config.
 
     Attributes:
@@ -52,7 +58,9 @@ class Predictor:
         category_ids: dataset ids by label.
 
     Raises:
-        CheckpointError: the weights cannot be read or do not fit the config.
+        CheckpointError: the weights cannot be read, do not fit the config, or hold NaN or infinite values.
+        ValueError: unknown device, or a threshold outside [0, 1].
+        RuntimeError: the device is not there.
     """
 
     def __init__(
@@ -63,6 +71,9 @@ class Predictor:
         score_threshold: float = 0.5,
         overrides: Sequence[str] = (),
     ):
+        if not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold must be in [0, 1], got {score_threshold}")
+        self.device = choose_device(str(device))
         content = read_checkpoint(weights)
         meta = content.get("meta") or {}
         cfg = _config(cfg_or_path, meta, weights)
@@ -71,39 +82,59 @@ class Predictor:
             match_num_classes(cfg, SimpleNamespace(classes=meta["classes"]), overrides)
         self.classes, self.category_ids = _categories(meta, num_classes(cfg)[1])
         self.score_threshold = score_threshold
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
         self._mapper = instantiate(cfg.dataloader.test.mapper)
         self.model = build_model(cfg, pretrained=False)
         load_state(self.model, strip_prefixes(state_dict_of(content, weights), ("module.",)), weights)
         self.model.to(self.device).eval()
+        limits = {key: limit for key, limit in _score_limits(cfg.model, "model") if limit > score_threshold}
+        if limits:
+            logger.warning(
+                "score threshold %g has no effect: the config finds nothing below %g; to change that, override %s",
+                score_threshold,
+                max(limits.values()),
+                " ".join(f"{key}={score_threshold:g}" for key in limits),
+            )
 
-    @torch.inference_mode()
-    def __call__(self, image: Picture) -> dict[str, Any]:
-        """Detect the objects in a picture.
+    def __call__(self, image: AnyImage) -> dict[str, Any]:
+        """Detect the objects in an image.
 
         Args:
-            image: path; PIL picture; uint8 RGB array (H, W, 3); or uint8 RGB tensor (3, H, W).
+            image: path; PIL image; uint8 RGB array (H, W, 3); or uint8 RGB tensor (3, H, W).
 
         Returns:
-            in pixels of the picture as given (files are turned as their EXIF orientation says), on the CPU, best
+            in pixels of the image as given (files are turned as their EXIF orientation says), on the CPU, best
             first: ``boxes`` float32 (N, 4) xyxy, ``scores`` (N,), ``labels`` int64 (N,), ``masks`` bool (N, H, W)
-            unless the detector predicts none, and ``class_names``, N str.
+            unless the detector predicts none, and ``class_names``, N str. For large images with many objects
+            :meth:`detect` needs less memory.
 
         Raises:
-            DataError: the picture cannot be read, or is of another form.
+            DataError: the image cannot be read, is empty, or has another type or shape.
         """
-        picture = read_picture(image)
+        image = open_image(image)
+        found = self.detect(image)
+        if "mask_probabilities" in found:
+            maps = found.pop("mask_probabilities")
+            found["masks"] = paste_masks(maps, found["boxes"], (image.height, image.width))
+        return {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
+
+    @torch.inference_mode()
+    def detect(self, image: Image.Image) -> dict[str, Any]:
+        """As calling it, for a PIL image in RGB and without bitmaps of the masks.
+
+        Returns:
+            on :attr:`device`, best first: ``boxes`` float32 (N, 4) xyxy, ``scores`` (N,), ``labels`` int64 (N,) and
+            ``class_names``, N str; from detectors with masks also ``mask_probabilities`` (N, S, S) in [0, 1], soft maps
+            of the boxes. ``mimdet.detection.masks.paste_in_parts`` makes bitmaps of them, a few at a time.
+        """
         # test augmentations only resize, and draw no random numbers
-        resized, _ = self._mapper.augmentations(picture, None, np.random.default_rng(0))
+        resized, _ = self._mapper.augmentations(image, None, np.random.default_rng(0))
         pixels = F.pil_to_tensor(resized)
         if self._mapper.image_format == "BGR":
             pixels = pixels.flip(0)
-        (result,) = self.model([pixels.to(self.device)], output_sizes=[(picture.height, picture.width)])
+        (result,) = self.model([pixels.to(self.device)], output_sizes=[(image.height, image.width)], paste=False)
         keep = result["scores"] >= self.score_threshold
-        detections = {key: result[key][keep].cpu() for key in ("boxes", "scores", "labels", "masks") if key in result}
-        return {**detections, "class_names": [self.classes[label] for label in detections["labels"].tolist()]}
+        found = {key: value[keep] for key, value in result.items()}
+        return {**found, "class_names": [self.classes[label] for label in found["labels"].tolist()]}
 
 
 @dataclass(frozen=True)
@@ -111,14 +142,20 @@ class PredictionReport:
     """What :func:`predict_files` did.
 
     Attributes:
-        drawings: the pictures written, in the order of the inputs that could be read.
         predictions: the file with all detections.
-        skipped: path of each unreadable input, and why.
+        drawings: the images written, in the order of the inputs that could be processed.
+        objects: how many objects were found in each input that could be processed.
+        skipped: path of each input that could not be processed, and why.
     """
 
-    drawings: list[Path]
     predictions: Path
-    skipped: list[tuple[Path, str]]
+    drawings: list[Path] = field(default_factory=list)
+    objects: dict[Path, int] = field(default_factory=dict)
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        total, images = sum(self.objects.values()), sum(count > 0 for count in self.objects.values())
+        return f"{total} objects in {images} of {len(self.objects)} images"
 
 
 def predict_files(
@@ -127,57 +164,110 @@ def predict_files(
     predictor: Predictor,
     progress: bool = True,
 ) -> PredictionReport:
-    """Detect the objects in picture files and write what was found.
+    """Detect the objects in image files and write what was found.
 
-    ``output_dir`` receives a PNG for each picture, named as it, with the detections drawn (small pictures enlarged),
+    ``output_dir`` receives a PNG for each image, named as it, with the detections drawn (small images enlarged),
     and ``predictions.json``: a COCO results list whose entries also have ``file_name`` and ``category_name``, and
     whose ``image_id`` counts the inputs from 1. Names that occur more than once get their folder's name in front.
-    On an error or Ctrl-C, what was done until then is still written.
+
+    An image that cannot be read, detected or drawn is named in a warning and skipped. ``predictions.json`` is always
+    written, on an error or Ctrl-C with what was done until then. Masks are held one at a time.
 
     Args:
-        inputs: files, and folders whose pictures are found at any depth (hidden files and ``output_dir`` aside).
+        inputs: files, and folders whose images are found at any depth (hidden files and ``output_dir`` aside).
         progress: show a progress bar.
 
     Raises:
         FileNotFoundError: an input does not exist.
-        DataError: no pictures are found, or none of them can be read.
+        OSError: ``output_dir`` is not a folder or cannot be written.
+        DataError: no images are found, or none of them can be processed.
     """
     output_dir = Path(output_dir)
-    files = find_pictures([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs, output_dir)
-    report = PredictionReport([], output_dir / PREDICTIONS_FILE, [])
+    files = find_images([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs, output_dir)
+    check_output(output_dir)
+    report = PredictionReport(output_dir / PREDICTIONS_FILE)
     detections: list[dict[str, Any]] = []
     drawings = _drawing_paths(files, output_dir)
     try:
         with Progress(disable=not progress) as bar:
             for number, file in enumerate(bar.track(files, description="detecting"), start=1):
                 try:
-                    picture = read_picture(file)
-                except DataError as error:
-                    report.skipped.append((file, str(error)))
+                    image = open_image(file)
+                    found = predictor.detect(image)
+                    names = found.pop("class_names")
+                    results = _coco_results(found, (image.height, image.width), number, predictor.category_ids)
+                    for result, name in zip(results, names, strict=True):
+                        detections.append({"file_name": str(file), **result, "category_name": name})
+                    report.objects[file] = len(results)
+                    drawing = _draw(image, found, results, predictor.classes)
+                except torch.AcceleratorError:  # a CUDA context does not survive it: no other image would be done
+                    raise
+                except Exception as error:  # an image can break each step in many ways
+                    reason = _reason(error, file, "drawn" if file in report.objects else "processed")
+                    report.skipped.append((file, reason))
+                    logger.warning("skipped: %s", reason)
+                    logger.debug("%s", file, exc_info=True)
                     continue
-                found = predictor(picture)
-                names = found.pop("class_names")
-                image = draw_instances(F.pil_to_tensor(picture), classes=predictor.classes, **found)
-                results = to_coco_results(found, number, predictor.category_ids)
-                save_png(image, drawings[number - 1])
-                report.drawings.append(drawings[number - 1])
-                for result, name in zip(results, names, strict=True):
-                    detections.append({"file_name": str(file), **result, "category_name": name})
+                with _writing(drawings[number - 1]) as path:
+                    save_png(drawing, path)
+                report.drawings.append(path)
     finally:
-        if report.drawings:
-            write_json(report.predictions, detections)
-            logger.info(
-                "%d objects in %d of %d pictures: %s", len(detections), len(report.drawings), len(files), output_dir
-            )
-        for _, reason in report.skipped:
-            logger.warning("skipped: %s", reason)
-    if not report.drawings:
-        raise DataError(f"none of the {len(files)} pictures can be read: {report.skipped[0][1]}")
+        with _writing(report.predictions) as path:
+            write_json(path, detections)
+        logger.info("%s: %s", report, output_dir)
+    if not report.objects:
+        raise DataError(f"none of the {len(files)} images can be processed: {report.skipped[0][1]}")
     return report
 
 
-def find_pictures(inputs: Iterable[str | os.PathLike], output_dir: str | os.PathLike | None = None) -> list[Path]:
-    """The given files, and the pictures at any depth in the given folders, each once.
+def _coco_results(
+    found: dict[str, Any], size: tuple[int, int], number: int, category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """COCO results of what :meth:`Predictor.detect` found in an image of ``size``, masks encoded one at a time."""
+    if "mask_probabilities" in found:
+        found = {**found, "masks": paste_in_parts(found["mask_probabilities"], found["boxes"], size)}
+    return to_coco_results(found, number, category_ids)
+
+
+def _draw(
+    image: Image.Image, found: dict[str, Any], results: list[dict[str, Any]], classes: Sequence[str]
+) -> Image.Image:
+    masks = [result["segmentation"] for result in results] if "mask_probabilities" in found else None
+    return draw_instances(image, found["boxes"], found["labels"], classes, scores=found["scores"], masks=masks)
+
+
+def _reason(error: Exception, file: Path, done: str) -> str:
+    if isinstance(error, DataError) and str(file) in str(error):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"image {file} cannot be {done}: {type(error).__name__}{': ' + lines[0] if lines else ''}"
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    try:
+        yield path
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_output(output_dir: str | os.PathLike) -> None:
+    """See that a folder can be made or written, without a trace of that.
+
+    Raises:
+        NotADirectoryError: it, or a folder above it, is a file.
+        PermissionError: no right to write.
+    """
+    folder = Path(output_dir)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not there.is_dir():
+        raise NotADirectoryError(f"cannot write to {output_dir}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write to {output_dir}: no right to write in {there}")
+
+
+def find_images(inputs: Iterable[str | os.PathLike], output_dir: str | os.PathLike | None = None) -> list[Path]:
+    """The given files, and the images at any depth in the given folders, each once.
 
     Args:
         output_dir: a folder to leave out, lest a second run takes the first one's drawings for inputs.
@@ -186,58 +276,75 @@ def find_pictures(inputs: Iterable[str | os.PathLike], output_dir: str | os.Path
         FileNotFoundError: an input does not exist.
         DataError: nothing is found, or a given folder is ``output_dir`` itself.
     """
-    inputs = [Path(given).expanduser() for given in inputs]
+    inputs = [Path(path).expanduser() for path in inputs]
     excluded = None if output_dir is None else Path(output_dir).resolve()
     found: dict[Path, Path] = {}
-    for given in inputs:
-        if given.is_dir():
-            if given.resolve() == excluded:
-                raise DataError(f"{given} is both input and output folder; write the output somewhere else")
-            for file in _walk(given, excluded):
+    for path in inputs:
+        if path.is_dir():
+            if path.resolve() == excluded:
+                raise DataError(f"{path} is both input and output folder; write the output somewhere else")
+            for file in _walk(path, excluded):
                 found.setdefault(file.resolve(), file)
-        elif given.is_file():
-            found.setdefault(given.resolve(), given)
+        elif path.is_file():
+            found.setdefault(path.resolve(), path)
         else:
-            raise FileNotFoundError(f"no such file or folder: {given}")
+            raise FileNotFoundError(f"no such file or folder: {path}")
     if not found:
         where = ", ".join(map(str, inputs)) or "no input given"
-        raise DataError(f"no pictures found ({where}); known suffixes: {', '.join(SUFFIXES)}")
+        raise DataError(f"no images found ({where}); known suffixes: {', '.join(SUFFIXES)}")
     return list(found.values())
 
 
-def read_picture(image: Picture) -> Image.Image:
-    """A picture as PIL in RGB; files are turned as their EXIF orientation says.
+def open_image(image: AnyImage) -> Image.Image:
+    """An image as PIL in RGB; files are turned as their EXIF orientation says.
 
     Raises:
-        DataError: it cannot be read, has more than 8 bits a channel, or is an array or tensor of another form.
+        DataError: it cannot be read, is empty, has more than 8 bits a channel, or is an array or tensor of another
+            type or shape.
     """
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return _from_array(image)
-    if isinstance(image, Image.Image):
-        return _to_rgb(image, "the picture")
+    name = "the image" if isinstance(image, Image.Image) else f"image {image}"
     try:
-        with Image.open(image) as picture:
-            return _to_rgb(ImageOps.exif_transpose(picture), f"picture {image}")
+        if isinstance(image, Image.Image):
+            return _to_rgb(image, name)
+        with Image.open(image) as opened:
+            ImageOps.exif_transpose(opened, in_place=True)
+            return _to_rgb(opened, name)
     except DataError:
         raise
     except Exception as error:  # decoders of broken files raise errors of many types
-        raise DataError(f"picture {image} cannot be read: {error}") from error
+        raise DataError(f"{name} cannot be read: {error or type(error).__name__}") from error
 
 
-def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        raise DataError(f"{name} has more than 8 bits a channel (mode {picture.mode}); convert it to 8 bits")
-    return picture.convert("RGB")
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if 0 in image.size:
+        raise DataError(f"{name} has no pixels: {image.width}x{image.height}")
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise DataError(f"{name} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_array(image: np.ndarray | torch.Tensor) -> Image.Image:
-    form, channels = ("(3, H, W)", 0) if isinstance(image, torch.Tensor) else ("(H, W, 3)", 2)
+    shape, channels = ("(3, H, W)", 0) if isinstance(image, torch.Tensor) else ("(H, W, 3)", 2)
     if str(image.dtype).removeprefix("torch.") != "uint8" or image.ndim != 3 or image.shape[channels] != 3:
         kind = "tensor" if channels == 0 else "array"
-        raise DataError(f"a picture as {kind} must be uint8 {form}, got {image.dtype} {tuple(image.shape)}")
+        raise DataError(f"an image as {kind} must be uint8 {shape}, got {image.dtype} {tuple(image.shape)}")
     if 0 in image.shape:
-        raise DataError(f"the picture has no pixels: {tuple(image.shape)}")
+        raise DataError(f"the image has no pixels: {tuple(image.shape)}")
     return F.to_pil_image(image.cpu() if channels == 0 else np.ascontiguousarray(image))
+
+
+def _score_limits(node: Any, key: str) -> Iterator[tuple[str, float]]:
+    """The config's keys, below ``key``, that leave out detections of low score, with their values."""
+    if isinstance(node, (DictConfig, ListConfig)):
+        names = list(node) if isinstance(node, DictConfig) else range(len(node))
+        for name in names:
+            if name == _SCORE_LIMIT:
+                yield f"{key}.{name}", float(node[name])
+            elif not OmegaConf.is_interpolation(node, name):
+                yield from _score_limits(node[name], f"{key}.{name}")
 
 
 def _config(given: DictConfig | str | os.PathLike | None, meta: dict[str, Any], weights: Any) -> DictConfig:
@@ -277,15 +384,17 @@ def _walk(folder: Path, excluded: Path | None) -> Iterator[Path]:
 
 
 def _drawing_paths(files: Sequence[Path], output_dir: Path) -> list[Path]:
-    """A PNG path for each file; all differ, also where case does not count, and none is one of the files."""
+    """A PNG path for each file; all differ, also where case does not count, none is a file of them or a folder."""
     stems = Counter(file.stem.casefold() for file in files)
     taken = {str(file.resolve()).casefold() for file in files}
     paths = []
     for file in files:
         unique = stems[file.stem.casefold()] == 1
         name = file.stem if unique else f"{file.resolve().parent.name}_{file.stem}"
+        while len(os.fsencode(name)) > _LONGEST_NAME:
+            name = name[:-1]
         number, path = 2, output_dir / f"{name}.png"
-        while str(path.resolve()).casefold() in taken:
+        while str(path.resolve()).casefold() in taken or path.is_dir():
             number, path = number + 1, output_dir / f"{name}_{number}.png"
         taken.add(str(path.resolve()).casefold())
         paths.append(path)

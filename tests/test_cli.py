@@ -1,6 +1,9 @@
 """The command line, from the demo's training to its weights in other forms."""
 
+import contextlib
+import io
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,8 +37,19 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "NUM_TRAIN", 6)
         patch.setattr(demo, "NUM_VAL", 3)
-        assert run(patch, "demo", "--output", output, *QUICK) == 0
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            assert run(patch, "demo", "--output", output, *QUICK) == 0
+    (output / "printed.txt").write_text(printed.getvalue())
     return output
+
+
+def test_the_demos_last_line_is_a_command(trained):
+    """The folder's name has a space."""
+    line = (trained / "printed.txt").read_text().strip().splitlines()[-1]
+    *_, option, weights, images = shlex.split(line.removeprefix("Next: "))
+    assert option == "--weights"
+    assert (Path(weights), Path(images)) == (trained / "model_final.pth", trained / "shapes/val")
 
 
 def test_demo_leaves_everything(trained):
@@ -90,7 +104,7 @@ def test_train_resumes_and_takes_own_data(trained, monkeypatch, tmp_path, capsys
     assert max(iterations) == 2
 
 
-def test_predict_needs_only_weights(trained, monkeypatch, tmp_path, capsys):
+def test_predict_needs_only_weights(trained, monkeypatch, tmp_path, capsys, caplog):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
     pictures = sorted((trained / "shapes/val").iterdir())
@@ -99,9 +113,11 @@ def test_predict_needs_only_weights(trained, monkeypatch, tmp_path, capsys):
         "--output", tmp_path / "out", trained / "shapes/val", broken,
     )  # fmt: skip
     assert status == 0
-    assert "broken.jpg" in capsys.readouterr().err
+    assert "broken.jpg" in caplog.text
+    assert "--score-threshold" not in caplog.text
     assert {p.stem for p in (tmp_path / "out").glob("*.png")} == {p.stem for p in pictures}
     found = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert f"{len(found)} objects in" in capsys.readouterr().out
     assert {"image_id", "category_id", "bbox", "score", "segmentation", "file_name"} <= set(found[0])
 
 
@@ -133,10 +149,24 @@ def test_convert_strips_and_goes_to_mae_and_back(trained, monkeypatch, tmp_path)
         (["train", "--config-file", "demo", "--train-json", "a.json"], "--train-json and --train-images belong"),
         (["train", "--config-file", "demo", "train.output_dir=TMP"], "annotation file not found"),
         (["eval", "--config-file", "demo"], "train.init_checkpoint=PATH"),
-        (["predict", "--weights", "nothing.pth", "TMP"], "no checkpoint at nothing.pth"),
+        (["predict", "--weights", "nothing.pth", __file__], "no checkpoint at nothing.pth"),
+        (["predict", "--weights", "nothing.pth", "TMP/no.jpg"], "no such file or folder"),
+        (["predict", "--weights", "nothing.pth", __file__, "--output", __file__], "is not a folder"),
+        (["demo", "--config-file", "mimdet_b_mask_rcnn"], "use one of demo, demo_cascade_mask_rcnn, demo_retinanet"),
         (["convert", "nothing.pth", "TMP/x.pth"], "no checkpoint at nothing.pth"),
     ],
-    ids=["config", "key", "data-flags", "data", "weights", "predict-weights", "convert"],
+    ids=[
+        "config",
+        "key",
+        "data-flags",
+        "data",
+        "weights",
+        "predict-weights",
+        "predict-inputs",
+        "predict-output",
+        "demo-config",
+        "convert",
+    ],
 )
 def test_errors_are_one_message(monkeypatch, capsys, tmp_path, argv, message):
     assert run(monkeypatch, *[a.replace("TMP", str(tmp_path)) for a in argv]) == 1

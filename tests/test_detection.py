@@ -16,9 +16,10 @@ from mimdet.detection import (
     StandardRPNHead,
 )
 from mimdet.detection.boxes import clip_boxes, nonempty, scale_boxes
-from mimdet.detection.masks import crop_and_resize, paste_masks
+from mimdet.detection.masks import crop_and_resize, paste_in_parts, paste_masks
 from mimdet.detection.norm import get_norm
 from mimdet.detection.subsample import subsample_labels
+from mimdet.evaluation.results import encode_masks
 
 
 def random_boxes(count, size=100.0):
@@ -158,6 +159,47 @@ def test_pasted_mask_fills_its_box_only():
     mask = paste_masks(torch.ones(1, 28, 28), torch.tensor([[4.0, 6, 20, 16]]), (32, 40))[0]
     assert mask[6:16, 4:20].all()
     assert mask.sum() == 10 * 16
+
+
+def some_detections(count=5, size=(37, 53)):
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(count, 2, 2, generator=generator).sort(dim=1).values
+    boxes = (1.2 * corners - 0.1).flatten(1) * torch.tensor([size[1], size[0]]).repeat(2)
+    return torch.rand(count, 28, 28, generator=generator), boxes, size
+
+
+@pytest.mark.parametrize("lines", [0, 1, 10])
+def test_bands_do_not_change_pasted_masks(monkeypatch, lines):
+    maps, boxes, size = some_detections()
+    whole = paste_masks(maps, boxes, size)
+    assert whole.any()
+    monkeypatch.setattr("mimdet.detection.masks._CPU_PIXELS", lines * size[1])
+    assert paste_masks(maps, boxes, size).equal(whole)
+
+
+@pytest.mark.parametrize("together", [0, 2, 9])
+def test_masks_pasted_in_parts_are_the_same(monkeypatch, together):
+    maps, boxes, size = some_detections()
+    monkeypatch.setattr("mimdet.detection.masks._PART_PIXELS", together * size[0] * size[1])
+    parts = list(paste_in_parts(maps, boxes, size))
+    assert [len(part) for part in parts] == {0: [1] * 5, 2: [2, 2, 1], 9: [5]}[together]
+    assert torch.cat(parts).equal(paste_masks(maps, boxes, size))
+    assert encode_masks(paste_in_parts(maps, boxes, size)) == encode_masks(torch.cat(parts))
+    assert encode_masks(paste_in_parts(maps[:0], boxes[:0], size)) == []
+
+
+@torch.no_grad()
+def test_masks_can_be_left_unpasted():
+    model, images, sizes = small_model().eval(), pictures(sizes=[(64, 96)]), [(128, 180)]
+    torch.manual_seed(0)
+    (pasted,) = model(images, output_sizes=sizes)
+    torch.manual_seed(0)
+    (soft,) = model(images, output_sizes=sizes, paste=False)
+    assert len(soft["boxes"]) > 0
+    assert soft.keys() == {"boxes", "scores", "labels", "mask_probabilities"}
+    masks = paste_masks(soft.pop("mask_probabilities"), soft["boxes"], sizes[0])
+    for key, value in {**soft, "masks": masks}.items():
+        torch.testing.assert_close(value, pasted[key], rtol=0, atol=0)
 
 
 def test_norm_of_one_process_is_batch_norm():

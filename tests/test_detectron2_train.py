@@ -57,9 +57,10 @@ def datasets(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(datasets):
     def run(*command, **variables):
+        """In a folder that is no checkout: our configs are found by name there too."""
         env = {**os.environ, "DETECTRON2_DATASETS": str(datasets), "PYTHONPATH": os.pathsep.join(sys.path), **variables}
         done = subprocess.run(
-            [sys.executable, *map(str, command)], cwd=d2.ROOT, env=env, capture_output=True, text=True, timeout=1500
+            [sys.executable, *map(str, command)], cwd=datasets, env=env, capture_output=True, text=True, timeout=1500
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
         return done.stdout + done.stderr
@@ -73,7 +74,7 @@ def trained(run, tmp_path_factory):
     if not TOOL.is_file():
         pytest.skip("this Detectron2 comes without its tools/")
     output = tmp_path_factory.mktemp("output")
-    log = run(TOOL, "--config-file", d2.BASE, *TINY, f"train.output_dir='{output}'")
+    log = run(TOOL, "--config-file", d2.ROOT / d2.BASE, *TINY, f"train.output_dir='{output}'")
     return output, log
 
 

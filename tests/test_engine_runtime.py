@@ -55,13 +55,25 @@ def test_an_unknown_precision_is_refused(enabled):
 def test_auto_device_without_a_gpu_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == CPU
-    with pytest.raises(RuntimeError, match=r"'cuda' but PyTorch sees no GPU: pass train\.device=cpu"):
+    with pytest.raises(RuntimeError, match="'cuda' but PyTorch sees no GPU: use cpu"):
         choose_device("cuda")
 
 
-def test_an_unknown_device_is_refused():
-    with pytest.raises(ValueError, match="'gpu' is not a device"):
-        choose_device("gpu")
+@pytest.mark.parametrize("name", ["gpu", "banana", "", "meta", "cuda:x"])
+def test_an_unknown_device_is_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}' is not a device: use auto, cpu, cuda, cuda:1 or mps"):
+        choose_device(name)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(RuntimeError, match="'cuda:2' but PyTorch sees 2 GPUs, cuda:0 to cuda:1"):
+        choose_device("cuda:2")
+    with pytest.raises(RuntimeError, match="'mps' but PyTorch has no Metal here"):
+        choose_device("mps")
 
 
 @pytest.mark.parametrize(

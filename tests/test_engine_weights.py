@@ -138,3 +138,17 @@ def test_a_mae_file_is_recognised(tmp_path):
 
 def test_a_foreign_file_is_recognised(tmp_path):
     assert "no key is the same" in refusal(tmp_path, detector(), {"layer1.weight": torch.ones(3)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_weights_that_are_not_numbers_are_named(tmp_path, value, dtype):
+    state = {key: tensor.to(dtype) for key, tensor in detector().state_dict().items()}
+    keys = sorted(state)[:7]
+    for key in keys:
+        state[key].view(-1)[-1] = value
+    message = refusal(tmp_path, detector(), state)
+    assert "7 tensors hold NaN or infinite values: " in message
+    assert "and 2 more" in message
+    assert sum(key in message for key in keys) == 5
+    load_model_weights(detector(), tmp_path / "w.pth", ["*"])  # what is not loaded does not matter

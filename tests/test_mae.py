@@ -11,6 +11,7 @@ import torch
 from fill_weights import gradient, tensor_for
 from torch import nn
 
+from mimdet.checkpoint.convnext import load_convnext
 from mimdet.checkpoint.mae import load_mae
 from mimdet.checkpoint.read import CheckpointError
 from mimdet.modeling import MIMDetDecoder, MIMDetEncoder
@@ -151,3 +152,22 @@ def test_code_in_a_file_is_refused_by_name(tmp_path):
 def test_missing_file():
     with pytest.raises(CheckpointError, match=r"no checkpoint at nowhere\.pth"):
         encoder(pretrained="nowhere.pth")
+
+
+def test_values_that_are_not_numbers_are_refused(tmp_path):
+    state = fake_mae()
+    state["blocks.1.mlp.fc1.weight"][0, 0] = torch.nan
+    state["decoder_blocks.0.norm1.bias"][0] = torch.inf
+    path = saved(tmp_path / "mae.pth", state)
+    module = encoder()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    for target, part, key in (
+        (module, "encoder", "blocks.1.mlp.fc1.weight"),
+        (decoder(), "decoder", "decoder_blocks.0.norm1.bias"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"mae\.pth: 1 tensor holds NaN or infinite values: {key}\."):
+            load_mae(target, path, part)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    saved(tmp_path / "convnext.pth", {"weight": torch.tensor([[torch.inf]])})
+    with pytest.raises(CheckpointError, match=r"convnext\.pth: 1 tensor holds NaN or infinite values: weight\."):
+        load_convnext(nn.Linear(1, 1, bias=False), tmp_path / "convnext.pth")

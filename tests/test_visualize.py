@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
+from mimdet.evaluation.results import encode_masks
 from mimdet.visualize import (
     class_color,
     comparison_grid,
     draw_instances,
-    picture_grid,
+    image_grid,
     plot_training,
     polygons_to_masks,
     save_png,
@@ -65,7 +67,7 @@ def test_overlapping_masks_keep_the_color_of_the_smaller_instance():
     assert drawn[:, 400, 400].tolist() == list(class_color(1))
 
 
-def test_small_pictures_are_enlarged_and_large_ones_kept():
+def test_small_images_are_enlarged_and_large_ones_kept():
     boxes, labels = torch.tensor([[2.0, 2.0, 9.0, 9.0]]), [0]
     assert draw_instances(gray(30, 40), boxes, labels, CLASSES).shape == (3, 480, 640)
     assert draw_instances(gray(900, 700), boxes, labels, CLASSES).shape == (3, 900, 700)
@@ -78,7 +80,7 @@ def test_small_pictures_are_enlarged_and_large_ones_kept():
     [(0, 0, 20, 20), (620, 0, 640, 20), (0, 620, 20, 640), (600, 600, 640, 640), (-30, -30, 700, 700), (5, 5, 5, 5)],
     ids=["top-left", "top-right", "bottom-left", "bottom-right", "beyond", "empty"],
 )
-def test_labels_stay_inside_the_picture(box):
+def test_labels_stay_inside_the_image(box):
     def letters(*corners):
         drawn = draw_instances(gray(640, 640), torch.tensor([corners]).float(), [1], ["x", "a long name"])
         return (drawn < 50).all(0).sum().item()
@@ -109,6 +111,34 @@ def test_polygons_are_filled_as_masks():
     assert from_polygons.equal(draw_instances(gray(60, 50), boxes, [0, 1], CLASSES, masks=masks))
 
 
+def test_rles_and_pil_images_give_the_same_drawing():
+    masks = torch.stack([rectangle_mask(700, 90, 10, 10, 50, 60), rectangle_mask(700, 90, 5, 30, 80, 690)])
+    boxes = torch.tensor([[10.0, 10, 50, 60], [5, 30, 80, 690]])
+    noise = torch.randint(0, 256, (3, 700, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    drawn = draw_instances(noise, boxes, [0, 1], CLASSES, masks=masks)
+    image = to_pil_image(noise)
+    again = draw_instances(image, boxes, [0, 1], CLASSES, masks=encode_masks(masks))
+    np.testing.assert_array_equal(np.asarray(again), drawn.permute(1, 2, 0))
+    np.testing.assert_array_equal(np.asarray(image), noise.permute(1, 2, 0))
+    with pytest.raises(ValueError, match=r"RLEs of size \(700, 90\) like the image, got \(90, 700\)"):
+        draw_instances(noise, boxes, [0, 1], CLASSES, masks=encode_masks(masks.transpose(1, 2)))
+
+
+def test_bands_of_rows_do_not_show(monkeypatch):
+    masks = torch.stack([rectangle_mask(700, 90, 10, 10, 50, 60), rectangle_mask(700, 90, 5, 30, 80, 690)])
+    boxes = torch.tensor([[10.0, 10, 50, 60], [5, 30, 80, 690]])
+    whole = draw_instances(gray(700, 90), boxes, [0, 1], CLASSES, masks=masks)
+    for rows in (1, 7):
+        monkeypatch.setattr("mimdet.visualize.draw._BAND_PIXELS", 90 * rows)
+        assert draw_instances(gray(700, 90), boxes, [0, 1], CLASSES, masks=masks).equal(whole)
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a\x00b\x1b", "\ud800", 500 * "long ", "", 7], ids=range(6))
+def test_every_name_can_be_drawn(name):
+    drawn = draw_instances(gray(640, 640), torch.tensor([[10.0, 300, 200, 400]]), [0], [name], scores=[0.5])
+    assert drawn.shape == (3, 640, 640)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -117,8 +147,10 @@ def test_polygons_are_filled_as_masks():
         ({"labels": [0, 2]}, "labels run from 0 to 2, but there are 2 classes"),
         ({"scores": [0.5]}, "2 boxes but 1 scores"),
         ({"masks": torch.zeros(2, 20, 19, dtype=torch.bool)}, "masks must be"),
+        ({"masks": [[np.zeros(6)]]}, "2 boxes but 1 masks"),
+        ({"image": Image.new("L", (20, 20))}, "must be in RGB, got L"),
     ],
-    ids=["float-image", "labels", "unknown-label", "scores", "mask-size"],
+    ids=["float-image", "labels", "unknown-label", "scores", "mask-size", "masks", "gray-image"],
 )
 def test_wrong_arguments_are_named(change, message):
     arguments = {"image": gray(20, 20), "boxes": torch.zeros(2, 4), "labels": [0, 1], "classes": CLASSES}
@@ -139,7 +171,7 @@ def test_grid_pairs_truth_and_prediction(tmp_path):
         images, [target] * 3, [prediction] * 3, CLASSES, captions=["a", "b", "c"], path=path, columns=2, height=240
     )
     assert Image.open(path).size == (grid.shape[2], grid.shape[1])
-    # two bands, each a caption and two pictures high
+    # two bands, each a caption and two images high
     assert 4 * 240 < grid.shape[1] < 4 * 240 + 120
     assert 320 + 160 < grid.shape[2] < 320 + 160 + 80
     first_row, second_row = grid[:, : grid.shape[1] // 4], grid[:, grid.shape[1] // 4 : grid.shape[1] // 2]
@@ -153,23 +185,23 @@ def test_grid_pairs_truth_and_prediction(tmp_path):
 
 def test_grid_rejects_uneven_rows():
     with pytest.raises(ValueError, match="same, non-zero length"):
-        picture_grid([[gray(5, 5)], []])
+        image_grid([[gray(5, 5)], []])
     with pytest.raises(ValueError, match="same, non-zero length"):
-        picture_grid([])
+        image_grid([])
 
 
 def test_long_captions_are_cut_to_their_column():
-    pictures = [[gray(200, 120), gray(200, 120)]]
-    plain = picture_grid(pictures, captions=["", ""])
-    captioned = picture_grid(pictures, captions=["a caption that is much longer than its column", ""])
+    images = [[gray(200, 120), gray(200, 120)]]
+    plain = image_grid(images, captions=["", ""])
+    captioned = image_grid(images, captions=["a caption that is much longer than its column", ""])
     assert captioned.shape == plain.shape
     assert (captioned != plain).any(0).nonzero()[:, 1].max() < 120 + 8
 
 
 def test_png_is_written_whole(tmp_path):
-    picture = torch.randint(0, 256, (3, 9, 7), dtype=torch.uint8)
-    save_png(picture, tmp_path / "folder" / "a.png")
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "folder" / "a.png")), picture.permute(1, 2, 0))
+    image = torch.randint(0, 256, (3, 9, 7), dtype=torch.uint8)
+    save_png(image, tmp_path / "folder" / "a.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "folder" / "a.png")), image.permute(1, 2, 0))
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a.png"]
 
 

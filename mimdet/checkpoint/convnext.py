@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from .finite import check_finite
 from .read import CheckpointError, read_checkpoint, state_dict_of
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ def load_convnext(stem: nn.Module, path: str | Path) -> None:
     """Copy the weights that ``ConvNeXtStem`` has from a ConvNeXt's, as timm names them; the rest is dropped.
 
     Raises:
-        CheckpointError: the file cannot be read, or lacks a tensor or has one of another shape.
+        CheckpointError: the file cannot be read, lacks a tensor, has one of another shape, or NaN or infinite values.
     """
     state = state_dict_of(read_checkpoint(path), path)
     problems, values = [], {}
@@ -33,5 +34,6 @@ def load_convnext(stem: nn.Module, path: str | Path) -> None:
         more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
         shown = "".join(f"\n  {problem}" for problem in problems[:5])
         raise CheckpointError(f"ConvNeXt weights {path} do not fit the stem:{shown}{more}\n{_HOW}.")
+    check_finite(values, path)
     stem.load_state_dict(values)
     logger.info("ConvNeXt -> stem: %d tensors loaded, %d dropped by design", len(values), len(state) - len(values))

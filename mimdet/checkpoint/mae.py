@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..pos_embed import interpolate_pos_embed
+from .finite import check_finite
 from .read import CheckpointError, read_checkpoint, state_dict_of, strip_prefixes
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def load_mae(
         keep: keys that keep the module's values.
 
     Raises:
-        CheckpointError: any tensor missing, unexpected or of another shape beyond that list.
+        CheckpointError: any tensor missing, unexpected or of another shape beyond that list, or NaN or infinite values.
     """
     state = read_mae(path)
     own = module.state_dict()
@@ -118,6 +119,7 @@ def load_mae(
             problems.append(f"{key} of the file has no place in the model")
     if problems:
         raise CheckpointError(_explain(path, part, problems, state, own))
+    check_finite(values, path)
     module.load_state_dict(values, strict=False)
     logger.info("%s", report)
     return report

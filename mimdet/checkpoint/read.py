@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 # MAE's files carry the command line of their training; numpy scalars stand in some trainers' states.
 SAFE_GLOBALS = [
@@ -31,7 +32,7 @@ class CheckpointError(RuntimeError):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a ``.pth`` file, tensors on the CPU.
+    """The content of a ``.pth`` or ``.safetensors`` file, tensors on the CPU.
 
     Only tensors and plain values are read (``weights_only``); a file that wants anything else is refused.
 
@@ -50,7 +51,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({size} bytes): {reason}")
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            if path.suffix == ".safetensors":
+                content = load_file(path)
+            else:
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for damaged files
         if name := _refused(str(error)):
             raise CheckpointError(

@@ -11,19 +11,17 @@ import typer
 def demo(
     output: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder for pictures, weights, metrics and plots; default: the config's.", show_default=False
-        ),
+        typer.Option(help="Folder for images, weights, metrics and plots; default: the config's.", show_default=False),
     ] = None,
     config_file: Annotated[
-        str, typer.Option(help="demo, demo_cascade_mask_rcnn or demo_retinanet, or one like them.")
+        str, typer.Option(help="demo, demo_cascade_mask_rcnn or demo_retinanet, or one on the same data.")
     ] = "demo",
     opts: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the config.", show_default=False),
     ] = None,
 ) -> None:
-    """Train a small MIMDet on generated pictures, evaluate it, and draw what it finds.
+    """Train a small MIMDet on generated images, evaluate it, and draw what it finds.
 
     Takes a few minutes on two CPU cores. Nothing is downloaded.
     """

@@ -83,6 +83,7 @@ class Detector(nn.Module):
         targets: Sequence[dict[str, Any]] | None = None,
         *,
         output_sizes: Sequence[tuple[int, int]] | None = None,
+        paste: bool = True,
     ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
         """Losses in training, detections in eval mode.
 
@@ -93,6 +94,8 @@ class Detector(nn.Module):
                 (N, H, W) bool.
             output_sizes: in eval mode, (height, width) of each picture that detections are wanted in; default:
                 the pictures' own.
+            paste: in eval mode, False leaves masks as ``mask_probabilities`` (N, S, S), soft maps of the boxes, for
+                a caller who pastes them one at a time (``masks.paste_in_parts``).
 
         Returns:
             Training: scalar losses by name, to be added up.
@@ -111,7 +114,9 @@ class Detector(nn.Module):
         sizes = batch.image_sizes if output_sizes is None else output_sizes
         if len(sizes) != len(detections):
             raise ValueError(f"output_sizes must name one size for each of {len(detections)} images, got {len(sizes)}")
-        return [self._resize(d, old, new) for d, old, new in zip(detections, batch.image_sizes, sizes, strict=True)]
+        return [
+            self._resize(d, old, new, paste) for d, old, new in zip(detections, batch.image_sizes, sizes, strict=True)
+        ]
 
     def _to_device(self, target: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -122,7 +127,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def _resize(
-        self, detection: dict[str, torch.Tensor], old: tuple[int, int], new: tuple[int, int]
+        self, detection: dict[str, torch.Tensor], old: tuple[int, int], new: tuple[int, int], paste: bool
     ) -> dict[str, torch.Tensor]:
         new = (int(new[0]), int(new[1]))
         if self.lsj_postprocess:
@@ -131,7 +136,7 @@ class Detector(nn.Module):
             scaled = scale_boxes(detection["boxes"], old, new)
         boxes = clip_boxes(scaled, new)
         keep = nonempty(boxes)
-        found = {"boxes": boxes[keep], "scores": detection["scores"][keep], "labels": detection["labels"][keep]}
-        if "mask_probabilities" in detection:
-            found["masks"] = paste_masks(detection["mask_probabilities"][keep], found["boxes"], new)
+        found = {**{key: value[keep] for key, value in detection.items()}, "boxes": boxes[keep]}
+        if paste and "mask_probabilities" in found:
+            found["masks"] = paste_masks(found.pop("mask_probabilities"), found["boxes"], new)
         return found

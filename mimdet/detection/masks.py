@@ -1,8 +1,8 @@
-"""Masks in three forms: polygons or bitmaps of ground truth, soft 28x28 maps, and pasted pictures."""
+"""Masks: polygons or bitmaps of ground truth, soft 28x28 maps of detections, and bitmaps of whole images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -11,6 +11,11 @@ import torch.nn.functional as F
 from torchvision.ops import roi_align
 
 Polygons = Sequence[np.ndarray]
+
+# Pixels that are resampled at once: 2**26 in float32 are a quarter gigabyte.
+_CPU_PIXELS, _GPU_PIXELS = 2**22, 2**26
+# Pixels of the masks that are handed out together.
+_PART_PIXELS = 2**24
 
 
 def crop_and_resize(
@@ -51,30 +56,64 @@ def _rasterize(polygons: Polygons, window: np.ndarray, size: int) -> np.ndarray:
 def paste_masks(
     probabilities: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], threshold: float = 0.5
 ) -> torch.Tensor:
-    """Soft maps of boxes resampled bilinearly into pictures and cut at a threshold.
+    """Soft maps of boxes resampled bilinearly into images and cut at a threshold.
 
     Args:
         probabilities: (N, S, S) in [0, 1].
-        boxes: (N, 4) in pixels of the picture.
-        size: (height, width) of the picture.
+        boxes: (N, 4) in pixels of the image.
+        size: (height, width) of the image.
 
     Returns:
-        (N, height, width) bool.
+        (N, height, width) bool on the device of ``boxes``. Beside it, at most a few float32 maps of 2**26 pixels
+        (a GPU) or 2**22 pixels (a CPU) are in memory.
     """
     height, width = size
     out = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
     if boxes.device.type == "cpu":
-        # One by one, each in its own window: most masks cover little of the picture.
-        for row, (prob, box) in enumerate(zip(probabilities, boxes, strict=True)):
+        # One by one, each in its own window: most masks cover little of the image.
+        for row, box in enumerate(boxes):
             x0, y0 = (box[:2].floor().int() - 1).clamp(min=0).tolist()
             x1, y1 = (min(int(c) + 1, side) for c, side in zip(box[2:].ceil(), (width, height), strict=True))
-            if x1 > x0 and y1 > y0:
-                out[row, y0:y1, x0:x1] = _resample(prob[None], box[None], (x0, y0, x1, y1))[0] >= threshold
+            _paste(out, probabilities, boxes, slice(row, row + 1), (x0, y0, x1, y1), _CPU_PIXELS, threshold)
         return out
-    # Whole pictures at once, as many as a quarter gigabyte of float32 holds.
-    for rows in torch.arange(len(boxes), device=boxes.device).split(max(1, 2**26 // max(1, height * width))):
-        out[rows] = _resample(probabilities[rows], boxes[rows], (0, 0, width, height)) >= threshold
+    # Whole images at once, as many as fit.
+    count = max(1, _GPU_PIXELS // max(1, height * width))
+    for row in range(0, len(boxes), count):
+        _paste(out, probabilities, boxes, slice(row, row + count), (0, 0, width, height), _GPU_PIXELS, threshold)
     return out
+
+
+def paste_in_parts(
+    probabilities: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], threshold: float = 0.5
+) -> Iterator[torch.Tensor]:
+    """The masks of :func:`paste_masks` in order, a few at a time.
+
+    Yields:
+        (n, height, width) bool: one mask, or as many as have 2**24 pixels (16 MiB) together. Their numbers add up to N.
+    """
+    count = max(1, _PART_PIXELS // max(1, size[0] * size[1]))
+    for maps, windows in zip(probabilities.split(count), boxes.split(count), strict=True):
+        yield paste_masks(maps, windows, size, threshold)
+
+
+def _paste(
+    out: torch.Tensor,
+    probabilities: torch.Tensor,
+    boxes: torch.Tensor,
+    rows: slice,
+    window: tuple[int, int, int, int],
+    most: int,
+    threshold: float,
+) -> None:
+    """Fill ``window`` (x0, y0, x1, y1) of the masks ``rows``, in bands of at most ``most`` pixels (or one line)."""
+    x0, y0, x1, y1 = window
+    if x1 <= x0 or y1 <= y0:
+        return
+    lines = max(1, most // (x1 - x0))
+    for top in range(y0, y1, lines):
+        bottom = min(top + lines, y1)
+        maps = _resample(probabilities[rows], boxes[rows], (x0, top, x1, bottom))
+        out[rows, top:bottom, x0:x1] = maps >= threshold
 
 
 def _resample(prob: torch.Tensor, boxes: torch.Tensor, window: tuple[int, int, int, int]) -> torch.Tensor:

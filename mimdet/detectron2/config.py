@@ -94,6 +94,15 @@ def use_detectron2(
     train["output_dir"] = "output/detectron2" + train["output_dir"].removeprefix("output")
 
 
+def config_file(path: str) -> str:
+    """The address as it is, else the file that ``path`` means: as given, or among the shipped ones from any folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    return path if "://" in path else str(find_config(path))
+
+
 def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
     """A LazyConfig with Detectron2's overrides; shipped ones are found by name.
 
@@ -101,7 +110,7 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
         ImportError: the config builds the classes of the original MIMDet, or imports what is not there.
         FileNotFoundError: no such file.
     """
-    file = path if "://" in path else str(find_config(path))
+    file = config_file(path)
     try:
         cfg = LazyConfig.load(file)
     except ModuleNotFoundError as error:

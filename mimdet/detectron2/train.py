@@ -30,7 +30,7 @@ from torch import nn
 from ..checkpoint.read import SAFE_GLOBALS
 from ..engine.runtime import choose_device
 from ..engine.schedule import scale_to_batch_size
-from .config import load_config
+from .config import config_file, load_config
 
 logger = logging.getLogger("detectron2")
 
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = parse(argv)
     try:  # mistakes are met here, before processes start; each of them reads the config again
+        args.config_file = config_file(args.config_file)  # Detectron2 opens it too, and knows no shipped names
         cfg = load_config(args.config_file, args.opts)
         needed = ("model", "dataloader", "train") if args.eval_only else _PARTS
         if missing := [part for part in needed if part not in cfg]:

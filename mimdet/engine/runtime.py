@@ -91,25 +91,30 @@ def build_fabric(train: DictConfig) -> Fabric:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is a GPU, else the CPU; other names are torch's.
+    """``auto`` is CUDA where there is a GPU, else the CPU; others are cpu, cuda, cuda:<number> and mps.
 
     Raises:
-        ValueError: not a device name.
-        RuntimeError: CUDA is asked for and absent.
+        ValueError: not one of these names.
+        RuntimeError: the device is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"train.device={name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"{name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise RuntimeError(
-                f"train.device={name!r} but PyTorch sees no GPU: pass train.device=cpu, or check the driver"
-            )
+            raise RuntimeError(f"device {name!r} but PyTorch sees no GPU: use cpu, or check the driver")
         if device.index is None:
             device = torch.device("cuda", 0)
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise RuntimeError(f"device {name!r} but PyTorch sees {count} GPUs, cuda:0 to cuda:{count - 1}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise RuntimeError(f"device {name!r} but PyTorch has no Metal here: use cpu")
     return device
 
 

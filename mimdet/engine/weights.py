@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..checkpoint.finite import check_finite
 from ..checkpoint.read import CheckpointError, read_checkpoint, state_dict_of, strip_prefixes
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ def load_model_weights(model: nn.Module, path: str | Path, ignore: Sequence[str]
         ignore: patterns (``fnmatch``) of keys that keep the model's values, whether the file has them or not.
 
     Raises:
-        CheckpointError: the file cannot be read, or its keys or shapes are not the model's; the message lists
-            the first few of each kind and the likely cause.
+        CheckpointError: the file cannot be read, its keys or shapes are not the model's (the message lists the
+            first few of each kind and the likely cause), or it holds NaN or infinite values.
         ValueError: a pattern matches no key.
     """
     state = strip_prefixes(state_dict_of(read_checkpoint(path), path), ("module.",))
@@ -71,6 +72,7 @@ def load_state(
     mismatch = _compare(wanted, given)
     if mismatch:
         raise CheckpointError(_explain(mismatch, wanted, given, source))
+    check_finite(given, source)
     model.load_state_dict(given, strict=False)
     kept = len(own) - len(wanted)
     logger.info("loaded %d tensors from %s%s", len(given), source, f", {kept} ignored as told" if kept else "")

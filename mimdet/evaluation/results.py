@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pycocotools.mask as mask_util
@@ -17,7 +17,7 @@ def to_coco_results(
 
     Args:
         result: ``boxes`` (N, 4) xyxy in pixels of the original image, ``scores`` (N,), ``labels`` (N,) int64
-            and, optionally, ``masks`` (N, height, width) bool.
+            and, optionally, ``masks`` (N, height, width) bool, or parts of it as :func:`encode_masks` takes them.
         image_id: id of the image in its dataset.
         category_ids: the dataset's category id of each label.
 
@@ -45,8 +45,13 @@ def to_coco_results(
     return detections
 
 
-def encode_masks(masks: torch.Tensor) -> list[dict[str, Any]]:
-    """Masks (N, height, width), bool, as N compressed RLEs ``{"size": [height, width], "counts": str}``."""
+def encode_masks(masks: torch.Tensor | Iterable[torch.Tensor]) -> list[dict[str, Any]]:
+    """Masks (N, height, width), bool, as N compressed RLEs ``{"size": [height, width], "counts": str}``.
+
+    An iterable of such tensors is encoded one after the other, so that not all masks are in memory at once.
+    """
+    if not isinstance(masks, torch.Tensor):
+        return [rle for part in masks for rle in encode_masks(part)]
     # RLE runs down the columns: transposing on the masks' own device leaves NumPy the Fortran order it needs
     columns = masks.detach().to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy().transpose(2, 1, 0)
     return [{**rle, "counts": rle["counts"].decode("ascii")} for rle in mask_util.encode(columns)]

@@ -45,7 +45,7 @@ def plot_training(metrics_jsonl: str | Path, path: str | Path, title: str | None
     Args:
         metrics_jsonl: a run's ``metrics.jsonl``; its lines have ``iteration`` and either ``total_loss`` and the
             ``loss_...`` it is the sum of, or figures of an evaluation such as ``bbox/AP`` (fractions).
-        path: picture to write; its suffix says the format.
+        path: image to write; its suffix says the format.
         title: heading; by default the name of the folder that holds the metrics.
 
     Raises:

@@ -1,27 +1,28 @@
-"""Draw boxes, masks and labels of detected or annotated objects on a picture."""
+"""Draw boxes, masks and labels of detected or annotated objects on an image."""
 
 from __future__ import annotations
 
 import colorsys
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
-from PIL import ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2 import functional as F
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from ..files import write_bytes
+from ..files import write_atomically
 
 Color = tuple[int, int, int]
 _GOLDEN = 0.618034
-_SMALL_PICTURE = 640
+_SMALL = 640
 _CROWDED = 15
+_LONGEST_NAME = 60
+_BAND_PIXELS = 2**22
 
 
 def class_color(label: int) -> Color:
@@ -31,66 +32,70 @@ def class_color(label: int) -> Color:
     return tuple(round(255 * channel) for channel in colorsys.hls_to_rgb(hue, lightness, saturation))
 
 
-@torch.no_grad()
 def draw_instances(
-    image: torch.Tensor,
+    image: torch.Tensor | Image.Image,
     boxes: torch.Tensor,
     labels: torch.Tensor | Sequence[int],
     classes: Sequence[str],
     scores: torch.Tensor | Sequence[float] | None = None,
-    masks: torch.Tensor | Sequence[Sequence[np.ndarray]] | None = None,
+    masks: torch.Tensor | Sequence[Sequence[np.ndarray]] | Sequence[Mapping[str, Any]] | None = None,
     scale: float | None = None,
     alpha: float = 0.45,
-) -> torch.Tensor:
-    """The picture with its instances: filled masks with outlines, boxes, and labels that stay inside it.
+) -> torch.Tensor | Image.Image:
+    """The image with its instances: filled masks with outlines, boxes, and labels that stay inside it.
+
+    Polygons and RLEs become bitmaps one at a time: beside the images, memory holds a few bytes for each pixel,
+    whatever the number of masks.
 
     Args:
-        image: uint8 (3, H, W), RGB.
+        image: uint8 (3, H, W), RGB; or a PIL image in RGB.
         boxes: (N, 4) xyxy in pixels.
         labels: N classes, counted from 0.
-        classes: class names by label.
+        classes: class names by label. Line breaks and control characters become spaces, long names are cut.
         scores: N scores in [0, 1], written behind the names.
-        masks: bool (N, H, W), or N lists of polygons x0, y0, x1, y1, ...
-        scale: enlargement of the result. None enlarges pictures whose longer side is below 640 to that, so
+        masks: bool (N, H, W), or N lists of polygons x0, y0, x1, y1, ..., or N COCO RLEs of size (H, W).
+        scale: enlargement of the result. None enlarges images whose longer side is below 640 to that, so
             that their labels can be read, and leaves others as they are.
         alpha: opacity of the masks.
 
     Returns:
-        uint8 (3, scale * H, scale * W) on the CPU.
+        a new image of (scale * H, scale * W) pixels, of the same kind as ``image``; a tensor is on the CPU.
 
     Raises:
         ValueError: an argument has a wrong type or shape, or a label no name.
     """
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"image must be uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
-    height, width = image.shape[1:]
+    given = image
+    if isinstance(image, torch.Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f"image must be uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
+        image = F.to_pil_image(image.cpu())
+    elif image.mode != "RGB":
+        raise ValueError(f"a PIL image must be in RGB, got {image.mode}")
+    width, height = image.size
     boxes = torch.as_tensor(boxes, dtype=torch.float32).cpu().reshape(-1, 4)
     labels = torch.as_tensor(labels).tolist()
     scores = None if scores is None else torch.as_tensor(scores).tolist()
-    if masks is not None and not isinstance(masks, torch.Tensor):
-        masks = polygons_to_masks(masks, height, width)
     _check(len(boxes), labels, scores, masks, (height, width), classes)
 
     if scale is None:
-        scale = max(1.0, _SMALL_PICTURE / max(height, width))
-    size = [max(1, round(scale * height)), max(1, round(scale * width))]
-    image = F.resize(image.cpu(), size, antialias=True)
-    if not labels:
-        return image
-    stretch = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
-    boxes = boxes * stretch
+        scale = max(1.0, _SMALL / max(height, width))
+    size = (max(1, round(scale * width)), max(1, round(scale * height)))
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    boxes = boxes * torch.tensor([size[0] / width, size[1] / height]).repeat(2)
     # small objects over large ones
     order = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).argsort(descending=True).tolist()
-    boxes = boxes[order]
+    boxes = boxes[order].tolist()
     colors = [class_color(labels[i]) for i in order]
     line = max(2, round(max(size) / 450))
-    if masks is not None:
-        masks = F.resize(masks.cpu()[order].to(torch.uint8), size, F.InterpolationMode.NEAREST).bool()
-        image = _draw_masks(image, masks, colors, alpha, line)
-    drawable = torch.cat([torch.minimum(boxes[:, :2], boxes[:, 2:]), boxes[:, 2:]], dim=1)
-    image = draw_bounding_boxes(image, drawable, colors=colors, width=line)
-    names = [classes[labels[i]] + ("" if scores is None else f" {scores[i]:.0%}") for i in order]
-    return _draw_labels(image, boxes.tolist(), names, colors)
+    if masks is not None and order:
+        _draw_masks(image, _owners(masks, order, (height, width), size), colors, alpha, line)
+    draw = ImageDraw.Draw(image)
+    for (x0, y0, x1, y1), color in zip(boxes, colors, strict=True):
+        corners = [int(c) for c in (min(x0, x1), min(y0, y1), x1, y1)]
+        draw.rectangle(corners, outline=color, width=line)
+    names = [_label(classes[labels[i]]) + ("" if scores is None else f" {scores[i]:.0%}") for i in order]
+    _draw_labels(image, boxes, names, colors)
+    return F.pil_to_tensor(image) if isinstance(given, torch.Tensor) else image
 
 
 def polygons_to_masks(instances: Sequence[Sequence[np.ndarray]], height: int, width: int) -> torch.Tensor:
@@ -102,11 +107,10 @@ def polygons_to_masks(instances: Sequence[Sequence[np.ndarray]], height: int, wi
     return masks
 
 
-def save_png(image: torch.Tensor, path: str | Path) -> None:
-    """Write a uint8 (3, H, W) picture as PNG, whole or not at all."""
-    png = io.BytesIO()
-    F.to_pil_image(image).save(png, format="PNG")
-    write_bytes(path, png.getvalue())
+def save_png(image: torch.Tensor | Image.Image, path: str | Path) -> None:
+    """Write a uint8 (3, H, W) tensor or a PIL image as PNG, whole or not at all."""
+    image = F.to_pil_image(image) if isinstance(image, torch.Tensor) else image
+    write_atomically(path, lambda file: image.save(file, format="PNG"))
 
 
 @cache
@@ -119,39 +123,79 @@ def _check(
     count: int,
     labels: list[int],
     scores: list[float] | None,
-    masks: torch.Tensor | None,
+    masks: torch.Tensor | Sequence[Any] | None,
     size: tuple[int, int],
     classes: Sequence[str],
 ) -> None:
     for name, values in (("labels", labels), ("scores", scores)):
         if values is not None and len(values) != count:
             raise ValueError(f"{count} boxes but {len(values)} {name}")
-    if masks is not None and masks.shape != (count, *size):
-        raise ValueError(f"masks must be {(count, *size)} like boxes and image, got {tuple(masks.shape)}")
+    if isinstance(masks, torch.Tensor):
+        if masks.shape != (count, *size):
+            raise ValueError(f"masks must be {(count, *size)} like boxes and image, got {tuple(masks.shape)}")
+    elif masks is not None:
+        if len(masks) != count:
+            raise ValueError(f"{count} boxes but {len(masks)} masks")
+        sizes = {tuple(mask["size"]) for mask in masks if isinstance(mask, Mapping)} - {size}
+        if sizes:
+            raise ValueError(f"masks must be RLEs of size {size} like the image, got {sizes.pop()}")
     if labels and not 0 <= min(labels) <= max(labels) < len(classes):
         raise ValueError(f"labels run from {min(labels)} to {max(labels)}, but there are {len(classes)} classes")
 
 
-def _draw_masks(image: torch.Tensor, masks: torch.Tensor, colors: list[Color], alpha: float, line: int) -> torch.Tensor:
-    # every pixel belongs to one instance at most: torchvision paints shared pixels black
-    owner = torch.zeros(masks.shape[1:], dtype=torch.int64)
-    for number, mask in enumerate(masks, start=1):
-        owner[mask] = number
-    numbers = torch.arange(1, len(masks) + 1).view(-1, 1, 1)
-    image = draw_segmentation_masks(image, owner == numbers, alpha=alpha, colors=colors)
-    padded = torch.nn.functional.pad(owner[None].float(), (line // 2,) * 4, mode="replicate")
-    lowest, highest = (
-        sign * torch.nn.functional.max_pool2d(sign * padded, 2 * (line // 2) + 1, stride=1)[0] for sign in (-1, 1)
-    )
-    outline = (lowest != highest) & (owner > 0)
-    image[:, outline] = torch.tensor(colors, dtype=torch.uint8)[owner[outline] - 1].T
-    return image
+def _owners(
+    masks: torch.Tensor | Sequence[Any], order: Sequence[int], given: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """For each pixel of an image of ``size`` (width, height) the number, counted from 1, of the last instance of
+    ``order`` that covers it, 0 where none does."""
+    # in the order of columns, as RLEs are
+    owners = np.zeros(size[::-1], dtype=np.min_scalar_type(len(order)), order="F")
+    for number, index in enumerate(order, start=1):
+        mask = masks[index]
+        if isinstance(mask, Mapping):
+            mask = torch.from_numpy(mask_util.decode(mask))
+        elif not isinstance(mask, torch.Tensor):
+            mask = polygons_to_masks([mask], *given)[0]
+        mask = F.resize(mask.cpu()[None].to(torch.uint8), size[::-1], F.InterpolationMode.NEAREST)[0]
+        np.copyto(owners, number, where=mask.numpy().view(bool), casting="unsafe")
+    return owners
 
 
-def _draw_labels(image: torch.Tensor, boxes: list[list[float]], texts: list[str], colors: list[Color]) -> torch.Tensor:
-    picture = F.to_pil_image(image)
-    draw = ImageDraw.Draw(picture)
-    size = max(12, round(max(picture.size) / 55))
+def _draw_masks(image: Image.Image, owners: np.ndarray, colors: list[Color], alpha: float, line: int) -> None:
+    """Fill the masks and draw their outlines, in bands of rows: memory for a band only."""
+    palette = np.array([(0, 0, 0), *colors], dtype=np.uint8)
+    height, width = owners.shape
+    radius = line // 2
+    rows = max(1, _BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        band = owners[top:bottom]
+        if not band.any():
+            continue
+        inside = band > 0
+        pixels = np.array(image.crop((0, top, width, bottom)))
+        pixels[inside] = (1 - alpha) * pixels[inside] + alpha * palette[band[inside]]
+        # An outline is where another number is within the radius; neighbouring bands count, the image's edge does not.
+        above, below = min(radius, top), min(radius, height - bottom)
+        near = torch.from_numpy(owners[top - above : bottom + below].astype(np.float32))[None]
+        near = torch.nn.functional.pad(near, (radius, radius, radius - above, radius - below), mode="replicate")
+        lowest, highest = (
+            sign * torch.nn.functional.max_pool2d(sign * near, 2 * radius + 1, stride=1)[0] for sign in (-1, 1)
+        )
+        outline = (lowest != highest).numpy() & inside
+        pixels[outline] = palette[band[outline]]
+        image.paste(Image.fromarray(pixels), (0, top))
+
+
+def _label(name: str) -> str:
+    """A class name on one line: what cannot be printed becomes a space."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(name))
+    return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
+
+
+def _draw_labels(image: Image.Image, boxes: list[list[float]], texts: list[str], colors: list[Color]) -> None:
+    draw = ImageDraw.Draw(image)
+    size = max(12, round(max(image.size) / 55))
     letters = font(max(11, round(0.8 * size)) if len(texts) > _CROWDED else size)
     margin = max(2, size // 6)
     ascent, descent = letters.getmetrics()
@@ -160,20 +204,19 @@ def _draw_labels(image: torch.Tensor, boxes: list[list[float]], texts: list[str]
     # small objects, drawn last, choose their place first: they have the fewest
     for box, text, color in reversed(list(zip(boxes, texts, colors, strict=True))):
         width = draw.textlength(text, font=letters) + 2 * margin
-        place = _place(box, width, height, picture.size, taken)
+        place = _place(box, width, height, image.size, taken)
         taken.append(place)
         draw.rounded_rectangle(place, radius=margin, fill=color)
         dark = sum(weight * channel for weight, channel in zip((0.299, 0.587, 0.114), color, strict=True)) > 140
         text_at = (place[0] + margin, place[1] + margin / 2)
         draw.text(text_at, text, font=letters, fill=(0, 0, 0) if dark else (255, 255, 255))
-    return F.pil_to_tensor(picture)
 
 
 def _place(
     box: list[float],
     width: float,
     height: float,
-    picture: tuple[int, int],
+    image: tuple[int, int],
     taken: list[tuple[float, float, float, float]],
 ) -> tuple[float, float, float, float]:
     """The place for a label at its box that hides the least of other labels; above the box if there is a choice."""
@@ -182,8 +225,8 @@ def _place(
     spots += [(x1, y0), (x0 - width, y0), (x0, y1 - height), (x1, y1 - height), (x0 - width, y1 - height)]
     places = []
     for x, y in spots:
-        x = min(max(x, 0), max(picture[0] - 1 - width, 0))
-        y = min(max(y, 0), max(picture[1] - 1 - height, 0))
+        x = min(max(x, 0), max(image[0] - 1 - width, 0))
+        y = min(max(y, 0), max(image[1] - 1 - height, 0))
         places.append((x, y, x + width, y + height))
     return min(places, key=lambda place: sum(_overlap(place, other) for other in taken))
 

@@ -1,4 +1,4 @@
-"""Pictures side by side: ground truth above predictions."""
+"""Images side by side: ground truth above predictions."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def comparison_grid(
     columns: int = 4,
     height: int = 420,
 ) -> torch.Tensor:
-    """Each picture twice, with its ground truth and, below, with its predictions.
+    """Each image twice, with its ground truth and, below, with its predictions.
 
     Args:
         images: uint8 (3, H, W) each.
         targets: for each a dict of ``boxes``, ``labels`` and, optionally, ``masks`` in its pixels.
         predictions: the same with ``scores``.
         classes: class names by label.
-        captions: a line above each picture.
+        captions: a line above each image.
         path: file to write as PNG.
         score_threshold: predictions below it are left out.
-        columns: pictures side by side before a new band begins.
-        height: height of each picture in the grid, in pixels.
+        columns: images side by side before a new band begins.
+        height: height of each image in the grid, in pixels.
 
     Returns:
         uint8 (3, H, W).
@@ -54,22 +54,22 @@ def comparison_grid(
         keep = torch.as_tensor(prediction["scores"]) >= score_threshold
         kept = {key: prediction[key][keep] for key in ("boxes", "labels", "scores", "masks") if key in prediction}
         predicted.append(draw_instances(image, classes=classes, scale=scale, **kept))
-    grid = picture_grid([truth, predicted], ["ground truth", "prediction"], captions, columns)
+    grid = image_grid([truth, predicted], ["ground truth", "prediction"], captions, columns)
     if path is not None:
         save_png(grid, path)
     return grid
 
 
-def picture_grid(
+def image_grid(
     rows: Sequence[Sequence[torch.Tensor]],
     titles: Sequence[str] | None = None,
     captions: Sequence[str] | None = None,
     columns: int = 4,
 ) -> torch.Tensor:
-    """Rows of pictures that belong together column by column, on white.
+    """Rows of images that belong together column by column, on white.
 
     Args:
-        rows: the same number of uint8 (3, H, W) pictures each; pictures of a column should be of one size.
+        rows: the same number of uint8 (3, H, W) images each; images of a column should be of one size.
         titles: a name for each row, written upright at its left.
         captions: a line above each column, cut to the column's width.
         columns: after so many columns the next ones start a new band below.
@@ -78,7 +78,7 @@ def picture_grid(
         uint8 (3, H, W).
 
     Raises:
-        ValueError: no pictures, or rows of different length.
+        ValueError: no images, or rows of different length.
     """
     count = len(rows[0]) if rows else 0
     if not count or any(len(row) != count for row in rows):
@@ -102,8 +102,8 @@ def picture_grid(
 
 
 def _band(rows: list[list[torch.Tensor]], titles: Sequence[str] | None, captions: list[str] | None) -> Image.Image:
-    widths = [max(picture.shape[2] for picture in column) for column in zip(*rows, strict=True)]
-    heights = [max(picture.shape[1] for picture in row) for row in rows]
+    widths = [max(image.shape[2] for image in column) for column in zip(*rows, strict=True)]
+    heights = [max(image.shape[1] for image in row) for row in rows]
     left = _GAP + (_TITLE if titles else 0)
     top = _GAP + (_CAPTION if captions else 0)
     size = (left + sum(widths) + _GAP * len(widths), top + sum(heights) + _GAP * len(heights))
