@@ -19,9 +19,9 @@ from mimdet.engine.model import build_model
 from mimdet.engine.random_state import get_random_state, isolated_random, set_random_state
 
 
-def run(tmp_path, name, *overrides, resume=False, **options):
+def run(tmp_path, name, *overrides, resume=False, overwrite=False, **options):
     cfg = apply_overrides(fake_config(tmp_path / name, **options), overrides)
-    return train(cfg, resume=resume, overrides=overrides)
+    return train(cfg, resume=resume, overrides=overrides, overwrite=overwrite)
 
 
 def losses(folder):
@@ -64,7 +64,15 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     assert sorted(aps) == [1, 3, 5]
     assert metrics["bbox"]["AP"] == aps[5]
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("events"))
-    expected = ["config.yaml", "last_checkpoint", "log.txt", "metrics.jsonl", "model_0000002.pth", "model_final.pth"]
+    expected = [
+        ".lock",
+        "config.yaml",
+        "last_checkpoint",
+        "log.txt",
+        "metrics.jsonl",
+        "model_0000002.pth",
+        "model_final.pth",
+    ]
     assert names == expected
     checkpoint = read_checkpoint(folder / "model_final.pth")
     assert checkpoint["iteration"] == 5
@@ -366,13 +374,37 @@ def test_the_batch_scales_the_schedule_and_says_so(tmp_path):
     assert sorted(losses(tmp_path / "a")[0]) == [0, 1, 2]
 
 
-def test_a_fresh_start_over_an_earlier_run_warns(tmp_path, capsys):
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_earlier_run_is_not_replaced_unless_asked(tmp_path, capsys):
     run(tmp_path, "a")
+    before = contents(tmp_path / "a")
+    with pytest.raises(FileExistsError, match=r"holds an earlier run \(model_final\.pth\): --resume .* --overwrite"):
+        run(tmp_path, "a")
+    assert contents(tmp_path / "a") == before
     capsys.readouterr()
-    run(tmp_path, "a")
-    assert "WARNING" in (out := capsys.readouterr().out)
-    assert "is of an earlier run" in out
+    run(tmp_path, "a", "train.checkpointer.period=100", overwrite=True)
+    out = capsys.readouterr().out
+    assert "--overwrite: deleted the earlier run" in out
+    assert "model_0000002.pth, model_final.pth, metrics.jsonl, events" in out
+    assert not (tmp_path / "a" / "model_0000002.pth").exists()
     assert sorted(losses(tmp_path / "a")[0]) == list(range(6))
+    assert len(list((tmp_path / "a").glob("events*"))) == 1
+
+
+def test_overwriting_spares_the_weights_it_starts_from(tmp_path):
+    run(tmp_path, "a")
+    before = contents(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"would delete train\.init_checkpoint=.*model_final\.pth"):
+        run(tmp_path, "a", f"train.init_checkpoint={tmp_path}/a/model_final.pth", overwrite=True)
+    assert contents(tmp_path / "a") == before
+
+
+def test_resuming_and_overwriting_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match=r"--resume .* --overwrite"):
+        run(tmp_path, "a", resume=True, overwrite=True)
 
 
 def test_clipping_bounds_the_update(tmp_path):
