@@ -2,9 +2,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,40 +166,6 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, act, c
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-FOREGROUND = """
-import sys
-from engine_fakes import fake_config
-from mimdet.engine import train
-cfg = fake_config(sys.argv[1], max_iter=10**6)
-cfg.dataloader.train.num_workers = 2
-cfg.train.eval_period = 0
-train(cfg)
-"""
-
-
-def test_ctrl_c_in_a_terminal_reaches_workers_too_and_still_ends_well(tmp_path):
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    process = subprocess.Popen(
-        [sys.executable, "-c", FOREGROUND, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    with process:
-        while line := process.stdout.readline():
-            if "10/1000000" in line:
-                break
-        os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert output.count("SIGINT: finishing this step") == 1, "said once, not by every worker"
-    assert "Traceback" not in output
-    last = (tmp_path / "last_checkpoint").read_text()
-    assert f"saved in {tmp_path / last}" in output
-
-
 def test_a_second_ctrl_c_aborts_at_once(tmp_path, act):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
@@ -278,10 +241,39 @@ def test_resuming_with_more_iterations_goes_on(tmp_path):
     assert read_checkpoint(tmp_path / "a" / "model_final.pth")["iteration"] == 8
 
 
-def test_resuming_nothing_starts_from_the_beginning(tmp_path, capsys):
-    run(tmp_path, "a", resume=True)
-    assert "nothing to resume" in capsys.readouterr().out
+@pytest.mark.parametrize(("resume", "level"), [(True, "WARNING "), ("auto", "")])
+def test_resuming_nothing_starts_from_the_beginning(tmp_path, capsys, resume, level):
+    run(tmp_path, "a", resume=resume)
+    assert f" {level}nothing to resume: no checkpoint in {tmp_path / 'a'}." in capsys.readouterr().out.replace(",", " ")
     assert sorted(losses(tmp_path / "a")[0]) == list(range(6))
+
+
+@pytest.mark.parametrize("pointer", [None, "garbled", "model_final.pth"], ids=["lost", "garbled", "dangling"])
+def test_resuming_without_a_pointer_never_starts_over(tmp_path, capsys, pointer):
+    run(tmp_path, "a", max_iter=5)
+    whole = losses(tmp_path / "a")[0]
+    (tmp_path / "a" / "model_final.pth").unlink()
+    (tmp_path / "a" / "last_checkpoint").unlink()
+    if pointer is not None:
+        (tmp_path / "a" / "last_checkpoint").write_text(pointer)
+    capsys.readouterr()
+    run(tmp_path, "a", max_iter=5, resume=True)
+    out = capsys.readouterr().out
+    assert "WARNING" in out
+    assert f"taking the newest checkpoint, {tmp_path / 'a' / 'model_0000002.pth'}" in out
+    assert " 3/5 " not in out
+    assert losses(tmp_path / "a")[0] == whole
+
+
+def test_resuming_says_what_orders_the_data_otherwise(tmp_path, capsys):
+    run(tmp_path, "a")
+    capsys.readouterr()
+    run(tmp_path, "a", max_iter=7, resume=True)
+    assert "in the run to resume" not in capsys.readouterr().out
+    run(tmp_path, "a", "train.seed=4", max_iter=8, batch_size=4, resume=True)
+    out = capsys.readouterr().out
+    assert "WARNING train.seed is 4, but 3 in the run to resume" in out
+    assert "WARNING dataloader.train.total_batch_size is 4, but 2 in the run to resume" in out
 
 
 def test_resuming_takes_rates_and_decay_from_the_config(tmp_path):
@@ -312,13 +304,37 @@ def test_building_without_mae_leaves_the_config(tmp_path):
     assert build_model(cfg).pretrained == "mae.pth"
 
 
-def test_resuming_other_classes_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"dataloader.train.dataset.classes": ["cat", "cow"], "dataloader.test.dataset.classes": ["cat", "cow"]},
+            r"trained for other classes \(2: cat, dog\)",
+        ),
+        ({"model._target_": "test_engine_trainer.WiderDetector"}, "of another shape"),
+        ({"optimizer.params._target_": "test_engine_trainer.one_group"}, "its optimizer state does not fit"),
+    ],
+    ids=["classes", "model", "optimizer"],
+)
+def test_a_refused_resume_writes_nothing(tmp_path, changes, message):
     run(tmp_path, "a")
-    kept = weights(tmp_path / "a" / "model_final.pth")
-    more = ("dataloader.train.dataset.classes=[cat,cow]", "dataloader.test.dataset.classes=[cat,cow]")
-    with pytest.raises(CheckpointError, match=r"trained for other classes \(2: cat, dog\)"):
-        run(tmp_path, "a", *more, resume=True)
-    assert_same(kept, weights(tmp_path / "a" / "model_final.pth"))
+    before = contents(tmp_path / "a")
+    cfg = fake_config(tmp_path / "a")
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key, value)
+    with pytest.raises(CheckpointError, match=message):
+        train(cfg, resume=True)
+    assert contents(tmp_path / "a") == before
+
+
+class WiderDetector(FakeDetector):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stem[0] = torch.nn.Conv2d(3, 5, 3, stride=2)
+
+
+def one_group(model, **options):
+    return list(model.stem.parameters())
 
 
 def test_resuming_bare_weights_is_refused(tmp_path):

@@ -135,29 +135,34 @@ class _DetectionLoader(DataLoader):
         with _stop_signals_blocked():  # workers inherit the mask
             batches = super().__iter__()
         while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
+            with explained_dead_worker():
+                batch = next(batches, None)
+            if batch is None:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker (pid" not in str(error):
-                    raise
-                raise LoaderWorkerError(_explain_dead_worker(error)) from error
             for sample in batch:
                 if isinstance(sample, DataError):
                     raise sample
             yield batch
 
 
-def _explain_dead_worker(error: RuntimeError) -> str:
-    cause = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error  # the signal is in the cause
-    text = f"a loader worker died: {str(cause).strip().rstrip('.')}"
-    if "signal: Killed" in text or "exited unexpectedly" in text:
-        text += (
-            ". The system probably ran out of memory: use fewer workers, dataloader.train.num_workers and "
-            "dataloader.test.num_workers"
-        )
-    return text
+@contextmanager
+def explained_dead_worker() -> Iterator[None]:
+    """Raise LoaderWorkerError for DataLoader's RuntimeError about a worker that died."""
+    try:
+        yield
+    except LoaderWorkerError:
+        raise
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        cause = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error  # it knows the signal
+        text = f"a loader worker died: {str(cause).strip().rstrip('.')}"
+        if "signal: Killed" in text or "exited unexpectedly" in text:
+            text += (
+                ". The system probably ran out of memory: use fewer workers, dataloader.train.num_workers and "
+                "dataloader.test.num_workers"
+            )
+        raise LoaderWorkerError(text) from error
 
 
 @contextmanager

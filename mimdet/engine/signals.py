@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from ..data.loader import STOP_SIGNALS
+from ..data.loader import STOP_SIGNALS, explained_dead_worker
 
 Batch = TypeVar("Batch")
 
@@ -70,7 +70,7 @@ class GracefulStop:
             signal.signal(signal.SIGCHLD, self._check_workers)
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of ``loader``; a dead DataLoader worker raises here, while a batch is awaited.
+        """The batches of ``loader``; a dead worker raises LoaderWorkerError here, while a batch is awaited.
 
         DataLoader's handler of SIGCHLD raises wherever the process is, in the middle of an optimizer step or of a
         checkpoint. Here it is put off until the next batch is needed.
@@ -79,17 +79,18 @@ class GracefulStop:
         while True:
             self._waiting = True
             try:
-                if batches is None:
-                    batches = iter(loader)
-                if self._child_gone:
-                    self._child_gone = False
-                    self._check_workers(signal.SIGCHLD, None)
-                batch = next(batches)
-            except StopIteration:
-                return
+                with explained_dead_worker():
+                    if batches is None:
+                        batches = iter(loader)
+                    if self._child_gone:
+                        self._child_gone = False
+                        self._check_workers(signal.SIGCHLD, None)
+                    batch = next(batches, None)
             finally:
                 self._waiting = False
                 self._take_over_sigchld()
+            if batch is None:
+                return
             yield batch
 
     def _take_over_sigchld(self) -> None:
