@@ -192,13 +192,13 @@ def test_a_lost_pointer_is_replaced_by_the_newest(tmp_path, caplog, pointer, fin
 def test_without_a_pointer_damaged_ones_are_passed_over(tmp_path):
     checkpointer = saved(tmp_path, 3, 6, 9)
     (tmp_path / "last_checkpoint").unlink()
-    (tmp_path / "model_0000009.pth").write_bytes(b"cut")
+    (tmp_path / "model_0000009.pth").write_bytes(b"")
     assert checkpointer.newest()[0].name == "model_0000006.pth"
 
 
 def test_a_damaged_last_one_is_refused_with_the_good_one_before(tmp_path):
     checkpointer = saved(tmp_path, 3, 6, 9)
-    (tmp_path / "model_0000009.pth").write_bytes(b"cut")
+    (tmp_path / "model_0000009.pth").write_bytes(b"")
     advice = (
         r"0000009\.pth cannot be read.* newest good one is .*model_0000006\.pth: delete model_0000009\.pth to resume"
     )
@@ -210,7 +210,7 @@ def test_a_damaged_last_one_is_refused_with_the_good_one_before(tmp_path):
 
 def test_only_damaged_ones_are_refused(tmp_path):
     checkpointer = saved(tmp_path, 3)
-    (tmp_path / "model_0000003.pth").write_bytes(b"cut")
+    (tmp_path / "model_0000003.pth").write_bytes(b"")
     with pytest.raises(CheckpointError, match="No other is good"):
         checkpointer.newest()
     (tmp_path / "last_checkpoint").unlink()
