@@ -26,7 +26,12 @@ NUM_TRAIN, NUM_VAL = 600, 60
 _SHOWN = 8
 
 
-def run_demo(output: str | Path | None = None, overrides: Sequence[str] = (), config: str | Path = "demo") -> dict:
+def run_demo(
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    config: str | Path = "demo",
+    overwrite: bool = False,
+) -> dict:
     """Generate images, train a detector on them, evaluate, and draw.
 
     ``output`` receives ``shapes/`` (the images in COCO format), ``model_final.pth``, ``metrics.json``,
@@ -35,6 +40,8 @@ def run_demo(output: str | Path | None = None, overrides: Sequence[str] = (), co
     Args:
         output: folder, made when missing; by default the config's.
         overrides: ``key=value`` for the config.
+        overwrite: train anew where ``output`` holds an earlier demo; else that one goes on, and one at its end is
+            only evaluated and drawn.
         config: whose data are ``shapes/`` in the folder, as in ``configs/demo.py``.
 
     Returns:
@@ -51,7 +58,7 @@ def run_demo(output: str | Path | None = None, overrides: Sequence[str] = (), co
     start = time.perf_counter()
     console.print(f"Drawing {NUM_TRAIN} training and {NUM_VAL} held-out images ...")
     generate_shapes(output / "shapes", NUM_TRAIN, NUM_VAL)
-    metrics = train(cfg, overrides=overrides)
+    metrics = train(cfg, resume=False if overwrite else "auto", overrides=overrides, overwrite=overwrite)
     minutes = (time.perf_counter() - start) / 60
 
     write_json(output / "metrics.json", {"metrics": metrics, "minutes": round(minutes, 2)}, indent=2)

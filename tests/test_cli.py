@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mimdet
 from mimdet import demo
 from mimdet.checkpoint.read import read_checkpoint
 from mimdet.cli import main
@@ -170,10 +171,46 @@ def test_convert_strips_and_goes_to_mae_and_back(trained, monkeypatch, tmp_path)
 )
 def test_errors_are_one_message(monkeypatch, capsys, tmp_path, argv, message):
     assert run(monkeypatch, *[a.replace("TMP", str(tmp_path)) for a in argv]) == 1
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert err.startswith("error: ")
     assert message in err
     assert "Traceback" not in err
+    assert message not in out, "said once"
+
+
+def test_convert_replaces_nothing_unasked(trained, monkeypatch, tmp_path, capsys):
+    source = tmp_path / "model.pth"
+    source.write_bytes((trained / "model_final.pth").read_bytes())
+    before = source.read_bytes()
+    (tmp_path / "link.pth").symlink_to(source)
+    for target in (source, tmp_path / "link.pth"):
+        assert run(monkeypatch, "convert", source, target, "--force") == 1
+        assert "into itself" in capsys.readouterr().err
+    (tmp_path / "other.pth").write_bytes(b"other")
+    assert run(monkeypatch, "convert", source, tmp_path / "other.pth") == 1
+    assert "other.pth exists: give another target, or --force" in capsys.readouterr().err
+    assert (tmp_path / "other.pth").read_bytes() == b"other"
+    assert source.read_bytes() == before
+    assert run(monkeypatch, "convert", source, tmp_path / "other.pth", "--force") == 0
+    assert "model" in read_checkpoint(tmp_path / "other.pth")
+
+
+def test_version(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"mimdet {mimdet.__version__}\n"
+
+
+def test_a_repeated_demo_goes_on_or_starts_anew(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "NUM_TRAIN", 4)
+    monkeypatch.setattr(demo, "NUM_VAL", 2)
+    command = ["demo", "--output", tmp_path, *QUICK, "train.max_iter=1", "dataloader.evaluator=null"]
+    monkeypatch.setattr(demo, "_summary", lambda metrics: "")
+    monkeypatch.setattr(demo, "_draw_predictions", lambda cfg, output: None)
+    monkeypatch.setattr(demo, "plot_training", lambda *args, **options: None)
+    for options, said in (([], "Starting from the beginning"), ([], "resuming from"), (["--overwrite"], "deleted the")):
+        assert run(monkeypatch, *command, *options) == 0
+        assert said in capsys.readouterr().out
+    assert (tmp_path / "model_final.pth").exists()
 
 
 def test_convert_refuses_a_mae_file_as_detector(trained, monkeypatch, tmp_path, capsys):

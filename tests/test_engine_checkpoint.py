@@ -1,7 +1,10 @@
 import argparse
+import errno
 import os
+import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +15,8 @@ import torch
 
 from mimdet.checkpoint.read import CheckpointError
 from mimdet.engine import Checkpointer
+from mimdet.engine.lock import FolderInUseError, locked
+from mimdet.files import write_atomically
 
 
 def state(value, size=10):
@@ -147,3 +152,124 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"evil\.pth"):
         Checkpointer(tmp_path).load("evil.pth")
     assert not (tmp_path / "made_by_unpickling").exists()
+
+
+def saved(folder, *iterations, final=None):
+    checkpointer = Checkpointer(folder)
+    for iteration in iterations:
+        checkpointer.save(f"model_{iteration:07d}", state(iteration))
+    if final is not None:
+        checkpointer.save("model_final", state(final))
+    return checkpointer
+
+
+def test_the_pointer_is_believed_while_it_holds(tmp_path, caplog):
+    checkpointer = saved(tmp_path, 3, 6)
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth\n")
+    path, content = checkpointer.newest()
+    assert (path.name, content["iteration"]) == ("model_0000003.pth", 3)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "pointer", [None, b"", b"\0\xff\xfe", b"model_0000007.pth", b"../elsewhere.pth", b"x" * 5000], ids=str
+)
+@pytest.mark.parametrize(
+    ("final", "newest"), [(None, "model_0000006.pth"), (5, "model_0000006.pth"), (9, "model_final.pth")]
+)
+def test_a_lost_pointer_is_replaced_by_the_newest(tmp_path, caplog, pointer, final, newest):
+    checkpointer = saved(tmp_path, 3, 6, final=final)
+    (tmp_path / "last_checkpoint").unlink()
+    if pointer is not None:
+        (tmp_path / "last_checkpoint").write_bytes(pointer)
+    path, content = checkpointer.newest()
+    assert path.name == newest
+    assert content["iteration"] == max(6, final or 0)
+    assert caplog.messages[0].startswith(f"{tmp_path / 'last_checkpoint'} ")
+    assert caplog.messages[0].endswith(f"taking the newest checkpoint, {tmp_path / newest}")
+
+
+def test_without_a_pointer_damaged_ones_are_passed_over(tmp_path):
+    checkpointer = saved(tmp_path, 3, 6, 9)
+    (tmp_path / "last_checkpoint").unlink()
+    (tmp_path / "model_0000009.pth").write_bytes(b"")
+    assert checkpointer.newest()[0].name == "model_0000006.pth"
+
+
+def test_a_damaged_last_one_is_refused_with_the_good_one_before(tmp_path):
+    checkpointer = saved(tmp_path, 3, 6, 9)
+    (tmp_path / "model_0000009.pth").write_bytes(b"")
+    advice = (
+        r"0000009\.pth cannot be read.* newest good one is .*model_0000006\.pth: delete model_0000009\.pth to resume"
+    )
+    with pytest.raises(CheckpointError, match=advice):
+        checkpointer.newest()
+    (tmp_path / "model_0000009.pth").unlink()
+    assert checkpointer.newest()[0].name == "model_0000006.pth"
+
+
+def test_only_damaged_ones_are_refused(tmp_path):
+    checkpointer = saved(tmp_path, 3)
+    (tmp_path / "model_0000003.pth").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="No other is good"):
+        checkpointer.newest()
+    (tmp_path / "last_checkpoint").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read: .*model_0000003\.pth"):
+        checkpointer.newest()
+
+
+def test_only_a_disk_gives_disk_errors(tmp_path):
+    with pytest.raises(RuntimeError, match="from a handler") as caught:
+        Checkpointer(tmp_path).save("model_0000001", {"model": Unsavable()})
+    assert "Make room" not in str(caught.value)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"Not a directory .*Remove the cause") as caught:
+        Checkpointer(tmp_path / "file" / "below").save("model_0000001", state(1))
+    assert "Make room" not in str(caught.value)
+
+
+class Unsavable:
+    def __reduce__(self):
+        raise RuntimeError("from a handler")
+
+
+def test_a_full_disk_is_named_by_every_atomic_write(tmp_path, small_disk):
+    for write in (lambda file: file.write(b"x" * 10**6), lambda file: torch.save(torch.zeros(10**6), file)):
+        with pytest.raises(OSError, match=r"GB free: '.*predictions\.json'") as caught:
+            write_atomically(tmp_path / "predictions.json", write)
+        assert caught.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = {path!r}
+from mimdet.engine.lock import locked
+with locked(Path({folder!r})):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_training_at_a_time_in_a_folder(tmp_path):
+    script = HOLD.format(path=sys.path, folder=str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        holder = rf"process {process.pid} on {re.escape(socket.gethostname())}"
+        with pytest.raises(FolderInUseError, match=holder), locked(tmp_path):
+            pass
+        process.kill()
+        process.wait()
+        with locked(tmp_path):
+            assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with locked(tmp_path):
+        pass
+    assert "cannot be locked (No locks available)" in caplog.text

@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import math
+import os
 import sys
 
 import pytest
@@ -33,10 +34,79 @@ def test_a_second_run_appends(tmp_path):
     assert [line.split()[-1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["one", "two"]
 
 
-def test_an_exception_is_logged_on_its_way(tmp_path):
+def test_an_exception_is_written_to_the_file_alone(tmp_path, capsys):
     with pytest.raises(ValueError, match="broken"), RunLog(tmp_path):
         raise ValueError("broken annotation")
     assert "ERROR ValueError: broken annotation" in (tmp_path / "log.txt").read_text()
+    assert "broken" not in "".join(capsys.readouterr()), "whoever catches it prints it"
+
+
+def test_a_deferred_file_gets_what_was_said_before(tmp_path):
+    with RunLog(tmp_path / "run", deferred=True) as log:
+        logger.info("one")
+        assert not (tmp_path / "run").exists()
+        log.open_file()
+        logger.info("two")
+    assert [line.split()[-1] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()] == ["one", "two"]
+
+
+def test_a_refused_run_leaves_no_log(tmp_path):
+    with pytest.raises(ValueError, match="refused"), RunLog(tmp_path / "run", deferred=True):
+        raise ValueError("refused")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pipe_without_a_reader_is_no_error(tmp_path, capfd, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with RunLog(tmp_path):
+            logger.info("one")
+            logger.info("two")
+            print("by a library", flush=True)
+    assert [line.split()[-1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["one", "two"]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_closed_stdout_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    with RunLog(tmp_path):
+        logger.info("one")
+    assert (tmp_path / "log.txt").read_text().endswith("one\n")
+
+
+def test_a_lost_terminal_is_no_error(tmp_path, monkeypatch):
+    """As after SIGHUP, when ssh drops."""
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setenv("TERM", "xterm")
+        with RunLog(tmp_path) as log:
+            progress = TrainingProgress(max_iter=4, start=0, batch_size=1, log_period=1, console=log.console)
+            assert log.console is not None
+            os.close(ours)
+            progress.step(0, {"loss_cls": 0.5}, 1e-4, 2.0, 0.5)
+            logger.warning("stopped")
+            progress.close()
+    assert "WARNING stopped" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_said_once_for_the_log_and_named_for_the_metrics(tmp_path, capsys):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with RunLog(tmp_path):
+        logger.info("one")
+        logger.info("two")
+    out, err = capsys.readouterr()
+    assert out.count("cannot write") == 1
+    assert "log.txt: [Errno 28]" in out
+    assert "Traceback" not in err
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    writer = MetricsWriter(tmp_path, start_iteration=0)
+    with pytest.raises(OSError, match=r"No space left on device, .* free: '.*metrics\.jsonl'"):
+        writer.write(0, {"x": 1.0})
 
 
 def test_other_ranks_print_warnings_only(tmp_path, capsys):

@@ -2,9 +2,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +16,9 @@ from mimdet.engine.model import build_model
 from mimdet.engine.random_state import get_random_state, isolated_random, set_random_state
 
 
-def run(tmp_path, name, *overrides, resume=False, **options):
+def run(tmp_path, name, *overrides, resume=False, overwrite=False, **options):
     cfg = apply_overrides(fake_config(tmp_path / name, **options), overrides)
-    return train(cfg, resume=resume, overrides=overrides)
+    return train(cfg, resume=resume, overrides=overrides, overwrite=overwrite)
 
 
 def losses(folder):
@@ -64,7 +61,15 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     assert sorted(aps) == [1, 3, 5]
     assert metrics["bbox"]["AP"] == aps[5]
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("events"))
-    expected = ["config.yaml", "last_checkpoint", "log.txt", "metrics.jsonl", "model_0000002.pth", "model_final.pth"]
+    expected = [
+        ".lock",
+        "config.yaml",
+        "last_checkpoint",
+        "log.txt",
+        "metrics.jsonl",
+        "model_0000002.pth",
+        "model_final.pth",
+    ]
     assert names == expected
     checkpoint = read_checkpoint(folder / "model_final.pth")
     assert checkpoint["iteration"] == 5
@@ -161,40 +166,6 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, act, c
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-FOREGROUND = """
-import sys
-from engine_fakes import fake_config
-from mimdet.engine import train
-cfg = fake_config(sys.argv[1], max_iter=10**6)
-cfg.dataloader.train.num_workers = 2
-cfg.train.eval_period = 0
-train(cfg)
-"""
-
-
-def test_ctrl_c_in_a_terminal_reaches_workers_too_and_still_ends_well(tmp_path):
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    process = subprocess.Popen(
-        [sys.executable, "-c", FOREGROUND, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    with process:
-        while line := process.stdout.readline():
-            if "10/1000000" in line:
-                break
-        os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert output.count("SIGINT: finishing this step") == 1, "said once, not by every worker"
-    assert "Traceback" not in output
-    last = (tmp_path / "last_checkpoint").read_text()
-    assert f"saved in {tmp_path / last}" in output
-
-
 def test_a_second_ctrl_c_aborts_at_once(tmp_path, act):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
@@ -270,10 +241,39 @@ def test_resuming_with_more_iterations_goes_on(tmp_path):
     assert read_checkpoint(tmp_path / "a" / "model_final.pth")["iteration"] == 8
 
 
-def test_resuming_nothing_starts_from_the_beginning(tmp_path, capsys):
-    run(tmp_path, "a", resume=True)
-    assert "nothing to resume" in capsys.readouterr().out
+@pytest.mark.parametrize(("resume", "level"), [(True, "WARNING "), ("auto", "")])
+def test_resuming_nothing_starts_from_the_beginning(tmp_path, capsys, resume, level):
+    run(tmp_path, "a", resume=resume)
+    assert f" {level}nothing to resume: no checkpoint in {tmp_path / 'a'}." in capsys.readouterr().out.replace(",", " ")
     assert sorted(losses(tmp_path / "a")[0]) == list(range(6))
+
+
+@pytest.mark.parametrize("pointer", [None, "garbled", "model_final.pth"], ids=["lost", "garbled", "dangling"])
+def test_resuming_without_a_pointer_never_starts_over(tmp_path, capsys, pointer):
+    run(tmp_path, "a", max_iter=5)
+    whole = losses(tmp_path / "a")[0]
+    (tmp_path / "a" / "model_final.pth").unlink()
+    (tmp_path / "a" / "last_checkpoint").unlink()
+    if pointer is not None:
+        (tmp_path / "a" / "last_checkpoint").write_text(pointer)
+    capsys.readouterr()
+    run(tmp_path, "a", max_iter=5, resume=True)
+    out = capsys.readouterr().out
+    assert "WARNING" in out
+    assert f"taking the newest checkpoint, {tmp_path / 'a' / 'model_0000002.pth'}" in out
+    assert " 3/5 " not in out
+    assert losses(tmp_path / "a")[0] == whole
+
+
+def test_resuming_says_what_orders_the_data_otherwise(tmp_path, capsys):
+    run(tmp_path, "a")
+    capsys.readouterr()
+    run(tmp_path, "a", max_iter=7, resume=True)
+    assert "in the run to resume" not in capsys.readouterr().out
+    run(tmp_path, "a", "train.seed=4", max_iter=8, batch_size=4, resume=True)
+    out = capsys.readouterr().out
+    assert "WARNING train.seed is 4, but 3 in the run to resume" in out
+    assert "WARNING dataloader.train.total_batch_size is 4, but 2 in the run to resume" in out
 
 
 def test_resuming_takes_rates_and_decay_from_the_config(tmp_path):
@@ -304,13 +304,37 @@ def test_building_without_mae_leaves_the_config(tmp_path):
     assert build_model(cfg).pretrained == "mae.pth"
 
 
-def test_resuming_other_classes_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"dataloader.train.dataset.classes": ["cat", "cow"], "dataloader.test.dataset.classes": ["cat", "cow"]},
+            r"trained for other classes \(2: cat, dog\)",
+        ),
+        ({"model._target_": "test_engine_trainer.WiderDetector"}, "of another shape"),
+        ({"optimizer.params._target_": "test_engine_trainer.one_group"}, "its optimizer state does not fit"),
+    ],
+    ids=["classes", "model", "optimizer"],
+)
+def test_a_refused_resume_writes_nothing(tmp_path, changes, message):
     run(tmp_path, "a")
-    kept = weights(tmp_path / "a" / "model_final.pth")
-    more = ("dataloader.train.dataset.classes=[cat,cow]", "dataloader.test.dataset.classes=[cat,cow]")
-    with pytest.raises(CheckpointError, match=r"trained for other classes \(2: cat, dog\)"):
-        run(tmp_path, "a", *more, resume=True)
-    assert_same(kept, weights(tmp_path / "a" / "model_final.pth"))
+    before = contents(tmp_path / "a")
+    cfg = fake_config(tmp_path / "a")
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key, value)
+    with pytest.raises(CheckpointError, match=message):
+        train(cfg, resume=True)
+    assert contents(tmp_path / "a") == before
+
+
+class WiderDetector(FakeDetector):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stem[0] = torch.nn.Conv2d(3, 5, 3, stride=2)
+
+
+def one_group(model, **options):
+    return list(model.stem.parameters())
 
 
 def test_resuming_bare_weights_is_refused(tmp_path):
@@ -381,13 +405,37 @@ def test_the_batch_scales_the_schedule_and_says_so(tmp_path):
     assert sorted(losses(tmp_path / "a")[0]) == [0, 1, 2]
 
 
-def test_a_fresh_start_over_an_earlier_run_warns(tmp_path, capsys):
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_earlier_run_is_not_replaced_unless_asked(tmp_path, capsys):
     run(tmp_path, "a")
+    before = contents(tmp_path / "a")
+    with pytest.raises(FileExistsError, match=r"holds an earlier run \(model_final\.pth\): --resume .* --overwrite"):
+        run(tmp_path, "a")
+    assert contents(tmp_path / "a") == before
     capsys.readouterr()
-    run(tmp_path, "a")
-    assert "WARNING" in (out := capsys.readouterr().out)
-    assert "is of an earlier run" in out
+    run(tmp_path, "a", "train.checkpointer.period=100", overwrite=True)
+    out = capsys.readouterr().out
+    assert "--overwrite: deleted the earlier run" in out
+    assert "model_0000002.pth, model_final.pth, metrics.jsonl, events" in out
+    assert not (tmp_path / "a" / "model_0000002.pth").exists()
     assert sorted(losses(tmp_path / "a")[0]) == list(range(6))
+    assert len(list((tmp_path / "a").glob("events*"))) == 1
+
+
+def test_overwriting_spares_the_weights_it_starts_from(tmp_path):
+    run(tmp_path, "a")
+    before = contents(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"would delete train\.init_checkpoint=.*model_final\.pth"):
+        run(tmp_path, "a", f"train.init_checkpoint={tmp_path}/a/model_final.pth", overwrite=True)
+    assert contents(tmp_path / "a") == before
+
+
+def test_resuming_and_overwriting_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match=r"--resume .* --overwrite"):
+        run(tmp_path, "a", resume=True, overwrite=True)
 
 
 def test_clipping_bounds_the_update(tmp_path):

@@ -15,7 +15,7 @@ _NOT_IN_MAE = ("patch_embed.", "conv_feat_proj.")
 _DROPPED_FROM_MAE = ("patch_embed.", "cls_token", "mask_token", "decoder_pred.")
 
 
-def convert_checkpoint(source: str | Path, target: str | Path, to: str) -> list[str]:
+def convert_checkpoint(source: str | Path, target: str | Path, to: str, force: bool = False) -> list[str]:
     """Read ``source`` and write ``target`` in another form.
 
     Args:
@@ -23,17 +23,24 @@ def convert_checkpoint(source: str | Path, target: str | Path, to: str) -> list[
         target: file to write, whole or not at all.
         to: "detector": weights and class names only. "mae": the detector's encoder and decoder under MAE's
             names. "backbone": MAE's encoder and decoder under the detector's names.
+        force: replace an existing ``target``.
 
     Returns:
         lines that say what was written.
 
     Raises:
         CheckpointError: ``source`` is unreadable or not of a kind that can become ``to``.
-        ValueError: unknown ``to``.
+        FileExistsError: ``target`` exists, without ``force``.
+        ValueError: unknown ``to``, or ``source`` and ``target`` are the same file.
     """
     makers = {"detector": _detector, "mae": _mae, "backbone": _backbone}
     if to not in makers:
         raise ValueError(f"cannot convert to {to!r}; one of {', '.join(makers)}")
+    if Path(target).exists():
+        if Path(source).exists() and Path(target).samefile(source):
+            raise ValueError(f"cannot convert {source} into itself: what the new file leaves out would be lost")
+        if not force:
+            raise FileExistsError(f"{target} exists: give another target, or --force to replace it")
     content, lines = makers[to](Path(source))
     write_atomically(target, lambda file: torch.save(content, file))
     size = Path(target).stat().st_size / 2**20

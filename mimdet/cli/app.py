@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from .. import __version__
 from ..bench.cli import app as bench
+from ..files import drop_dead_stream
 from . import check_data, convert, demo, info, predict, train
 
 app = typer.Typer(
@@ -22,6 +25,23 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mimdet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("eval")(train.evaluate)
@@ -33,7 +53,24 @@ app.add_typer(bench, name="bench")
 
 
 def main() -> None:
-    """Run the command line; an error becomes one message and exit status 1."""
+    """Run the command line; an error becomes one message and exit status 1.
+
+    Nobody has to read the output: a pipe whose reader is gone, or a closed stdout, is no error.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the end
+    try:
+        _run()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                drop_dead_stream(stream)
+
+
+def _run() -> None:
     try:
         app()
     except KeyboardInterrupt:
@@ -43,8 +80,10 @@ def main() -> None:
             raise
         # KeyError's own text is the repr of its message.
         message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        who = f"[rank {os.environ.get('RANK')}] " if several else ""
         console = Console(stderr=True)
-        console.print(Text.assemble(("error: ", "bold red"), str(message) or type(error).__name__), soft_wrap=True)
+        console.print(Text.assemble(who, ("error: ", "bold red"), str(message) or type(error).__name__), soft_wrap=True)
         if not isinstance(error, (ValueError, KeyError, OSError, RuntimeError, FloatingPointError)):
             console.print(f"({type(error).__name__}; set MIMDET_DEBUG=1 to see where)", style="dim")
         sys.exit(1)

@@ -21,6 +21,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="Checkpoint to read: ours, the original's, or MAE's.")],
     target: Annotated[Path, typer.Argument(help="File to write.")],
     to: Annotated[Form, typer.Option(help="What to write.")] = Form.detector,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing target.")] = False,
 ) -> None:
     """Turn one kind of checkpoint into another.
 
@@ -31,5 +32,5 @@ def convert(
     """
     from ..checkpoint.convert import convert_checkpoint
 
-    for line in convert_checkpoint(source, target, to.value):
+    for line in convert_checkpoint(source, target, to.value, force):
         typer.echo(line)

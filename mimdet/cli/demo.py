@@ -16,6 +16,9 @@ def demo(
     config_file: Annotated[
         str, typer.Option(help="demo, demo_cascade_mask_rcnn or demo_retinanet, or one on the same data.")
     ] = "demo",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Train anew where the folder holds a trained detector.")
+    ] = False,
     opts: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the config.", show_default=False),
@@ -23,8 +26,8 @@ def demo(
 ) -> None:
     """Train a small MIMDet on generated images, evaluate it, and draw what it finds.
 
-    Takes a few minutes on two CPU cores. Nothing is downloaded.
+    Takes a few minutes on two CPU cores. Nothing is downloaded. A stopped demo goes on where it was.
     """
     from ..demo import run_demo
 
-    run_demo(output, opts or [], config_file)
+    run_demo(output, opts or [], config_file, overwrite)

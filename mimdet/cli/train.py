@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +31,9 @@ def train(
     config_file: ConfigFile,
     opts: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete an earlier run's checkpoints and metrics in the output.")
+    ] = False,
     eval_only: Annotated[bool, typer.Option("--eval-only", help="Only evaluate `train.init_checkpoint`.")] = False,
     num_gpus: NumGpus = None,
     train_json: TrainJson = None,
@@ -47,7 +51,8 @@ def train(
 
     **Another batch size:** `dataloader.train.total_batch_size=16` scales learning rate and schedule with it.
 
-    **Stopped?** The same command with `--resume` goes on. Several machines: start this under `torchrun`.
+    **Stopped?** Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 finish the step and save; the same command with `--resume` goes
+    on. Several machines: start this under `torchrun`.
     """
     _spread(num_gpus)
     overrides = [
@@ -62,7 +67,7 @@ def train(
     if eval_only:
         engine.evaluate_only(cfg, overrides)
     else:
-        engine.train(cfg, resume=resume, overrides=overrides)
+        engine.train(cfg, resume=resume, overrides=overrides, overwrite=overwrite)
 
 
 def evaluate(
@@ -99,9 +104,26 @@ def data_overrides(split: str, json_file: Path | None, image_root: Path | None) 
 
 
 def _spread(num_gpus: int | None) -> None:
-    """Start this very command again in ``num_gpus`` processes, unless it is one of several already."""
+    """Run this very command in ``num_gpus`` processes and exit, unless it is one of several already."""
     if num_gpus in (None, 1) or "WORLD_SIZE" in os.environ:
         return
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_gpus), "-m", "mimdet"]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *launcher, *sys.argv[1:]])
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    from ..data.loader import STOP_SIGNALS
+
+    # Seconds from a signal to SIGKILL: the step and the checkpoint of a large model take longer than the default 30.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+    names = ",".join(signal.Signals(signum).name for signum in STOP_SIGNALS)
+    options = ["--standalone", "--nproc-per-node", str(num_gpus), "--signals-to-handle", names]
+    try:
+        torchrun([*options, "-m", "mimdet", *sys.argv[1:]])
+    except SignalException as stop:
+        sys.exit(128 + stop.sigval)
+    except ChildFailedError as error:  # the process has said why, unless it was killed
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            sys.exit(failure.exitcode)
+        raise RuntimeError(f"process {rank} (pid {failure.pid}) was ended by {failure.signal_name()}") from None
+    sys.exit(0)

@@ -1,6 +1,12 @@
 """Data loaders for training and for evaluation."""
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
@@ -9,6 +15,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from .errors import DataError
 from .sampler import AspectRatioBatchSampler, TrainingSampler
+
+# What ends a training in good order: Ctrl-C, a batch system, a lost connection, Slurm's early warning.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
+_CHECK_SECONDS = 5.0
+
+
+class LoaderWorkerError(RuntimeError):
+    """A worker process of a loader died."""
 
 
 def build_detection_train_loader(
@@ -85,6 +101,7 @@ def _loader(dataset: Dataset, mapper: Callable, batches, num_workers: int) -> Da
         pin_memory=torch.cuda.is_available(),
         # A generator of its own: the loader would otherwise draw its workers' seed from the global one.
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_the_parent,
     )
 
 
@@ -116,8 +133,71 @@ class MappedDataset(Dataset):
 
 class _DetectionLoader(DataLoader):
     def __iter__(self) -> Iterator[list[dict]]:
-        for batch in super().__iter__():
+        with _stop_signals_blocked():  # workers inherit the mask
+            batches = super().__iter__()
+        while True:
+            with explained_dead_worker():
+                batch = next(batches, None)
+            if batch is None:
+                return
             for sample in batch:
                 if isinstance(sample, DataError):
                     raise sample
             yield batch
+
+
+@contextmanager
+def explained_dead_worker() -> Iterator[None]:
+    """Raise LoaderWorkerError for DataLoader's RuntimeError about a worker that died."""
+    try:
+        yield
+    except LoaderWorkerError:
+        raise
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        cause = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error  # it knows the signal
+        text = f"a loader worker died: {str(cause).strip().rstrip('.')}"
+        if "signal: Killed" in text or "exited unexpectedly" in text:
+            text += (
+                ". The system probably ran out of memory: use fewer workers, dataloader.train.num_workers and "
+                "dataloader.test.num_workers"
+            )
+        raise LoaderWorkerError(text) from error
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    if not hasattr(signal, "sigtimedwait"):  # such as macOS: workers could not tell who sent a SIGTERM
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        if multiprocessing.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # its start unblocks SIGINT and SIGTERM
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals_to_the_parent(worker_id: int) -> None:
+    """Let a worker outlive stop signals that reach its whole process group or cgroup (``worker_init_fn``).
+
+    The training process needs its batches to finish the step. The worker ends when the parent sends it SIGTERM,
+    as DataLoader does, and when the parent is gone.
+    """
+    if not hasattr(signal, "sigtimedwait"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    pids = multiprocessing.parent_process().pid, os.getppid()
+    threading.Thread(target=_end_with_parent, args=pids, daemon=True).start()
+
+
+def _end_with_parent(loader_pid: int, parent_pid: int) -> None:
+    # loader_pid is not the parent's where a fork server starts the workers
+    while os.getppid() == parent_pid:
+        received = signal.sigtimedwait({signal.SIGTERM}, _CHECK_SECONDS)
+        if received is not None and received.si_pid == loader_pid:
+            break
+    os._exit(0)  # not an error: DataLoader reports other codes

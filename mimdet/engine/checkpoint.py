@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoint.read import CheckpointError, read_checkpoint
-from ..files import remove_leftovers, write_atomically
+from ..files import free_space, remove_leftovers, write_atomically
 
 logger = logging.getLogger(__name__)
 
 LAST = "last_checkpoint"
-_PERIODIC = re.compile(r"model_\d{7,}\.pth")
+FINAL = "model_final.pth"
+_PERIODIC = re.compile(r"model_(\d{7,})\.pth")
+_Found = tuple[Path, dict[str, Any]]
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Checkpointer:
@@ -52,23 +55,62 @@ class Checkpointer:
             remove_leftovers(self.directory)
             write_atomically(path, lambda file: torch.save(state, file))
             write_atomically(self.directory / LAST, lambda file: file.write(path.name.encode()))
-        except (OSError, RuntimeError) as error:
-            # torch's zip writer turns a failed write into a RuntimeError
+        except OSError as error:
+            advice = "Make room and resume" if error.errno in _NO_SPACE else "Remove the cause and resume"
             raise CheckpointError(
-                f"cannot save {path}: {error}. Free space there: {_free_space(self.directory)}. "
-                f"Last good checkpoint: {self.latest() or 'none'}. Make room and resume."
+                f"cannot save {path}: {error.strerror} (free space: {free_space(self.directory)}). "
+                f"Last good checkpoint: {self.latest() or 'none'}. {advice}."
             ) from error
         self._prune(path)
         return path
 
     def latest(self) -> Path | None:
-        """The newest checkpoint, or None when none was saved."""
-        try:
-            name = (self.directory / LAST).read_text(encoding="utf-8").strip()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        path = self.directory / Path(name).name
-        return path if name and path.is_file() else None
+        """The checkpoint that ``last_checkpoint`` names; without that file the highest number, or the final one.
+
+        None when there are no checkpoints. Names alone are looked at: see :meth:`newest`.
+        """
+        return self._named() or next(iter(self.all()), None)
+
+    def all(self) -> list[Path]:
+        """The folder's checkpoints: the periodic ones by number, newest first, then ``model_final.pth``."""
+        periodic = [path for path in _entries(self.directory) if _PERIODIC.fullmatch(path.name)]
+        periodic.sort(key=lambda path: int(_PERIODIC.fullmatch(path.name)[1]), reverse=True)
+        final = self.directory / FINAL
+        return [*periodic, final] if final.is_file() else periodic
+
+    def newest(self) -> _Found | None:
+        """The checkpoint to resume from and its content, tensors on the CPU; None when there are no checkpoints.
+
+        Where ``last_checkpoint`` is missing or names no file, a warning says which checkpoint is taken: the one
+        that loads and has the most iterations.
+
+        Raises:
+            CheckpointError: the last checkpoint is damaged; the message names the newest good one. Or none loads.
+        """
+        named = self._named()
+        if named is not None:
+            try:
+                return named, self.load(named)
+            except CheckpointError as error:
+                good, _ = self._newest_good(skip=named)
+                advice = "No other is good"
+                if good is not None:
+                    advice = f"The newest good one is {good[0]}: delete {named.name} to resume from it"
+                raise CheckpointError(f"{str(error).rstrip('. ')}. {advice}.") from error
+        good, errors = self._newest_good()
+        if good is not None:
+            state = "names no checkpoint" if (self.directory / LAST).exists() else "is missing"
+            logger.warning("%s %s: taking the newest checkpoint, %s", self.directory / LAST, state, good[0])
+        elif errors:
+            raise CheckpointError(f"no checkpoint in {self.directory} can be read: {' '.join(map(str, errors))}")
+        return good
+
+    def delete_all(self) -> list[str]:
+        """Delete the folder's checkpoints; returns their names."""
+        paths = [*self.all(), self.directory / LAST]
+        for path in reversed(paths):  # the pointer first: it never names a deleted file
+            path.unlink(missing_ok=True)
+        return [path.name for path in paths[:-1]]
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """The content of a checkpoint, tensors on the CPU. Only data is unpickled.
@@ -77,6 +119,30 @@ class Checkpointer:
             CheckpointError: missing, damaged or not a checkpoint; the message names the file.
         """
         return read_checkpoint(path)
+
+    def _named(self) -> Path | None:
+        try:
+            name = (self.directory / LAST).read_bytes().decode(errors="replace").strip("\0 \r\n\t")
+            path = self.directory / Path(name).name
+            return path if name and path.is_file() else None
+        except (OSError, ValueError):  # ValueError: a null byte in the name
+            return None
+
+    def _newest_good(self, skip: Path | None = None) -> tuple[_Found | None, list[CheckpointError]]:
+        """The one of most iterations that loads, and why others do not. Reads one periodic checkpoint and the final."""
+        good: _Found | None = None
+        errors = []
+        for path in self.all():
+            if path == skip or (good is not None and path.name != FINAL):
+                continue
+            try:
+                content = self.load(path)
+            except CheckpointError as error:
+                errors.append(error)
+                continue
+            if good is None or _iteration(content) > _iteration(good[1]):
+                good = path, content
+        return good, errors
 
     def _prune(self, newest: Path) -> None:
         if self.max_to_keep is None:
@@ -92,8 +158,14 @@ class Checkpointer:
                 logger.warning("cannot delete the old checkpoint %s: %s", old, error)
 
 
-def _free_space(folder: Path) -> str:
+def _entries(folder: Path) -> list[Path]:
     try:
-        return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB"
-    except OSError:
-        return "unknown"
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _iteration(content: dict[str, Any]) -> int:
+    """-1 for weights without the state of a training."""
+    iteration = content.get("iteration")
+    return iteration if isinstance(iteration, int) else -1

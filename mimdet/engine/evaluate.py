@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,12 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..config import check_config, instantiate
+from ..data.loader import LoaderWorkerError
 from ..evaluation import format_results
 from .logger import RunLog
 from .model import build_model, match_num_classes
 from .runtime import build_fabric, describe
+from .signals import GracefulStop
 from .weights import load_model_weights
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class Evaluation:
         evaluator.reset()  # reads the ground truth: a flaw in it shows before anything is trained
         return cls(dataset, loader, evaluator)
 
-    def run(self, model: nn.Module, should_stop: Callable[[], bool] | None = None) -> dict[str, Any]:
+    def run(self, model: nn.Module, stop: GracefulStop | None = None) -> dict[str, Any]:
         """Score ``model``; every rank must call it.
 
         The model runs in eval mode and float32, gets its modules' modes back, and returns results at the
@@ -63,33 +65,40 @@ class Evaluation:
 
         Args:
             model: the bare detector, on its device.
-            should_stop: asked before every batch.
+            stop: of the training; asked before every batch, and told when a loader worker dies.
 
         Returns:
             the evaluator's metrics, fractions; on other ranks than 0 what it returns there.
 
         Raises:
-            EvaluationInterruptedError: ``should_stop`` said yes on any rank.
+            EvaluationInterruptedError: a stop is requested on any rank.
+            LoaderWorkerError: a loader worker died, and there is no ``stop``.
         """
         device = next(model.parameters()).device
         self.evaluator.reset()
-        stopped = False
-        with _eval_mode(model), torch.no_grad():
-            report = _Report(self.loader)
-            for batch in self.loader:
-                if should_stop is not None and should_stop():
-                    stopped = True
-                    break
-                images = [sample["image"].to(device, non_blocking=True) for sample in batch]
-                results = model(images, output_sizes=[(s["height"], s["width"]) for s in batch])
-                self.evaluator.process(batch, results)
-                report.step(len(batch))
-        if should_stop is not None and _on_any_rank(stopped, device):
+        try:
+            self._process_all(model, device, stop)
+        except LoaderWorkerError as error:
+            if stop is None:
+                raise
+            stop.failure = str(error)
+        if stop is not None and _on_any_rank(stop.requested, device):
             raise EvaluationInterruptedError
         metrics = self.evaluator.evaluate()
         if metrics:
             logger.info("%s", format_results(metrics))
         return metrics
+
+    def _process_all(self, model: nn.Module, device: torch.device, stop: GracefulStop | None) -> None:
+        with _eval_mode(model), torch.no_grad():
+            report = _Report(self.loader)
+            for batch in self.loader if stop is None else stop.batches(self.loader):
+                if stop is not None and stop.requested:
+                    return
+                images = [sample["image"].to(device, non_blocking=True) for sample in batch]
+                results = model(images, output_sizes=[(s["height"], s["width"]) for s in batch])
+                self.evaluator.process(batch, results)
+                report.step(len(batch))
 
 
 def evaluate(

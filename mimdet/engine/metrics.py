@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from ..files import write_atomically
+from ..files import naming, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +36,21 @@ class MetricsWriter:
             _set_aside(self.path)
         else:
             _drop_from(self.path, start_iteration)
-        self._file = self.path.open("a", encoding="utf-8")
+        with naming(self.path):
+            self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(output_dir), purge_step=start_iteration or None)
 
     def write(self, iteration: int, figures: Mapping[str, float]) -> None:
-        """Write one line and the same scalars."""
+        """Write one line and the same scalars.
+
+        Raises:
+            OSError: the disk refuses; names the file.
+        """
         plain = {key: float(value) for key, value in figures.items()}
         line = {key: value if math.isfinite(value) else None for key, value in plain.items()}
-        self._file.write(json.dumps({"iteration": iteration, **line}) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps({"iteration": iteration, **line}) + "\n")
+            self._file.flush()
         for key, value in plain.items():
             self._board.add_scalar(key, value, iteration)
 
@@ -52,6 +58,14 @@ class MetricsWriter:
         """Finish the files."""
         self._file.close()
         self._board.close()
+
+
+def delete_metrics(folder: Path) -> list[str]:
+    """Delete a run's ``metrics.jsonl`` and TensorBoard files; returns their names."""
+    paths = [path for path in (folder / METRICS_FILE, *sorted(folder.glob("events.out.tfevents.*"))) if path.is_file()]
+    for path in paths:
+        path.unlink()
+    return [path.name for path in paths]
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import statistics
@@ -61,7 +62,8 @@ class TrainingProgress:
     def close(self) -> None:
         """Take the bar down."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._bar.stop()
 
     def _lines(self, iteration: int, lr: float) -> tuple[str, str]:
         """All figures for the log, and the few that fit behind a bar in 80 columns."""

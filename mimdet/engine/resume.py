@@ -8,10 +8,13 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning_fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.optim import Optimizer
 
 from ..checkpoint.read import CheckpointError
+from ..config import from_yaml
 from .random_state import get_random_state, seed_all, set_random_state
 
 logger = logging.getLogger(__name__)
@@ -54,6 +57,18 @@ def check_resumable(checkpoint: Mapping[str, Any], classes: Sequence[str], sourc
             f"cannot resume from {source}: it was trained for other classes ({len(trained)}: "
             f"{', '.join(trained[:5])}) than the dataset has ({len(classes)}: {', '.join(list(classes)[:5])})"
         )
+
+
+def warn_of_changes(checkpoint: Mapping[str, Any], cfg: DictConfig) -> None:
+    """Say which settings that order the data and draw the random numbers are not those of the checkpoint's run."""
+    try:
+        before = from_yaml(checkpoint["meta"].get("config") or "")
+        for key in ("train.seed", "dataloader.train.total_batch_size"):
+            old, new = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
+            if old not in (None, new):
+                logger.warning("%s is %s, but %s in the run to resume: its data come in another order", key, new, old)
+    except (ValueError, OmegaConfBaseException):  # a config that YAML could not hold
+        return
 
 
 def restore(checkpoint: Mapping[str, Any], fabric: Fabric, optimizer: Optimizer, source: str) -> int:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
+
+from ..data.loader import STOP_SIGNALS, explained_dead_worker
+
+Batch = TypeVar("Batch")
 
 
 class TrainingInterrupted(SystemExit):
@@ -24,43 +31,98 @@ class TrainingInterrupted(SystemExit):
 
 
 class GracefulStop:
-    """Context in which the first SIGINT or SIGTERM is only noted; a second SIGINT raises KeyboardInterrupt.
+    """Context in which the first stop signal is only noted: SIGINT, SIGTERM, SIGHUP or SIGUSR1.
+
+    A second SIGINT raises KeyboardInterrupt. A repeated other signal does nothing: Slurm and systemd send SIGTERM
+    to torchrun and to its processes, and torchrun passes it on to them a second time.
 
     Outside the main thread, where Python allows no handlers, it does nothing.
 
     Attributes:
         signum: the signal received, None before.
+        failure: why to stop if not for a signal, such as a dead loader worker; None before.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._previous: dict[int, object] = {}
+        self.failure: str | None = None
+        self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
+        self._waiting = self._child_gone = False
+        self._check_workers: Callable[[int, FrameType | None], Any] | None = None  # torch's handler of SIGCHLD
 
     @property
     def requested(self) -> bool:
         """Whether to stop after the current step."""
-        return self.signum is not None
+        return self.signum is not None or self.failure is not None
 
     def __enter__(self) -> GracefulStop:
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+        if _in_main_thread():
+            for signum in STOP_SIGNALS:
                 self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *exc: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+        self._previous.clear()
+        if self._check_workers is not None:
+            signal.signal(signal.SIGCHLD, self._check_workers)
 
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        # Ctrl-C reaches forked data workers too; they must live on until the step is finished.
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of ``loader``; a dead worker raises LoaderWorkerError here, while a batch is awaited.
+
+        DataLoader's handler of SIGCHLD raises wherever the process is, in the middle of an optimizer step or of a
+        checkpoint. Here it is put off until the next batch is needed.
+        """
+        batches = None
+        while True:
+            self._waiting = True
+            try:
+                with explained_dead_worker():
+                    if batches is None:
+                        batches = iter(loader)
+                    if self._child_gone:
+                        self._child_gone = False
+                        self._check_workers(signal.SIGCHLD, None)
+                    batch = next(batches, None)
+            finally:
+                self._waiting = False
+                self._take_over_sigchld()
+            if batch is None:
+                return
+            yield batch
+
+    def _take_over_sigchld(self) -> None:
+        if not (self._previous and hasattr(signal, "SIGCHLD")):
+            return
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler) and handler != self._child_ended:
+            self._check_workers = handler
+            signal.signal(signal.SIGCHLD, self._child_ended)
+
+    def _child_ended(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return
-        if self.requested:
+        if self._waiting:
+            self._check_workers(signum, frame)
+        else:
+            self._child_gone = True
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        # A forked process has this handler until it sets its own.
+        if os.getpid() != self._pid:
+            return
+        if self.signum is not None:
             if signum == signal.SIGINT:
                 raise KeyboardInterrupt
             return
         self.signum = signum
         # not by logging: the signal may have come in the middle of a write to the same stream
         name = signal.Signals(signum).name
-        os.write(2, f"\n{name}: finishing this step, then saving; Ctrl-C aborts at once\n".encode())
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{name}: finishing this step, then saving; Ctrl-C aborts at once\n".encode())
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
 from ..checkpoint.read import state_dict_of
 from ..config import check_config, instantiate, to_yaml
-from ..files import write_atomically
+from ..data.loader import LoaderWorkerError
+from ..files import write_bytes
 from .checkpoint import Checkpointer
 from .evaluate import Evaluation, EvaluationInterruptedError
+from .lock import locked
 from .logger import RunLog
-from .metrics import MetricsWriter, flatten
+from .metrics import MetricsWriter, delete_metrics, flatten
 from .model import build_model, match_num_classes
 from .progress import TrainingProgress
 from .random_state import isolated_random, seed_all
-from .resume import check_resumable, pack, restore, restore_random
+from .resume import check_resumable, pack, restore, restore_random, warn_of_changes
 from .runtime import build_fabric, describe
 from .schedule import scale_to_batch_size
 from .signals import GracefulStop, TrainingInterrupted
@@ -34,37 +37,51 @@ from .weights import load_model_weights, load_state
 logger = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig, resume: bool = False, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def train(
+    cfg: DictConfig,
+    resume: bool | Literal["auto"] = False,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Train the detector that a config describes, evaluating and saving on the way and at the end.
 
     Runs on one CPU or GPU as it is, on several processes under torchrun. The config is not changed; its
     ``train.output_dir`` receives ``config.yaml``, checkpoints, ``log.txt``, ``metrics.jsonl`` and TensorBoard's
-    files.
+    files. A training that is refused leaves the folder as it was.
 
     Args:
         cfg: the whole config, overrides applied.
-        resume: go on from the last checkpoint in ``train.output_dir``; from the start if there is none.
+        resume: go on from the last checkpoint in ``train.output_dir``; from the start if there is none, with a
+            warning, or without under "auto".
         overrides: the ``key=value`` strings that were applied; their keys are not derived from the batch size
             or from the data.
+        overwrite: delete the checkpoints and metrics of an earlier run in ``train.output_dir``.
 
     Returns:
         metrics of the final evaluation, on rank 0; empty without ``dataloader.evaluator``.
 
     Raises:
-        TrainingInterrupted: SIGINT or SIGTERM; a checkpoint was saved.
+        TrainingInterrupted: SIGINT, SIGTERM, SIGHUP or SIGUSR1; a checkpoint was saved.
+        LoaderWorkerError: a loader worker died; a checkpoint was saved.
         NonFiniteLossError: a loss or a weight became NaN or infinite.
         CheckpointError: a checkpoint cannot be written, read or fitted.
+        FileExistsError: the folder holds an earlier run, and neither ``resume`` nor ``overwrite`` is given.
+        FolderInUseError: another process trains in the folder.
+        ValueError: both ``resume`` and ``overwrite``, or a mistake in the config.
     """
+    if resume and overwrite:
+        raise ValueError("--resume goes on with the run that --overwrite deletes: give only one of them")
     check_config(cfg)
     cfg = copy.deepcopy(cfg)
     fabric = build_fabric(cfg.train)
-    with RunLog(cfg.train.output_dir, fabric.global_rank) as log:
+    with RunLog(cfg.train.output_dir, fabric.global_rank, deferred=True) as log, contextlib.ExitStack() as stack:
         logger.info("training: %s", describe(fabric))
         for line in scale_to_batch_size(cfg, overrides):
             logger.info("%s", line)
-        training = _Training(cfg, fabric, log, resume, overrides)
+        training = _Training(cfg, fabric, resume, overwrite, overrides)
+        _on_rank_0(fabric, lambda: training.open_folder(log, stack))
         with GracefulStop() as stop:  # before this there is nothing to save: Ctrl-C aborts
-            return training.run(stop)
+            return training.run(log, stop)
 
 
 class _Training:
@@ -72,13 +89,14 @@ class _Training:
         self,
         cfg: DictConfig,
         fabric: Fabric,
-        log: RunLog,
-        resume: bool,
+        resume: bool | str,
+        overwrite: bool,
         overrides: Sequence[str],
     ):
         self.cfg = cfg
         self.fabric = fabric
-        self.log = log
+        self.resume = resume
+        self.overwrite = overwrite
         self.seed = cfg.train.seed + fabric.global_rank
         self.checkpointer = Checkpointer(cfg.train.output_dir, cfg.train.checkpointer.get("max_to_keep"))
         self.saved: tuple[int, Path] | None = None  # last finished iteration that is on disk, and where
@@ -88,15 +106,14 @@ class _Training:
         self.meta = {
             "classes": list(self.dataset.classes),
             "category_ids": list(self.dataset.category_ids),
-            "config": self._save_config(),
+            "config": self._config_text(),
         }
 
         seed_all(self.seed)
-        source = self._find_checkpoint(resume)
-        checkpoint = None
-        if source is not None:
-            checkpoint = self.checkpointer.load(source)
+        source, checkpoint = self._find_checkpoint()
+        if checkpoint is not None:
             check_resumable(checkpoint, self.dataset.classes, str(source))
+            warn_of_changes(checkpoint, cfg)
         self.model = build_model(cfg, pretrained=checkpoint is None)
         if checkpoint is not None:
             load_state(self.model, state_dict_of(checkpoint, source), source)
@@ -116,16 +133,30 @@ class _Training:
             self.random = checkpoint["random"]
             self.saved = (self.start - 1, source)
 
-    def run(self, stop: GracefulStop) -> dict[str, Any]:
+    def open_folder(self, log: RunLog, stack: contextlib.ExitStack) -> None:
+        """Begin to write, on rank 0: everything is checked."""
+        folder = self.checkpointer.directory
+        stack.enter_context(locked(folder))
+        if not self.resume:
+            self._refuse_to_lose_checkpoints()  # once more: another process may have ended since
+        log.open_file()
+        if self.overwrite:
+            deleted = [*self.checkpointer.delete_all(), *delete_metrics(folder)]
+            if deleted:
+                logger.warning("--overwrite: deleted the earlier run in %s: %s", folder, ", ".join(deleted))
+        if self.meta["config"]:
+            write_bytes(folder / "config.yaml", self.meta["config"].encode())
+
+    def run(self, log: RunLog, stop: GracefulStop) -> dict[str, Any]:
         cfg = self.cfg.train
         self.stop = stop
-        self.batches = self._batches() if self.start < cfg.max_iter else iter(())
+        self.batches = self._batches(self.start) if self.start < cfg.max_iter else iter(())
         if self.random is not None:
             restore_random(self.random, self.fabric, self.seed + self.start)
         self.step.model.train()
-        writer = MetricsWriter(self.log.output_dir, self.start) if self.fabric.is_global_zero else None
+        writer = MetricsWriter(self.checkpointer.directory, self.start) if self.fabric.is_global_zero else None
         batch_size = self.cfg.dataloader.train.total_batch_size
-        progress = TrainingProgress(cfg.max_iter, self.start, batch_size, cfg.log_period, self.log.console)
+        progress = TrainingProgress(cfg.max_iter, self.start, batch_size, cfg.log_period, log.console)
         try:
             for iteration in range(self.start, cfg.max_iter):
                 self._iterate(iteration, progress, writer)
@@ -139,9 +170,7 @@ class _Training:
     def _iterate(self, iteration: int, progress: TrainingProgress, writer: MetricsWriter | None) -> None:
         cfg = self.cfg.train
         begin = time.perf_counter()
-        batch = next(self.batches, None)
-        if batch is None:
-            raise RuntimeError(f"dataloader.train ended before iteration {iteration}: the loader must be endless")
+        batch = self._next_batch(iteration)
         data_seconds = time.perf_counter() - begin
         lr = self._set_lr(iteration)
         losses, stop = self._train_on(batch, iteration)
@@ -159,6 +188,20 @@ class _Training:
             self._interrupt()
         if not last and _every(cfg.eval_period, iteration):
             self._evaluate(iteration, writer)
+
+    def _next_batch(self, iteration: int) -> list[dict]:
+        try:
+            batch = next(self.batches, None)
+        except LoaderWorkerError as error:
+            self.stop.failure = str(error)
+        else:
+            if batch is None:
+                raise RuntimeError(f"dataloader.train ended before iteration {iteration}: the loader must be endless")
+            return batch
+        # The other ranks are in this step already, and all stop after it: DDP needs this rank's share.
+        logger.warning("%s. Finishing this step without workers, then saving", self.stop.failure)
+        with isolated_random():
+            return next(self._batches(iteration, num_workers=0))
 
     def _train_on(self, batch: list[dict], iteration: int) -> tuple[dict[str, float], bool]:
         try:
@@ -185,7 +228,7 @@ class _Training:
         logger.info("evaluating after %d iterations", iteration + 1)
         try:
             with isolated_random():
-                metrics = self.evaluation.run(self.model, lambda: self.stop.requested)
+                metrics = self.evaluation.run(self.model, self.stop)
         except EvaluationInterruptedError:
             logger.warning("evaluation after %d iterations given up", iteration + 1)
             if self.saved is None or self.saved[0] != iteration:
@@ -211,24 +254,46 @@ class _Training:
     def _interrupt(self) -> NoReturn:
         self.fabric.barrier()  # a rank that exits while rank 0 is still writing would have it killed
         iteration, path = self.saved
-        logger.warning(
-            "stopped after %d of %d iterations, saved in %s. To go on, run the same command with --resume",
-            iteration + 1,
-            self.cfg.train.max_iter,
-            path,
-        )
+        how = "run the same command again" if self.resume else "run the same command with --resume"
+        done = f"{iteration + 1} of {self.cfg.train.max_iter} iterations"
+        text = f"stopped after {done}, saved in {path}. To go on, {how}"
+        if self.stop.failure is not None:
+            raise LoaderWorkerError(f"{self.stop.failure}. The training {text}")
+        logger.warning("%s", text)
         raise TrainingInterrupted(self.stop.signum or signal.SIGTERM, path)
 
-    def _find_checkpoint(self, resume: bool) -> Path | None:
+    def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
+        """What to resume from, its path and content; None for both to start from the beginning."""
+        if not self.resume:
+            _on_rank_0(self.fabric, self._refuse_to_lose_checkpoints)
+            return None, None
         # rank 0 decides for all: on another rank the folder may not show its last save yet
-        latest = self.fabric.broadcast(self.checkpointer.latest() if self.fabric.is_global_zero else None)
-        if resume and latest is None:
-            logger.info("nothing to resume in %s: starting from the beginning", self.checkpointer.directory)
-        elif resume:
-            logger.info("resuming from %s", latest)
+        content = None
+
+        def find() -> Path | None:
+            nonlocal content
+            found, content = self.checkpointer.newest() or (None, None)
+            return found
+
+        path = _on_rank_0(self.fabric, find)
+        if path is None:
+            level = logging.INFO if self.resume == "auto" else logging.WARNING
+            folder = self.checkpointer.directory
+            logger.log(level, "nothing to resume: no checkpoint in %s. Starting from the beginning", folder)
+            return None, None
+        logger.info("resuming from %s", path)
+        return path, content if content is not None else self.checkpointer.load(path)
+
+    def _refuse_to_lose_checkpoints(self) -> None:
+        latest, start = self.checkpointer.latest(), self.cfg.train.init_checkpoint
+        if self.overwrite:
+            if start and any(Path(start).expanduser().resolve() == path.resolve() for path in self.checkpointer.all()):
+                raise ValueError(f"--overwrite would delete train.init_checkpoint={start}: move it to another folder")
         elif latest is not None:
-            logger.warning("%s is of an earlier run, whose checkpoints will be replaced; --resume goes on", latest)
-        return latest if resume else None
+            raise FileExistsError(
+                f"{self.checkpointer.directory} holds an earlier run ({latest.name}): --resume goes on with it, "
+                "--overwrite deletes its checkpoints and metrics, another train.output_dir keeps it"
+            )
 
     def _build_evaluation(self) -> Evaluation | None:
         """Built before training, so that a mistake in the test data shows at once."""
@@ -244,21 +309,33 @@ class _Training:
             )
         return evaluation
 
-    def _save_config(self) -> str:
+    def _config_text(self) -> str:
         try:
-            text = to_yaml(self.cfg)
+            return to_yaml(self.cfg)
         except ValueError as error:
             logger.warning("config.yaml is not written: %s", error)
             return ""
-        if self.fabric.is_global_zero:
-            write_atomically(self.log.output_dir / "config.yaml", lambda file: file.write(text.encode()))
-        return text
 
-    def _batches(self) -> Iterator[list[dict]]:
-        loader = instantiate(self.cfg.dataloader.train, dataset=self.dataset, start_batch=self.start)
+    def _batches(self, start: int, **options: Any) -> Iterator[list[dict]]:
+        loader = instantiate(self.cfg.dataloader.train, dataset=self.dataset, start_batch=start, **options)
         # Fetched before random states are restored: loaders may draw numbers when they start.
-        batches = iter(loader)
+        batches = self.stop.batches(loader)
         return itertools.chain([next(batches)], batches)
+
+
+def _on_rank_0(fabric: Fabric, action: Callable[[], Any]) -> Any:
+    """The result of ``action`` on rank 0, for all ranks; an error there is raised on all, so that none waits."""
+    result: Any = None
+    if fabric.is_global_zero:
+        try:
+            result = action()
+        except Exception as error:
+            result = error
+    if fabric.world_size > 1:
+        result = fabric.broadcast(result)
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _every(period: int | None, iteration: int) -> bool:

@@ -1,0 +1,57 @@
+"""One training at a time in an output folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+
+
+class FolderInUseError(RuntimeError):
+    """Another process trains in the output folder."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``<folder>/.lock``; the kernel releases it when this process ends, in whatever way.
+
+    ``lockf``, not ``flock``: forked loader workers would hold on to the latter for seconds after a kill. Where the
+    file system has no locks, the block runs without.
+
+    Raises:
+        FolderInUseError: another process holds it; names its number and machine.
+        OSError: the folder cannot be made or written.
+    """
+    if fcntl is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise FolderInUseError(
+                    f"another training is running in {folder} ({file.read().strip() or 'process unknown'}): "
+                    "wait for its end, or give this one another train.output_dir"
+                ) from None
+            logger.warning("%s cannot be locked (%s): start no second training in it", folder, error.strerror)
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
