@@ -12,6 +12,11 @@ if __name__ != "mimdet.kernels":
     )
 
 from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the lazy names below, for static tools
+    from .registry import table
+    from .selector import KernelUnavailableError, use
 
 # Public name -> module. An operation and its folder share a name, so the folders' own __init__ stay empty and
 # callers import from mimdet.kernels.<op>.api when they want one operation alone.
@@ -31,7 +36,7 @@ OPS = (
     "scatter_fill",
 )
 
-__all__ = ["OPS", *_EXPORTS]
+__all__ = ["OPS", "KernelUnavailableError", "table", "use"]
 
 
 def __getattr__(name: str):
