@@ -107,6 +107,8 @@ def test_a_full_disk_is_said_once_for_the_log_and_named_for_the_metrics(tmp_path
     writer = MetricsWriter(tmp_path, start_iteration=0)
     with pytest.raises(OSError, match=r"No space left on device, .* free: '.*metrics\.jsonl'"):
         writer.write(0, {"x": 1.0})
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        writer.close()
 
 
 def test_other_ranks_print_warnings_only(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from logging.handlers import MemoryHandler
@@ -123,6 +124,10 @@ class _LogFile(logging.FileHandler):
         if not self._said:
             self._said = True
             logging.getLogger(__name__).warning("cannot write %s: %s", self.baseFilename, sys.exc_info()[1])
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # said before
+            super().close()
 
 
 class _ConsoleHandler(logging.Handler):

@@ -56,7 +56,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Finish the files."""
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
         self._board.close()
 
 

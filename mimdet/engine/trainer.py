@@ -257,7 +257,7 @@ class _Training:
         how = "run the same command again" if self.resume else "run the same command with --resume"
         done = f"{iteration + 1} of {self.cfg.train.max_iter} iterations"
         text = f"stopped after {done}, saved in {path}. To go on, {how}"
-        if self.stop.failure is not None:
+        if self.stop.failure is not None and self.stop.signum is None:
             raise LoaderWorkerError(f"{self.stop.failure}. The training {text}")
         logger.warning("%s", text)
         raise TrainingInterrupted(self.stop.signum or signal.SIGTERM, path)
