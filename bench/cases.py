@@ -305,7 +305,7 @@ def _scatter_fill(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         return {
             "kept": _normal((batch, kept, channels), device, 0, DTYPES[dtype]),
             "fill": _normal((batch, length - kept, channels), device, 1, DTYPES[dtype]),
-            "restore": _sample(batch, length, device)[2],
+            "ids_restore": _sample(batch, length, device)[2],
             "pos": _normal(shape[1:], device, 2),
         }
 
@@ -314,7 +314,7 @@ def _scatter_fill(name: str, shape: tuple[int, ...], dtype: str) -> Case:
 
     def original(t: Tensors) -> Outputs:
         rows = torch.cat([t["kept"], t["fill"]], dim=1)
-        return (torch.gather(rows, 1, _repeated(t["restore"], channels)) + t["pos"],)
+        return (torch.gather(rows, 1, _repeated(t["ids_restore"], channels)) + t["pos"],)
 
     total = batch * length
     moved = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..kernels.registry import table as kernel_table
+from ..kernels import table as kernel_table
 from . import environment, report
 from .cases import DTYPES, OPS, Case, Outputs, Tensors, case, cases
 from .equality import differentiate, why_wrong

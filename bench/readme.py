@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import write_bytes
-from ..kernels.selector import WORDS
+from ..kernels.dispatch import WORDS
 from . import configs
 from .backbone import COMPARED, OVER
 from .measure import paired_ratio
@@ -18,7 +18,7 @@ from .roofline import STEP, by_component
 _PLACE = re.compile(r"(<!-- results: (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 # <!-- configs: configs --> table <!-- end of configs -->
 _CONFIGS = re.compile(r"(<!-- configs: (\S+) -->\n).*?(<!-- end of configs -->)", re.DOTALL)
-_OURS = ("triton", "cuda", "cpp")
+_OURS = ("triton", "cuda", "cpp", "aten_cpu")
 
 
 def fill(text: str, root: Path) -> str:

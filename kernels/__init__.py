@@ -1,7 +1,6 @@
-"""Fused operations of the backbone, imported as ``mimdet.kernels``.
+"""Fused operations of the backbone: ``from mimdet.kernels import add_layer_norm``.
 
-Every operation has the same face: ``impl="auto" | "triton" | "cuda" | "cpp" | "eager"``, see ``selector``.
-attention_varlen takes more words than these, see there.
+Every operation takes ``impl="auto" | "triton" | "cuda" | "cpp" | "eager"``, see ``dispatch`` and docs/kernels.md.
 """
 
 if __name__ != "mimdet.kernels":
@@ -11,15 +10,10 @@ if __name__ != "mimdet.kernels":
         "to reach another package called 'kernels'"
     )
 
+import sys as _sys
 from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
 
-# Public name -> module. An operation and its folder share a name, so the folders' own __init__ stay empty and
-# callers import from mimdet.kernels.<op>.api when they want one operation alone.
-_EXPORTS = {
-    "KernelUnavailableError": "selector",
-    "table": "registry",
-    "use": "selector",
-}
 OPS = (
     "add_layer_norm",
     "attention_varlen",
@@ -30,15 +24,36 @@ OPS = (
     "sample_tokens",
     "scatter_fill",
 )
+# Public name -> module.
+_EXPORTS = {op: f"{op}.api" for op in OPS} | {
+    "KernelUnavailableError": "dispatch",
+    "attention_varlen_packed": "attention_varlen.api",
+    "sample_packed_tokens": "sample_tokens.api",
+    "table": "dispatch",
+    "use": "dispatch",
+    "valid_tokens": "sample_tokens.api",
+}
 
 __all__ = ["OPS", *_EXPORTS]
+
+
+class _Package(_ModuleType):
+    """An operation and its folder share a name. Importing the folder does not take the name from the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in OPS and isinstance(value, _ModuleType)):
+            super().__setattr__(name, value)
+
+
+_sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str):
     """Import the public names when they are first asked for: this package needs no torch until it is used."""
     if name not in _EXPORTS:
         raise AttributeError(f"module 'mimdet.kernels' has no attribute {name!r}")
-    return getattr(_import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value = getattr(_import_module(f".{_EXPORTS[name]}", __name__), name)
+    return value
 
 
 def __dir__() -> list[str]:
