@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.add_layer_norm.api import add_layer_norm
-from ..kernels.attention_varlen.api import attention_varlen_packed
-from ..kernels.bias_gelu.api import bias_gelu
-from ..kernels.gather_add_pos.api import gather_add_pos
-from ..kernels.group_norm_gelu.api import group_norm_gelu
-from ..kernels.layer_norm_gelu.api import layer_norm_gelu
-from ..kernels.sample_tokens.api import sample_tokens
-from ..kernels.scatter_fill.api import scatter_fill
+from ..kernels import (
+    add_layer_norm,
+    attention_varlen_packed,
+    bias_gelu,
+    gather_add_pos,
+    group_norm_gelu,
+    layer_norm_gelu,
+    sample_tokens,
+    scatter_fill,
+)
 from .session import DTYPES
 
 Tensors = dict[str, torch.Tensor]

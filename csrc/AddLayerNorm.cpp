@@ -13,45 +13,45 @@ using Maybe = std::optional<Tensor>;
 void* rows(const Maybe& t) { return t ? mimdet::rows(*t) : nullptr; }
 float* floats(const Maybe& t) { return t ? mimdet::floats(*t) : nullptr; }
 
-void fwd(const Tensor& r, const Maybe& branch, const Maybe& scale, const Tensor& weight, const Tensor& bias,
-         const Tensor& r_new, const Tensor& y, const Tensor& mean, const Tensor& rstd, double eps) {
-  const int64_t count = r.size(0) * r.size(1), N = r.size(1), C = r.size(2);
+void fwd(const Tensor& residual, const Maybe& x, const Maybe& scale, const Tensor& weight, const Tensor& bias,
+         double eps, const Tensor& residual_out, const Tensor& y, const Tensor& mean, const Tensor& rstd) {
+  const int64_t count = residual.size(0) * residual.size(1), N = residual.size(1), C = residual.size(2);
   const auto kernel = MIMDET_PICK_ISA(add_layer_norm_fwd);
-  const void* pr = mimdet::rows(r);
-  const void* pb = rows(branch);
+  const void* pr = mimdet::rows(residual);
+  const void* pb = rows(x);
   const float* ps = floats(scale);
   const float* pw = mimdet::floats(weight);
   const float* pbias = mimdet::floats(bias);
-  void* pn = mimdet::rows(r_new);
+  void* pn = mimdet::rows(residual_out);
   void* py = mimdet::rows(y);
   float* pm = mimdet::floats(mean);
   float* pd = mimdet::floats(rstd);
-  const bool bf16_r = is_bfloat16(r), bf16_branch = branch && is_bfloat16(*branch), bf16_y = is_bfloat16(y);
+  const bool bf16_r = is_bfloat16(residual), bf16_x = x && is_bfloat16(*x), bf16_y = is_bfloat16(y);
   torch::stable::parallel_for(0, count, kGrain / C + 1, [&](int64_t first, int64_t last) {
-    kernel(pr, pb, ps, pw, pbias, pn, py, pm, pd, first, last, N, C, static_cast<float>(eps), bf16_r, bf16_branch,
+    kernel(pr, pb, ps, pw, pbias, pn, py, pm, pd, first, last, N, C, static_cast<float>(eps), bf16_r, bf16_x,
            bf16_y);
   });
 }
 
-void bwd(const Maybe& grad_r_new, const Tensor& grad_y, const Tensor& r_new, const Tensor& mean, const Tensor& rstd,
-         const Maybe& scale, const Tensor& weight, const Tensor& grad_r, const Maybe& grad_branch,
-         const Tensor& partial_w, const Tensor& partial_b, int64_t step) {
-  const int64_t count = r_new.size(0) * r_new.size(1), N = r_new.size(1), C = r_new.size(2);
+void bwd(const Maybe& dresidual_out, const Tensor& dy, const Tensor& residual_out, const Tensor& mean,
+         const Tensor& rstd, const Maybe& scale, const Tensor& weight, int64_t step, const Tensor& dresidual,
+         const Maybe& dx, const Tensor& dw_partial, const Tensor& db_partial) {
+  const int64_t count = residual_out.size(0) * residual_out.size(1), N = residual_out.size(1), C = residual_out.size(2);
   const auto kernel = MIMDET_PICK_ISA(add_layer_norm_bwd);
-  const void* pg = rows(grad_r_new);
-  const void* py = mimdet::rows(grad_y);
-  const void* pr = mimdet::rows(r_new);
+  const void* pg = rows(dresidual_out);
+  const void* py = mimdet::rows(dy);
+  const void* pr = mimdet::rows(residual_out);
   const float* pm = mimdet::floats(mean);
   const float* pd = mimdet::floats(rstd);
   const float* ps = floats(scale);
   const float* pw = mimdet::floats(weight);
-  void* to_r = mimdet::rows(grad_r);
-  void* to_branch = rows(grad_branch);
-  float* to_w = mimdet::floats(partial_w);
-  float* to_b = mimdet::floats(partial_b);
-  const bool bf16_r = is_bfloat16(r_new), bf16_y = is_bfloat16(grad_y);
-  const bool bf16_branch = grad_branch && is_bfloat16(*grad_branch);
-  torch::stable::parallel_for(0, partial_w.size(0), kGrain / (step * C) + 1, [&](int64_t first, int64_t last) {
+  void* to_r = mimdet::rows(dresidual);
+  void* to_branch = rows(dx);
+  float* to_w = mimdet::floats(dw_partial);
+  float* to_b = mimdet::floats(db_partial);
+  const bool bf16_r = is_bfloat16(residual_out), bf16_y = is_bfloat16(dy);
+  const bool bf16_branch = dx && is_bfloat16(*dx);
+  torch::stable::parallel_for(0, dw_partial.size(0), kGrain / (step * C) + 1, [&](int64_t first, int64_t last) {
     kernel(pg, py, pr, pm, pd, ps, pw, to_r, to_branch, to_w, to_b, first, last, step, count, N, C, bf16_r,
            bf16_branch, bf16_y);
   });
@@ -62,12 +62,12 @@ void bwd(const Maybe& grad_r_new, const Tensor& grad_y, const Tensor& r_new, con
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mimdet_cpu, m) {
   m.def(
-      "add_layer_norm_fwd(Tensor r, Tensor? branch, Tensor? scale, Tensor weight, Tensor bias, Tensor(a!) r_new, "
-      "Tensor(b!) y, Tensor(c!) mean, Tensor(d!) rstd, float eps) -> ()");
+      "add_layer_norm_fwd(Tensor residual, Tensor? x, Tensor? scale, Tensor weight, Tensor bias, float eps, "
+      "Tensor(a!) residual_out, Tensor(b!) y, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
   m.def(
-      "add_layer_norm_bwd(Tensor? grad_r_new, Tensor grad_y, Tensor r_new, Tensor mean, Tensor rstd, Tensor? scale, "
-      "Tensor weight, Tensor(a!) grad_r, Tensor(b!)? grad_branch, Tensor(c!) partial_w, Tensor(d!) partial_b, "
-      "int step) -> ()");
+      "add_layer_norm_bwd(Tensor? dresidual_out, Tensor dy, Tensor residual_out, Tensor mean, Tensor rstd, "
+      "Tensor? scale, Tensor weight, int step, Tensor(a!) dresidual, Tensor(b!)? dx, Tensor(c!) dw_partial, "
+      "Tensor(d!) db_partial) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mimdet_cpu, CPU, m) {

@@ -10,23 +10,24 @@ constexpr int kItems = 8 / V;
 constexpr int64_t kWidest = 8192;
 
 struct Forward {
-  const void *r, *branch;
+  const void *residual, *x;
   const float *scale, *weight, *bias;
-  void *r_new, *y;
+  void *residual_out, *y;
   float *mean, *rstd;
   int64_t N, C;
   float eps;
 };
 
 struct Backward {
-  const void *grad_r_new, *grad_y, *r_new;
+  const void *dresidual_out, *dy, *residual_out;
   const float *mean, *rstd, *scale, *weight;
-  void *grad_r, *grad_branch;
-  float *partial_w, *partial_b;
+  void *dresidual, *dx;
+  float *dw_partial, *db_partial;
   int64_t rows, N, C, step;
 };
 
-// r, branch, r_new, y (rows, C); scale (rows / N,); weight, bias (C,); mean, rstd (rows,). A block takes one row.
+// residual, x, residual_out, y (rows, C); scale (rows / N,); weight, bias (C,); mean, rstd (rows,). A block takes one
+// row.
 template <class R, class B, class Y, int V>
 __global__ void __launch_bounds__(1024) fwd(const Forward p) {
   const int64_t row = blockIdx.x, at = row * p.C;
@@ -37,29 +38,29 @@ __global__ void __launch_bounds__(1024) fwd(const Forward p) {
   for (int k = 0; k < kItems<V>; ++k) {
     const int64_t c = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * V;
     if (c >= p.C) break;
-    load<V>(static_cast<const R*>(p.r) + at + c, x[k]);
-    if (p.branch) {
+    load<V>(static_cast<const R*>(p.residual) + at + c, x[k]);
+    if (p.x) {
       float added[V];
-      load<V>(static_cast<const B*>(p.branch) + at + c, added);
+      load<V>(static_cast<const B*>(p.x) + at + c, added);
 #pragma unroll
       // Backward knows only the rounded sum, so the statistics are those of the rounded sum.
       for (int i = 0; i < V; ++i) x[k][i] = to_float(from_float<R>(x[k][i] + s * added[i]));
-      store<V>(static_cast<R*>(p.r_new) + at + c, x[k]);
+      store<V>(static_cast<R*>(p.residual_out) + at + c, x[k]);
     }
 #pragma unroll
     for (int i = 0; i < V; ++i) total += x[k][i];
   }
-  const float mu = block_sum(total) / p.C;
+  const float row_mean = block_sum(total) / p.C;
 #pragma unroll
   for (int k = 0; k < kItems<V>; ++k) {
     if ((static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * V >= p.C) break;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      x[k][i] -= mu;
+      x[k][i] -= row_mean;
       square += x[k][i] * x[k][i];
     }
   }
-  const float inverse = 1.0f / sqrtf(block_sum(square) / p.C + p.eps);
+  const float row_rstd = 1.0f / sqrtf(block_sum(square) / p.C + p.eps);
 #pragma unroll
   for (int k = 0; k < kItems<V>; ++k) {
     const int64_t c = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * V;
@@ -68,42 +69,42 @@ __global__ void __launch_bounds__(1024) fwd(const Forward p) {
     load<V>(p.weight + c, w);
     load<V>(p.bias + c, b);
 #pragma unroll
-    for (int i = 0; i < V; ++i) w[i] = x[k][i] * inverse * w[i] + b[i];
+    for (int i = 0; i < V; ++i) w[i] = x[k][i] * row_rstd * w[i] + b[i];
     store<V>(static_cast<Y*>(p.y) + at + c, w);
   }
   if (threadIdx.x == 0) {
-    p.mean[row] = mu;
-    p.rstd[row] = inverse;
+    p.mean[row] = row_mean;
+    p.rstd[row] = row_rstd;
   }
 }
 
-// grad_*, r_new (rows, C); mean, rstd (rows,); weight (C,); partial_* (gridDim.x, C). A block takes `step` rows.
+// d*, residual_out (rows, C); mean, rstd (rows,); weight (C,); *_partial (gridDim.x, C). A block takes `step` rows.
 template <class R, class B, class Y, int V>
 __global__ void __launch_bounds__(1024) bwd(const Backward p) {
-  float total_w[kItems<V>][V] = {}, total_b[kItems<V>][V] = {};
+  float dw[kItems<V>][V] = {}, db[kItems<V>][V] = {};
   const int64_t first = blockIdx.x * p.step;
   const int64_t last = first + p.step < p.rows ? first + p.step : p.rows;
   for (int64_t row = first; row < last; ++row) {
     const int64_t at = row * p.C;
-    const float mu = p.mean[row], inverse = p.rstd[row];
-    float hat[kItems<V>][V], g[kItems<V>][V];
+    const float row_mean = p.mean[row], row_rstd = p.rstd[row];
+    float x_hat[kItems<V>][V], g[kItems<V>][V];
     float sum = 0.0f, dot = 0.0f;
 #pragma unroll
     for (int k = 0; k < kItems<V>; ++k) {
       const int64_t c = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * V;
       if (c >= p.C) break;
       float w[V];
-      load<V>(static_cast<const R*>(p.r_new) + at + c, hat[k]);
-      load<V>(static_cast<const Y*>(p.grad_y) + at + c, g[k]);
+      load<V>(static_cast<const R*>(p.residual_out) + at + c, x_hat[k]);
+      load<V>(static_cast<const Y*>(p.dy) + at + c, g[k]);
       load<V>(p.weight + c, w);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        hat[k][i] = (hat[k][i] - mu) * inverse;
-        total_w[k][i] += g[k][i] * hat[k][i];
-        total_b[k][i] += g[k][i];
+        x_hat[k][i] = (x_hat[k][i] - row_mean) * row_rstd;
+        dw[k][i] += g[k][i] * x_hat[k][i];
+        db[k][i] += g[k][i];
         g[k][i] *= w[i];
         sum += g[k][i];
-        dot += g[k][i] * hat[k][i];
+        dot += g[k][i] * x_hat[k][i];
       }
     }
     sum = block_sum(sum) / p.C;
@@ -114,14 +115,14 @@ __global__ void __launch_bounds__(1024) bwd(const Backward p) {
       const int64_t c = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * V;
       if (c >= p.C) break;
       float passed[V] = {};
-      if (p.grad_r_new) load<V>(static_cast<const R*>(p.grad_r_new) + at + c, passed);
+      if (p.dresidual_out) load<V>(static_cast<const R*>(p.dresidual_out) + at + c, passed);
 #pragma unroll
-      for (int i = 0; i < V; ++i) passed[i] += inverse * (g[k][i] - sum - hat[k][i] * dot);
-      store<V>(static_cast<R*>(p.grad_r) + at + c, passed);
-      if (p.grad_branch) {
+      for (int i = 0; i < V; ++i) passed[i] += row_rstd * (g[k][i] - sum - x_hat[k][i] * dot);
+      store<V>(static_cast<R*>(p.dresidual) + at + c, passed);
+      if (p.dx) {
 #pragma unroll
         for (int i = 0; i < V; ++i) passed[i] *= s;
-        store<V>(static_cast<B*>(p.grad_branch) + at + c, passed);
+        store<V>(static_cast<B*>(p.dx) + at + c, passed);
       }
     }
   }
@@ -129,8 +130,8 @@ __global__ void __launch_bounds__(1024) bwd(const Backward p) {
   for (int k = 0; k < kItems<V>; ++k) {
     const int64_t c = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * V;
     if (c >= p.C) break;
-    store<V>(p.partial_w + blockIdx.x * p.C + c, total_w[k]);
-    store<V>(p.partial_b + blockIdx.x * p.C + c, total_b[k]);
+    store<V>(p.dw_partial + blockIdx.x * p.C + c, dw[k]);
+    store<V>(p.db_partial + blockIdx.x * p.C + c, db[k]);
   }
 }
 
@@ -187,30 +188,30 @@ int dispatch(const P& p, int64_t rows, bool wide, int64_t r, int64_t branch, int
 }  // namespace
 }  // namespace mimdet
 
-// dtypes are codes of Dtype. branch and scale may be null.
-MIMDET_CUDA_API int mimdet_add_layer_norm_fwd(const void* r, const void* branch, const float* scale,
-                                              const float* weight, const float* bias, void* r_new, void* y,
-                                              float* mean, float* rstd, int64_t rows, int64_t N, int64_t C, float eps,
-                                              int64_t r_dtype, int64_t branch_dtype, int64_t y_dtype,
+// dtypes are codes of Dtype. x and scale may be null.
+MIMDET_CUDA_API int mimdet_add_layer_norm_fwd(const void* residual, const void* x, const float* scale,
+                                              const float* weight, const float* bias, float eps, void* residual_out,
+                                              void* y, float* mean, float* rstd, int64_t rows, int64_t N, int64_t C,
+                                              int64_t residual_dtype, int64_t x_dtype, int64_t y_dtype,
                                               cudaStream_t stream) {
   using namespace mimdet;
-  const Forward p{r, branch, scale, weight, bias, r_new, y, mean, rstd, N, C, eps};
-  const bool wide = C % 4 == 0 && aligned(r) && aligned(branch) && aligned(weight) && aligned(bias) &&
-                    aligned(r_new) && aligned(y);
-  return dispatch(p, rows, wide, r_dtype, branch_dtype, y_dtype, stream);
+  const Forward p{residual, x, scale, weight, bias, residual_out, y, mean, rstd, N, C, eps};
+  const bool wide = C % 4 == 0 && aligned(residual) && aligned(x) && aligned(weight) && aligned(bias) &&
+                    aligned(residual_out) && aligned(y);
+  return dispatch(p, rows, wide, residual_dtype, x_dtype, y_dtype, stream);
 }
 
-// grad_r_new, scale and grad_branch may be null.
-MIMDET_CUDA_API int mimdet_add_layer_norm_bwd(const void* grad_r_new, const void* grad_y, const void* r_new,
+// dresidual_out, scale and dx may be null.
+MIMDET_CUDA_API int mimdet_add_layer_norm_bwd(const void* dresidual_out, const void* dy, const void* residual_out,
                                               const float* mean, const float* rstd, const float* scale,
-                                              const float* weight, void* grad_r, void* grad_branch, float* partial_w,
-                                              float* partial_b, int64_t rows, int64_t N, int64_t C, int64_t step,
-                                              int64_t r_dtype, int64_t branch_dtype, int64_t y_dtype,
+                                              const float* weight, int64_t step, void* dresidual, void* dx,
+                                              float* dw_partial, float* db_partial, int64_t rows, int64_t N, int64_t C,
+                                              int64_t residual_dtype, int64_t x_dtype, int64_t y_dtype,
                                               cudaStream_t stream) {
   using namespace mimdet;
-  const Backward p{grad_r_new, grad_y, r_new, mean, rstd, scale, weight, grad_r, grad_branch, partial_w, partial_b,
+  const Backward p{dresidual_out, dy, residual_out, mean, rstd, scale, weight, dresidual, dx, dw_partial, db_partial,
                    rows, N, C, step};
-  const bool wide = C % 4 == 0 && aligned(grad_r_new) && aligned(grad_y) && aligned(r_new) && aligned(weight) &&
-                    aligned(grad_r) && aligned(grad_branch) && aligned(partial_w) && aligned(partial_b);
-  return dispatch(p, rows, wide, r_dtype, branch_dtype, y_dtype, stream);
+  const bool wide = C % 4 == 0 && aligned(dresidual_out) && aligned(dy) && aligned(residual_out) && aligned(weight) &&
+                    aligned(dresidual) && aligned(dx) && aligned(dw_partial) && aligned(db_partial);
+  return dispatch(p, rows, wide, residual_dtype, x_dtype, y_dtype, stream);
 }

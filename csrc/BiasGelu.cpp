@@ -18,17 +18,17 @@ void fwd(const Tensor& x, const Tensor& bias, const Tensor& y) {
   });
 }
 
-void bwd(const Tensor& grad_y, const Tensor& x, const Tensor& bias, const Tensor& grad_x, const Tensor& partial,
-         int64_t step) {
+void bwd(const Tensor& dy, const Tensor& x, const Tensor& bias, int64_t step, const Tensor& dx,
+         const Tensor& db_partial) {
   const int64_t count = x.size(0), C = x.size(1);
   const auto kernel = MIMDET_PICK_ISA(bias_gelu_bwd);
-  const void* pg = rows(grad_y);
+  const void* pg = rows(dy);
   const void* px = rows(x);
   const float* pb = floats(bias);
-  void* pgx = rows(grad_x);
-  float* pp = floats(partial);
+  void* pgx = rows(dx);
+  float* pp = floats(db_partial);
   const bool bf16_x = is_bfloat16(x);
-  torch::stable::parallel_for(0, partial.size(0), kGrain / (step * C) + 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, db_partial.size(0), kGrain / (step * C) + 1, [&](int64_t first, int64_t last) {
     kernel(pg, px, pb, pgx, pp, first, last, step, count, C, bf16_x);
   });
 }
@@ -38,8 +38,7 @@ void bwd(const Tensor& grad_y, const Tensor& x, const Tensor& bias, const Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mimdet_cpu, m) {
   m.def("bias_gelu_fwd(Tensor x, Tensor bias, Tensor(a!) y) -> ()");
-  m.def(
-      "bias_gelu_bwd(Tensor grad_y, Tensor x, Tensor bias, Tensor(a!) grad_x, Tensor(b!) partial, int step) -> ()");
+  m.def("bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias, int step, Tensor(a!) dx, Tensor(b!) db_partial) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mimdet_cpu, CPU, m) {

@@ -24,11 +24,11 @@ __global__ void __launch_bounds__(kThreads)
   store<V>(y + at, h);
 }
 
-// grad_y, x, grad_x (rows, C); bias (C,); partial (gridDim.x, C). A block takes `step` rows of kThreads * V columns.
+// dy, x, dx (rows, C); bias (C,); db_partial (gridDim.x, C). A block takes `step` rows of kThreads * V columns.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
-    bwd(const T* __restrict__ grad_y, const T* __restrict__ x, const float* __restrict__ bias, T* __restrict__ grad_x,
-        float* __restrict__ partial, int64_t rows, int64_t C, int64_t step) {
+    bwd(const T* __restrict__ dy, const T* __restrict__ x, const float* __restrict__ bias, T* __restrict__ dx,
+        float* __restrict__ db_partial, int64_t rows, int64_t C, int64_t step) {
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * V;
   if (column >= C) return;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * step;
@@ -38,16 +38,16 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t row = first; row < last; ++row) {
     float h[V], g[V];
     load<V>(x + row * C + column, h);
-    load<V>(grad_y + row * C + column, g);
+    load<V>(dy + row * C + column, g);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       h[i] += b[i];
       g[i] *= gelu_derivative(h[i]);
       total[i] += g[i];
     }
-    store<V>(grad_x + row * C + column, g);
+    store<V>(dx + row * C + column, g);
   }
-  store<V>(partial + blockIdx.x * C + column, total);
+  store<V>(db_partial + blockIdx.x * C + column, total);
 }
 
 template <class T, int V>
@@ -59,12 +59,12 @@ int run_fwd(const void* x, const float* bias, void* y, int64_t rows, int64_t C, 
 }
 
 template <class T, int V>
-int run_bwd(const void* grad_y, const void* x, const float* bias, void* grad_x, float* partial, int64_t rows,
+int run_bwd(const void* dy, const void* x, const float* bias, void* dx, float* db_partial, int64_t rows,
             int64_t C, int64_t step, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((rows + step - 1) / step),
                   static_cast<unsigned>((C + kThreads * V - 1) / (kThreads * V)));
-  bwd<T, V><<<grid, kThreads, 0, stream>>>(static_cast<const T*>(grad_y), static_cast<const T*>(x), bias,
-                                           static_cast<T*>(grad_x), partial, rows, C, step);
+  bwd<T, V><<<grid, kThreads, 0, stream>>>(static_cast<const T*>(dy), static_cast<const T*>(x), bias,
+                                           static_cast<T*>(dx), db_partial, rows, C, step);
   return cudaGetLastError();
 }
 
@@ -86,20 +86,20 @@ MIMDET_CUDA_API int mimdet_bias_gelu_fwd(const void* x, const float* bias, void*
   return cudaErrorInvalidValue;
 }
 
-MIMDET_CUDA_API int mimdet_bias_gelu_bwd(const void* grad_y, const void* x, const float* bias, void* grad_x,
-                                         float* partial, int64_t rows, int64_t C, int64_t step, int64_t dtype,
+MIMDET_CUDA_API int mimdet_bias_gelu_bwd(const void* dy, const void* x, const float* bias, int64_t step, void* dx,
+                                         float* db_partial, int64_t rows, int64_t C, int64_t dtype,
                                          cudaStream_t stream) {
   using namespace mimdet;
   const bool wide =
-      C % 4 == 0 && aligned(grad_y) && aligned(x) && aligned(bias) && aligned(grad_x) && aligned(partial);
+      C % 4 == 0 && aligned(dy) && aligned(x) && aligned(bias) && aligned(dx) && aligned(db_partial);
   switch (dtype) {
     case kFloat:
-      return (wide ? run_bwd<float, 4> : run_bwd<float, 1>)(grad_y, x, bias, grad_x, partial, rows, C, step, stream);
+      return (wide ? run_bwd<float, 4> : run_bwd<float, 1>)(dy, x, bias, dx, db_partial, rows, C, step, stream);
     case kBfloat16:
-      return (wide ? run_bwd<__nv_bfloat16, 4> : run_bwd<__nv_bfloat16, 1>)(grad_y, x, bias, grad_x, partial, rows, C,
+      return (wide ? run_bwd<__nv_bfloat16, 4> : run_bwd<__nv_bfloat16, 1>)(dy, x, bias, dx, db_partial, rows, C,
                                                                            step, stream);
     case kHalf:
-      return (wide ? run_bwd<__half, 4> : run_bwd<__half, 1>)(grad_y, x, bias, grad_x, partial, rows, C, step,
+      return (wide ? run_bwd<__half, 4> : run_bwd<__half, 1>)(dy, x, bias, dx, db_partial, rows, C, step,
                                                               stream);
   }
   return cudaErrorInvalidValue;

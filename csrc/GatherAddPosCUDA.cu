@@ -27,17 +27,17 @@ __global__ void gather_add_pos_backward_kernel(const In* grad, const int64_t* in
 
 using namespace mimdet;
 
-// x: B x L rows of `channels` at two strides; pos: (L, channels) or null; index: (B, count); out: (B, count, channels).
-MIMDET_CUDA_API int mimdet_gather_add_pos(
-    const void* x, const void* pos, const int64_t* index, void* out, int64_t x_type, int64_t out_type,
-    int64_t batch_stride, int64_t row_stride, int64_t rows, int64_t count, int64_t channels, cudaStream_t stream) {
-  return dispatch(x_type, out_type, [&](auto in_type, auto to_type) {
+// x: B x L rows of `channels` at two strides; pos: (L, channels) or null; index: (B, count); y: (B, count, channels).
+MIMDET_CUDA_API int mimdet_gather_add_pos_fwd(
+    const void* x, const void* pos, const int64_t* index, void* y, int64_t batch_stride, int64_t row_stride,
+    int64_t rows, int64_t count, int64_t channels, int64_t x_type, int64_t y_type, cudaStream_t stream) {
+  return dispatch(x_type, y_type, [&](auto in_type, auto to_type) {
     using In = decltype(in_type);
     using Out = decltype(to_type);
     constexpr int V = kPack<In, Out>;
     const auto *from = static_cast<const In*>(x);
     const auto *shift = static_cast<const Out*>(pos);
-    auto* to = static_cast<Out*>(out);
+    auto* to = static_cast<Out*>(y);
     if (packs<V>(from, batch_stride, row_stride) && packs<V>(shift, channels) && packs<V>(to, channels)) {
       gather_add_pos_kernel<V><<<row_grid(rows), row_block(), 0, stream>>>(from, batch_stride, row_stride, shift, index,
                                                                           to, rows, count, channels);
@@ -48,16 +48,16 @@ MIMDET_CUDA_API int mimdet_gather_add_pos(
   });
 }
 
-// grad: (B, count, channels); index: (B, count), unique in each row; out: (B, length, channels), zeros.
-MIMDET_CUDA_API int mimdet_gather_add_pos_backward(
-    const void* grad, const int64_t* index, void* out, int64_t grad_type, int64_t out_type, int64_t rows, int64_t count,
-    int64_t length, int64_t channels, cudaStream_t stream) {
-  return dispatch(grad_type, out_type, [&](auto in_type, auto to_type) {
+// dy: (B, count, channels); index: (B, count), unique in each row; dx: (B, length, channels), zeros.
+MIMDET_CUDA_API int mimdet_gather_add_pos_bwd(
+    const void* dy, const int64_t* index, void* dx, int64_t rows, int64_t count, int64_t length, int64_t channels,
+    int64_t dy_type, int64_t dx_type, cudaStream_t stream) {
+  return dispatch(dy_type, dx_type, [&](auto in_type, auto to_type) {
     using In = decltype(in_type);
     using Out = decltype(to_type);
     constexpr int V = kPack<In, Out>;
-    const auto* from = static_cast<const In*>(grad);
-    auto* to = static_cast<Out*>(out);
+    const auto* from = static_cast<const In*>(dy);
+    auto* to = static_cast<Out*>(dx);
     if (packs<V>(from, channels) && packs<V>(to, channels)) {
       gather_add_pos_backward_kernel<V>
           <<<row_grid(rows), row_block(), 0, stream>>>(from, index, to, rows, count, length, channels);

@@ -321,10 +321,9 @@ bool divides(const Maps& maps, int lanes) {
 
 // scratch: (B, count, 4). per_part: a multiple of 4096, at most 2**24.
 MIMDET_CUDA_API int mimdet_group_norm_gelu_fwd(const void* x, const float* weight, const float* bias,
-                                               const int32_t* sizes, float* scratch, void* y, float* mean, float* rstd,
-                                               int64_t B, int64_t C, int64_t H, int64_t W, int64_t nhwc,
-                                               int64_t count, int64_t per_part, float eps, int64_t dtype,
-                                               cudaStream_t stream) {
+                                               const int32_t* sizes, float eps, int64_t nhwc, float* scratch, void* y,
+                                               float* mean, float* rstd, int64_t B, int64_t C, int64_t H, int64_t W,
+                                               int64_t count, int64_t per_part, int64_t dtype, cudaStream_t stream) {
   using namespace mimdet;
   const Maps maps{B, C, H, W, nhwc != 0, sizes};
   const auto wide = [&](int lanes) {
@@ -348,9 +347,9 @@ MIMDET_CUDA_API int mimdet_group_norm_gelu_fwd(const void* x, const float* weigh
 // a multiple of 2048.
 MIMDET_CUDA_API int mimdet_group_norm_gelu_bwd(const void* dy, const void* x, const float* weight, const float* bias,
                                                const int32_t* sizes, const float* mean, const float* rstd,
-                                               float* sums, float* totals, float* means, void* dx, float* dweight,
-                                               float* dbias, int64_t B, int64_t C, int64_t H, int64_t W, int64_t nhwc,
-                                               int64_t parts, int64_t step, int64_t dtype, cudaStream_t stream) {
+                                               int64_t nhwc, float* sums, float* totals, float* means, void* dx,
+                                               float* dweight, float* dbias, int64_t B, int64_t C, int64_t H,
+                                               int64_t W, int64_t parts, int64_t step, int64_t dtype, cudaStream_t stream) {
   using namespace mimdet;
   const Maps maps{B, C, H, W, nhwc != 0, sizes};
   const auto wide = [&](int lanes) {

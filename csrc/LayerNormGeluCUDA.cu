@@ -327,9 +327,9 @@ bool divides(const Maps& maps, int lanes) { return (maps.nhwc ? maps.C : maps.po
 }  // namespace mimdet
 
 MIMDET_CUDA_API int mimdet_layer_norm_gelu_fwd(const void* x, const float* weight, const float* bias,
-                                               const int32_t* sizes, void* y, float* mean, float* rstd, int64_t B,
-                                               int64_t C, int64_t H, int64_t W, int64_t nhwc, float eps,
-                                               int64_t dtype, cudaStream_t stream) {
+                                               const int32_t* sizes, float eps, int64_t nhwc, void* y, float* mean,
+                                               float* rstd, int64_t B, int64_t C, int64_t H, int64_t W, int64_t dtype,
+                                               cudaStream_t stream) {
   using namespace mimdet;
   const Maps maps{B, C, H, W, nhwc != 0, sizes};
   if (maps.nhwc && C > kHeld * kMost) return cudaErrorInvalidValue;
@@ -359,8 +359,8 @@ MIMDET_CUDA_API int mimdet_layer_norm_gelu_fwd(const void* x, const float* weigh
 // Scratch: sums (parts, 2, C), where parts blocks share the work evenly.
 MIMDET_CUDA_API int mimdet_layer_norm_gelu_bwd(const void* dy, const void* x, const float* weight, const float* bias,
                                                const int32_t* sizes, const float* mean, const float* rstd,
-                                               float* sums, void* dx, float* dweight, float* dbias, int64_t B,
-                                               int64_t C, int64_t H, int64_t W, int64_t nhwc, int64_t parts,
+                                               int64_t nhwc, float* sums, void* dx, float* dweight, float* dbias,
+                                               int64_t B, int64_t C, int64_t H, int64_t W, int64_t parts,
                                                int64_t dtype, cudaStream_t stream) {
   using namespace mimdet;
   const Maps maps{B, C, H, W, nhwc != 0, sizes};

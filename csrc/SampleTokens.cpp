@@ -45,15 +45,15 @@ uint32_t kth_smallest(uint32_t* keys, int64_t n, int64_t k, int64_t* below) {
   return prefix;
 }
 
-// Where one picture's results go, and how tokens and rows are numbered.
+// Where one image's results go, and how tokens and rows are numbered.
 struct Part {
   int64_t count;  // tokens to keep
-  int64_t *keep, *drop, *restore;
-  int64_t token, kept_row, dropped_row;  // numbers of its first token, kept row and dropped row
+  int64_t *ids_keep, *ids_mask, *ids_restore;
+  int64_t token, kept_row, masked_row;  // numbers of its first token, kept row and masked row
 };
 
 // noise, valid: length; scratch: 2 * length.
-void sample_picture(const float* noise, const bool* valid, int64_t length, uint32_t padding, const Part& to,
+void sample_image(const float* noise, const bool* valid, int64_t length, uint32_t padding, const Part& to,
                     uint32_t* keys) {
   for (int64_t i = 0; i < length; ++i) keys[i] = valid[i] ? sort_key(noise[i]) : padding;
   uint32_t last = 0;  // no key is 0
@@ -64,29 +64,29 @@ void sample_picture(const float* noise, const bool* valid, int64_t length, uint3
     last = kth_smallest(keys + length, length, to.count, &below);
     ties = to.count - below;
   }
-  int64_t kept = 0, dropped = 0, nowhere;
+  int64_t kept = 0, masked = 0, nowhere;
   for (int64_t i = 0; i < length; ++i) {
     const bool equal = keys[i] == last, inside = keys[i] != kOutside;
     const bool take = keys[i] < last || (equal && ties > 0);
     ties -= equal;
-    *(take ? to.keep + kept : inside ? to.drop + dropped : &nowhere) = to.token + i;
-    to.restore[i] = take ? to.kept_row + kept : inside ? to.dropped_row + dropped : -1;
+    *(take ? to.ids_keep + kept : inside ? to.ids_mask + masked : &nowhere) = to.token + i;
+    to.ids_restore[i] = take ? to.kept_row + kept : inside ? to.masked_row + masked : -1;
     kept += take;
-    dropped += inside && !take;
+    masked += inside && !take;
   }
 }
 
-// noise (B, L) float32, valid (B, L) bool -> restore (B, L), and keep (B, K) and drop (B, L - K), or with offsets
-// (2, B + 1) int32 keep (T) and drop (D), int64; all contiguous.
-void sample_tokens(const Tensor& noise, const Tensor& valid, std::optional<Tensor> offsets, Tensor keep, Tensor drop,
-                   Tensor restore) {
-  const int64_t batch = noise.size(0), length = noise.size(1), kept = keep.size(-1), dropped = drop.size(-1);
+// noise (B, L) float32, valid (B, L) bool -> ids_restore (B, L), and ids_keep (B, K) and ids_mask (B, L - K), or with
+// offsets (2, B + 1) int32 ids_keep (T) and ids_mask (D), int64; all contiguous.
+void fwd(const Tensor& noise, const Tensor& valid, std::optional<Tensor> offsets, Tensor ids_keep, Tensor ids_mask,
+         Tensor ids_restore) {
+  const int64_t batch = noise.size(0), length = noise.size(1), kept = ids_keep.size(-1), masked = ids_mask.size(-1);
   const float* noise_at = floats(noise);
   const auto* valid_at = static_cast<const bool*>(valid.data_ptr());
   const auto* starts = offsets ? static_cast<const int32_t*>(offsets->data_ptr()) : nullptr;
-  auto* keep_at = static_cast<int64_t*>(keep.data_ptr());
-  auto* drop_at = static_cast<int64_t*>(drop.data_ptr());
-  auto* restore_at = static_cast<int64_t*>(restore.data_ptr());
+  auto* ids_keep_at = static_cast<int64_t*>(ids_keep.data_ptr());
+  auto* ids_mask_at = static_cast<int64_t*>(ids_mask.data_ptr());
+  auto* ids_restore_at = static_cast<int64_t*>(ids_restore.data_ptr());
   // A token costs about as much as eight elements of a row.
   const int64_t grain = kGrain / 8 / (length + 1) + 1;
   torch::stable::parallel_for(0, batch, grain, [=](int64_t begin, int64_t end) {
@@ -94,13 +94,14 @@ void sample_tokens(const Tensor& noise, const Tensor& valid, std::optional<Tenso
     for (int64_t b = begin; b < end; ++b) {
       Part to;
       if (starts == nullptr) {
-        to = {kept, keep_at + b * kept, drop_at + b * dropped, nullptr, 0, 0, kept};
+        to = {kept, ids_keep_at + b * kept, ids_mask_at + b * masked, nullptr, 0, 0, kept};
       } else {
         const int64_t first = starts[b], second = starts[batch + 1 + b];
-        to = {starts[b + 1] - first, keep_at + first, drop_at + second, nullptr, b * length, first, kept + second};
+        to = {starts[b + 1] - first, ids_keep_at + first, ids_mask_at + second, nullptr, b * length, first,
+              kept + second};
       }
-      to.restore = restore_at + b * length;
-      sample_picture(noise_at + b * length, valid_at + b * length, length, starts ? kOutside : kInfinity, to,
+      to.ids_restore = ids_restore_at + b * length;
+      sample_image(noise_at + b * length, valid_at + b * length, length, starts ? kOutside : kInfinity, to,
                      keys.get());
     }
   });
@@ -110,10 +111,10 @@ void sample_tokens(const Tensor& noise, const Tensor& valid, std::optional<Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mimdet_cpu, m) {
   m.def(
-      "sample_tokens(Tensor noise, Tensor valid, Tensor? offsets, Tensor(a!) keep, Tensor(b!) drop, "
-      "Tensor(c!) restore) -> ()");
+      "sample_tokens_fwd(Tensor noise, Tensor valid, Tensor? offsets, Tensor(a!) ids_keep, Tensor(b!) ids_mask, "
+      "Tensor(c!) ids_restore) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mimdet_cpu, CPU, m) { m.impl("sample_tokens", TORCH_BOX(&sample_tokens)); }
+STABLE_TORCH_LIBRARY_IMPL(mimdet_cpu, CPU, m) { m.impl("sample_tokens_fwd", TORCH_BOX(&fwd)); }
 
 }  // namespace mimdet

@@ -1,4 +1,4 @@
-// Token sampling, one block a picture: the k-th smallest key by radix selection, then a prefix sum in raster order.
+// Token sampling, one block a image: the k-th smallest key by radix selection, then a prefix sum in raster order.
 // The shared counters are integers, so the order of their updates does not show.
 #include "cuda_rows.h"
 
@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kCached = 8192;  // keys that a block keeps; pictures of more tokens are read again in every round
+constexpr int kCached = 8192;  // keys that a block keeps; images of more tokens are read again in every round
 constexpr int kBins = 256;
 constexpr uint32_t kOutside = 0xffffffffu, kNan = 0xfffffffeu, kInfinity = 0xff800000u;
 
@@ -42,8 +42,8 @@ __device__ inline uint64_t earlier(bool a, bool b, bool c, uint64_t* warps, uint
 
 template <bool Cached>
 __global__ void __launch_bounds__(kThreads)
-    sample_tokens_kernel(const float* noise, const bool* valid, const int32_t* offsets, int64_t* keep, int64_t* drop,
-                         int64_t* restore, int64_t length, int64_t kept, int64_t dropped) {
+    sample_tokens_kernel(const float* noise, const bool* valid, const int32_t* offsets, int64_t* ids_keep,
+                         int64_t* ids_mask, int64_t* ids_restore, int64_t length, int64_t kept, int64_t masked) {
   __shared__ uint32_t cache[Cached ? kCached : 1];
   __shared__ int histogram[kBins + 1];
   __shared__ uint64_t warps[kWarps];
@@ -52,20 +52,20 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t b = blockIdx.x;
   noise += b * length;
   valid += b * length;
-  restore += b * length;
-  // Where the results go, and the numbers of the first token, kept row and dropped row.
-  int64_t count = kept, token = 0, kept_row = 0, dropped_row = kept;
+  ids_restore += b * length;
+  // Where the results go, and the numbers of the first token, kept row and masked row.
+  int64_t count = kept, token = 0, kept_row = 0, masked_row = kept;
   if (offsets == nullptr) {
-    keep += b * kept;
-    drop += b * dropped;
+    ids_keep += b * kept;
+    ids_mask += b * masked;
   } else {
     const int64_t first = offsets[b], second = offsets[gridDim.x + 1 + b];
     count = offsets[b + 1] - first;
-    keep += first;
-    drop += second;
+    ids_keep += first;
+    ids_mask += second;
     token = b * length;
     kept_row = first;
-    dropped_row = kept + second;
+    masked_row = kept + second;
   }
   const uint32_t padding = offsets == nullptr ? kInfinity : kOutside;
 
@@ -125,9 +125,9 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t place = smaller + part(before, 0) + (tie < ties ? tie : ties);
     const int64_t other = members + part(before, 2) - place;
     const bool take = k < last || (k == last && tie < ties);
-    if (take) keep[place] = token + i;
-    else if (inside) drop[other] = token + i;
-    if (i < length) restore[i] = take ? kept_row + place : inside ? dropped_row + other : -1;
+    if (take) ids_keep[place] = token + i;
+    else if (inside) ids_mask[other] = token + i;
+    if (i < length) ids_restore[i] = take ? kept_row + place : inside ? masked_row + other : -1;
     smaller += part(all, 0);
     equal += part(all, 1);
     members += part(all, 2);
@@ -137,14 +137,14 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 }  // namespace mimdet
 
-// noise (B, L) float32, valid (B, L) bool -> restore (B, L), and keep (B, kept) and drop (B, dropped), or with offsets
-// (2, B + 1) keep (kept) and drop (dropped).
-MIMDET_CUDA_API int mimdet_sample_tokens(
-    const float* noise, const bool* valid, const int32_t* offsets, int64_t* keep, int64_t* drop, int64_t* restore,
-    int64_t batch, int64_t length, int64_t kept, int64_t dropped, cudaStream_t stream) {
+// noise (B, L) float32, valid (B, L) bool -> ids_restore (B, L), and ids_keep (B, kept) and ids_mask (B, masked), or with
+// offsets (2, B + 1) ids_keep (kept) and ids_mask (masked).
+MIMDET_CUDA_API int mimdet_sample_tokens_fwd(
+    const float* noise, const bool* valid, const int32_t* offsets, int64_t* ids_keep, int64_t* ids_mask,
+    int64_t* ids_restore, int64_t batch, int64_t length, int64_t kept, int64_t masked, cudaStream_t stream) {
   const auto kernel =
       length <= mimdet::kCached ? mimdet::sample_tokens_kernel<true> : mimdet::sample_tokens_kernel<false>;
-  kernel<<<static_cast<unsigned>(batch), mimdet::kThreads, 0, stream>>>(noise, valid, offsets, keep, drop, restore,
-                                                                       length, kept, dropped);
+  kernel<<<static_cast<unsigned>(batch), mimdet::kThreads, 0, stream>>>(noise, valid, offsets, ids_keep, ids_mask,
+                                                                       ids_restore, length, kept, masked);
   return cudaGetLastError();
 }

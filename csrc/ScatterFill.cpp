@@ -6,44 +6,44 @@ namespace mimdet {
 namespace {
 
 // Writing outside of a tensor is worse than the few microseconds that this takes.
-void check_restore(const Tensor& restore, int64_t rows) {
-  const auto* at = static_cast<const int64_t*>(restore.data_ptr());
-  const int64_t least = restore.size(1) > rows ? -1 : 0;  // padding
-  for (int64_t i = 0; i < restore.numel(); ++i) {
-    STD_TORCH_CHECK(at[i] >= least && at[i] < rows, "scatter_fill: restore holds ", at[i], ", outside of ", least,
+void check_ids_restore(const Tensor& ids_restore, int64_t rows) {
+  const auto* at = static_cast<const int64_t*>(ids_restore.data_ptr());
+  const int64_t least = ids_restore.size(1) > rows ? -1 : 0;  // padding
+  for (int64_t i = 0; i < ids_restore.numel(); ++i) {
+    STD_TORCH_CHECK(at[i] >= least && at[i] < rows, "scatter_fill: ids_restore holds ", at[i], ", outside of ", least,
                     " .. K + F - 1 with K + F = ", rows);
   }
 }
 
-// kept (B, K, D) and fill (B, F, D) of one dtype with contiguous rows, restore (B, L) int64, pos (L, D) in out's
-// dtype -> out (B, L, D).
-void scatter_fill(const Tensor& kept, const Tensor& fill, const Tensor& restore, const Tensor& pos, Tensor out) {
-  const int64_t kept_rows = kept.size(1), length = restore.size(1), channels = kept.size(2);
+// kept (B, K, D) and fill (B, F, D) of one dtype with contiguous rows, ids_restore (B, L) int64, pos (L, D) in y's
+// dtype -> y (B, L, D).
+void fwd(const Tensor& kept, const Tensor& fill, const Tensor& ids_restore, const Tensor& pos, Tensor y) {
+  const int64_t kept_rows = kept.size(1), length = ids_restore.size(1), channels = kept.size(2);
   const int64_t kept_batch = kept.stride(0), kept_row = kept.stride(1);
   const int64_t fill_batch = fill.stride(0), fill_row = fill.stride(1);
-  const auto* restore_at = static_cast<const int64_t*>(restore.data_ptr());
-  check_restore(restore, kept_rows + fill.size(1));
-  const bool sources_bf16 = is_bfloat16(kept), out_bf16 = is_bfloat16(out);
+  const auto* ids_restore_at = static_cast<const int64_t*>(ids_restore.data_ptr());
+  check_ids_restore(ids_restore, kept_rows + fill.size(1));
+  const bool sources_bf16 = is_bfloat16(kept), y_bf16 = is_bfloat16(y);
   const void *kept_at = rows(kept), *fill_at = rows(fill), *pos_at = rows(pos);
-  void* out_at = rows(out);
+  void* y_at = rows(y);
   const auto run = MIMDET_PICK_ISA(scatter_fill_rows);
-  torch::stable::parallel_for(0, restore.numel(), kGrain / (channels + 1) + 1, [=](int64_t begin, int64_t end) {
-    run(kept_at, kept_batch, kept_row, fill_at, fill_batch, fill_row, sources_bf16, restore_at, pos_at, out_at,
-        out_bf16, kept_rows, length, channels, begin, end);
+  torch::stable::parallel_for(0, ids_restore.numel(), kGrain / (channels + 1) + 1, [=](int64_t begin, int64_t end) {
+    run(kept_at, kept_batch, kept_row, fill_at, fill_batch, fill_row, sources_bf16, ids_restore_at, pos_at, y_at,
+        y_bf16, kept_rows, length, channels, begin, end);
   });
 }
 
-// grad (B, L, D), restore (B, L) int64 -> kept (B, K, D), fill (B, F, D).
-void scatter_fill_backward(const Tensor& grad, const Tensor& restore, Tensor kept, Tensor fill) {
-  const int64_t kept_rows = kept.size(1), fill_rows = fill.size(1), length = grad.size(1), channels = grad.size(2);
-  const auto* restore_at = static_cast<const int64_t*>(restore.data_ptr());
-  check_restore(restore, kept_rows + fill_rows);
-  const bool grad_bf16 = is_bfloat16(grad), out_bf16 = is_bfloat16(kept);
-  const void* grad_at = rows(grad);
-  void *kept_at = rows(kept), *fill_at = rows(fill);
+// dy (B, L, D), ids_restore (B, L) int64 -> dkept (B, K, D), dfill (B, F, D).
+void bwd(const Tensor& dy, const Tensor& ids_restore, Tensor dkept, Tensor dfill) {
+  const int64_t kept_rows = dkept.size(1), fill_rows = dfill.size(1), length = dy.size(1), channels = dy.size(2);
+  const auto* ids_restore_at = static_cast<const int64_t*>(ids_restore.data_ptr());
+  check_ids_restore(ids_restore, kept_rows + fill_rows);
+  const bool dy_bf16 = is_bfloat16(dy), out_bf16 = is_bfloat16(dkept);
+  const void* dy_at = rows(dy);
+  void *dkept_at = rows(dkept), *dfill_at = rows(dfill);
   const auto run = MIMDET_PICK_ISA(scatter_fill_backward_rows);
-  torch::stable::parallel_for(0, restore.numel(), kGrain / (channels + 1) + 1, [=](int64_t begin, int64_t end) {
-    run(grad_at, grad_bf16, restore_at, kept_at, fill_at, out_bf16, kept_rows, fill_rows, length, channels, begin,
+  torch::stable::parallel_for(0, ids_restore.numel(), kGrain / (channels + 1) + 1, [=](int64_t begin, int64_t end) {
+    run(dy_at, dy_bf16, ids_restore_at, dkept_at, dfill_at, out_bf16, kept_rows, fill_rows, length, channels, begin,
         end);
   });
 }
@@ -51,13 +51,13 @@ void scatter_fill_backward(const Tensor& grad, const Tensor& restore, Tensor kep
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mimdet_cpu, m) {
-  m.def("scatter_fill(Tensor kept, Tensor fill, Tensor restore, Tensor pos, Tensor(a!) out) -> ()");
-  m.def("scatter_fill_backward(Tensor grad, Tensor restore, Tensor(a!) kept, Tensor(b!) fill) -> ()");
+  m.def("scatter_fill_fwd(Tensor kept, Tensor fill, Tensor ids_restore, Tensor pos, Tensor(a!) y) -> ()");
+  m.def("scatter_fill_bwd(Tensor dy, Tensor ids_restore, Tensor(a!) dkept, Tensor(b!) dfill) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mimdet_cpu, CPU, m) {
-  m.impl("scatter_fill", TORCH_BOX(&scatter_fill));
-  m.impl("scatter_fill_backward", TORCH_BOX(&scatter_fill_backward));
+  m.impl("scatter_fill_fwd", TORCH_BOX(&fwd));
+  m.impl("scatter_fill_bwd", TORCH_BOX(&bwd));
 }
 
 }  // namespace mimdet

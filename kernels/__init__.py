@@ -1,7 +1,6 @@
-"""Fused operations of the backbone, imported as ``mimdet.kernels``.
+"""Fused operations of the backbone: ``from mimdet.kernels import add_layer_norm``.
 
-Every operation has the same face: ``impl="auto" | "triton" | "cuda" | "cpp" | "eager"``, see ``selector``.
-attention_varlen takes more words than these, see there.
+Every operation takes ``impl="auto" | "triton" | "cuda" | "cpp" | "eager"``, see ``dispatch`` and docs/kernels.md.
 """
 
 if __name__ != "mimdet.kernels":
@@ -11,20 +10,22 @@ if __name__ != "mimdet.kernels":
         "to reach another package called 'kernels'"
     )
 
+import sys as _sys
 from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the lazy names below, for static tools
-    from .registry import table
-    from .selector import KernelUnavailableError, use
+    from .add_layer_norm.api import add_layer_norm
+    from .attention_varlen.api import attention_varlen, attention_varlen_packed
+    from .bias_gelu.api import bias_gelu
+    from .dispatch import KernelUnavailableError, table, use
+    from .gather_add_pos.api import gather_add_pos
+    from .group_norm_gelu.api import group_norm_gelu
+    from .layer_norm_gelu.api import layer_norm_gelu
+    from .sample_tokens.api import sample_packed_tokens, sample_tokens, valid_tokens
+    from .scatter_fill.api import scatter_fill
 
-# Public name -> module. An operation and its folder share a name, so the folders' own __init__ stay empty and
-# callers import from mimdet.kernels.<op>.api when they want one operation alone.
-_EXPORTS = {
-    "KernelUnavailableError": "selector",
-    "table": "registry",
-    "use": "selector",
-}
 OPS = (
     "add_layer_norm",
     "attention_varlen",
@@ -35,15 +36,52 @@ OPS = (
     "sample_tokens",
     "scatter_fill",
 )
+# Public name -> module.
+_EXPORTS = {op: f"{op}.api" for op in OPS} | {
+    "KernelUnavailableError": "dispatch",
+    "attention_varlen_packed": "attention_varlen.api",
+    "sample_packed_tokens": "sample_tokens.api",
+    "table": "dispatch",
+    "use": "dispatch",
+    "valid_tokens": "sample_tokens.api",
+}
 
-__all__ = ["OPS", "KernelUnavailableError", "table", "use"]
+__all__ = [
+    "OPS",
+    "KernelUnavailableError",
+    "add_layer_norm",
+    "attention_varlen",
+    "attention_varlen_packed",
+    "bias_gelu",
+    "gather_add_pos",
+    "group_norm_gelu",
+    "layer_norm_gelu",
+    "sample_packed_tokens",
+    "sample_tokens",
+    "scatter_fill",
+    "table",
+    "use",
+    "valid_tokens",
+]
+
+
+class _Package(_ModuleType):
+    """An operation and its folder share a name. Importing the folder does not take the name from the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in OPS and isinstance(value, _ModuleType)):
+            super().__setattr__(name, value)
+
+
+_sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str):
     """Import the public names when they are first asked for: this package needs no torch until it is used."""
     if name not in _EXPORTS:
         raise AttributeError(f"module 'mimdet.kernels' has no attribute {name!r}")
-    return getattr(_import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value = getattr(_import_module(f".{_EXPORTS[name]}", __name__), name)
+    return value
 
 
 def __dir__() -> list[str]:

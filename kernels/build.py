@@ -1,4 +1,4 @@
-"""Compiling and loading what lies in ``csrc``.
+"""Compiling and loading what is in ``csrc``.
 
 Two libraries, neither tied to a Python version:
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import ctypes
 import hashlib
 import os
 import platform
@@ -76,48 +77,15 @@ def cpp_unavailable() -> str | None:
 def cuda_unavailable() -> str | None:
     """None once the CUDA library is loaded (compiling it if need be), else the reason."""
     try:
-        _cuda_library()
+        cuda_library()
     except BuildError as error:
         return str(error)
     return None
 
 
-def call_cpp(name: str, *arguments) -> None:
-    """Run ``torch.ops.mimdet_cpu.<name>``."""
-    import torch
-
-    getattr(torch.ops.mimdet_cpu, name)(*arguments)
-
-
-def call_cuda(name: str, *arguments) -> None:
-    """Run the C function ``mimdet_<name>`` on the current stream of the first tensor's GPU.
-
-    Tensors become pointers, ints int64, floats float; the stream is appended.
-
-    Raises:
-        RuntimeError: the launch failed; with CUDA's error number.
-    """
-    import ctypes
-
-    import torch
-
-    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
-    converted = []
-    for argument in arguments:
-        if argument is None or isinstance(argument, torch.Tensor):
-            converted.append(ctypes.c_void_p(argument.data_ptr() if argument is not None else None))
-        else:
-            converted.append((ctypes.c_float if isinstance(argument, float) else ctypes.c_int64)(argument))
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        code = getattr(_cuda_library(), f"mimdet_{name}")(*converted, ctypes.c_void_p(stream))
-    if code:
-        raise RuntimeError(f"mimdet: CUDA kernel {name} failed with CUDA error {code}")
-
-
 @cache
-def _cuda_library():
-    import ctypes
+def cuda_library() -> ctypes.CDLL:
+    """The CUDA library; BuildError or OSError if there is none."""
 
     return _load(CUDA_LIBRARY, compile_cuda, ctypes.CDLL)
 

@@ -5,8 +5,33 @@ from __future__ import annotations
 import torch
 
 
-def tensors(op: str, *, optional: tuple[str, ...] = (), **arguments: object) -> None:
-    """Raise TypeError, naming the argument, unless each is a tensor, or None where that is allowed."""
+def tensors(op: str, optional: tuple[str, ...] = (), **arguments: object) -> None:
+    """Raise, naming the argument, unless all are float tensors on the first one's device, or None where allowed.
+
+    Raises:
+        TypeError: something else than a tensor, or one that is not of a float dtype.
+        ValueError: a tensor on another device.
+    """
+    first = None
     for name, value in arguments.items():
-        if not isinstance(value, torch.Tensor) and not (value is None and name in optional):
+        if value is None and name in optional:
+            continue
+        if not isinstance(value, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"{op}: {name} must be of a float dtype, got {value.dtype}")
+        if first is None:
+            first, device = name, value.device
+        elif value.device != device:
+            raise ValueError(f"{op}: {name} is on {value.device}, {first} on {device}")
+
+
+def integers(op: str, like: torch.Tensor, like_name: str, **arguments: object) -> None:
+    """Raise, naming the argument, unless all are int32 or int64 tensors on the device of ``like``."""
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        if value.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{op}: {name} must be int32 or int64, got {value.dtype}")
+        if value.device != like.device:
+            raise ValueError(f"{op}: {name} is on {value.device}, {like_name} on {like.device}")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 
 import torch
 
-from . import build, debug, library, registry
-from .selector import KernelUnavailableError, requested
+from . import checks, debug, dispatch, library
 
-# The most channels that the GPU kernels hold in registers.
-WIDEST = 8192
-_calls: dict[str, Callable] = {}
+# The most channels that the GPU kernels hold in registers, and positions whose numbers fit their int32.
+WIDEST, LONGEST = 8192, 2**30
+_runs: dict[str, Callable] = {}
 
 
 def run(
@@ -27,14 +25,14 @@ def run(
 ) -> torch.Tensor:
     """What ``mimdet.kernels.<op>.api.<op>`` does: checks, choice of the implementation, call."""
     _check(op, x, weight, bias, sizes)
-    impl = _choose(op, impl, x)
+    impl = dispatch.resolve(op, impl, x.device, (x.dtype,), _too_large(x))
     if impl == "eager":
         return reference(x, weight, bias, eps, sizes)
-    return _calls[op](x, weight, bias, sizes, eps, impl)[0]
+    return _runs[op](x, weight, bias, sizes, eps, impl)[0]
 
 
 def valid(x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """(B, 1, H, W) bool: which positions of x lie in the top left ``sizes`` of their sample."""
+    """(B, 1, H, W) bool: which positions of x are in the top left ``sizes`` of their sample."""
     row, column = (torch.arange(length, device=x.device) for length in x.shape[2:])
     rows, columns = sizes.unbind(1)
     return (row < rows[:, None])[:, None, :, None] & (column < columns[:, None])[:, None, None, :]
@@ -66,7 +64,7 @@ def register(op: str, statistics: Callable[[torch.Tensor], tuple[int, ...]]) -> 
         x, nhwc = _dense(x)
         outputs = allocate(x)
         if x.numel():
-            _launch(op, "fwd", impl, (x, *_parameters(weight, bias, sizes), eps, nhwc), outputs)
+            library.launch(f"{op}_fwd", impl, x, *_parameters(weight, bias, sizes), eps, nhwc, *outputs)
         return outputs
 
     def fake(x, weight, bias, sizes, eps, impl):
@@ -77,7 +75,8 @@ def register(op: str, statistics: Callable[[torch.Tensor], tuple[int, ...]]) -> 
         dy = dy.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
         outputs = allocate_backward(x, weight)
         if x.numel():
-            _launch(op, "bwd", impl, (dy, x, *_parameters(weight, bias, sizes), mean, rstd, nhwc), outputs)
+            parameters = _parameters(weight, bias, sizes)
+            library.launch(f"{op}_bwd", impl, dy, x, *parameters, mean, rstd, nhwc, *outputs)
         else:
             for gradient in outputs[1:]:
                 gradient.zero_()
@@ -93,17 +92,17 @@ def register(op: str, statistics: Callable[[torch.Tensor], tuple[int, ...]]) -> 
     def differentiate(ctx, dy, dmean, drstd):
         saved = ctx.saved_tensors
         _, weight, bias, *_ = saved
-        dx, dweight, dbias = call_backward(dy, *saved, ctx.impl)
+        dx, dweight, dbias = run_backward(dy, *saved, ctx.impl)
         return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None, None
 
-    _calls[op] = library.define(
+    _runs[op] = library.define(
         op,
         "(Tensor x, Tensor weight, Tensor bias, Tensor? sizes, float eps, str impl)"
         " -> (Tensor y, Tensor mean, Tensor rstd)",
         forward,
         fake,
     )
-    call_backward = library.define(
+    run_backward = library.define(
         f"{op}_backward",
         "(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? sizes, Tensor mean, Tensor rstd, str impl)"
         " -> (Tensor dx, Tensor dweight, Tensor dbias)",
@@ -111,42 +110,31 @@ def register(op: str, statistics: Callable[[torch.Tensor], tuple[int, ...]]) -> 
         fake_backward,
     )
     library.autograd(op, differentiate, setup_context)
-    registry.register(op, triton=registry.can_run_triton, cuda=registry.can_run_cuda, cpp=registry.can_run_cpp)
+    dispatch.register(op, dispatch.standard(f"at most {WIDEST} channels and 2**30 positions"))
 
 
 def _check(op, x, weight, bias, sizes):
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise TypeError(f"{op}: {name} must be a floating point tensor, got {getattr(tensor, 'dtype', tensor)}")
+    checks.tensors(op, x=x, weight=weight, bias=bias)
     if x.ndim != 4:
         raise ValueError(f"{op}: x must be (B, C, H, W), got {tuple(x.shape)}")
-    wanted = {"weight": (weight, (x.shape[1],)), "bias": (bias, (x.shape[1],))}
+    shapes = {"weight": (weight, (x.shape[1],)), "bias": (bias, (x.shape[1],))}
     if sizes is not None:
-        if not isinstance(sizes, torch.Tensor) or sizes.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: sizes must be an int32 or int64 tensor, got {getattr(sizes, 'dtype', sizes)}")
-        wanted["sizes"] = sizes, (x.shape[0], 2)
-    for name, (tensor, shape) in wanted.items():
-        if tuple(tensor.shape) != shape:
+        checks.integers(op, x, "x", sizes=sizes)
+        shapes["sizes"] = sizes, (x.shape[0], 2)
+    for name, (tensor, shape) in shapes.items():
+        if tensor.shape != shape:
             raise ValueError(f"{op}: {name} must be {shape} for x {tuple(x.shape)}, got {tuple(tensor.shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}")
     if sizes is not None and debug.enabled():
         debug.check_sizes(sizes, x.shape[2:], f"{op}: sizes")
 
 
-def _choose(op, impl, x):
-    chosen = registry.choose(op, impl, x.device.type, x.dtype)
-    if chosen not in ("triton", "cuda"):
-        return chosen
-    if x.shape[1] > WIDEST:
-        reason = f"at most {WIDEST} channels, got {x.shape[1]}"
-    elif x.shape[2] * x.shape[3] > 2**30:
-        reason = f"at most 2**30 positions, got {x.shape[2]} x {x.shape[3]}"
-    else:
-        return chosen
-    if requested(impl) == "auto":
-        return "eager"
-    raise KernelUnavailableError(f"{op}: {chosen} takes {reason}. auto would choose what can.")
+def _too_large(x):
+    _, channels, height, width = x.shape
+    if channels > WIDEST:
+        return f"it takes at most {WIDEST} channels, got {channels} (use eager)"
+    if height * width > LONGEST:
+        return f"it takes at most 2**30 positions, got {height} x {width} (use eager)"
+    return None
 
 
 def _dense(x):
@@ -160,13 +148,3 @@ def _dense(x):
 def _parameters(weight, bias, sizes):
     """As the launchers take them: float32, sizes int32."""
     return weight.float().contiguous(), bias.float().contiguous(), None if sizes is None else sizes.int().contiguous()
-
-
-def _launch(op, direction, impl, inputs, outputs):
-    if impl == "cpp":
-        build.call_cpp(f"{op}_{direction}", *inputs, *outputs)
-    elif impl in ("triton", "cuda"):
-        launcher = getattr(import_module(f".{op}.{impl}", __package__), f"launch_{op}_{direction}")
-        launcher(*inputs, *outputs)
-    else:
-        raise ValueError(f"{op}: {impl!r} is not an implementation of the registered operation")

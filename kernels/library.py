@@ -1,14 +1,19 @@
-"""Registration of operations under ``torch.ops.mimdet``, once, and the short way to them."""
+"""Registration of operations under ``torch.ops.mimdet``, the short way to them, and the one way to their kernels."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
+from importlib import import_module
+from pathlib import Path
 
 import torch
 
+from . import build
+
 # How the CUDA kernels are told a dtype: Dtype in csrc/cuda_rows.h.
-CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _library = torch.library.Library("mimdet", "FRAGMENT")
 _runs: dict[str, Callable] = {}
@@ -88,3 +93,79 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def _want_gradients(arguments: tuple) -> bool:
     return any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
+
+
+def launch(name: str, impl: str, *arguments, sizes: tuple[int, ...] = (), typed: tuple[torch.Tensor, ...] = ()) -> None:
+    """Run one of an operation's kernels; whatever it is written in, it takes its inputs, then outputs that it fills.
+
+    That is ``launch_<name>`` in the operation's triton.py or cuda.py, else what ``csrc`` has under that name.
+
+    Args:
+        name: "<op>_fwd" or "<op>_bwd".
+        impl: "triton", "cuda" or "cpp".
+        arguments: tensors, None and numbers.
+        sizes, typed: what C functions without torch cannot see in pointers; see ``call_cuda``.
+    """
+    kernel = _kernel(name, impl)
+    if kernel is None:
+        call_cuda(name, *arguments, sizes=sizes, typed=typed)
+    else:
+        kernel(*arguments)
+
+
+@cache
+def _kernel(name: str, impl: str) -> Callable | None:
+    op = name.rsplit("_", 1)[0]
+    if (Path(__file__).parent / op / f"{impl}.py").is_file():
+        return getattr(import_module(f".{op}.{impl}", __package__), f"launch_{name}")
+    if impl == "cpp":
+        return getattr(torch.ops.mimdet_cpu, name).default
+    if impl == "cuda":
+        return None
+    raise ValueError(f"{op}: {impl!r} is not an implementation of the registered operation")
+
+
+def call_cuda(name: str, *arguments, sizes: tuple[int, ...] = (), typed: tuple[torch.Tensor, ...] = ()) -> None:
+    """Run the C function ``mimdet_<name>`` on the current stream of the first tensor's GPU.
+
+    Tensors become pointers, ints int64, floats float. ``sizes`` follow as int64, then the codes of the dtypes of
+    ``typed``, then the stream.
+
+    Raises:
+        RuntimeError: the launch failed; with CUDA's error number.
+    """
+    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    converted = []
+    for argument in (*arguments, *sizes, *(_DTYPE_CODES[tensor.dtype] for tensor in typed)):
+        if argument is None or isinstance(argument, torch.Tensor):
+            converted.append(ctypes.c_void_p(argument.data_ptr() if argument is not None else None))
+        else:
+            converted.append((ctypes.c_float if isinstance(argument, float) else ctypes.c_int64)(argument))
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        code = getattr(build.cuda_library(), f"mimdet_{name}")(*converted, ctypes.c_void_p(stream))
+    if code:
+        raise RuntimeError(f"mimdet: CUDA kernel {name} failed with CUDA error {code}")
+
+
+def dense(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Each contiguous; None stays None."""
+    return tuple(tensor if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def rows(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` with its last dimension dense, copied only if it is not."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def index_for(impl: str, index: torch.Tensor) -> torch.Tensor:
+    """``index`` as the kernels take it: Triton's any integers, the others int64."""
+    return index if impl == "triton" else index.long()
+
+
+def rows_per_partial(rows: int, least: int, most: int) -> int:
+    """How many rows' gradients one partial sum takes: ``least``, or more where there would be over ``most`` sums.
+
+    It depends on the number of rows alone: any number of threads or programs sums in the same order.
+    """
+    return max(least, -(-rows // most))

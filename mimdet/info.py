@@ -25,7 +25,7 @@ _PACKAGES = (
     "detectron2",
 )
 # Implementations of an operation, in the order in which they are shown.
-KERNELS = ("triton", "cuda", "flash_attn", "sdpa", "cpp", "eager")
+KERNELS = ("triton", "cuda", "flash_attn", "torch_varlen", "sdpa", "cpp", "aten_cpu", "eager")
 
 
 def versions() -> list[tuple[str, str]]:
@@ -92,6 +92,17 @@ def kernels() -> tuple[list[tuple[str, ...]], list[str]]:
         state = "chosen" if row.chosen else "yes" if row.usable else f"no ({notes.index(row.reason) + 1})"
         states.setdefault((row.op, row.device), {})[row.impl] = state
     return [(*place, *(of.get(impl, "-") for impl in KERNELS)) for place, of in states.items()], notes
+
+
+def kernel_limits() -> list[tuple[str, str, str]]:
+    """(operation, implementations, shapes that they take) wherever that is not all."""
+    from .kernels import table
+
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in table("cpu"):
+        if row.limits:
+            found.setdefault((row.op, row.limits), []).append(row.impl)
+    return [(op, ", ".join(impls), limits) for (op, limits), impls in found.items()]
 
 
 def _kernels_in_use() -> tuple[str, str]:

@@ -9,13 +9,11 @@ import pytest
 import torch
 from fill_weights import fill_module, gradient, image
 from golden import Golden
-from kernels_testing import kept_bytes
 from small import normalised, pictures, small_config, small_model
+from support.kernels import kept_bytes
 
 from mimdet.config import instantiate
-from mimdet.kernels import use
-from mimdet.kernels.registry import can_run_cpp
-from mimdet.kernels.sample_tokens.api import sample_tokens, valid_tokens
+from mimdet.kernels import build, sample_tokens, use, valid_tokens
 from mimdet.modeling import ConvStem, ImageList
 from mimdet.modeling.sampling import cell_sizes
 from mimdet.pos_embed import PosEmbedCache, interpolate_pos_embed, sincos_pos_embed_2d
@@ -111,10 +109,10 @@ def test_sampling_golden(ratio):
     sample = sample_tokens(noise, valid, ratio)
     want = np.sort(data[f"r{ratio}_ids_keep_stable"], axis=1)
     np.testing.assert_array_equal(sample.keep.numpy(), want)
-    together = torch.cat([sample.keep, sample.drop], dim=1)
+    together = torch.cat([sample.ids_keep, sample.ids_mask], dim=1)
     everything = torch.arange(noise.shape[1]).expand(3, -1)
     assert torch.equal(together.sort(dim=1).values, everything)
-    assert torch.equal(together.gather(1, sample.restore), everything)
+    assert torch.equal(together.gather(1, sample.ids_restore), everything)
 
 
 @pytest.mark.parametrize(("length", "ratio", "kept"), [(280, 0.7, 196), (247, 0.3, 74), (1, 0.5, 1), (3, 0.25, 1)])
@@ -191,7 +189,7 @@ def test_lean_changes_nothing_and_keeps_little():
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for name, want in grads[0].items():
         assert relative(grads[1][name], want) < 2e-5, name
-    if not can_run_cpp("cpu", torch.float32):
+    if not build.cpp_unavailable():
         assert kept[1] <= 0.7 * kept[0]
 
 

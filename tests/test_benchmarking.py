@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarking_small import SMALL, loss, small_backbone, small_input
-from kernels_testing import kept_bytes
+from support.kernels import kept_bytes
 
 from mimdet.checkpoint.convert import convert_checkpoint
 from mimdet.checkpoint.read import CheckpointError, read_checkpoint

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import small_model
 
-from mimdet.kernels import build, registry
+from mimdet.kernels import library, table
 
 d2 = pytest.importorskip("detectron2_testing")
 
@@ -135,19 +135,20 @@ def test_channels_last_throughout(model):
 
 def test_every_operation_takes_the_implementation_of_the_table(model, monkeypatch):
     """A training step inside Detectron2 runs what ``mimdet info`` names; where C++ is chosen, C++ is called."""
-    called, original = set(), build.call_cpp
+    called, original = set(), library.launch
 
-    def call_cpp(name, *arguments):
-        called.add(name)
-        return original(name, *arguments)
+    def launch(name, impl, *arguments, **options):
+        if impl == "cpp":
+            called.add(name)
+        return original(name, impl, *arguments, **options)
 
-    monkeypatch.setattr(build, "call_cpp", call_cpp)
+    monkeypatch.setattr(library, "launch", launch)
     d2.set_ratio(model, 0.5)
     with EventStorage(0):
         sum(model.train()(d2.inputs()).values()).backward()
     model.zero_grad()
     used = {"add_layer_norm", "bias_gelu", "gather_add_pos", "group_norm_gelu", "scatter_fill"}
-    chosen = {row.op: row.impl for row in registry.table("cpu") if row.chosen}
+    chosen = {row.op: row.impl for row in table("cpu") if row.chosen}
     print({op: (chosen[op], sorted(n for n in called if n.startswith(op))) for op in chosen})
     assert used <= set(chosen)
     for op in used:

@@ -6,13 +6,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels_testing import assert_within_budget, kept_bytes, quantised
+from support.kernels import kept_bytes, quantised
 
 from mimdet.kernels import use
-from mimdet.kernels.selector import requested
+from mimdet.kernels.dispatch import requested
 from mimdet.modeling import convolution
 from mimdet.modeling.convolution import RecomputeConv2d, weight_gradient
 from mimdet.modeling.recompute import Recomputed, RecomputeLinear, checkpointed
+from mimdet.testing import assert_within_budget
 
 BF16 = torch.bfloat16
 

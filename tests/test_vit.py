@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from kernels_testing import kept_bytes
+from support.kernels import kept_bytes
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from mimdet.kernels import use
-from mimdet.kernels.registry import can_run_cpp
+from mimdet.kernels import build, use
 from mimdet.modeling.sequences import Sequences
 from mimdet.modeling.vit import TransformerBlock, make_blocks, run_layers
 
@@ -103,7 +102,7 @@ def test_lean_changes_nothing(checkpointing, autocast):
 
 
 def test_lean_keeps_ten_of_sixteen_widths():
-    if can_run_cpp("cpu", torch.float32):
+    if build.cpp_unavailable():
         pytest.skip("needs the C++ kernels")
     theirs, lean = twins()
     _, none = twins(recompute="none")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ...kernels.registry import table as kernel_table
+from ...kernels import table as kernel_table
 from .. import session, views
 from ..cases import OPS, Case, Outputs, Tensors, case, cases
 from ..equality import differentiate, mismatch, reason
@@ -24,7 +24,7 @@ DIRECTIONS = ("forward", "backward")
 # Seconds of a pass: the GPU's events resolve half a microsecond, and each of their calls waits to be queued first.
 _LEAST = {"cpu": 5e-3, "cuda": 5e-4}
 # Of a published table; what is neither these nor plain PyTorch is a baseline that others ship.
-_OURS = ("triton", "cuda", "cpp")
+_OURS = ("triton", "cuda", "cpp", "aten_cpu")
 _PLAIN = ("eager", "inductor")
 Implementation = Callable[[Tensors], Outputs]
 

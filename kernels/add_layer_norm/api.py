@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from .. import checks, registry
-from ..selector import KernelUnavailableError, requested
+from .. import checks
+from ..dispatch import resolve
 from . import ops, reference
 
 
 def add_layer_norm(
-    r: torch.Tensor,
-    branch: torch.Tensor | None,
+    residual: torch.Tensor,
+    x: torch.Tensor | None,
     scale: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -20,90 +20,68 @@ def add_layer_norm(
     dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``r_new = r + scale * branch`` and ``y = LayerNorm(r_new) * weight + bias``.
+    """``residual_out = residual + scale * x`` and ``y = LayerNorm(residual_out) * weight + bias``.
 
-    The sum is rounded to r's dtype, and normalised as rounded; statistics are float32 (float64 for float64).
-    Gradients of first order; sums over rows have one order whatever the number of threads, so they repeat bitwise.
-    Backward keeps r_new and a mean and a deviation for each row. Source: Ba et al., "Layer Normalization", 2016;
-    Huang et al., "Deep Networks with Stochastic Depth", 2016.
+    The sum is rounded to the residual's dtype, and normalised as rounded; statistics are float32 (float64 for
+    float64). Gradients of first order; sums over rows have one order whatever the number of threads, so they repeat
+    bitwise. Backward keeps residual_out and a mean and rstd for each row. Source: Ba et al., "Layer Normalization",
+    2016; Huang et al., "Deep Networks with Stochastic Depth", 2016.
 
     Args:
-        r: (B, ..., C) residual stream, float; any strides.
-        branch: like r, of any float dtype; None adds nothing.
-        scale: (B,) float, what each sample's branch is multiplied with (drop path: 0 or 1 / keep); no gradient.
-            None means 1.
+        residual: (B, ..., C) residual stream, float; any strides.
+        x: output of the branch, like residual, of any float dtype; None adds nothing.
+        scale: (B,) float, what each sample's x is multiplied with (drop path: 0 or 1 / keep); no gradient. None
+            means 1.
         weight: (C,) float.
         bias: (C,) float.
         eps: added to the variance.
-        dtype: of y; None means r's. Under autocast give what the next layer computes in.
-        impl: see ``mimdet.kernels.selector``.
+        dtype: of y; None means the residual's. Under autocast give what the next layer computes in.
+        impl: see ``mimdet.kernels.dispatch``.
 
     Returns:
-        r_new (B, ..., C) in r's dtype, r itself if there is no branch; y (B, ..., C).
+        residual_out (B, ..., C) in residual's dtype, residual itself if there is no x; y (B, ..., C).
 
     Raises:
         TypeError: an argument that is not of a float dtype.
-        ValueError: shapes or devices that do not fit together, a scale without a branch or with a gradient.
+        ValueError: shapes or devices that do not fit together, a scale without x or with a gradient.
         KernelUnavailableError: ``impl`` names what cannot run.
     """
-    checks.tensors(ops.NAME, r=r, weight=weight, bias=bias, branch=branch, scale=scale, optional=("branch", "scale"))
-    dtype = r.dtype if dtype is None else dtype
-    _check(r, branch, scale, weight, bias, dtype)
-    impl = _choose(impl, r, branch, dtype)
-    shape = r.shape
-    # (B, N, C): what stands between the first and the last dimension is one.
-    flat, branch = (t if t is None or t.dim() == 3 else t.reshape(*_rows(shape)) for t in (r, branch))
+    dtype = residual.dtype if dtype is None and isinstance(residual, torch.Tensor) else dtype
+    _check(residual, x, scale, weight, bias, dtype)
+    channels = residual.shape[-1]
+    too_large = f"it takes at most {ops.WIDEST} channels, got {channels} (use eager)" if channels > ops.WIDEST else None
+    dtypes = residual.dtype, residual.dtype if x is None else x.dtype, dtype
+    impl = resolve(ops.NAME, impl, residual.device, dtypes, too_large)
+    flat = residual
+    if residual.dim() != 3:
+        # (B, N, C): the dimensions between the first and the last are one.
+        rows = residual.shape[0], residual.shape[1:-1].numel(), channels
+        flat, x = residual.reshape(rows), None if x is None else x.reshape(rows)
     if impl == "eager":
-        r_new, y = reference.add_layer_norm(flat, branch, scale, weight, bias, eps, dtype)
+        residual_out, y = reference.add_layer_norm(flat, x, scale, weight, bias, eps, dtype)
     else:
         scale, weight, bias = (t if t is None or t.dtype == torch.float32 else t.float() for t in (scale, weight, bias))
-        r_new, y, _, _ = ops.run(flat, branch, scale, weight, bias, eps, dtype, impl)
-    if flat is not r:
-        r_new, y = r_new if branch is None else r_new.view(shape), y.view(shape)
-    return r if branch is None else r_new, y
+        residual_out, y, _, _ = ops.run(flat, x, scale, weight, bias, eps, dtype, impl)
+    if flat is not residual:
+        residual_out, y = residual_out if x is None else residual_out.view(residual.shape), y.view(residual.shape)
+    return residual if x is None else residual_out, y
 
 
-def _rows(shape: torch.Size) -> tuple[int, int, int]:
-    return shape[0], shape[1:-1].numel(), shape[-1]
-
-
-def _check(r, branch, scale, weight, bias, dtype) -> None:
-    given = {"branch": branch, "scale": scale, "weight": weight, "bias": bias}
-    given = {name: tensor for name, tensor in given.items() if tensor is not None}
-    for name, tensor in {"r": r, **given}.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"add_layer_norm: {name} must be of a float dtype, got {tensor.dtype}")
-        if tensor.device != r.device:
-            raise ValueError(f"add_layer_norm: {name} is on {tensor.device}, r on {r.device}")
+def _check(residual, x, scale, weight, bias, dtype) -> None:
+    op = ops.NAME
+    checks.tensors(op, ("x", "scale"), residual=residual, weight=weight, bias=bias, x=x, scale=scale)
     if not dtype.is_floating_point:
-        raise TypeError(f"add_layer_norm: dtype must be a float dtype, got {dtype}")
-    if r.dim() < 2:
-        raise ValueError(f"add_layer_norm: r must be (B, ..., C), got {tuple(r.shape)}")
-    wanted = {"branch": r.shape, "scale": r.shape[:1], "weight": r.shape[-1:], "bias": r.shape[-1:]}
-    for name, tensor in given.items():
-        if tensor.shape != wanted[name]:
-            shapes = f"{tuple(wanted[name])} for r {tuple(r.shape)}, got {tuple(tensor.shape)}"
-            raise ValueError(f"add_layer_norm: {name} must be {shapes}")
-    if scale is not None and branch is None:
-        raise ValueError("add_layer_norm: scale without a branch to scale")
+        raise TypeError(f"{op}: dtype must be a float dtype, got {dtype}")
+    if residual.dim() < 2:
+        raise ValueError(f"{op}: residual must be (B, ..., C), got {tuple(residual.shape)}")
+    shape = residual.shape
+    for name, tensor, expected in (
+        ("x", x, shape), ("scale", scale, shape[:1]), ("weight", weight, shape[-1:]), ("bias", bias, shape[-1:])
+    ):  # fmt: skip
+        if tensor is not None and tensor.shape != expected:
+            shapes = f"{tuple(expected)} for residual {tuple(shape)}, got {tuple(tensor.shape)}"
+            raise ValueError(f"{op}: {name} must be {shapes}")
+    if scale is not None and x is None:
+        raise ValueError(f"{op}: scale without an x to scale")
     if scale is not None and scale.requires_grad:
-        raise ValueError("add_layer_norm: scale has no gradient; detach it, or multiply the branch with it")
-
-
-def _choose(impl: str | None, r: torch.Tensor, branch: torch.Tensor | None, dtype: torch.dtype) -> str:
-    """One implementation that takes all the dtypes."""
-    dtypes = {r.dtype, r.dtype if branch is None else branch.dtype, dtype}
-    words = {registry.choose(ops.NAME, impl, r.device.type, d) for d in dtypes}
-    chosen = words.pop() if len(words) == 1 else "eager"
-    reason = None
-    if chosen in ("triton", "cuda") and r.shape[-1] > ops.WIDEST:
-        reason = f"rows of at most {ops.WIDEST} channels, got {r.shape[-1]}"
-    elif chosen == "cuda":
-        narrow = [d for d in dtypes if d != torch.float32]
-        if len(narrow) > 1 or (r.dtype in narrow and len(dtypes) > 1):
-            reason = f"one dtype for all, or a float32 r beside one 16-bit dtype, got {', '.join(map(str, dtypes))}"
-    if reason is None:
-        return chosen
-    if requested(impl) == "auto":
-        return "eager"
-    raise KernelUnavailableError(f"add_layer_norm: {chosen} takes {reason}. auto would choose what can.")
+        raise ValueError(f"{op}: scale has no gradient; detach it, or multiply x with it")

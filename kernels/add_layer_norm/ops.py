@@ -4,121 +4,113 @@ from __future__ import annotations
 
 import torch
 
-from .. import build, library, registry
+from .. import dispatch, library
 
 NAME = "add_layer_norm"
 # The widest row that the GPU kernels hold in registers.
 WIDEST = 8192
-_MOST_PARTIALS = {"cpp": 64, "cuda": 1024}
-
-registry.register(NAME, triton=registry.can_run_triton, cuda=registry.can_run_cuda, cpp=registry.can_run_cpp)
-
-
-def _run(r, branch, scale, weight, bias, eps, dtype, impl):
-    r, branch = r.contiguous(), None if branch is None else branch.contiguous()
-    scale, weight, bias = None if scale is None else scale.contiguous(), weight.contiguous(), bias.contiguous()
-    if impl == "triton":
-        from .triton import launch_add_layer_norm_fwd
-
-        return launch_add_layer_norm_fwd(r, branch, scale, weight, bias, eps, dtype)
-    batch, length, channels = r.shape
-    r_new = r.new_empty(0) if branch is None else torch.empty_like(r)
-    y = torch.empty_like(r, dtype=dtype)
-    mean, rstd = (torch.empty((batch, length), dtype=torch.float32, device=r.device) for _ in range(2))
-    if r.numel() == 0:
-        return r_new, y, mean, rstd
-    tensors = (r, branch, scale, weight, bias, r_new, y, mean, rstd)
-    if impl == "cpp":
-        build.call_cpp("add_layer_norm_fwd", *tensors, eps)
-    else:
-        codes = [library.CUDA_DTYPES[t.dtype] for t in (r, r if branch is None else branch, y)]
-        build.call_cuda("add_layer_norm_fwd", *tensors, batch * length, length, channels, eps, *codes)
-    return r_new, y, mean, rstd
+# Rows a partial sum of the parameters' gradients takes at least, and the most such sums.
+_PARTIALS = {"triton": (1, 1024), "cuda": (16, 1024), "cpp": (16, 64)}
 
 
-def _fake(r, branch, scale, weight, bias, eps, dtype, impl):
-    statistics = r.new_empty(r.shape[:2], dtype=torch.float32)
-    r_new = r.new_empty(0 if branch is None else r.shape)
-    return r_new, r.new_empty(r.shape, dtype=dtype), statistics, torch.empty_like(statistics)
+def _supports_cuda(call):
+    residual, *others = call.dtypes
+    narrow = {dtype for dtype in call.dtypes if dtype != torch.float32}
+    if len(narrow) > 1 or (residual in narrow and any(dtype != residual for dtype in others)):
+        dtypes = ", ".join(map(dispatch.dtype_name, call.dtypes))
+        return f"it takes one dtype for all, or a float32 residual beside one 16-bit dtype, got {dtypes} (use eager)"
+    return dispatch.supports_cuda(call)
 
 
-def _run_backward(grad_r_new, grad_y, r_new, mean, rstd, scale, weight, branch_dtype, impl):
-    grad_r_new, scale = (None if t is None else t.contiguous() for t in (grad_r_new, scale))
-    grad_y, r_new, weight = grad_y.contiguous(), r_new.contiguous(), weight.contiguous()
-    if impl == "triton":
-        from .triton import launch_add_layer_norm_bwd
+dispatch.register(NAME, dispatch.standard(f"at most {WIDEST} channels", cuda=_supports_cuda))
 
-        return launch_add_layer_norm_bwd(grad_r_new, grad_y, r_new, mean, rstd, scale, weight, branch_dtype)
-    batch, length, channels = r_new.shape
+
+def _outputs(residual, x, dtype):
+    mean, rstd = (residual.new_empty(residual.shape[:2], dtype=torch.float32) for _ in range(2))
+    residual_out = residual.new_empty(0 if x is None else residual.shape)
+    return residual_out, residual.new_empty(residual.shape, dtype=dtype), mean, rstd
+
+
+def _forward(residual, x, scale, weight, bias, eps, dtype, impl):
+    residual, x, scale, weight, bias = library.dense(residual, x, scale, weight, bias)
+    outputs = _outputs(residual, x, dtype)
+    if residual.numel():
+        batch, length, channels = residual.shape
+        library.launch(
+            f"{NAME}_fwd", impl, residual, x, scale, weight, bias, eps, *outputs,
+            sizes=(batch * length, length, channels), typed=(residual, residual if x is None else x, outputs[1]),
+        )  # fmt: skip
+    return outputs
+
+
+def _fake_forward(residual, x, scale, weight, bias, eps, dtype, impl):
+    return _outputs(residual, x, dtype)
+
+
+def _backward(dresidual_out, dy, residual_out, mean, rstd, scale, weight, x_dtype, impl):
+    dresidual_out, dy, residual_out, scale, weight = library.dense(dresidual_out, dy, residual_out, scale, weight)
+    batch, length, channels = residual_out.shape
     rows = batch * length
-    grad_r = torch.empty_like(r_new)
-    grad_branch = None if branch_dtype is None else torch.empty_like(r_new, dtype=branch_dtype)
-    # How rows are shared out depends on their number alone: any number of threads sums in the same order.
-    step = max(16, -(-rows // _MOST_PARTIALS[impl]))
-    partial_w, partial_b = (
-        torch.empty((-(-rows // step), channels), dtype=torch.float32, device=r_new.device) for _ in range(2)
-    )
-    if r_new.numel():
-        tensors = (grad_r_new, grad_y, r_new, mean, rstd, scale, weight, grad_r, grad_branch, partial_w, partial_b)
-        if impl == "cpp":
-            build.call_cpp("add_layer_norm_bwd", *tensors, step)
-        else:
-            codes = [
-                library.CUDA_DTYPES[t.dtype] for t in (r_new, r_new if grad_branch is None else grad_branch, grad_y)
-            ]
-            build.call_cuda("add_layer_norm_bwd", *tensors, rows, length, channels, step, *codes)
-    grad_branch = r_new.new_empty(0) if grad_branch is None else grad_branch
-    return grad_r, grad_branch, partial_w.sum(0), partial_b.sum(0)
+    dresidual = residual_out.new_empty(residual_out.shape)
+    dx = None if x_dtype is None else residual_out.new_empty(residual_out.shape, dtype=x_dtype)
+    step = library.rows_per_partial(rows, *_PARTIALS[impl])
+    dw_partial, db_partial = (mean.new_empty((-(-rows // step), channels)) for _ in range(2))
+    if residual_out.numel():
+        library.launch(
+            f"{NAME}_bwd", impl, dresidual_out, dy, residual_out, mean, rstd, scale, weight, step,
+            dresidual, dx, dw_partial, db_partial,
+            sizes=(rows, length, channels), typed=(residual_out, residual_out if dx is None else dx, dy),
+        )  # fmt: skip
+    return dresidual, residual_out.new_empty(0) if dx is None else dx, dw_partial.sum(0), db_partial.sum(0)
 
 
-def _fake_backward(grad_r_new, grad_y, r_new, mean, rstd, scale, weight, branch_dtype, impl):
-    grad_branch = r_new.new_empty(0) if branch_dtype is None else r_new.new_empty(r_new.shape, dtype=branch_dtype)
-    grad_weight = weight.new_empty(weight.shape)
-    return r_new.new_empty(r_new.shape), grad_branch, grad_weight, torch.empty_like(grad_weight)
+def _fake_backward(dresidual_out, dy, residual_out, mean, rstd, scale, weight, x_dtype, impl):
+    dx = residual_out.new_empty(0) if x_dtype is None else residual_out.new_empty(residual_out.shape, dtype=x_dtype)
+    dweight, dbias = (weight.new_empty(weight.shape) for _ in range(2))
+    return residual_out.new_empty(residual_out.shape), dx, dweight, dbias
 
 
 run = library.define(
     NAME,
-    "(Tensor r, Tensor? branch, Tensor? scale, Tensor weight, Tensor bias, float eps, ScalarType dtype, str impl)"
-    " -> (Tensor r_new, Tensor y, Tensor mean, Tensor rstd)",
-    _run,
-    _fake,
+    "(Tensor residual, Tensor? x, Tensor? scale, Tensor weight, Tensor bias, float eps, ScalarType dtype, str impl)"
+    " -> (Tensor residual_out, Tensor y, Tensor mean, Tensor rstd)",
+    _forward,
+    _fake_forward,
 )
 run_backward = library.define(
     f"{NAME}_backward",
-    "(Tensor? grad_r_new, Tensor grad_y, Tensor r_new, Tensor mean, Tensor rstd, Tensor? scale, Tensor weight,"
-    " ScalarType? branch_dtype, str impl)"
-    " -> (Tensor grad_r, Tensor grad_branch, Tensor grad_weight, Tensor grad_bias)",
-    _run_backward,
+    "(Tensor? dresidual_out, Tensor dy, Tensor residual_out, Tensor mean, Tensor rstd, Tensor? scale, Tensor weight,"
+    " ScalarType? x_dtype, str impl) -> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias)",
+    _backward,
     _fake_backward,
 )
 
 
 def _setup_context(ctx, inputs, output):
-    r, branch, scale, weight, _bias, _eps, _dtype, ctx.impl = inputs
-    r_new, _y, mean, rstd = output
-    ctx.branch_dtype = None if branch is None else branch.dtype
-    ctx.save_for_backward(r if branch is None else r_new, mean, rstd, scale, weight)
+    residual, x, scale, weight, _bias, _eps, _dtype, ctx.impl = inputs
+    residual_out, _y, mean, rstd = output
+    ctx.x_dtype = None if x is None else x.dtype
+    ctx.save_for_backward(residual if x is None else residual_out, mean, rstd, scale, weight)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_r_new, grad_y, _grad_mean, _grad_rstd):
-    r_new, mean, rstd, scale, weight = ctx.saved_tensors
-    has_branch = ctx.branch_dtype is not None
-    grad_r = grad_r_new if has_branch else None
-    grad_branch = grad_weight = grad_bias = None
-    # Nothing scales the branch: its gradient is the residual's, and need not be written twice.
-    shared = has_branch and scale is None and ctx.branch_dtype == r_new.dtype
-    if grad_y is not None:
-        branch_dtype = None if shared else ctx.branch_dtype
-        grad_r, grad_branch, grad_weight, grad_bias = run_backward(
-            grad_r, grad_y, r_new, mean, rstd, scale, weight, branch_dtype, ctx.impl
+def _differentiate(ctx, dresidual_out, dy, _dmean, _drstd):
+    residual_out, mean, rstd, scale, weight = ctx.saved_tensors
+    has_x = ctx.x_dtype is not None
+    dresidual = dresidual_out if has_x else None
+    dx = dweight = dbias = None
+    # Without a scale the gradient of x is the residual's, and need not be written twice.
+    shared = has_x and scale is None and ctx.x_dtype == residual_out.dtype
+    if dy is not None:
+        x_dtype = None if shared else ctx.x_dtype
+        dresidual, dx, dweight, dbias = run_backward(
+            dresidual, dy, residual_out, mean, rstd, scale, weight, x_dtype, ctx.impl
         )
-    elif has_branch and grad_r is not None and not shared:
-        grad_branch = (grad_r if scale is None else grad_r * scale.view(-1, 1, 1)).to(ctx.branch_dtype)
+    elif has_x and dresidual is not None and not shared:
+        dx = (dresidual if scale is None else dresidual * scale.view(-1, 1, 1)).to(ctx.x_dtype)
     if shared:
-        grad_branch = grad_r
-    return grad_r, grad_branch if has_branch else None, None, grad_weight, grad_bias, None, None, None
+        dx = dresidual
+    return dresidual, dx if has_x else None, None, dweight, dbias, None, None, None
 
 
-library.autograd(NAME, _backward, _setup_context)
+library.autograd(NAME, _differentiate, _setup_context)

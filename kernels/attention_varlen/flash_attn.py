@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import registry
+from ..dispatch import Call, no_gpu
 
 
 class Version(NamedTuple):
@@ -31,52 +31,41 @@ _VERSIONS = (
 )
 
 
-def can_run(device: str, dtype: torch.dtype) -> str | None:
-    """flash-attn needs 16-bit tensors on an NVIDIA GPU and one of its packages."""
-    reason = registry.wrong_dtype("flash-attn kernel", dtype, (torch.bfloat16, torch.float16))
-    reason = reason or registry.no_gpu("flash-attn's kernels", device, rocm=False)
-    if reason is None and not _usable():
+def supports(call: Call) -> str | None:
+    """flash-attn needs an NVIDIA GPU, one of its packages, and a head dim that it has kernels for."""
+    reason = no_gpu("flash-attn's kernels", call.device, rocm=False)
+    if reason:
+        return reason
+    head_dims = sorted({dim for version in _usable(call.device) for dim in version.head_dims})
+    if not head_dims:
         return "flash-attn for this GPU is not installed (pip install flash-attn)"
-    return reason
+    if call.head_dim not in head_dims:
+        return f"it takes head dims {', '.join(map(str, head_dims))}, got {call.head_dim} (use triton or eager)"
+    return None
 
 
-@torch.compiler.assume_constant_result
-def head_dims() -> tuple[int, ...]:
-    """Those that an installed version takes on this GPU."""
-    return tuple(sorted({dim for version in _usable() for dim in version.head_dims}))
-
-
-def attention(
-    qkv: torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    scale: float,
-) -> torch.Tensor:
-    """Packed qkv (T, 3, heads, head_dim), or q, k, v (T, heads, head_dim) -> (T, heads, head_dim)."""
-    packed = isinstance(qkv, torch.Tensor)
-    head_dim = (qkv if packed else qkv[0]).shape[-1]
+def attention(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float) -> torch.Tensor:
+    """Packed qkv (T, 3, heads, head_dim) -> (T, heads, head_dim)."""
+    number, function = _function(qkv.device, qkv.shape[-1])
     options = {"softmax_scale": scale, "deterministic": torch.are_deterministic_algorithms_enabled()}
-    if packed and _number(head_dim) == 2:
-        return _function(head_dim, "flash_attn_varlen_qkvpacked_func")(qkv, cu_seqlens, max_seqlen, **options)
+    if number == 2:
+        return function(qkv, cu_seqlens, max_seqlen, **options)
     lengths = {f"cu_seqlens_{side}": cu_seqlens for side in "qk"} | {f"max_seqlen_{side}": max_seqlen for side in "qk"}
-    function = _function(head_dim, "flash_attn_varlen_func")
-    out = function(*(qkv.unbind(1) if packed else qkv), **lengths, **options)
+    out = function(*qkv.unbind(1), **lengths, **options)
     # Some releases of 3 and 4 give the logarithm of the softmax's sum as well.
     return out[0] if isinstance(out, tuple) else out
 
 
 @torch.compiler.assume_constant_result
-def _number(head_dim: int) -> int:
-    return next(v.number for v in _usable() if head_dim in v.head_dims)
+def _function(device: torch.device, head_dim: int) -> tuple[int, Callable[..., torch.Tensor]]:
+    """Number of the version that takes this head dim, and its function; 2 takes qkv in one piece."""
+    version = next(version for version in _usable(device) if head_dim in version.head_dims)
+    name = "flash_attn_varlen_qkvpacked_func" if version.number == 2 else "flash_attn_varlen_func"
+    return version.number, getattr(_module(version.module), name)
 
 
-@torch.compiler.assume_constant_result
-def _function(head_dim: int, name: str) -> Callable[..., torch.Tensor]:
-    return getattr(next(_module(v.module) for v in _usable() if head_dim in v.head_dims), name)
-
-
-def _usable() -> list[Version]:
-    major = torch.cuda.get_device_capability()[0]
+def _usable(device: torch.device) -> list[Version]:
+    major = torch.cuda.get_device_capability(device)[0]
     return [v for v in _VERSIONS if major in v.capabilities and _module(v.module) is not None]
 
 

@@ -1,95 +1,136 @@
-"""``mimdet::attention_varlen``, which triton and cpp share, and its backward; and what can run where.
+"""``mimdet::attention_varlen``, which triton and aten_cpu share, and its backward; and what can run where.
 
-The other implementations (flash_attn, cuda, sdpa) are operations of their libraries, with gradients of their own.
+The other implementations (flash_attn, torch_varlen, sdpa) are operations of their libraries, with gradients of their
+own.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .. import library, registry
-from . import flash_attn, torch_attention
+from .. import dispatch, library
+from ..dispatch import BF16, F16, F32, Implementation
+from . import flash_attn
 
 NAME = "attention_varlen"
-
-registry.register(
-    NAME,
-    # On a GPU the ones that were written for it, the most specialised first; see api for what goes before them.
-    order={"cuda": ("flash_attn", "cuda", "triton", "sdpa", "eager")},
-    triton=registry.can_run_triton,
-    flash_attn=flash_attn.can_run,
-    cuda=torch_attention.can_run_varlen,
-    sdpa=torch_attention.can_run_sdpa,
-    cpp=torch_attention.can_run_cpu,
-)
+# The general words that have another name here.
+ALIASES = {"cuda": "torch_varlen", "cpp": "aten_cpu"}
+# The widest heads for which our own Triton kernel is faster than all others.
+_NARROW = 32
+_WIDEST = 128
 
 
-def _rows(q, k, v):
-    """q, k, v (T, heads, head_dim), packed or not, with the last dimension dense."""
-    q, k, v = q.unbind(1) if k is None else (q, k, v)
-    return [t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v)]
+def _supports_triton(call):
+    if call.head_dim > _WIDEST:
+        return f"it takes head dims up to {_WIDEST}, got {call.head_dim} (use torch_varlen or eager)"
+    return dispatch.supports_triton(call)
 
 
-def _run(q, k, v, cu_seqlens, max_seqlen, scale, impl):
-    q, k, v = _rows(q, k, v)
-    if impl == "cpp":
-        return torch_attention.cpu_forward(q, k, v, cu_seqlens, max_seqlen, scale)
-    from .triton import launch_attention_varlen_fwd
-
-    return launch_attention_varlen_fwd(q, k, v, cu_seqlens.contiguous(), max_seqlen, scale)
-
-
-def _fake(q, k, v, cu_seqlens, max_seqlen, scale, impl):
-    total, heads, head_dim = q.shape[0], q.shape[-2], q.shape[-1]
-    lse = torch.float32
-    lse = q.new_empty((total, heads), dtype=lse).t() if impl == "cpp" else q.new_empty((heads, total), dtype=lse)
-    return q.new_empty((total, heads, head_dim)), lse
+def _supports_varlen(call):
+    # FlashAttention and cuDNN, which it runs, have 16-bit kernels alone; float32 takes the dense one.
+    kernels = "kernels of torch's varlen_attn"
+    reason = dispatch.no_gpu(kernels, call.device, rocm=False)
+    reason = reason or dispatch.too_old("torch's varlen_attn needs", call.device, "sdpa or eager")
+    if reason is None and call.dtypes[0] == F32 and not call.equal_lengths:
+        return "it takes float32 sequences of one length only, B * max_seqlen = T (use triton or eager)"
+    return reason or _multiple_of_8(call)
 
 
-def _run_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, impl):
-    q, k, v = _rows(q, k, v)
-    grad = grad if grad.stride(2) == 1 else grad.contiguous()
-    if impl == "cpp":
-        return torch_attention.cpu_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale)
-    from .triton import launch_attention_varlen_bwd
-
-    return launch_attention_varlen_bwd(grad, q, k, v, out, lse, cu_seqlens.contiguous(), max_seqlen, scale)
+def _supports_sdpa(call):
+    if not call.equal_lengths:
+        return "it takes sequences of one length, B * max_seqlen = T (use another, or eager)"
+    # On a GPU PyTorch may build the whole matrix for other head dims.
+    return None if call.device.type == "cpu" else _multiple_of_8(call)
 
 
-def _fake_backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, impl):
-    return q.new_empty((q.shape[0], 3, q.shape[-2], q.shape[-1]))
+def _multiple_of_8(call):
+    if call.head_dim % 8 == 0 and call.head_dim <= 256:
+        return None
+    return f"it takes head dims that are multiples of 8 up to 256, got {call.head_dim} (use triton or eager)"
+
+
+IMPLEMENTATIONS = {
+    "aten_cpu": Implementation(lambda call: dispatch.no_cpu(call.device), "CPU", (F32, BF16, F16)),
+    "sdpa": Implementation(
+        _supports_sdpa, "any", (F32, BF16, F16), "equal lengths; on a GPU head dims 8, 16, ... 256"
+    ),
+    "flash_attn": Implementation(flash_attn.supports, "NVIDIA GPU", (BF16, F16), "head dims 8, 16, ... 256"),
+    "torch_varlen": Implementation(
+        _supports_varlen, "NVIDIA GPU", (F32, BF16, F16), "head dims 8, 16, ... 256; float32: equal lengths"
+    ),
+    "triton": dispatch.TRITON._replace(supports=_supports_triton, limits=f"head dims up to {_WIDEST}"),
+    "eager": dispatch.EAGER,
+}  # fmt: skip
+
+
+def _order(call):
+    narrow = call.dtypes[0].itemsize == 2 and call.head_dim <= _NARROW
+    return ("triton", *IMPLEMENTATIONS) if narrow else tuple(IMPLEMENTATIONS)
+
+
+dispatch.register(NAME, IMPLEMENTATIONS, _order, ALIASES)
+
+
+def _outputs(qkv, impl):
+    total, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty((total, heads, head_dim))
+    if impl == "aten_cpu":  # as PyTorch's kernel makes it
+        return out, qkv.new_empty((total, heads), dtype=torch.float32).t()
+    return out, qkv.new_empty((heads, total), dtype=torch.float32)
+
+
+def _forward(qkv, cu_seqlens, max_seqlen, scale, impl):
+    outputs = _outputs(qkv, impl)
+    if qkv.numel() or impl == "aten_cpu":  # which checks cu_seqlens
+        qkv, cu_seqlens = library.rows(qkv), cu_seqlens.contiguous()
+        library.launch(f"{NAME}_fwd", impl, qkv, cu_seqlens, max_seqlen, scale, *outputs)
+    return outputs
+
+
+def _fake_forward(qkv, cu_seqlens, max_seqlen, scale, impl):
+    return _outputs(qkv, impl)
+
+
+def _backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, scale, impl):
+    dqkv = qkv.new_empty(qkv.shape)
+    if qkv.numel():
+        dout, qkv, cu_seqlens = library.rows(dout), library.rows(qkv), cu_seqlens.contiguous()
+        library.launch(f"{NAME}_bwd", impl, dout, qkv, out, lse, cu_seqlens, max_seqlen, scale, dqkv)
+    return dqkv
+
+
+def _fake_backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, scale, impl):
+    return qkv.new_empty(qkv.shape)
 
 
 run = library.define(
     NAME,
-    # q is (T, 3, heads, head_dim) where k and v are None. lse, (heads, T), is in the base that impl's backward wants.
-    "(Tensor q, Tensor? k, Tensor? v, Tensor cu_seqlens, SymInt max_seqlen, float scale, str impl)"
-    " -> (Tensor out, Tensor lse)",
-    _run,
-    _fake,
+    # lse, (heads, T), is in the base that impl's backward takes.
+    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, str impl) -> (Tensor out, Tensor lse)",
+    _forward,
+    _fake_forward,
 )
 run_backward = library.define(
     f"{NAME}_backward",
-    "(Tensor grad, Tensor q, Tensor? k, Tensor? v, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen,"
-    " float scale, str impl) -> Tensor",
-    _run_backward,
+    "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale, str impl)"
+    " -> Tensor",
+    _backward,
     _fake_backward,
 )
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.impl = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(qkv, *output, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _grad_lse):
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-    if grad is None:
-        return (None,) * 7
-    made = run_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.impl)
-    # One buffer for the three: the gradient of a packed q, k, v needs no copy.
-    return (made, None, None, *(None,) * 4) if k is None else (*made.unbind(1), *(None,) * 4)
+def _differentiate(ctx, dout, _dlse):
+    qkv, out, lse, cu_seqlens = ctx.saved_tensors
+    dqkv = None
+    if dout is not None:
+        dqkv = run_backward(dout, qkv, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.impl)
+    return dqkv, None, None, None, None
 
 
-library.autograd(NAME, _backward, _setup_context)
+library.autograd(NAME, _differentiate, _setup_context)

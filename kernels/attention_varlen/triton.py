@@ -90,8 +90,8 @@ def _store(base, stride, length, D, x, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 @triton.jit
 def _load_row(base, first, length, SIZE: tl.constexpr):
     """(SIZE,) from place ``first`` of a vector (length,) at ``base``; beyond it zeros."""
-    at = first + tl.arange(0, SIZE)
-    return tl.load(base + at, mask=at < length, other=0.0)
+    offs = first + tl.arange(0, SIZE)
+    return tl.load(base + offs, mask=offs < length, other=0.0)
 
 
 @triton.jit
@@ -162,16 +162,16 @@ def _attention_varlen_fwd_kernel(
 
 @triton.jit
 def _attention_varlen_delta_kernel(
-    grad, out, delta, stride_g, stride_gh, stride_o, T, H,
+    dout, out, delta, stride_g, stride_gh, stride_o, T, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta (H, T) float32 = the sum over D of grad * out, both (T, H, D), strides as in forward."""
+    """delta (H, T) float32 = the sum over D of dout * out, both (T, H, D), strides as in forward."""
     head = (tl.program_id(0) % H).to(tl.int64)
     own = (tl.program_id(0) // H).to(tl.int64) * BLOCK_M
     left = (T - own).to(tl.int32)
-    grad += own * stride_g + head * stride_gh
+    dout += own * stride_g + head * stride_gh
     out += own * stride_o + head * D
-    dy = _load(grad, stride_g, 0, left, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    dy = _load(dout, stride_g, 0, left, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
     y = _load(out, stride_o, 0, left, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
     row = tl.arange(0, BLOCK_M)
     tl.store(delta + head * T + own + row, tl.sum(dy * y, 1), mask=row < left)
@@ -179,16 +179,16 @@ def _attention_varlen_delta_kernel(
 
 @triton.jit
 def _attention_varlen_bwd_kv_kernel(
-    grad, q, k, v, cu_seqlens, lse, delta, dk, dv, stride_g, stride_gh, stride_q, stride_qh, stride_k, stride_kh,
+    dout, q, k, v, cu_seqlens, lse, delta, dk, dv, stride_g, stride_gh, stride_q, stride_qh, stride_k, stride_kh,
     stride_v, stride_vh, stride_d, T, H, tiles, scale, scale_out,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """grad, q, k, v, dk, dv: (T, H, D), strides of T and H given (of H in dk and dv: D); lse, delta: (H, T) float32."""
+    """dout, q, k, v, dk, dv: (T, H, D), strides of T and H given (of H in dk and dv: D); lse, delta: (H, T) float32."""
     head, start, length, own, left = _place(cu_seqlens, H, tiles, BLOCK_N)
     if left <= 0:
         return
     q += start * stride_q + head * stride_qh
-    grad += start * stride_g + head * stride_gh
+    dout += start * stride_g + head * stride_gh
     lse += head * T + start
     delta += head * T + start
     k_tile = _load(k + own * stride_k + head * stride_kh, stride_k, 0, left, D, BLOCK_N, BLOCK_D, True)
@@ -198,30 +198,30 @@ def _attention_varlen_bwd_kv_kernel(
     for m in range(0, length, BLOCK_M):
         # Queries beyond the sequence are zeros, as are their gradients: they add nothing.
         q_tile = _load(q, stride_q, m, length, D, BLOCK_M, BLOCK_D, True)
-        dy = _load(grad, stride_g, m, length, D, BLOCK_M, BLOCK_D, True)
+        dy = _load(dout, stride_g, m, length, D, BLOCK_M, BLOCK_D, True)
         p = tl.exp2(_dot(k_tile, tl.trans(q_tile), WIDEN) * scale - _load_row(lse, m, length, BLOCK_M)[None, :])
         dv_tile += _dot(p.to(dy.dtype), dy, WIDEN)
         ds = p * (_dot(v_tile, tl.trans(dy), WIDEN) - _load_row(delta, m, length, BLOCK_M)[None, :])
         dk_tile += _dot(ds.to(q_tile.dtype), q_tile, WIDEN)
-    at = own * stride_d + head * D
-    _store(dk + at, stride_d, left, D, dk_tile * scale_out, BLOCK_N, BLOCK_D)
-    _store(dv + at, stride_d, left, D, dv_tile, BLOCK_N, BLOCK_D)
+    offs = own * stride_d + head * D
+    _store(dk + offs, stride_d, left, D, dk_tile * scale_out, BLOCK_N, BLOCK_D)
+    _store(dv + offs, stride_d, left, D, dv_tile, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
 def _attention_varlen_bwd_q_kernel(
-    grad, q, k, v, cu_seqlens, lse, delta, dq, stride_g, stride_gh, stride_q, stride_qh, stride_k, stride_kh,
+    dout, q, k, v, cu_seqlens, lse, delta, dq, stride_g, stride_gh, stride_q, stride_qh, stride_k, stride_kh,
     stride_v, stride_vh, stride_d, T, H, tiles, scale, scale_out,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """grad, q, k, v, dq: (T, H, D), strides of T and H given (of H in dq: D); lse, delta: (H, T) float32."""
+    """dout, q, k, v, dq: (T, H, D), strides of T and H given (of H in dq: D); lse, delta: (H, T) float32."""
     head, start, length, own, left = _place(cu_seqlens, H, tiles, BLOCK_M)
     if left <= 0:
         return
     k += start * stride_k + head * stride_kh
     v += start * stride_v + head * stride_vh
     q_tile = _load(q + own * stride_q + head * stride_qh, stride_q, 0, left, D, BLOCK_M, BLOCK_D, True)
-    dy = _load(grad + own * stride_g + head * stride_gh, stride_g, 0, left, D, BLOCK_M, BLOCK_D, True)
+    dy = _load(dout + own * stride_g + head * stride_gh, stride_g, 0, left, D, BLOCK_M, BLOCK_D, True)
     lse_row = _load_row(lse + head * T + own, 0, left, BLOCK_M)
     delta_row = _load_row(delta + head * T + own, 0, left, BLOCK_M)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -246,44 +246,42 @@ def _options(tiles: dict[tuple[int, int], Tiles], dtype: torch.dtype, head_dim: 
     }
 
 
+def _grid(cu_seqlens: torch.Tensor, max_seqlen: int, heads: int, block: int) -> tuple[int, tuple[int]]:
+    """Tiles of the longest sequence, and programs for those of every head of every sequence."""
+    tiles = triton.cdiv(max_seqlen, block)
+    return tiles, (tiles * heads * (len(cu_seqlens) - 1),)
+
+
 def launch_attention_varlen_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k, v (T, heads, head_dim), the last dimension dense -> out like q, dense, and log2 of the sums (heads, T)."""
-    total, heads, head_dim = q.shape
-    out, lse = q.new_empty(q.shape), q.new_empty((heads, total), dtype=torch.float32)
-    options = _options(_FWD, q.dtype, head_dim)
-    tiles = triton.cdiv(max_seqlen, options["BLOCK_M"])
-    if q.numel():
-        _attention_varlen_fwd_kernel[(tiles * heads * (len(cu_seqlens) - 1),)](
-            q, k, v, cu_seqlens, out, lse, *(s for t in (q, k, v) for s in t.stride()[:2]), heads * head_dim, total,
-            heads, tiles, scale * math.log2(math.e), SPLIT=q.dtype.itemsize == 2, **options,
-        )  # fmt: skip
-    return out, lse
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """qkv (T, 3, heads, head_dim), the last dimension dense -> out (T, heads, head_dim), lse (heads, T) in base 2."""
+    total, _, heads, head_dim = qkv.shape
+    options = _options(_FWD, qkv.dtype, head_dim)
+    tiles, grid = _grid(cu_seqlens, max_seqlen, heads, options["BLOCK_M"])
+    q, k, v = qkv.unbind(1)
+    _attention_varlen_fwd_kernel[grid](
+        q, k, v, cu_seqlens, out, lse, *(s for t in (q, k, v) for s in t.stride()[:2]), heads * head_dim, total,
+        heads, tiles, scale * math.log2(math.e), SPLIT=qkv.dtype.itemsize == 2, **options,
+    )  # fmt: skip
 
 
 def launch_attention_varlen_bwd(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    cu_seqlens: torch.Tensor, max_seqlen: int, scale: float,
-) -> torch.Tensor:  # fmt: skip
-    """grad, q, k, v (T, heads, head_dim), the last dimension dense; what forward gave -> (T, 3, heads, head_dim)."""
-    total, heads, head_dim = q.shape
-    grads = q.new_empty((total, 3, heads, head_dim))
-    if not q.numel():
-        return grads
+    dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, cu_seqlens: torch.Tensor,
+    max_seqlen: int, scale: float, dqkv: torch.Tensor,
+) -> None:  # fmt: skip
+    """dout, qkv, the last dimension dense, and what forward gave -> dqkv (T, 3, heads, head_dim)."""
+    total, _, heads, head_dim = qkv.shape
     delta = torch.empty_like(lse)
-    dq, dk, dv = grads.unbind(1)
-    kv, of_q = (_options(tiles, q.dtype, head_dim) for tiles in (_BWD_KV, _BWD_Q))
+    (q, k, v), (dq, dk, dv) = qkv.unbind(1), dqkv.unbind(1)
+    for_kv, for_q = (_options(tiles, qkv.dtype, head_dim) for tiles in (_BWD_KV, _BWD_Q))
     _attention_varlen_delta_kernel[(triton.cdiv(total, 64) * heads,)](
-        grad, out, delta, *grad.stride()[:2], heads * head_dim, total, heads, head_dim, kv["BLOCK_D"], 64
+        dout, out, delta, *dout.stride()[:2], heads * head_dim, total, heads, head_dim, for_kv["BLOCK_D"], 64
     )
-    strides = [s for t in (grad, q, k, v) for s in t.stride()[:2]]
-    common = (*strides, grads.stride(0), total, heads)
-    inputs, factors = (grad, q, k, v, cu_seqlens, lse, delta), (scale * math.log2(math.e), scale)
-    tiles = triton.cdiv(max_seqlen, kv["BLOCK_N"])
-    grid = (tiles * heads * (len(cu_seqlens) - 1),)
-    _attention_varlen_bwd_kv_kernel[grid](*inputs, dk, dv, *common, tiles, *factors, **kv)
-    tiles = triton.cdiv(max_seqlen, of_q["BLOCK_M"])
-    grid = (tiles * heads * (len(cu_seqlens) - 1),)
-    _attention_varlen_bwd_q_kernel[grid](*inputs, dq, *common, tiles, *factors, **of_q)
-    return grads
+    strides = [s for t in (dout, q, k, v) for s in t.stride()[:2]]
+    common = (*strides, dqkv.stride(0), total, heads)
+    inputs, factors = (dout, q, k, v, cu_seqlens, lse, delta), (scale * math.log2(math.e), scale)
+    tiles, grid = _grid(cu_seqlens, max_seqlen, heads, for_kv["BLOCK_N"])
+    _attention_varlen_bwd_kv_kernel[grid](*inputs, dk, dv, *common, tiles, *factors, **for_kv)
+    tiles, grid = _grid(cu_seqlens, max_seqlen, heads, for_q["BLOCK_M"])
+    _attention_varlen_bwd_q_kernel[grid](*inputs, dq, *common, tiles, *factors, **for_q)

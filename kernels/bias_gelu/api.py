@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import checks, registry
+from .. import checks
+from ..dispatch import resolve
 from . import ops, reference
 
 
@@ -18,7 +19,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, impl: str | None = None) -
     Args:
         x: (..., C) float; any strides.
         bias: (C,) float, of any dtype.
-        impl: see ``mimdet.kernels.selector``.
+        impl: see ``mimdet.kernels.dispatch``.
 
     Returns:
         Like x, contiguous.
@@ -29,15 +30,10 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, impl: str | None = None) -
         KernelUnavailableError: ``impl`` names what cannot run.
     """
     checks.tensors(ops.NAME, x=x, bias=bias)
-    for name, tensor in (("x", x), ("bias", bias)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"bias_gelu: {name} must be of a float dtype, got {tensor.dtype}")
-    if x.dim() < 1 or tuple(bias.shape) != (x.shape[-1],):
+    if x.dim() < 1 or bias.shape != x.shape[-1:]:
         raise ValueError(f"bias_gelu: bias must be (C,) for x (..., C), got {tuple(bias.shape)} for {tuple(x.shape)}")
-    if bias.device != x.device:
-        raise ValueError(f"bias_gelu: bias is on {bias.device}, x on {x.device}")
-    impl = registry.choose(ops.NAME, impl, x.device.type, x.dtype)
+    impl = resolve(ops.NAME, impl, x.device, (x.dtype,))
     if impl == "eager":
         return reference.bias_gelu(x, bias)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return ops.run(rows, bias.float(), impl).view(x.shape)
+    return ops.run(rows, bias if bias.dtype == torch.float32 else bias.float(), impl).view(x.shape)

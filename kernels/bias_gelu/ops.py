@@ -2,60 +2,48 @@
 
 from __future__ import annotations
 
-import torch
-
-from .. import build, library, registry
+from .. import dispatch, library
 
 NAME = "bias_gelu"
-_MOST_PARTIALS = {"cpp": 64, "cuda": 1024}
+# Rows a partial sum of the bias's gradient takes at least, and the most such sums.
+_PARTIALS = {"triton": (64, 2**62), "cuda": (16, 1024), "cpp": (16, 64)}
 
-registry.register(NAME, triton=registry.can_run_triton, cuda=registry.can_run_cuda, cpp=registry.can_run_cpp)
+dispatch.register(NAME, dispatch.standard())
 
 
-def _run(x, bias, impl):
-    x, bias = x.contiguous(), bias.contiguous()
-    if impl == "triton":
-        from .triton import launch_bias_gelu_fwd
-
-        return launch_bias_gelu_fwd(x, bias)
-    y = torch.empty_like(x)
-    if x.numel() == 0:
-        return y
-    if impl == "cpp":
-        build.call_cpp("bias_gelu_fwd", x, bias, y)
-    else:
-        build.call_cuda("bias_gelu_fwd", x, bias, y, *x.shape, library.CUDA_DTYPES[x.dtype])
+def _forward(x, bias, impl):
+    x, bias = library.dense(x, bias)
+    y = x.new_empty(x.shape)
+    if x.numel():
+        library.launch(f"{NAME}_fwd", impl, x, bias, y, sizes=tuple(x.shape), typed=(x,))
     return y
 
 
-def _run_backward(grad_y, x, bias, impl):
-    grad_y, x, bias = grad_y.contiguous(), x.contiguous(), bias.contiguous()
-    if impl == "triton":
-        from .triton import launch_bias_gelu_bwd
+def _fake_forward(x, bias, impl):
+    return x.new_empty(x.shape)
 
-        return launch_bias_gelu_bwd(grad_y, x, bias)
+
+def _backward(dy, x, bias, impl):
+    dy, x, bias = library.dense(dy, x, bias)
     rows, channels = x.shape
-    grad_x = torch.empty_like(x)
-    # How rows are shared out depends on their number alone: any number of threads sums in the same order.
-    step = max(16, -(-rows // _MOST_PARTIALS[impl]))
-    partial = torch.empty((-(-rows // step), channels), dtype=torch.float32, device=x.device)
+    dx = x.new_empty(x.shape)
+    step = library.rows_per_partial(rows, *_PARTIALS[impl])
+    db_partial = bias.new_empty((-(-rows // step), channels))
     if x.numel():
-        if impl == "cpp":
-            build.call_cpp("bias_gelu_bwd", grad_y, x, bias, grad_x, partial, step)
-        else:
-            code = library.CUDA_DTYPES[x.dtype]
-            build.call_cuda("bias_gelu_bwd", grad_y, x, bias, grad_x, partial, rows, channels, step, code)
-    return grad_x, partial.sum(0)
+        library.launch(f"{NAME}_bwd", impl, dy, x, bias, step, dx, db_partial, sizes=(rows, channels), typed=(x,))
+    return dx, db_partial.sum(0)
 
 
-run = library.define(
-    NAME, "(Tensor x, Tensor bias, str impl) -> Tensor", _run, lambda x, bias, impl: x.new_empty(x.shape)
-)
+def _fake_backward(dy, x, bias, impl):
+    return x.new_empty(x.shape), bias.new_empty(bias.shape)
+
+
+run = library.define(NAME, "(Tensor x, Tensor bias, str impl) -> Tensor", _forward, _fake_forward)
 run_backward = library.define(
     f"{NAME}_backward",
-    "(Tensor grad_y, Tensor x, Tensor bias, str impl) -> (Tensor grad_x, Tensor grad_bias)",
-    _run_backward,
-    lambda grad_y, x, bias, impl: (x.new_empty(x.shape), bias.new_empty(bias.shape)),
+    "(Tensor dy, Tensor x, Tensor bias, str impl) -> (Tensor dx, Tensor dbias)",
+    _backward,
+    _fake_backward,
 )
 
 
@@ -64,8 +52,8 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, bias)
 
 
-def _backward(ctx, grad_y):
-    return *run_backward(grad_y, *ctx.saved_tensors, ctx.impl), None
+def _differentiate(ctx, dy):
+    return *run_backward(dy, *ctx.saved_tensors, ctx.impl), None
 
 
-library.autograd(NAME, _backward, _setup_context)
+library.autograd(NAME, _differentiate, _setup_context)

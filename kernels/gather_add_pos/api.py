@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import checks, debug, registry
+from .. import checks, debug
+from ..dispatch import resolve
 from . import ops, reference
 
 
@@ -19,10 +20,10 @@ def gather_add_pos(
     Args:
         x: (B, L, C) tokens, float; any strides, without a copy where C lies densely.
         pos: (L, C) or (1, L, C) position embedding, float; None gathers alone.
-        index: (B, K) int32 or int64, tokens of each picture: within 0 .. L - 1 and none twice, or results and
-            gradients mean nothing. MIMDET_DEBUG_KERNELS=1 checks both. Packed tokens of several pictures come as one
-            picture: x (1, B * L, C), pos (B * L, C), index (1, T).
-        impl: see ``mimdet.kernels.selector``.
+        index: (B, K) int32 or int64, tokens of each image: within 0 .. L - 1 and none twice, or results and
+            gradients mean nothing. MIMDET_DEBUG_KERNELS=1 checks both. Packed tokens of several images come as one
+            image: x (1, B * L, C), pos (B * L, C), index (1, T).
+        impl: see ``mimdet.kernels.dispatch``.
 
     Returns:
         (B, K, C) in the dtype of ``x + pos``.
@@ -41,7 +42,7 @@ def gather_add_pos(
         wide = torch.promote_types(x.dtype, pos.dtype)
         pos = pos.to(wide)
         x = x if wide == torch.float32 else x.to(wide)
-    impl = registry.choose(ops.NAME, impl, x.device.type, x.dtype)
+    impl = resolve(ops.NAME, impl, x.device, (x.dtype,))
     if impl == "eager":
         return reference.gather_add_pos(x, pos, index)
     return ops.run(x, pos, index, impl)
@@ -49,23 +50,14 @@ def gather_add_pos(
 
 def _checked(x: torch.Tensor, pos: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
     """``pos`` as (L, C)."""
-    checks.tensors(ops.NAME, x=x, index=index, pos=pos, optional=("pos",))
-    if not x.is_floating_point():
-        raise TypeError(f"gather_add_pos: x must be of a float dtype, got {x.dtype}")
-    if index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"gather_add_pos: index must be int32 or int64, got {index.dtype}")
+    checks.tensors(ops.NAME, ("pos",), x=x, pos=pos)
+    checks.integers(ops.NAME, x, "x", index=index)
     if x.dim() != 3:
         raise ValueError(f"gather_add_pos: x must be (B, L, C), got {tuple(x.shape)}")
     if index.dim() != 2 or index.shape[0] != x.shape[0]:
         raise ValueError(f"gather_add_pos: index must be ({x.shape[0]}, K), got {tuple(index.shape)}")
-    if index.device != x.device:
-        raise ValueError(f"gather_add_pos: index is on {index.device}, x on {x.device}")
     if pos is None:
         return None
-    if not pos.is_floating_point():
-        raise TypeError(f"gather_add_pos: pos must be of a float dtype, got {pos.dtype}")
-    if pos.device != x.device:
-        raise ValueError(f"gather_add_pos: pos is on {pos.device}, x on {x.device}")
     table = pos.squeeze(0) if pos.dim() == 3 else pos
     if table.shape != x.shape[1:]:
         raise ValueError(f"gather_add_pos: pos must be {tuple(x.shape[1:])}, got {tuple(pos.shape)}")

@@ -6,58 +6,51 @@ import torch
 import triton
 import triton.language as tl
 
-_ROWS = 4
-_COLUMNS = 256
+from ..triton_common import ROW_BLOCKS, row_grid
 
 
 @triton.jit
 def _gather_add_pos_fwd_kernel(
-    x, pos, index, out, M, K, C, batch_stride, row_stride,
-    HAS_POS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, pos, index, y, M, K, C, stride_b, stride_l, HAS_POS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """x: B x L rows of C at two strides; pos: (L, C); index: (M,) = (B * K,); out: (M, C)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """x: B x L rows of C at two strides; pos: (L, C); index: (M,) = (B * K,); y: (M, C)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     source = tl.load(index + row, mask=row < M, other=0).to(tl.int64)
-    mask = (row < M)[:, None] & (column < C)[None, :]
-    start = row // K * batch_stride + source * row_stride
-    value = tl.load(x + start[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    mask = (row < M)[:, None] & (channel < C)[None, :]
+    start = row // K * stride_b + source * stride_l
+    value = tl.load(x + start[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_POS:
-        value += tl.load(pos + source[:, None] * C + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row[:, None] * C + column[None, :], value.to(out.dtype.element_ty), mask=mask)
+        value += tl.load(pos + source[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + row[:, None] * C + channel[None, :], value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _gather_add_pos_bwd_kernel(
-    grad, index, out, M, K, L, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    dy, index, dx, M, K, L, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """grad: (M, C); index: (M,) = (B * K,), unique within a picture; out: (B * L, C), zeros."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """dy: (M, C); index: (M,) = (B * K,), unique within an image; dx: (B * L, C), zeros."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     target = row // K * L + tl.load(index + row, mask=row < M, other=0).to(tl.int64)
-    mask = (row < M)[:, None] & (column < C)[None, :]
-    value = tl.load(grad + row[:, None] * C + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + target[:, None] * C + column[None, :], value.to(out.dtype.element_ty), mask=mask)
-
-
-def _grid(rows: int, channels: int) -> tuple[int, int]:
-    return triton.cdiv(rows, _ROWS), triton.cdiv(channels, _COLUMNS)
+    mask = (row < M)[:, None] & (channel < C)[None, :]
+    value = tl.load(dy + row[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx + target[:, None] * C + channel[None, :], value.to(dx.dtype.element_ty), mask=mask)
 
 
 def launch_gather_add_pos_fwd(
-    x: torch.Tensor, pos: torch.Tensor | None, index: torch.Tensor, out: torch.Tensor
-) -> None:
-    """x (B, L, C) with contiguous rows, contiguous pos (L, C) and index (B, K) -> out (B, K, C)."""
-    batch, count, channels = out.shape
-    _gather_add_pos_fwd_kernel[_grid(batch * count, channels)](
-        x, pos, index, out, batch * count, count, channels, x.stride(0), x.stride(1),
-        HAS_POS=pos is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
-    )  # fmt: skip
+    x: torch.Tensor, pos: torch.Tensor | None, index: torch.Tensor, y: torch.Tensor
+) -> None:  # fmt: skip
+    """x (B, L, C) with contiguous rows, contiguous pos (L, C) and index (B, K) -> y (B, K, C)."""
+    batch, count, channels = y.shape
+    _gather_add_pos_fwd_kernel[row_grid(batch * count, channels)](
+        x, pos, index, y, batch * count, count, channels, *x.stride()[:2], HAS_POS=pos is not None, **ROW_BLOCKS
+    )
 
 
-def launch_gather_add_pos_bwd(grad: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
-    """Contiguous grad (B, K, C) and index (B, K) -> into zeros out (B, L, C)."""
-    batch, count, channels = grad.shape
-    _gather_add_pos_bwd_kernel[_grid(batch * count, channels)](
-        grad, index, out, batch * count, count, out.shape[1], channels, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4
+def launch_gather_add_pos_bwd(dy: torch.Tensor, index: torch.Tensor, dx: torch.Tensor) -> None:
+    """Contiguous dy (B, K, C) and index (B, K) -> into zeros dx (B, L, C)."""
+    batch, count, channels = dy.shape
+    _gather_add_pos_bwd_kernel[row_grid(batch * count, channels)](
+        dy, index, dx, batch * count, count, dx.shape[1], channels, **ROW_BLOCKS
     )

@@ -31,7 +31,7 @@ def group_norm_gelu(
             top left: 1 .. H and 1 .. W (MIMDET_DEBUG_KERNELS=1 checks). Statistics are those of the area alone.
             Whatever x and the gradient hold outside of it, NaN too, is not looked at; result and gradient are zero
             there. None: everything is valid.
-        impl: see ``mimdet.kernels.selector``.
+        impl: see ``mimdet.kernels.dispatch``.
 
     Returns:
         (B, C, H, W) in x's dtype and memory format. Statistics and arithmetic are float32; only x and the statistics

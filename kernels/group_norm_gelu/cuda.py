@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import build
-from ..library import CUDA_DTYPES
+from ..library import call_cuda
 
 # Elements that a block reads at once, and the most that it may count.
 _CHUNK = 4096
@@ -22,9 +21,8 @@ def launch_group_norm_gelu_fwd(x, weight, bias, sizes, eps, nhwc, y, mean, rstd)
     per_part = min(_up(-(-x[0].numel() // _PARTS), _CHUNK), _MOST)
     parts = -(-x[0].numel() // per_part)
     moments = torch.empty((x.shape[0], parts, 4), dtype=torch.float32, device=x.device)
-    tensors = (x, weight, bias, sizes, moments, y, mean, rstd)
-    code = CUDA_DTYPES[x.dtype]
-    build.call_cuda("group_norm_gelu_fwd", *tensors, *x.shape, nhwc, parts, per_part, eps, code)
+    arguments = x, weight, bias, sizes, eps, nhwc, moments, y, mean, rstd
+    call_cuda("group_norm_gelu_fwd", *arguments, sizes=(*x.shape, parts, per_part), typed=(x,))
 
 
 def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx, dweight, dbias):
@@ -37,8 +35,8 @@ def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx,
     sums = torch.empty((batch, parts, 2, channels), dtype=torch.float32, device=x.device)
     totals = torch.empty((batch, 2, channels), dtype=torch.float32, device=x.device)
     means = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
-    tensors = (dy, x, weight, bias, sizes, mean, rstd, sums, totals, means, dx, dweight, dbias)
-    build.call_cuda("group_norm_gelu_bwd", *tensors, *x.shape, nhwc, parts, step, CUDA_DTYPES[x.dtype])
+    arguments = dy, x, weight, bias, sizes, mean, rstd, nhwc, sums, totals, means, dx, dweight, dbias
+    call_cuda("group_norm_gelu_bwd", *arguments, sizes=(*x.shape, parts, step), typed=(x,))
 
 
 def _up(number: int, unit: int) -> int:

@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_gelu import gelu, gelu_derivative
-from ..triton_map import start, valid
+from ..triton_common import gelu, gelu_derivative, start, valid
 
 # Elements that a program's registers hold at once, and the most programs that share a sample: a power of two.
 _TILE = 4096
@@ -20,19 +19,9 @@ _MOST_PARTS = 256
 
 @triton.jit
 def _group_norm_gelu_moments_kernel(
-    x,
-    sizes,
-    moments,
-    rows,
-    width,
-    W,
-    S,
-    parts,
-    per_part,
-    HAS_SIZES: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    x, sizes, moments, rows, width, W, S, parts, per_part, HAS_SIZES: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     """x: (B, rows, width); sizes: (B, 2); moments: (B, parts, 3) float32: count, mean, sum of squared deviations.
 
     Rows are what per_part counts; with sizes, row r is of position r % S in a map of W columns.
@@ -47,19 +36,19 @@ def _group_norm_gelu_moments_kernel(
     for offset in range(0, per_part, BLOCK_S):
         first = begin + offset
         row = first + lane
-        inside = (row < rows) & (column < width)
+        mask = (row < rows) & (column < width)
         if HAS_SIZES:
-            inside &= valid(((first % S).to(tl.int32) + lane) % S, sizes + 2 * sample, W)
-            n = tl.sum(inside.to(tl.float32))
+            mask &= valid(((first % S).to(tl.int32) + lane) % S, sizes + 2 * sample, W)
+            n = tl.sum(mask.to(tl.float32))
         else:
             # A part has at least one row, but its last blocks may have none.
             n = (tl.minimum(tl.maximum(rows - first, 0), BLOCK_S) * width).to(tl.float32)
-        value = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + row * width + column, mask=mask, other=0.0).to(tl.float32)
         block_mean = tl.sum(value) / tl.maximum(n, 1.0)
-        deviation = tl.where(inside, value - block_mean, 0.0)
+        x_centered = tl.where(mask, value - block_mean, 0.0)
         both = tl.maximum(count + n, 1.0)
         delta = block_mean - mean
-        m2 += tl.sum(deviation * deviation) + delta * delta * (count * n / both)
+        m2 += tl.sum(x_centered * x_centered) + delta * delta * (count * n / both)
         mean += delta * (n / both)
         count += n
     moments += 3 * program.to(tl.int64)
@@ -72,41 +61,24 @@ def _group_norm_gelu_moments_kernel(
 def _combine(moments, parts, eps, PARTS: tl.constexpr):
     """Mean and rstd of a sample from moments (parts, 3)."""
     part = tl.arange(0, PARTS)
-    inside = part < parts
-    counts = tl.load(moments + 3 * part, mask=inside, other=0.0)
-    means = tl.load(moments + 3 * part + 1, mask=inside, other=0.0)
-    m2s = tl.load(moments + 3 * part + 2, mask=inside, other=0.0)
-    total = tl.sum(counts)
+    mask = part < parts
+    counts = tl.load(moments + 3 * part, mask=mask, other=0.0)
+    means = tl.load(moments + 3 * part + 1, mask=mask, other=0.0)
+    m2s = tl.load(moments + 3 * part + 2, mask=mask, other=0.0)
+    count = tl.sum(counts)
     # Deviations from the first part's mean: adding up large means would lose what they differ in.
     first = tl.sum(tl.where(part == 0, means, 0.0))
-    mean = first + tl.sum(counts * (means - first)) / total
-    deviation = means - mean
-    m2 = tl.sum(m2s + counts * deviation * deviation)
-    return mean, tl.rsqrt(m2 / total + eps)
+    mean = first + tl.sum(counts * (means - first)) / count
+    x_centered = means - mean
+    m2 = tl.sum(m2s + counts * x_centered * x_centered)
+    return mean, tl.rsqrt(m2 / count + eps)
 
 
 @triton.jit
 def _group_norm_gelu_fwd_kernel(
-    x,
-    weight,
-    bias,
-    sizes,
-    moments,
-    y,
-    mean_out,
-    rstd_out,
-    C,
-    S,
-    W,
-    tiles,
-    parts,
-    eps,
-    NHWC: tl.constexpr,
-    HAS_SIZES: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    x, weight, bias, sizes, moments, y, mean_out, rstd_out, C, S, W, tiles, parts, eps, NHWC: tl.constexpr,
+    HAS_SIZES: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """x, y: (B, S, C) if NHWC else (B, C, S); weight, bias: (C,); moments: (B, parts, 3); mean, rstd: (B,).
 
     A program has one tile of a sample: BLOCK_S positions, and all channels (NHWC) or one (BLOCK_C = 1).
@@ -120,17 +92,17 @@ def _group_norm_gelu_fwd_kernel(
         tl.store(rstd_out + sample, rstd)
     x += sample * size
     y += sample * size
-    at, inside, position, channel, channel_inside = _tile(tile, C, S, NHWC, BLOCK_S, BLOCK_C)
-    use = inside
+    offs, mask, position, channel, channel_mask = _tile(tile, C, S, NHWC, BLOCK_S, BLOCK_C)
+    use = mask
     if HAS_SIZES:
-        use = inside & valid(position, sizes + 2 * sample, W)
-    w = tl.load(weight + channel, mask=channel_inside, other=0.0)
-    b = tl.load(bias + channel, mask=channel_inside, other=0.0)
-    xhat = (tl.load(x + at, mask=use, other=0.0).to(tl.float32) - mean) * rstd
-    result = gelu(xhat * w + b)
+        use = mask & valid(position, sizes + 2 * sample, W)
+    w = tl.load(weight + channel, mask=channel_mask, other=0.0)
+    b = tl.load(bias + channel, mask=channel_mask, other=0.0)
+    x_hat = (tl.load(x + offs, mask=use, other=0.0).to(tl.float32) - mean) * rstd
+    result = gelu(x_hat * w + b)
     if HAS_SIZES:
         result = tl.where(use, result, 0.0)
-    tl.store(y + at, result.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + offs, result.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -139,36 +111,21 @@ def _tile(tile, C, S, NHWC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.con
     channel = tl.arange(0, BLOCK_C)[None, :]
     if NHWC:
         position = start(tile, BLOCK_S) + tl.arange(0, BLOCK_S)[:, None]
-        at = position.to(tl.int64) * C + channel
+        offs = position.to(tl.int64) * C + channel
     else:
         blocks = tl.cdiv(S, BLOCK_S)
         position = start(tile % blocks, BLOCK_S) + tl.arange(0, BLOCK_S)[:, None]
         channel = channel + tile // blocks
-        at = channel.to(tl.int64) * S + position
-    return at, (position < S) & (channel < C), position, channel, channel < C
+        offs = channel.to(tl.int64) * S + position
+    return offs, (position < S) & (channel < C), position, channel, channel < C
 
 
 @triton.jit
 def _group_norm_gelu_bwd_sums_kernel(
-    dy,
-    x,
-    weight,
-    bias,
-    sizes,
-    mean,
-    rstd,
-    sums,
-    C,
-    S,
-    W,
-    tiles,
-    steps,
-    NHWC: tl.constexpr,
-    HAS_SIZES: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """dy, x: (B, S, C) if NHWC else (B, C, S); sums: (B, parts, 2, C) float32, of dz and of dz * xhat.
+    dy, x, weight, bias, sizes, mean, rstd, sums, C, S, W, tiles, steps, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dy, x: (B, S, C) if NHWC else (B, C, S); sums: (B, parts, 2, C) float32, of dz and of dz * x_hat.
 
     A program has steps * BLOCK_S positions and all channels (NHWC) or one (BLOCK_C = 1); tiles such make a sample.
     """
@@ -177,8 +134,8 @@ def _group_norm_gelu_bwd_sums_kernel(
     size = tl.cast(C, tl.int64) * S
     dy += sample * size
     x += sample * size
-    center = tl.load(mean + sample)
-    scale = tl.load(rstd + sample)
+    x_mean = tl.load(mean + sample)
+    x_rstd = tl.load(rstd + sample)
     column = tl.arange(0, BLOCK_C)[None, :]
     parts = tiles
     part = tile
@@ -186,65 +143,56 @@ def _group_norm_gelu_bwd_sums_kernel(
         parts = tiles // C
         part = tile % parts
         column = column + tile // parts
-    channel_inside = column < C
-    w = tl.load(weight + column, mask=channel_inside, other=0.0)
-    b = tl.load(bias + column, mask=channel_inside, other=0.0)
-    total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    product = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+    channel_mask = column < C
+    w = tl.load(weight + column, mask=channel_mask, other=0.0)
+    b = tl.load(bias + column, mask=channel_mask, other=0.0)
+    db = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+    dw = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     for step in range(steps):
         position = start(start(part, steps) + step, BLOCK_S) + tl.arange(0, BLOCK_S)[:, None]
-        inside = (position < S) & channel_inside
+        mask = (position < S) & channel_mask
         if HAS_SIZES:
-            inside &= valid(position, sizes + 2 * sample, W)
-        at = position.to(tl.int64) * C + column if NHWC else column.to(tl.int64) * S + position
-        xhat = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - center) * scale
-        dz = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * gelu_derivative(xhat * w + b)
-        dz = tl.where(inside, dz, 0.0)
-        total += dz
-        product += dz * tl.where(inside, xhat, 0.0)
+            mask &= valid(position, sizes + 2 * sample, W)
+        offs = position.to(tl.int64) * C + column if NHWC else column.to(tl.int64) * S + position
+        x_hat = (tl.load(x + offs, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd
+        dz = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b)
+        dz = tl.where(mask, dz, 0.0)
+        db += dz
+        dw += dz * tl.where(mask, x_hat, 0.0)
     out = sums + (sample * parts + part) * 2 * C + column
-    row = tl.sum(total, axis=0)[None, :]
-    tl.store(out, row, mask=channel_inside)
-    row = tl.sum(product, axis=0)[None, :]
-    tl.store(out + C, row, mask=channel_inside)
+    row = tl.sum(db, axis=0)[None, :]
+    tl.store(out, row, mask=channel_mask)
+    row = tl.sum(dw, axis=0)[None, :]
+    tl.store(out + C, row, mask=channel_mask)
 
 
 @triton.jit
 def _group_norm_gelu_bwd_combine_kernel(
-    sums,
-    weight,
-    sizes,
-    totals,
-    means,
-    C,
-    S,
-    parts,
-    HAS_SIZES: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    sums, weight, sizes, totals, means, C, S, parts, HAS_SIZES: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
-    """sums: (B, parts, 2, C) -> totals: (B, 2, C); means: (B, 2), of weight * dz and of weight * dz * xhat."""
+):  # fmt: skip
+    """sums: (B, parts, 2, C) -> totals: (B, 2, C); means: (B, 2), of weight * dz and of weight * dz * x_hat."""
     sample = tl.program_id(0).to(tl.int64)
     sums += sample * parts * 2 * C
     totals += sample * 2 * C
     a, k = 0.0, 0.0
     for first in range(0, C, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)[None, :]
-        inside = channel < C
+        mask = channel < C
         dz = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        product = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        dw = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         for begin in range(0, parts, BLOCK_P):
             part = begin + tl.arange(0, BLOCK_P)[:, None]
-            at = part.to(tl.int64) * 2 * C + channel
-            dz += tl.load(sums + at, mask=inside & (part < parts), other=0.0)
-            product += tl.load(sums + at + C, mask=inside & (part < parts), other=0.0)
-        dz_row = tl.sum(dz, axis=0)[None, :]
-        product_row = tl.sum(product, axis=0)[None, :]
-        w = tl.load(weight + channel, mask=inside, other=0.0)
-        tl.store(totals + channel, dz_row, mask=inside)
-        tl.store(totals + C + channel, product_row, mask=inside)
-        a += tl.sum(dz_row * w)
-        k += tl.sum(product_row * w)
+            offs = part.to(tl.int64) * 2 * C + channel
+            dz += tl.load(sums + offs, mask=mask & (part < parts), other=0.0)
+            dw += tl.load(sums + offs + C, mask=mask & (part < parts), other=0.0)
+        db_row = tl.sum(dz, axis=0)[None, :]
+        dw_row = tl.sum(dw, axis=0)[None, :]
+        w = tl.load(weight + channel, mask=mask, other=0.0)
+        tl.store(totals + channel, db_row, mask=mask)
+        tl.store(totals + C + channel, dw_row, mask=mask)
+        a += tl.sum(db_row * w)
+        k += tl.sum(dw_row * w)
     size = tl.cast(C, tl.float32) * S
     if HAS_SIZES:
         size = tl.cast(C, tl.float32) * tl.load(sizes + 2 * sample) * tl.load(sizes + 2 * sample + 1)
@@ -254,24 +202,9 @@ def _group_norm_gelu_bwd_combine_kernel(
 
 @triton.jit
 def _group_norm_gelu_bwd_dx_kernel(
-    dy,
-    x,
-    weight,
-    bias,
-    sizes,
-    mean,
-    rstd,
-    means,
-    dx,
-    C,
-    S,
-    W,
-    tiles,
-    NHWC: tl.constexpr,
-    HAS_SIZES: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    dy, x, weight, bias, sizes, mean, rstd, means, dx, C, S, W, tiles, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """dy, x, dx: (B, S, C) if NHWC else (B, C, S); weight, bias: (C,); mean, rstd: (B,); means: (B, 2)."""
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -279,21 +212,21 @@ def _group_norm_gelu_bwd_dx_kernel(
     dy += sample * size
     x += sample * size
     dx += sample * size
-    scale = tl.load(rstd + sample)
+    x_rstd = tl.load(rstd + sample)
     a = tl.load(means + 2 * sample)
     k = tl.load(means + 2 * sample + 1)
-    at, inside, position, channel, channel_inside = _tile(tile, C, S, NHWC, BLOCK_S, BLOCK_C)
-    use = inside
+    offs, mask, position, channel, channel_mask = _tile(tile, C, S, NHWC, BLOCK_S, BLOCK_C)
+    use = mask
     if HAS_SIZES:
-        use = inside & valid(position, sizes + 2 * sample, W)
-    w = tl.load(weight + channel, mask=channel_inside, other=0.0)
-    b = tl.load(bias + channel, mask=channel_inside, other=0.0)
-    xhat = (tl.load(x + at, mask=use, other=0.0).to(tl.float32) - tl.load(mean + sample)) * scale
-    dz = tl.load(dy + at, mask=use, other=0.0).to(tl.float32) * gelu_derivative(xhat * w + b)
-    result = scale * (dz * w - a - xhat * k)
+        use = mask & valid(position, sizes + 2 * sample, W)
+    w = tl.load(weight + channel, mask=channel_mask, other=0.0)
+    b = tl.load(bias + channel, mask=channel_mask, other=0.0)
+    x_hat = (tl.load(x + offs, mask=use, other=0.0).to(tl.float32) - tl.load(mean + sample)) * x_rstd
+    dz = tl.load(dy + offs, mask=use, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b)
+    result = x_rstd * (dz * w - a - x_hat * k)
     if HAS_SIZES:
         result = tl.where(use, result, 0.0)
-    tl.store(dx + at, result.to(dx.dtype.element_ty), mask=inside)
+    tl.store(dx + offs, result.to(dx.dtype.element_ty), mask=mask)
 
 
 def _blocks(channels: int, nhwc: bool, tile: int = _TILE) -> tuple[int, int]:
@@ -318,44 +251,16 @@ def launch_group_norm_gelu_fwd(x, weight, bias, sizes, eps, nhwc, y, mean, rstd)
     parts = triton.cdiv(rows, per_part)
     moments = torch.empty((batch, parts, 3), dtype=torch.float32, device=x.device)
     _group_norm_gelu_moments_kernel[(batch * parts,)](
-        x,
-        sizes,
-        moments,
-        rows,
-        row_width,
-        width,
-        positions,
-        parts,
-        per_part,
-        HAS_SIZES=has_sizes,
-        BLOCK_S=block_s,
-        BLOCK_C=block_c,
-        num_warps=8,
-    )
+        x, sizes, moments, rows, row_width, width, positions, parts, per_part, HAS_SIZES=has_sizes, BLOCK_S=block_s,
+        BLOCK_C=block_c, num_warps=8,
+    )  # fmt: skip
     block_s, block_c = _blocks(channels, nhwc)
     tiles = triton.cdiv(positions, block_s) * (1 if nhwc else channels)
     _group_norm_gelu_fwd_kernel[(batch * tiles,)](
-        x,
-        weight,
-        bias,
-        sizes,
-        moments,
-        y,
-        mean,
-        rstd,
-        channels,
-        positions,
-        width,
-        tiles,
-        parts,
-        eps,
-        NHWC=nhwc,
-        HAS_SIZES=has_sizes,
-        BLOCK_S=block_s,
-        BLOCK_C=block_c,
-        PARTS=triton.next_power_of_2(parts),
+        x, weight, bias, sizes, moments, y, mean, rstd, channels, positions, width, tiles, parts, eps, NHWC=nhwc,
+        HAS_SIZES=has_sizes, BLOCK_S=block_s, BLOCK_C=block_c, PARTS=triton.next_power_of_2(parts),
         num_warps=8 if nhwc else 4,
-    )
+    )  # fmt: skip
 
 
 def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx, dweight, dbias):
@@ -377,19 +282,9 @@ def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx,
         dy, x, weight, bias, sizes, mean, rstd, sums, channels, positions, width, tiles, steps, **options
     )
     _group_norm_gelu_bwd_combine_kernel[(batch,)](
-        sums,
-        weight,
-        sizes,
-        totals,
-        means,
-        channels,
-        positions,
-        parts,
-        HAS_SIZES=has_sizes,
-        BLOCK_P=32,
-        BLOCK_C=32,
+        sums, weight, sizes, totals, means, channels, positions, parts, HAS_SIZES=has_sizes, BLOCK_P=32, BLOCK_C=32,
         num_warps=4,
-    )
+    )  # fmt: skip
     tiles = blocks * (1 if nhwc else channels)
     _group_norm_gelu_bwd_dx_kernel[(batch * tiles,)](
         dy, x, weight, bias, sizes, mean, rstd, means, dx, channels, positions, width, tiles, **options

@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_gelu import gelu, gelu_derivative
-from ..triton_map import start, valid
+from ..triton_common import gelu, gelu_derivative, start, valid
 
 # Elements that a program's registers hold at once; the most programs whose partial gradients are summed (NHWC).
 _TILE = 4096
@@ -23,47 +22,34 @@ _BLOCK_P = 64
 
 @triton.jit
 def _layer_norm_gelu_fwd_nhwc_kernel(
-    x,
-    weight,
-    bias,
-    sizes,
-    y,
-    mean,
-    rstd,
-    rows,
-    C,
-    S,
-    W,
-    eps,
-    HAS_SIZES: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    x, weight, bias, sizes, y, mean, rstd, rows, C, S, W, eps, HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     """x, y: (rows, C); weight, bias: (C,); sizes: (rows / S, 2); mean, rstd: (rows,) float32."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_R
     lane = tl.arange(0, BLOCK_R)[:, None]
     row = first + lane
     channel = tl.arange(0, BLOCK_C)[None, :]
-    channel_inside = channel < C
+    channel_mask = channel < C
     here, use = _valid_rows(first, lane, rows, sizes, S, W, HAS_SIZES)
-    inside = use & channel_inside
-    at = row * C + channel
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(weight + channel, mask=channel_inside, other=0.0)
-    b = tl.load(bias + channel, mask=channel_inside, other=0.0)
-    center = tl.sum(value, axis=1)[:, None] / C
-    deviation = tl.where(inside, value - center, 0.0)
+    mask = use & channel_mask
+    offs = row * C + channel
+    value = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(weight + channel, mask=channel_mask, other=0.0)
+    b = tl.load(bias + channel, mask=channel_mask, other=0.0)
+    x_mean = tl.sum(value, axis=1)[:, None] / C
+    x_centered = tl.where(mask, value - x_mean, 0.0)
     # What rounding left in the mean corrects both moments.
-    shift = tl.sum(deviation, axis=1)[:, None] / C
-    scale = tl.rsqrt(tl.sum(deviation * deviation, axis=1)[:, None] / C - shift * shift + eps)
-    center += shift
-    result = gelu((value - center) * scale * w + b)
+    shift = tl.sum(x_centered, axis=1)[:, None] / C
+    x_rstd = tl.rsqrt(tl.sum(x_centered * x_centered, axis=1)[:, None] / C - shift * shift + eps)
+    x_mean += shift
+    result = gelu((value - x_mean) * x_rstd * w + b)
     if HAS_SIZES:
         result = tl.where(use, result, 0.0)
-        scale = tl.where(use, scale, 0.0)
-    tl.store(y + at, result.to(y.dtype.element_ty), mask=here & channel_inside)
-    tl.store(mean + row, center, mask=here)
-    tl.store(rstd + row, scale, mask=here)
+        x_rstd = tl.where(use, x_rstd, 0.0)
+    tl.store(y + offs, result.to(y.dtype.element_ty), mask=here & channel_mask)
+    tl.store(mean + row, x_mean, mask=here)
+    tl.store(rstd + row, x_rstd, mask=here)
 
 
 @triton.jit
@@ -84,72 +70,45 @@ def _valid_rows(first, lane, rows, sizes, S, W, HAS_SIZES: tl.constexpr):
 
 @triton.jit
 def _layer_norm_gelu_bwd_nhwc_kernel(
-    dy,
-    x,
-    weight,
-    bias,
-    sizes,
-    mean,
-    rstd,
-    dx,
-    sums,
-    rows,
-    C,
-    S,
-    W,
-    steps,
-    HAS_SIZES: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """dy, x, dx: (rows, C); weight, bias: (C,); mean, rstd: (rows,); sums: (programs, 2, C), of dz and dz * xhat."""
+    dy, x, weight, bias, sizes, mean, rstd, dx, sums, rows, C, S, W, steps, HAS_SIZES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dy, x, dx: (rows, C); weight, bias: (C,); mean, rstd: (rows,); sums: (programs, 2, C), of dz and dz * x_hat."""
     program = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_R)[:, None]
     channel = tl.arange(0, BLOCK_C)[None, :]
-    channel_inside = channel < C
-    w = tl.load(weight + channel, mask=channel_inside, other=0.0)
-    b = tl.load(bias + channel, mask=channel_inside, other=0.0)
-    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    product = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    channel_mask = channel < C
+    w = tl.load(weight + channel, mask=channel_mask, other=0.0)
+    b = tl.load(bias + channel, mask=channel_mask, other=0.0)
+    db = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    dw = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for step in range(steps):
         first = (program * steps + step) * BLOCK_R
         row = first + lane
         here, use = _valid_rows(first, lane, rows, sizes, S, W, HAS_SIZES)
-        inside = use & channel_inside
-        at = row * C + channel
-        # Zero where the row is not valid: so are xhat's scale and dz, and with them every gradient.
-        scale = tl.load(rstd + row, mask=use, other=0.0)
-        center = tl.load(mean + row, mask=use, other=0.0)
-        xhat = tl.where(inside, (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - center) * scale, 0.0)
-        dz = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * gelu_derivative(xhat * w + b)
-        total += dz
-        product += dz * xhat
+        mask = use & channel_mask
+        offs = row * C + channel
+        # Zero where the row is not valid: so are x_hat's rstd and dz, and with them every gradient.
+        x_rstd = tl.load(rstd + row, mask=use, other=0.0)
+        x_mean = tl.load(mean + row, mask=use, other=0.0)
+        x_hat = tl.where(mask, (tl.load(x + offs, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd, 0.0)
+        dz = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b)
+        db += dz
+        dw += dz * x_hat
         g = dz * w
         a = tl.sum(g, axis=1)[:, None] / C
-        k = tl.sum(g * xhat, axis=1)[:, None] / C
-        tl.store(dx + at, (scale * (g - a - xhat * k)).to(dx.dtype.element_ty), mask=here & channel_inside)
+        k = tl.sum(g * x_hat, axis=1)[:, None] / C
+        tl.store(dx + offs, (x_rstd * (g - a - x_hat * k)).to(dx.dtype.element_ty), mask=here & channel_mask)
     out = sums + program * 2 * C + channel
-    tl.store(out, tl.sum(total, axis=0)[None, :], mask=channel_inside)
-    tl.store(out + C, tl.sum(product, axis=0)[None, :], mask=channel_inside)
+    tl.store(out, tl.sum(db, axis=0)[None, :], mask=channel_mask)
+    tl.store(out + C, tl.sum(dw, axis=0)[None, :], mask=channel_mask)
 
 
 @triton.jit
 def _layer_norm_gelu_fwd_nchw_kernel(
-    x,
-    weight,
-    bias,
-    sizes,
-    y,
-    mean,
-    rstd,
-    C,
-    S,
-    W,
-    eps,
-    HAS_SIZES: tl.constexpr,
-    STEP_C: tl.constexpr,
+    x, weight, bias, sizes, y, mean, rstd, C, S, W, eps, HAS_SIZES: tl.constexpr, STEP_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-):
+):  # fmt: skip
     """x, y: (B, C, S); weight, bias: (C,); sizes: (B, 2); mean, rstd: (B, S) float32. BLOCK_P positions a program."""
     blocks = tl.cdiv(S, BLOCK_P)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -163,55 +122,42 @@ def _layer_norm_gelu_fwd_nchw_kernel(
     for first in range(0, C, STEP_C):
         channel = (first + tl.arange(0, STEP_C)[:, None]).to(tl.int64)
         total += tl.load(x + base + channel * S, mask=use & (channel < C), other=0.0).to(tl.float32)
-    center = tl.sum(total, axis=0)[None, :] / C
+    x_mean = tl.sum(total, axis=0)[None, :] / C
     total = tl.zeros((STEP_C, BLOCK_P), tl.float32)
     rest = tl.zeros((STEP_C, BLOCK_P), tl.float32)
     for first in range(0, C, STEP_C):
         channel = (first + tl.arange(0, STEP_C)[:, None]).to(tl.int64)
-        inside = use & (channel < C)
-        deviation = tl.load(x + base + channel * S, mask=inside, other=0.0).to(tl.float32) - center
-        deviation = tl.where(inside, deviation, 0.0)
-        total += deviation * deviation
-        rest += deviation
+        mask = use & (channel < C)
+        x_centered = tl.load(x + base + channel * S, mask=mask, other=0.0).to(tl.float32) - x_mean
+        x_centered = tl.where(mask, x_centered, 0.0)
+        total += x_centered * x_centered
+        rest += x_centered
     # What rounding left in the mean corrects both moments.
     shift = tl.sum(rest, axis=0)[None, :] / C
-    center += shift
-    scale = tl.rsqrt(tl.sum(total, axis=0)[None, :] / C - shift * shift + eps)
+    x_mean += shift
+    x_rstd = tl.rsqrt(tl.sum(total, axis=0)[None, :] / C - shift * shift + eps)
     for first in range(0, C, STEP_C):
         channel = (first + tl.arange(0, STEP_C)[:, None]).to(tl.int64)
-        inside = here & (channel < C)
+        mask = here & (channel < C)
         w = tl.load(weight + channel, mask=channel < C, other=0.0)
         b = tl.load(bias + channel, mask=channel < C, other=0.0)
-        xhat = (tl.load(x + base + channel * S, mask=use & (channel < C), other=0.0).to(tl.float32) - center) * scale
-        result = gelu(xhat * w + b)
+        x_hat = (tl.load(x + base + channel * S, mask=use & (channel < C), other=0.0).to(tl.float32) - x_mean) * x_rstd
+        result = gelu(x_hat * w + b)
         if HAS_SIZES:
             result = tl.where(use, result, 0.0)
-        tl.store(y + base + channel * S, result.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + base + channel * S, result.to(y.dtype.element_ty), mask=mask)
     if HAS_SIZES:
-        scale = tl.where(use, scale, 0.0)
-    tl.store(mean + sample * S + position, center, mask=here)
-    tl.store(rstd + sample * S + position, scale, mask=here)
+        x_rstd = tl.where(use, x_rstd, 0.0)
+    tl.store(mean + sample * S + position, x_mean, mask=here)
+    tl.store(rstd + sample * S + position, x_rstd, mask=here)
 
 
 @triton.jit
 def _layer_norm_gelu_bwd_nchw_kernel(
-    dy,
-    x,
-    weight,
-    bias,
-    sizes,
-    mean,
-    rstd,
-    dx,
-    sums,
-    C,
-    S,
-    W,
-    HAS_SIZES: tl.constexpr,
-    STEP_C: tl.constexpr,
+    dy, x, weight, bias, sizes, mean, rstd, dx, sums, C, S, W, HAS_SIZES: tl.constexpr, STEP_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-):
-    """dy, x, dx: (B, C, S); weight, bias: (C,); mean, rstd: (B, S); sums: (programs, 2, C), of dz and dz * xhat."""
+):  # fmt: skip
+    """dy, x, dx: (B, C, S); weight, bias: (C,); mean, rstd: (B, S); sums: (programs, 2, C), of dz and dz * x_hat."""
     blocks = tl.cdiv(S, BLOCK_P)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     position = start(tl.program_id(0) % blocks, BLOCK_P) + tl.arange(0, BLOCK_P)[None, :]
@@ -220,34 +166,34 @@ def _layer_norm_gelu_bwd_nchw_kernel(
     if HAS_SIZES:
         use = here & valid(position, sizes + 2 * sample, W)
     base = sample * C * S + position
-    # Zero where the position is not valid: so are xhat's scale and dz, and with them every gradient.
-    center = tl.load(mean + sample * S + position, mask=use, other=0.0)
-    scale = tl.load(rstd + sample * S + position, mask=use, other=0.0)
+    # Zero where the position is not valid: so are x_hat's rstd and dz, and with them every gradient.
+    x_mean = tl.load(mean + sample * S + position, mask=use, other=0.0)
+    x_rstd = tl.load(rstd + sample * S + position, mask=use, other=0.0)
     a = tl.zeros((STEP_C, BLOCK_P), tl.float32)
     k = tl.zeros((STEP_C, BLOCK_P), tl.float32)
     for first in range(0, C, STEP_C):
         channel = (first + tl.arange(0, STEP_C)[:, None]).to(tl.int64)
-        inside = use & (channel < C)
+        mask = use & (channel < C)
         w = tl.load(weight + channel, mask=channel < C, other=0.0)
         b = tl.load(bias + channel, mask=channel < C, other=0.0)
-        xhat = (tl.load(x + base + channel * S, mask=inside, other=0.0).to(tl.float32) - center) * scale
-        xhat = tl.where(inside, xhat, 0.0)
-        dz = tl.load(dy + base + channel * S, mask=inside, other=0.0).to(tl.float32) * gelu_derivative(xhat * w + b)
+        x_hat = (tl.load(x + base + channel * S, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd
+        x_hat = tl.where(mask, x_hat, 0.0)
+        dz = tl.load(dy + base + channel * S, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b)
         out = sums + tl.program_id(0).to(tl.int64) * 2 * C + channel
         tl.store(out, tl.sum(dz, axis=1)[:, None], mask=channel < C)
-        tl.store(out + C, tl.sum(dz * xhat, axis=1)[:, None], mask=channel < C)
+        tl.store(out + C, tl.sum(dz * x_hat, axis=1)[:, None], mask=channel < C)
         a += dz * w
-        k += dz * w * xhat
+        k += dz * w * x_hat
     a_mean = tl.sum(a, axis=0)[None, :] / C
     k_mean = tl.sum(k, axis=0)[None, :] / C
     for first in range(0, C, STEP_C):
         channel = (first + tl.arange(0, STEP_C)[:, None]).to(tl.int64)
-        inside = use & (channel < C)
+        mask = use & (channel < C)
         w = tl.load(weight + channel, mask=channel < C, other=0.0)
         b = tl.load(bias + channel, mask=channel < C, other=0.0)
-        xhat = (tl.load(x + base + channel * S, mask=inside, other=0.0).to(tl.float32) - center) * scale
-        dz = tl.load(dy + base + channel * S, mask=inside, other=0.0).to(tl.float32) * gelu_derivative(xhat * w + b)
-        result = scale * (dz * w - a_mean - xhat * k_mean)
+        x_hat = (tl.load(x + base + channel * S, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd
+        dz = tl.load(dy + base + channel * S, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b)
+        result = x_rstd * (dz * w - a_mean - x_hat * k_mean)
         tl.store(dx + base + channel * S, result.to(dx.dtype.element_ty), mask=here & (channel < C))
 
 

@@ -8,52 +8,49 @@ from typing import NamedTuple
 
 import torch
 
-from .. import checks, registry
+from .. import checks
+from ..dispatch import resolve
 from . import ops, reference
 
 
 class TokenSample(NamedTuple):
-    """A split of each picture's L tokens into kept and dropped ones, both in raster order.
+    """A split of each image's L tokens into kept and masked ones, both in raster order.
 
     Attributes:
-        keep: (B, K) int64, indices the encoder sees.
-        drop: (B, L - K) int64, the others.
-        restore: (B, L) int64, where token i stands in ``cat([keep, drop], 1)``.
+        ids_keep: (B, K) int64, tokens the encoder sees.
+        ids_mask: (B, L - K) int64, the others.
+        ids_restore: (B, L) int64, the row of token i in ``cat([ids_keep, ids_mask], 1)``.
     """
 
-    keep: torch.Tensor
-    drop: torch.Tensor
-    restore: torch.Tensor
+    ids_keep: torch.Tensor
+    ids_mask: torch.Tensor
+    ids_restore: torch.Tensor
 
 
 class PackedTokenSample(NamedTuple):
-    """A split of the pictures' own tokens, one picture's after the other's, each in raster order; no padding.
+    """A split of the images' own tokens, one image's after the other's, each in raster order; no padding.
 
     Tokens are rows of the (B * L, C) matrix of all the batch's tokens.
 
     Attributes:
-        keep: (T,) int64, tokens the encoder sees.
-        drop: (D,) int64, the other valid ones.
-        restore: (B, L) int64, where each token stands in ``cat([keep, drop])``; -1 for padding.
-        cu_keep: (B + 1,) int32, where each picture's kept tokens begin, and T: attention's ``cu_seqlens``.
-        cu_drop: (B + 1,) int32, the same of the dropped tokens.
-        max_keep: most kept tokens of a picture.
-        max_drop: most dropped tokens of a picture.
+        ids_keep: (T,) int64, tokens the encoder sees.
+        ids_mask: (D,) int64, the other valid ones.
+        ids_restore: (B, L) int64, the row of each token in ``cat([ids_keep, ids_mask])``; -1 for padding.
+        cu_keep: (B + 1,) int32, where each image's kept tokens begin, and T: attention's ``cu_seqlens``.
+        max_keep: most kept tokens of an image.
     """
 
-    keep: torch.Tensor
-    drop: torch.Tensor
-    restore: torch.Tensor
+    ids_keep: torch.Tensor
+    ids_mask: torch.Tensor
+    ids_restore: torch.Tensor
     cu_keep: torch.Tensor
-    cu_drop: torch.Tensor
     max_keep: int
-    max_drop: int
 
 
 def sample_tokens(noise: torch.Tensor, valid: torch.Tensor, ratio: float, *, impl: str | None = None) -> TokenSample:
     """Keep the int(L * ratio) tokens of smallest noise, at least one; padding comes last.
 
-    The count is that of the padded grid, so a picture with fewer valid tokens than that contributes padding. Equal
+    The count is that of the padded grid, so a image with fewer valid tokens than that contributes padding. Equal
     noise, and padding among itself, is taken in raster order; NaN comes after padding. Every implementation returns
     the same integers, without a sort and without waiting for the GPU. Source: Fang et al., "Unleashing Vanilla Vision
     Transformer with Masked Image Modeling for Object Detection", 2022, section 2.1.
@@ -62,7 +59,7 @@ def sample_tokens(noise: torch.Tensor, valid: torch.Tensor, ratio: float, *, imp
         noise: (B, L) uniform numbers, any float dtype; any strides.
         valid: (B, L) bool, False for padding; ``valid_tokens`` makes it.
         ratio: keep ratio in (0, 1].
-        impl: see ``mimdet.kernels.selector``.
+        impl: see ``mimdet.kernels.dispatch``.
 
     Raises:
         TypeError: noise is not of a float dtype, or valid not bool.
@@ -70,7 +67,8 @@ def sample_tokens(noise: torch.Tensor, valid: torch.Tensor, ratio: float, *, imp
         KernelUnavailableError: ``impl`` names what cannot run.
     """
     _check_noise(noise, ratio)
-    checks.tensors(ops.NAME, valid=valid)
+    if not isinstance(valid, torch.Tensor):
+        raise TypeError(f"sample_tokens: valid must be a tensor, got {type(valid).__name__}")
     if valid.dtype != torch.bool:
         raise TypeError(f"sample_tokens: valid must be bool, got {valid.dtype}")
     if valid.shape != noise.shape:
@@ -80,7 +78,7 @@ def sample_tokens(noise: torch.Tensor, valid: torch.Tensor, ratio: float, *, imp
         raise ValueError(f"sample_tokens: valid is on {valid.device}, noise on {noise.device}")
     length = noise.shape[1]
     count = min(_count(length, ratio), length)
-    impl = registry.choose(ops.NAME, impl, noise.device.type, noise.dtype)
+    impl = resolve(ops.NAME, impl, noise.device, (noise.dtype,))
     noise = noise.detach()
     if impl == "eager":
         return TokenSample(*reference.sample_tokens(noise, valid, count))
@@ -95,18 +93,18 @@ def sample_packed_tokens(
     *,
     impl: str | None = None,
 ) -> PackedTokenSample:
-    """Keep, of each picture's n own tokens, the int(n * ratio) of smallest noise, at least one.
+    """Keep, of each image's n own tokens, the int(n * ratio) of smallest noise, at least one.
 
-    A picture keeps what it would keep alone, whatever it is batched with. Equal noise is taken in raster order, NaN
+    A image keeps what it would keep alone, whatever it is batched with. Equal noise is taken in raster order, NaN
     last. All lengths follow from ``sizes``: nothing waits for the GPU. Without padding the choice is that of
     ``sample_tokens``.
 
     Args:
         noise: (B, L) uniform numbers, any float dtype; any strides. L is rows times columns of ``grid``.
-        sizes: (rows, columns) of tokens of each picture, from the top left corner of its grid.
-        grid: (rows, columns) of tokens of the padded pictures.
+        sizes: (rows, columns) of tokens of each image, from the top left corner of its grid.
+        grid: (rows, columns) of tokens of the padded images.
         ratio: keep ratio in (0, 1].
-        impl: see ``mimdet.kernels.selector``.
+        impl: see ``mimdet.kernels.dispatch``.
 
     Raises:
         TypeError: noise is not of a float dtype.
@@ -119,24 +117,24 @@ def sample_packed_tokens(
         wanted = len(sizes), grid[0] * grid[1]
         raise ValueError(f"sample_packed_tokens: noise must be {wanted} for the sizes, got {tuple(noise.shape)}")
     keep = [_count(rows * columns, ratio) for rows, columns in sizes]
-    drop = [rows * columns - count for (rows, columns), count in zip(sizes, keep, strict=True)]
+    mask = [rows * columns - count for (rows, columns), count in zip(sizes, keep, strict=True)]
     # One transfer takes all the numbers to the device.
-    starts = [list(accumulate(counts, initial=0)) for counts in (keep, drop)]
+    starts = [list(accumulate(counts, initial=0)) for counts in (keep, mask)]
     sides = [[*side, 0] for side in zip(*sizes, strict=True)] or [[0], [0]]
     numbers = upload([*starts, *sides], noise.device)
     offsets, valid = numbers[:2], _inside(numbers[2:, :-1], grid)
-    impl = registry.choose(ops.NAME, impl, noise.device.type, noise.dtype)
-    totals = sum(keep), sum(drop)
+    impl = resolve(ops.NAME, impl, noise.device, (noise.dtype,))
+    totals = sum(keep), sum(mask)
     noise = noise.detach()
     if impl == "eager":
         split = reference.sample_packed_tokens(noise, valid, offsets, *totals)
     else:
         split = ops.run(noise.float(), valid, offsets, *totals, impl)
-    return PackedTokenSample(*split, offsets[0], offsets[1], max([0, *keep]), max([0, *drop]))
+    return PackedTokenSample(*split, offsets[0], max([0, *keep]))
 
 
 def valid_tokens(sizes: Sequence[tuple[int, int]], grid: tuple[int, int], device: torch.device | str) -> torch.Tensor:
-    """(B, rows * columns of ``grid``) bool: True inside each picture's (rows, columns); does not wait for the GPU.
+    """(B, rows * columns of ``grid``) bool: True inside each image's (rows, columns); does not wait for the GPU.
 
     Raises:
         ValueError: sizes that are not within the grid.
@@ -163,8 +161,6 @@ def _count(length: int, ratio: float) -> int:
 
 def _check_noise(noise: torch.Tensor, ratio: float) -> None:
     checks.tensors(ops.NAME, noise=noise)
-    if not noise.is_floating_point():
-        raise TypeError(f"sample_tokens: noise must be of a float dtype, got {noise.dtype}")
     if noise.dim() != 2:
         raise ValueError(f"sample_tokens: noise must be (B, L), got {tuple(noise.shape)}")
     if not 0.0 < ratio <= 1.0:

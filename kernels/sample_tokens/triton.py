@@ -1,4 +1,4 @@
-"""Token sampling on a GPU through Triton, one program a picture."""
+"""Token sampling on a GPU through Triton, one program a image."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-# Tokens whose keys a program holds in registers. Pictures of more tokens are read again in every round.
+# Tokens whose keys a program holds in registers. Images of more tokens are read again in every round.
 _BLOCK = 8192
 # Each warp holds 16 keys a lane, and places 4 tokens a lane at a time: more of these spill registers.
 _HELD, _PLACED = 512, 128
-# Keys of what is not part of the picture, and of NaN and infinity.
+# Keys of what is not part of the image, and of NaN and infinity.
 _OUTSIDE = tl.constexpr(0x7FFFFFFF)
 _NAN = tl.constexpr(0x7FFFFFFE)
 _INFINITY = tl.constexpr(0x7F800000)
@@ -30,24 +30,24 @@ def _sort_key(noise, valid, token, L, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _sample_tokens_kernel(
-    noise, valid, offsets, keep, drop, restore, L, kept, dropped,
+def _sample_tokens_fwd_kernel(
+    noise, valid, offsets, ids_keep, ids_mask, ids_restore, L, kept, masked,
     PACKED: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """noise: (B, L) float32; valid: (B, L) uint8; restore: (B, L) int64. Packed: offsets: (2, B + 1) int32;
-    keep: (kept,), drop: (dropped,) int64; else keep: (B, kept), drop: (B, dropped)."""
+    """noise: (B, L) float32; valid: (B, L) uint8; ids_restore: (B, L) int64. Packed: offsets: (2, B + 1) int32;
+    ids_keep: (kept,), ids_mask: (masked,) int64; else ids_keep: (B, kept), ids_mask: (B, masked)."""
     b = tl.program_id(0).to(tl.int64)
-    noise, valid, restore = noise + b * L, valid + b * L, restore + b * L
+    noise, valid, ids_restore = noise + b * L, valid + b * L, ids_restore + b * L
     if PACKED:
         count = tl.load(offsets + b + 1) - tl.load(offsets + b)
         first_kept = tl.load(offsets + b).to(tl.int64)
-        first_dropped = tl.load(offsets + tl.num_programs(0) + 1 + b).to(tl.int64)
-        keep, drop = keep + first_kept, drop + first_dropped
-        first_token, first_dropped = b * L, kept + first_dropped
+        first_masked = tl.load(offsets + tl.num_programs(0) + 1 + b).to(tl.int64)
+        ids_keep, ids_mask = ids_keep + first_kept, ids_mask + first_masked
+        first_token, first_masked = b * L, kept + first_masked
     else:
         count = kept
-        keep, drop = keep + b * kept, drop + b * dropped
-        first_token, first_kept, first_dropped = 0, 0, kept
+        ids_keep, ids_mask = ids_keep + b * kept, ids_mask + b * masked
+        first_token, first_kept, first_masked = 0, 0, kept
     if ONE_BLOCK:
         keys = _sort_key(noise, valid, tl.arange(0, BLOCK), L, PACKED)
 
@@ -89,34 +89,25 @@ def _sample_tokens_kernel(
             members += tl.sum(member.to(tl.int32), axis=0)
         else:
             others = token - place
-        tl.store(keep + place, first_token + token, mask=taken)
-        tl.store(drop + others, first_token + token, mask=member & (taken == 0))
-        row = tl.where(taken, first_kept + place, first_dropped + others)
-        tl.store(restore + token, tl.where(member, row, -1), mask=token < L)
+        tl.store(ids_keep + place, first_token + token, mask=taken)
+        tl.store(ids_mask + others, first_token + token, mask=member & (taken == 0))
+        row = tl.where(taken, first_kept + place, first_masked + others)
+        tl.store(ids_restore + token, tl.where(member, row, -1), mask=token < L)
         total = tl.sum(both, axis=0)
         smaller += total & 0xFFFF
         equal += total >> 16
 
 
-def launch_sample_tokens(
-    noise: torch.Tensor,
-    valid: torch.Tensor,
-    offsets: torch.Tensor | None,
-    keep: torch.Tensor,
-    drop: torch.Tensor,
-    restore: torch.Tensor,
-) -> None:
-    """Contiguous noise (B, L) float32, valid (B, L) bool and offsets -> keep, drop, restore, see ``ops``."""
-    arguments, constants = _launch_arguments(noise, valid, offsets, keep, drop, restore)
-    _sample_tokens_kernel[(len(noise),)](*arguments, **constants)
-
-
-def _launch_arguments(noise, valid, offsets, keep, drop, restore) -> tuple[tuple, dict]:
-    length = noise.shape[1]
+def launch_sample_tokens_fwd(
+    noise: torch.Tensor, valid: torch.Tensor, offsets: torch.Tensor | None, ids_keep: torch.Tensor,
+    ids_mask: torch.Tensor, ids_restore: torch.Tensor,
+) -> None:  # fmt: skip
+    """Contiguous noise (B, L) float32, valid (B, L) bool and offsets -> the three outputs, see ``ops``."""
+    batch, length = noise.shape
     block = min(_BLOCK, triton.next_power_of_2(length))
-    arguments = noise, valid.view(torch.uint8), offsets, keep, drop, restore, length, keep.shape[-1], drop.shape[-1]
     warps = max(1, block // _HELD)
-    return arguments, {
-        "PACKED": offsets is not None, "ONE_BLOCK": length <= block, "BLOCK": block,
-        "SCAN": min(block, warps * _PLACED), "num_warps": warps,
-    }  # fmt: skip
+    _sample_tokens_fwd_kernel[(batch,)](
+        noise, valid.view(torch.uint8), offsets, ids_keep, ids_mask, ids_restore, length, ids_keep.shape[-1],
+        ids_mask.shape[-1], PACKED=offsets is not None, ONE_BLOCK=length <= block, BLOCK=block,
+        SCAN=min(block, warps * _PLACED), num_warps=warps,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ def info() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..info import KERNELS, devices, implementations, kernels, versions
+    from ..info import KERNELS, devices, implementations, kernel_limits, kernels, versions
 
     console = Console()
     operations, notes = kernels()
@@ -21,6 +21,7 @@ def info() -> None:
         ("Devices", ("device", "what"), devices()),
         ("Implementations", ("part", "used", "why"), implementations()),
         *((f"Operations on {place}", ("operation", *KERNELS), rows) for place, rows in by_device.items()),
+        ("Limits of shapes", ("operation", "implementations", "take"), kernel_limits()),
     )
     for title, columns, rows in sections:
         table = Table(*columns, title=title, title_justify="left", title_style="bold")

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from ..kernels.group_norm_gelu.api import group_norm_gelu
+from ..kernels import group_norm_gelu
 from .convolution import RecomputeConv2d
 from .recompute import Recomputed, checkpointed, is_selective
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ..kernels import use
-from ..kernels.selector import requested
+from ..kernels.dispatch import requested
 from .recompute import Recomputed
 
 # Elements of the patches that are multiplied at once: they stay in the cache.

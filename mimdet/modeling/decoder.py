@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.mae import load_mae
-from ..kernels.gather_add_pos.api import gather_add_pos
-from ..kernels.scatter_fill.api import scatter_fill
+from ..kernels import gather_add_pos, scatter_fill
 from ..pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from .encoder import EncoderOutput
 from .vit import init_vit_weights, make_blocks, run_layers

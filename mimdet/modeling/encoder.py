@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.mae import load_mae
-from ..kernels.gather_add_pos.api import gather_add_pos
+from ..kernels import gather_add_pos
 from ..kernels.image_norm import valid
 from ..kernels.sample_tokens.api import upload
 from ..pos_embed import PosEmbedCache, sincos_pos_embed_2d

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import use
-from ..kernels.selector import requested
+from ..kernels.dispatch import requested
 
 RECOMPUTE = ("lean", "none")
 

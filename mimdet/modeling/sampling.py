@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.sample_tokens.api import sample_packed_tokens, sample_tokens, valid_tokens
+from ..kernels import sample_packed_tokens, sample_tokens, valid_tokens
 from .noise import NoiseSource
 from .sequences import Sequences
 
@@ -77,7 +77,7 @@ def split_canvas(
     if ratio == 1.0:
         return TokenSplit(None, None, None, every, every)
     sample = sample_tokens(noise, valid_tokens(sizes, grid, device), ratio)
-    return TokenSplit(*sample, Sequences.equal(*sample.keep.shape, device), every)
+    return TokenSplit(*sample, Sequences.equal(*sample.ids_keep.shape, device), every)
 
 
 def split_packed(
@@ -86,15 +86,15 @@ def split_packed(
     """Of each picture's n own tokens int(n * ratio), at least one; padding is nobody's. Arguments: ``split_canvas``."""
     none = torch.zeros((len(sizes), grid[0] * grid[1]), device=device)
     whole = sample_packed_tokens(none, sizes, grid, 1.0)
-    every = Sequences.packed(whole.cu_keep, len(whole.keep), whole.max_keep)
+    every = Sequences.packed(whole.cu_keep, len(whole.ids_keep), whole.max_keep)
     if ratio == 1.0:
         sample, encoder = whole, every
     else:
         sample = sample_packed_tokens(noise, sizes, grid, ratio)
-        encoder = Sequences.packed(sample.cu_keep, len(sample.keep), sample.max_keep)
-    restore = sample.restore.flatten()[whole.keep]
-    parts = (part[None] for part in (sample.keep, sample.drop, restore))
-    return TokenSplit(*parts, encoder, every, whole.keep, list(sizes))
+        encoder = Sequences.packed(sample.cu_keep, len(sample.ids_keep), sample.max_keep)
+    restore = sample.ids_restore.flatten()[whole.ids_keep]
+    parts = (part[None] for part in (sample.ids_keep, sample.ids_mask, restore))
+    return TokenSplit(*parts, encoder, every, whole.ids_keep, list(sizes))
 
 
 def sampling_noise(

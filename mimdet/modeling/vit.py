@@ -8,9 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..kernels.add_layer_norm.api import add_layer_norm
-from ..kernels.attention_varlen.api import attention_varlen_packed
-from ..kernels.bias_gelu.api import bias_gelu
+from ..kernels import add_layer_norm, attention_varlen_packed, bias_gelu
 from .recompute import Recomputed, RecomputeLinear, checkpointed, is_selective
 from .sequences import Sequences
 

@@ -1,6 +1,7 @@
-"""For tests of this package, of a port of it, or of a kernel: fixed random numbers and tiny detectors."""
+"""For tests of this package, of a port of it, or of a kernel: the error budget, fixed random numbers, tiny detectors."""
 
+from .budget import assert_within_budget, error_and_budget
 from .configs import tiny_config, tiny_overrides
 from .noise import fixed_noise
 
-__all__ = ["fixed_noise", "tiny_config", "tiny_overrides"]
+__all__ = ["assert_within_budget", "error_and_budget", "fixed_noise", "tiny_config", "tiny_overrides"]

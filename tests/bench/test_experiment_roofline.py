@@ -13,7 +13,7 @@ from mimdet.bench.plot import plot
 from mimdet.bench.readme import render
 from mimdet.bench.row import Results
 from mimdet.bench.workload import Setting, build_detector, idle_optimizer
-from mimdet.kernels.attention_varlen.api import attention_varlen_packed
+from mimdet.kernels import attention_varlen_packed
 
 
 @pytest.fixture(scope="module")

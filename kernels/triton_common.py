@@ -1,0 +1,43 @@
+"""What several operations' Triton kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Tiles of kernels that move rows of channels. Rows are on the grid's first axis: the others end at 65535.
+ROW_BLOCKS = {"BLOCK_M": 4, "BLOCK_C": 256, "num_warps": 4}
+
+
+def row_grid(rows: int, channels: int) -> tuple[int, int]:
+    """Programs of kernels that move rows in tiles of ``ROW_BLOCKS``."""
+    return triton.cdiv(rows, ROW_BLOCKS["BLOCK_M"]), triton.cdiv(channels, ROW_BLOCKS["BLOCK_C"])
+
+
+@triton.jit
+def gelu(z):
+    """z * Phi(z) in float32, the exact GELU."""
+    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_derivative(z):
+    """Phi(z) + z * phi(z) in float32."""
+    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+
+
+@triton.jit
+def valid(position, size, width):
+    """Whether positions of a map of width columns are in its top left rows and columns; size: (2,) int32."""
+    position = position.to(tl.int32)
+    row = position // width
+    return (row < tl.load(size)) & (position - row * width < tl.load(size + 1))
+
+
+@triton.jit
+def start(block, size):
+    """``block * size``, a position of one map (or one past its end by less than its length), and so an int32.
+
+    The sum of positions over a batch is not: offsets of samples are int64.
+    """
+    return (block.to(tl.int64) * size).to(tl.int32)

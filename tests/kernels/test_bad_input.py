@@ -1,0 +1,38 @@
+"""What is no tensor, or none of the right kind, is refused by name; the operations' own tests have the rest."""
+
+import pytest
+import torch
+from support.kernel_cases import OPS, case, public
+
+ARGUMENTS = [
+    (op, name)
+    for op in OPS
+    for name, value in {**case(op).inputs, **case(op).others}.items()
+    if isinstance(value, torch.Tensor)
+]
+IDS = [f"{op}-{name}" for op, name in ARGUMENTS]
+
+
+def call(op, **changes):
+    made = case(op)
+    return public(op)(**{**made.inputs, **made.others, **changes}, impl="eager")
+
+
+@pytest.mark.parametrize(("op", "name"), ARGUMENTS, ids=IDS)
+def test_a_list_is_no_tensor(op, name):
+    with pytest.raises(TypeError, match=rf"{op}: {name} must be a"):
+        call(op, **{name: [1.0, 2.0]})
+
+
+@pytest.mark.parametrize(("op", "name"), ARGUMENTS, ids=IDS)
+def test_dtypes(op, name):
+    with pytest.raises(TypeError, match=rf"{op}: {name} must be"):
+        call(op, **{name: {**case(op).inputs, **case(op).others}[name].to(torch.complex64)})
+
+
+@pytest.mark.parametrize(("op", "name"), ARGUMENTS, ids=IDS)
+def test_another_device(op, name):
+    # The first tensor's device is the one that the others are held to.
+    moved = {**case(op).inputs, **case(op).others}[name].to("meta")
+    with pytest.raises(ValueError, match=rf"{op}: \w+ is on (meta|cpu), \w+ on (meta|cpu)"):
+        call(op, **{name: moved})

@@ -1,0 +1,131 @@
+"""bias_gelu: a linear layer's bias and the exact GELU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.block_ops import check_bias_gelu, differentiate
+from support.kernels import BF16, F16, F32, here, native, needs_compiler, quantised
+
+from mimdet.kernels import KernelUnavailableError, bias_gelu
+from mimdet.kernels.bias_gelu import ops, reference
+
+OP = "bias_gelu"
+DTYPES = {"fp32": F32, "bf16": BF16} | here({}, {"fp16": F16})
+SHAPES = here([(5,), (3, 17), (2, 33, 96), (2, 3, 5, 192), (2, 9, 3072)], [(3, 17), (2, 33, 48), (130, 96)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_budget(runner, shape, dtype):
+    impl, device = runner
+    check_bias_gelu(impl, shape, dtype, device)
+
+
+@pytest.mark.parametrize(
+    "channels", here([1, 15, 16, 31, 32, 33, 63, 64, 65, 1023, 1025], [1, 31, 32, 33, 511, 512, 513])
+)
+def test_sizes_around_a_vector(runner, channels):
+    impl, device = runner
+    check_bias_gelu(impl, (here(67, 5), channels), F32, device)
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 129])
+def test_rows_around_a_program(runner, rows):
+    impl, device = runner
+    check_bias_gelu(impl, (rows, 24), F32, device)
+
+
+@native
+def test_far_out_values(runner):
+    """Where the bell underflows, GELU is 0 or the identity, and its derivative 0 or 1."""
+    impl, device = runner
+    x = torch.cat([torch.linspace(-60, 60, 4001), torch.tensor([-1e30, -1e4, 1e4, 1e30])]).to(device).unsqueeze(0)
+    inputs = {"x": x, "bias": torch.zeros(x.shape[1], device=device)}
+    got = differentiate(lambda **kw: bias_gelu(**kw, impl=impl), inputs, [torch.ones_like(x)])
+    want = differentiate(lambda x, bias: F.gelu(x + bias), {k: v.double() for k, v in inputs.items()},
+                         [torch.ones_like(x).double()])  # fmt: skip
+    torch.testing.assert_close(got["output0"].double(), want["output0"], rtol=2e-7, atol=5e-7)
+    torch.testing.assert_close(got["grad_x"].double(), want["grad_x"], rtol=2e-7, atol=1e-6)
+
+
+def test_not_a_number_stays_one(runner):
+    impl, device = runner
+    y = bias_gelu(torch.tensor([[float("nan"), 1.0]], device=device), torch.zeros(2, device=device), impl=impl)
+    assert y.isnan().tolist() == [[True, False]]
+
+
+def test_bias_in_another_dtype(runner):
+    impl, device = runner
+    x, bias = quantised(4, 8, dtype=BF16).to(device), quantised(8, dtype=BF16).to(device)
+    got = differentiate(lambda **kw: bias_gelu(**kw, impl=impl), {"x": x, "bias": bias}, [torch.ones_like(x)])
+    assert got["output0"].dtype == got["grad_x"].dtype == got["grad_bias"].dtype == BF16
+
+
+@native
+def test_opcheck(runner):
+    impl, device = runner
+    x, bias = (t.to(device).requires_grad_() for t in (quantised(6, 16), quantised(16)))
+    torch.library.opcheck(torch.ops.mimdet.bias_gelu.default, (x, bias, impl))
+    torch.library.opcheck(
+        torch.ops.mimdet.bias_gelu_backward.default, (torch.ones_like(x), x.detach(), bias.detach(), impl)
+    )
+
+
+def test_meta_tensors():
+    made = ops.run(torch.zeros(2, 8, dtype=BF16, device="meta"), torch.zeros(8, device="meta"), "cpp")
+    assert (made.shape, made.dtype) == ((2, 8), BF16)
+
+
+def test_reference_gradients():
+    x, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (4,)))
+    assert torch.autograd.gradcheck(reference.bias_gelu, (x, bias))
+
+
+@pytest.mark.parametrize("fault", ["tanh", "no bias", "dropped tail"])
+def test_faults_are_caught(monkeypatch, fault, cpp):
+    """The comparison itself: each of these wrong kernels must fail it."""
+
+    def wrong(x, bias, impl):
+        y = F.gelu(x + (0 if fault == "no bias" else bias), approximate="tanh" if fault == "tanh" else "none")
+        if fault == "dropped tail":
+            y = torch.cat([y[:, :-1], y[:, -1:] * 0], dim=1)
+        return y
+
+    monkeypatch.setattr(ops, "run", wrong)
+    # Without a bias its gradient does not exist, which is noticed first.
+    with pytest.raises(AssertionError):
+        check_bias_gelu("cpp", (40, 33), F32)
+
+
+BAD = {
+    "integer x": (TypeError, "x must be", {"x": torch.zeros(2, 8, dtype=torch.int64)}),
+    "integer bias": (TypeError, "bias must be", {"bias": torch.zeros(8, dtype=torch.int32)}),
+    "scalar": (ValueError, "bias must be", {"x": torch.tensor(1.0)}),
+    "length": (ValueError, "bias must be", {"bias": torch.zeros(7)}),
+    "device": (ValueError, "bias is on meta", {"bias": torch.zeros(8, device="meta")}),
+    "double in C++": (KernelUnavailableError, "float64", {"x": torch.zeros(2, 8).double(), "impl": "cpp"}),
+    "word": (ValueError, "impl", {"impl": "fast"}),
+}
+
+
+@pytest.mark.parametrize(("error", "message", "change"), BAD.values(), ids=BAD)
+def test_bad_input(error, message, change):
+    with pytest.raises(error, match=message):
+        bias_gelu(**({"x": torch.zeros(2, 8), "bias": torch.zeros(8)} | change))
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("channels", [3072, 2048, 1000, 17])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_compiles_within_the_budget(capability, channels, dtype):
+    from support.aot import compile_pair
+
+    inputs = {"x": torch.empty(4200, channels, dtype=dtype), "bias": torch.empty(channels)}
+    gradients = [torch.empty(4200, channels, dtype=dtype)]
+    aligned = channels % 256 == 0
+    for one in compile_pair(OP, capability, lambda: differentiate(lambda **kw: bias_gelu(**kw, impl="triton"), inputs,
+                                                                  gradients)):  # fmt: skip
+        assert one.stack == 0, one
+        assert one.registers <= (40 if aligned else 56), one
+        assert not aligned or (one.loads_16 and one.stores_16), one

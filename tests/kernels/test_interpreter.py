@@ -1,0 +1,33 @@
+"""Triton's kernels without a GPU: the operations' tests run under the interpreter, in a process of their own."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# One process a file, so that they spread over test workers.
+OPERATIONS = ("add_layer_norm", "attention_varlen", "bias_gelu", "gather_add_pos", "image_norm", "sample_tokens",
+              "scatter_fill")  # fmt: skip
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("name", [*OPERATIONS, "failure_modes", "shim"])
+def test_under_the_interpreter(name):
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        str(HERE / f"test_{name}.py"),
+    ]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent.parent)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

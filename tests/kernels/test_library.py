@@ -1,0 +1,73 @@
+"""The short way to an operation is the operation: same numbers, and left where something looks at what is called."""
+
+import pytest
+import torch
+from support.kernel_cases import DIFFERENTIABLE, OPS, case, differentiate, public
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mimdet.kernels import build
+
+pytestmark = pytest.mark.skipif(bool(build.cpp_unavailable()), reason="no C++ kernels here")
+
+
+class Names(TorchDispatchMode):
+    """Names of the operations that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_same_numbers_on_both_ways(op):
+    made = case(op)
+    short = differentiate(made, "cpp")
+    with Names() as names:
+        registered = differentiate(made, "cpp")
+    assert f"mimdet::{op}" in names.seen
+    assert any(name == f"mimdet::{op}_backward" for name in names.seen)
+    for name, value in short.items():
+        assert torch.equal(value, registered[name]), name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_is_dispatched_without_an_observer(op, monkeypatch):
+    made, called = case(op), []
+    public(op)  # registers it
+    overload = type(getattr(torch.ops.mimdet, op).default)
+    original = overload.__call__
+    monkeypatch.setattr(
+        overload, "__call__", lambda self, *a, **k: (called.append(self.name()), original(self, *a, **k))[1]
+    )
+    with torch.no_grad():
+        made("cpp")
+    assert not [name for name in called if name.startswith("mimdet::")]
+
+
+def test_fake_tensors_and_transforms_see_the_operation():
+    with FakeTensorMode() as mode:
+        x, bias = (mode.from_tensor(torch.ones(n, 8)) for n in (3, 1))
+        assert public("bias_gelu")(x, bias[0], impl="cpp").shape == (3, 8)
+    gradient = torch.func.grad(lambda x: public("bias_gelu")(x, torch.zeros(8), impl="cpp").sum())
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        # Registered operations have no functorch rule: that must be said, not computed wrongly.
+        torch.func.vmap(gradient)(torch.ones(2, 3, 8))
+
+
+def test_second_derivatives_are_refused():
+    x = torch.ones(3, 8, requires_grad=True)
+    y = public("bias_gelu")(x, torch.zeros(8), impl="cpp")
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.sum(), x)
+
+
+def test_two_ways_give_one_choice():
+    """An implementation that is not the registered operation's is refused by name."""
+    with pytest.raises(ValueError, match="bias_gelu: 'fast' is not an implementation"):
+        torch.ops.mimdet.bias_gelu(torch.ones(3, 8), torch.zeros(8), "fast")

@@ -1,0 +1,164 @@
+"""CUDA C++ without a GPU: it compiles, links and loads, and Python calls it with what it takes."""
+
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import re
+import subprocess
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from support.kernel_cases import BF16, IMAGES, case, differentiate, pretend
+
+from mimdet.kernels import build, dispatch, library
+
+# Attention's "cuda" is PyTorch's: nothing of it is in csrc.
+CUDA_OPS = [op for op, operation in dispatch.operations().items() if "cuda" in operation.implementations]
+_DECLARATION = re.compile(r"MIMDET_CUDA_API\s+int\s+mimdet_(\w+)\((.*?)\)\s*\{", re.DOTALL)
+# What C calls the elements that a tensor points to; void takes any.
+_POINTEES = {"float": torch.float32, "int64_t": torch.int64, "bool": torch.bool}
+
+
+def declared():
+    """Function -> types of its parameters, from the sources."""
+    text = "\n".join(path.read_text() for path in sorted(build.CSRC.glob("*.cu")))
+    found = {}
+    for name, parameters in _DECLARATION.findall(text):
+        kinds = [re.sub(r"\s*\w+$", "", p.strip().removeprefix("const ")) for p in parameters.split(",")]
+        found[name] = [kind.replace(" ", "") for kind in kinds]
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    if build.find_nvcc() is None:
+        pytest.skip("no nvcc (install the CUDA toolkit, or set CUDA_HOME)")
+    with pytest.MonkeyPatch.context() as patch:
+        # One of the architectures that are shipped: the code is the same.
+        patch.setenv("MIMDET_CUDA_ARCHS", "90")
+        return build.compile_cuda(build._cache_folder())
+
+
+def test_library_has_what_is_declared(compiled):
+    loaded = ctypes.CDLL(str(compiled))
+    assert declared()
+    for name in declared():
+        assert getattr(loaded, f"mimdet_{name}")
+
+
+def test_library_exports_nothing_else(compiled):
+    listed = subprocess.run(["nm", "-D", "--defined-only", str(compiled)], capture_output=True, text=True, check=True)
+    names = [line.split()[-1] for line in listed.stdout.splitlines()]
+    assert sorted(n for n in names if n.startswith("mimdet_")) == sorted(f"mimdet_{n}" for n in declared())
+
+
+def test_kernels_spill_nothing(compiled):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("cuobjdump comes with Triton, which is not installed")
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listed = subprocess.run([tool, "-res-usage", str(compiled)], capture_output=True, text=True, check=True).stdout
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", listed)
+    assert len(usage) >= len(declared())
+    for name, registers, stack in usage:
+        print(name, registers, stack)
+        assert stack == "0", name
+        assert int(registers) <= 128, name
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(function, arguments) of every call that would have gone to CUDA; CPU tensors stand for a GPU's."""
+    made = []
+
+    def call_cuda(name, *arguments, sizes=(), typed=()):
+        made.append((name, (*arguments, *sizes, *(library._DTYPE_CODES[tensor.dtype] for tensor in typed))))
+
+    for module in (library, *(importlib.import_module(f"mimdet.kernels.{op}.cuda") for op in IMAGES)):
+        monkeypatch.setattr(module, "call_cuda", call_cuda)
+    with pretend("cuda", *CUDA_OPS):
+        yield made
+
+
+def run(op, variant):
+    made = case(op, dtype=BF16 if variant == "amp" else torch.float32)
+    if variant == "fewest" and op == "add_layer_norm":
+        # No branch, so nothing to scale.
+        made = made._replace(others=made.others | {"scale": None, "x": None})
+        del made.inputs["x"]
+    if variant == "fewest" and op == "gather_add_pos":
+        made = made._replace(others=made.others | {"pos": None})
+        del made.inputs["pos"]
+    differentiate(made, "cuda")
+
+
+@pytest.mark.parametrize("variant", ["all", "amp", "fewest"])
+@pytest.mark.parametrize("op", CUDA_OPS)
+def test_calls_match_the_declarations(op, variant, calls):
+    run(op, variant)
+    assert len({name for name, _ in calls}) == (1 if op == "sample_tokens" else 2)
+    for name, arguments in calls:
+        *parameters, stream = declared()[name]
+        assert stream == "cudaStream_t"
+        assert len(arguments) == len(parameters), name
+        for i, (argument, parameter) in enumerate(zip(arguments, parameters, strict=True)):
+            where = f"{name}, parameter {i + 1}, {parameter}"
+            if parameter.endswith("*"):
+                assert argument is None or isinstance(argument, torch.Tensor), where
+                wanted = _POINTEES.get(parameter.removesuffix("*"))
+                assert parameter == "void*" or argument is None or argument.dtype == wanted, where
+            else:
+                assert type(argument) in {"int64_t": (int, bool), "float": (float,)}[parameter], where
+
+
+def test_nothing_is_declared_in_vain(calls):
+    for op in CUDA_OPS:
+        run(op, "all")
+    assert {name for name, _ in calls} == set(declared())
+
+
+PROBE = """
+#include <cstdint>
+extern "C" int mimdet_probe(const float* x, const void* none, int64_t big, float eps, int64_t flag, int64_t size,
+                            int64_t dtype, void* stream) {
+  return !(x[1] == 2.0f && !none && big == (int64_t(1) << 40) && eps == 1e-6f && flag == 1 && size == 3 && dtype == 1 &&
+           stream == (void*)7);
+}
+extern "C" int mimdet_fail(const float*, void*) { return 700; }
+"""
+
+
+@pytest.fixture
+def probe(monkeypatch, tmp_path):
+    """The library is one of C that looks at its arguments; the current stream is number 7."""
+    compiler = build.shutil.which("c++") or build.shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "probe.cpp").write_text(PROBE)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "probe.so", tmp_path / "probe.cpp"], check=True)
+    entered = []
+
+    @contextlib.contextmanager
+    def device(which):
+        entered.append(which)
+        yield
+
+    monkeypatch.setattr(build, "cuda_library", lambda: ctypes.CDLL(str(tmp_path / "probe.so")))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=7))
+    return entered
+
+
+def test_arguments_arrive(probe):
+    x = torch.tensor([1.0, 2.0])
+    library.call_cuda("probe", x, None, 2**40, 1e-6, True, sizes=(3,), typed=(x.bfloat16(),))
+    assert probe == [x.device]
+
+
+def test_a_failed_launch_is_an_error(probe):
+    with pytest.raises(RuntimeError, match="CUDA kernel fail failed with CUDA error 700"):
+        library.call_cuda("fail", torch.zeros(1))

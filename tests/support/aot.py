@@ -1,0 +1,252 @@
+"""Compiling Triton kernels for GPUs that are not here.
+
+``python tests/support/aot.py`` prints what becomes of every launch that the tests compile; it takes pytest's options,
+``-k gather`` for example.
+"""
+
+import contextlib
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Compiled(NamedTuple):
+    """What the compiler made of one kernel for one target; stack, 16-byte loads and stores are None on AMD's."""
+
+    name: str
+    target: str
+    registers: int
+    stack: int
+    shared: int
+    loads_16: int | None
+    stores_16: int | None
+
+
+class Launch(NamedTuple):
+    """A call of a kernel that was not made."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    arguments: tuple
+    constants: dict
+
+
+# All that compile_for returned in this process, in this order.
+made_so_far: list[Compiled] = []
+
+
+def _driver(capability):
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+
+    class Absent(DriverBase):
+        """A driver for a GPU that is only compiled for."""
+
+        @classmethod
+        def is_active(cls):
+            return True
+
+        @staticmethod
+        def map_python_to_cpp_type(ty):
+            return "void*" if ty.startswith("*") else ty
+
+        def __init__(self):
+            pass
+
+        def get_current_target(self):
+            return GPUTarget("hip", capability, 64) if _is_amd(capability) else GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self):
+            return capability  # another device for each target, else the first target's kernel is found again
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_active_torch_device(self):
+            import torch
+
+            return torch.device("cpu")
+
+        def get_benchmarker(self):
+            raise RuntimeError("nothing runs here")
+
+    return Absent()
+
+
+def _is_amd(capability):
+    return isinstance(capability, str)
+
+
+@contextlib.contextmanager
+def target(capability):
+    """Inside, ``kernel.warmup(...)`` compiles for sm_<capability>, or for AMD's "gfx942"."""
+    from triton.runtime.driver import driver
+
+    before = driver._active
+    driver.set_active(_driver(capability))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+@contextlib.contextmanager
+def launches():
+    """Inside, Triton kernels are not launched: each call is appended to the list that this gives."""
+    from triton.runtime.jit import JITFunction
+
+    made = []
+    run = JITFunction.run
+
+    def record(kernel, *arguments, grid, warmup, **constants):
+        if warmup:
+            return run(kernel, *arguments, grid=grid, warmup=warmup, **constants)
+        made.append(Launch(kernel, grid, arguments, constants))
+        return None
+
+    JITFunction.run = record
+    try:
+        yield made
+    finally:
+        JITFunction.run = run
+
+
+def compile_for(capability, kernel, *arguments, grid=(1,), **constants):
+    """Compile one launch for sm_<capability> or "gfx942"; tensors (any CPU tensor will do) stand for pointers.
+
+    Returns:
+        ``Compiled``, from the resources and the machine code that cuobjdump or the compiler prints.
+
+    Raises:
+        AssertionError: an address is computed from a product that may wrap in 32 bits.
+    """
+    with target(capability):
+        made = kernel.warmup(*arguments, grid=grid, **constants)
+    narrow = narrow_products(made.asm["ttir"])
+    assert not narrow, f"{made.metadata.name}: addresses from 32-bit products that may wrap: {narrow}"
+    measure = _measure_amd if _is_amd(capability) else _measure_nvidia
+    compiled = measure(made, capability)
+    made_so_far.append(compiled)
+    return compiled
+
+
+def compile_pair(op, capability, run):
+    """``Compiled`` of every Triton kernel that ``run()`` would launch for ``op`` on CPU tensors, none of which runs."""
+    from support.kernel_cases import pretend
+
+    with pretend("triton", op), launches() as made:
+        run()
+    return [compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in made]
+
+
+def _measure_nvidia(made, capability):
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+        code = subprocess.run([tools / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", usage)
+    return Compiled(
+        made.metadata.name,
+        f"sm_{capability}",
+        int(found[1]),
+        int(found[2]),
+        made.metadata.shared,
+        len(re.findall(r"LDG\.E\.(?:\w+\.)*128", code)),
+        len(re.findall(r"STG\.E\.(?:\w+\.)*128", code)),
+    )
+
+
+def _measure_amd(made, capability):
+    code = made.asm["amdgcn"]
+    registers, stack = (int(re.search(rf"\.{key}:\s+(\d+)", code)[1]) for key in _AMD_KEYS)
+    return Compiled(made.metadata.name, capability, registers, stack, made.metadata.shared, None, None)
+
+
+_AMD_KEYS = ("vgpr_count", "private_segment_fixed_size")
+
+_INT32 = 2**31
+# Largest magnitudes of what is not computed. The hardware launches at most so many programs along x, and along y or z.
+_PROGRAMS = {"x": _INT32 - 1, "y": 2**16 - 1, "z": 2**16 - 1}
+_DEFINITION = re.compile(r"%([\w.$-]+)(?::\d+)? = (?:\"?)([\w.]+)(.*)")
+_OPERAND = re.compile(r"%[\w.$#-]+")
+
+
+def narrow_products(ttir):
+    """Names of the addresses in Triton's IR that depend on an int32 product whose factors allow 2**31 or more.
+
+    Every integer has a bound: of constants, ranges and program ids their own, of arguments and loaded values that of
+    their type. Sums are taken to fit: what a kernel counts in int32 (channels, tokens) is far from 2**31 itself.
+    """
+    bounds, wrapped, found = {}, set(), []
+    for line in ttir.splitlines():
+        definition = _DEFINITION.search(line.split(" loc(")[0])
+        if not definition:
+            continue
+        name, operation, rest = definition.groups()
+        name = f"%{name}"
+        operands = [o.split("#")[0] for o in _OPERAND.findall(rest)]
+        widest = 2**63 if re.search(r"\bi64\b|xi64>", rest.rsplit(":", 1)[-1]) else _INT32 - 1
+        known = [bounds.get(o, widest) for o in operands]
+        bound = widest
+        if operation == "arith.constant":
+            number = re.search(r"(-?\d+)>? :", rest)
+            bound = abs(int(number[1])) if number else widest
+        elif operation == "tt.make_range":
+            bound = int(re.search(r"end = (\d+)", rest)[1])
+        elif operation == "tt.get_program_id":
+            bound = _PROGRAMS[rest.split()[0]]
+        elif operation == "arith.muli":
+            bound = known[0] * known[1]
+        elif operation in ("arith.addi", "arith.subi"):
+            bound = min(sum(known), widest)
+        elif operation in ("arith.divsi", "arith.divui"):
+            bound = known[0]
+        elif operation in ("arith.remsi", "arith.remui", "arith.minsi"):
+            bound = min(known)
+        elif operation.startswith(("arith.ext", "tt.splat", "tt.expand_dims", "tt.broadcast", "tt.reshape")):
+            bound = known[0]
+        wraps = operation == "arith.muli" and widest < _INT32 and bound >= _INT32
+        passes_on = operation.startswith(("arith.", "tt.splat", "tt.expand_dims", "tt.broadcast", "tt.reshape"))
+        wrapped.discard(name)
+        if wraps or (passes_on and "cmp" not in operation and wrapped.intersection(operands)):
+            wrapped.add(name)
+        bounds[name] = min(bound, widest)
+        if operation == "tt.addptr" and operands[1] in wrapped:
+            found.append(name)
+    return found
+
+
+def table(*options):
+    """Markdown, one row for each launch that the tests compile; pytest's own words go to stderr.
+
+    Args:
+        options: for pytest, such as "-k gather".
+
+    Returns:
+        the table, and pytest's exit status.
+    """
+    import pytest
+    from support import aot
+
+    folder = Path(__file__).parent.parent / "kernels"
+    with contextlib.redirect_stdout(sys.stderr):
+        status = pytest.main(["-q", "-p", "no:cacheprovider", "-k", "compiles", *options, str(folder)])
+    rows = [["kernel", "target", "registers", "stack", "shared", "16-byte loads", "16-byte stores"]]
+    rows += [["-"] * len(rows[0])]
+    # Tests of several shapes may ask for the same kernel.
+    rows += [list(map(str, made)) for made in dict.fromkeys(aot.made_so_far)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows), status
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    text, exit_status = table(*sys.argv[1:])
+    print(text)
+    sys.exit(exit_status)

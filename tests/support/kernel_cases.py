@@ -1,0 +1,202 @@
+"""One case for every operation, at any size, dtype and layout, for what must hold of all of them."""
+
+import contextlib
+from typing import NamedTuple
+
+import pytest
+import torch
+from support.kernels import BF16, F32, PLACES, layouts, quantised, usable
+
+from mimdet import kernels
+from mimdet.kernels import OPS, dispatch
+from mimdet.testing import assert_within_budget
+
+EPS = 1e-6
+# Operations by what they have in common.
+IMAGES = ("group_norm_gelu", "layer_norm_gelu")
+NORMS = ("add_layer_norm", *IMAGES)
+PACKED = ("attention_varlen",)  # pictures lie one after the other, without a dimension of their own
+DIFFERENTIABLE = tuple(op for op in OPS if op != "sample_tokens")
+
+
+class Case(NamedTuple):
+    """Arguments of an operation: float tensors that get gradients, the main one first, and all others."""
+
+    op: str
+    inputs: dict
+    others: dict
+
+    def __call__(self, impl=None, **inputs):
+        return public(self.op)(**{**self.inputs, **inputs}, **self.others, impl=impl)
+
+    def on_cpu(self, dtype=None):
+        """The same on the CPU, ``inputs`` in ``dtype``."""
+        others = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in self.others.items()}
+        return self._replace(inputs={k: v.to("cpu", dtype) for k, v in self.inputs.items()}, others=others)
+
+
+def public(op):
+    """The public function."""
+    return getattr(kernels, op)
+
+
+def case(
+    op, batch=2, length=6, channels=24, dtype=F32, parameters=F32, mean=0.5, std=1.0, layout=None, device="cpu"
+):  # fmt: skip
+    """Quantised random arguments of ``op``.
+
+    Args:
+        op: an operation.
+        batch, length, channels: B, the number of tokens or positions, C. Pictures of ``PACKED`` have that many tokens
+            on average.
+        dtype: of the main inputs.
+        parameters: dtype of weight, bias and position embedding.
+        mean, std: of the main input.
+        layout: name in ``support.kernels.layouts`` for the main inputs, or "expanded"; by default dense.
+        device: of all tensors.
+    """
+
+    def main(*shape, seed=0):
+        return lay_out(quantised(*shape, dtype=dtype, mean=mean, std=std, seed=seed).to(device), layout)
+
+    def tokens(count, seed=0):
+        return main(batch, count, channels, seed=seed)
+
+    affine = {
+        "weight": quantised(channels, dtype=parameters, seed=1, mean=1.0, std=0.3).to(device),
+        "bias": quantised(channels, dtype=parameters, seed=2, std=0.3).to(device),
+    }
+    order = torch.rand(batch, length, generator=torch.Generator().manual_seed(2)).argsort(dim=1).to(device)
+    pos = quantised(length, channels, dtype=parameters, seed=3).to(device)
+    kept = length // 2
+    if op == "add_layer_norm":
+        inputs = {"residual": tokens(length), "x": tokens(length, seed=4), **affine}
+        return Case(op, inputs, {"scale": torch.arange(batch, device=device) % 3 * 1.25, "eps": EPS})
+    if op == "attention_varlen":
+        heads = next(n for n in range(2, channels + 1) if channels % n == 0 and channels // n <= 64)
+        # Tokens that are all alike have zero gradients, of which rounding is all there is: heads are expanded instead.
+        by_head = layout == "expanded"
+        shape = (heads, batch * length) if by_head else (batch * length, heads)
+        inputs = {name: main(*shape, channels // heads, seed=i) for i, name in enumerate("qkv")}
+        inputs = {name: x.transpose(0, 1) if by_head else x for name, x in inputs.items()}
+        bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+        # The first picture is shorter, the last longer.
+        bounds[1:-1] -= min(length, 1)
+        longest = length + min(length, int(batch > 1))
+        return Case(op, inputs, {"cu_seqlens": bounds, "max_seqlen": longest, "scale": 0.25})
+    if op == "bias_gelu":
+        return Case(op, {"x": tokens(length), "bias": affine["bias"]}, {})
+    if op == "gather_add_pos":
+        return Case(op, {"x": tokens(length), "pos": pos}, {"index": order[:, :kept]})
+    if op in IMAGES:
+        return Case(op, {"x": main(batch, channels, *_sides(length)), **affine}, {"eps": EPS})
+    if op == "sample_tokens":
+        noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(5)).to(device)
+        return Case(op, {}, {"noise": noise, "valid": noise < 0.9, "ratio": 0.5})
+    assert op == "scatter_fill", op
+    inputs = {"kept": tokens(kept), "fill": tokens(length - kept, seed=4), "pos": pos}
+    return Case(op, inputs, {"ids_restore": order})
+
+
+def lay_out(x, layout):
+    """``x`` in a layout of ``support.kernels.layouts``, or the first of its batch "expanded"; as it is for None."""
+    if layout is None:
+        return x
+    return x[:1].expand(x.shape) if layout == "expanded" else layouts(x)[layout]
+
+
+def _sides(length):
+    height = next((n for n in (4, 3, 2) if length % n == 0), 1)
+    return height, length // height
+
+
+def differentiate(made, impl, gradients=None, function=None):
+    """Outputs, and gradients of all of ``made.inputs``, by name.
+
+    Args:
+        made: a ``Case``.
+        impl: implementation.
+        gradients: outputs' gradients; by default ``cotangents``.
+        function: called with the inputs in place of the case itself, a compiled one for example.
+    """
+    inputs = {k: v.detach().requires_grad_() for k, v in made.inputs.items()}
+    outputs = (function or made)(**({} if function else {"impl": impl}), **inputs)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    found = {f"output{i}": o.detach() for i, o in enumerate(outputs)}
+    if inputs:
+        given = cotangents(outputs) if gradients is None else gradients
+        made_of = torch.autograd.grad(outputs, list(inputs.values()), given)
+        found |= {f"grad_{k}": g for k, g in zip(inputs, made_of, strict=True)}
+    return found
+
+
+def cotangents(outputs):
+    """Fixed gradients like ``outputs``, in their memory format."""
+    return [
+        torch.empty_like(o).copy_(quantised(*o.shape, dtype=BF16, seed=7 + i, mean=0.3)) for i, o in enumerate(outputs)
+    ]
+
+
+def judge(made, got, gradients=None):
+    """``got``, from ``differentiate``, within the error budget of plain PyTorch."""
+    same = differentiate(made.on_cpu(), "eager", _on_cpu(gradients))
+    exact = differentiate(made.on_cpu(torch.float64), "eager", _on_cpu(gradients, torch.float64))
+    main = next(iter(made.inputs.values()), None)
+    for name, value in got.items():
+        if not value.is_floating_point():
+            assert torch.equal(value.cpu(), same[name]), name
+            continue
+        summed = name in ("grad_weight", "grad_bias", "grad_pos")
+        rows = main.numel() // value.shape[-1] if summed else 1
+        assert_within_budget(value, same[name].to(value.dtype), exact[name], rows, name)
+
+
+def _on_cpu(gradients, dtype=None):
+    return None if gradients is None else [g.to("cpu", dtype) for g in gradients]
+
+
+def assert_same_bits(first, second):
+    """Two results of ``differentiate`` are equal, NaN included."""
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def runners(ops=OPS):
+    """pytest parameters (op, impl, device): whatever of ``ops`` can run on this machine, beside eager."""
+    places = {**PLACES, "aten_cpu": "cpu"} if "cpp" in PLACES else PLACES
+    made = [
+        pytest.param(op, impl, device, id=f"{op}-{impl}")
+        for op in ops
+        for impl, device in places.items()
+        if usable(op, impl, device)
+    ]
+    return made or [pytest.param(None, None, None, marks=pytest.mark.skip(reason="neither a compiler nor a GPU"))]
+
+
+def on_runners(ops=OPS):
+    """Decorator: the test runs for every one of ``runners``."""
+    return pytest.mark.parametrize(("op", "impl", "device"), runners(ops))
+
+
+def triton_launches(op, length=12, channels=48, **sizes):
+    """Launches that ``op``'s Triton kernels would make, forward and backward; images in both memory formats."""
+    from support.aot import launches
+
+    with pretend("triton", op), launches() as made:
+        for layout in (None, "channels_last") if op in IMAGES else (None,):
+            differentiate(case(op, length=length, channels=channels, layout=layout, **sizes), "triton")
+    assert made
+    return made
+
+
+@contextlib.contextmanager
+def pretend(impl, *ops):
+    """Inside, ``impl`` of ``ops`` supports every call."""
+    with pytest.MonkeyPatch.context() as patch:
+        for op in ops:
+            implementations = dispatch.operations()[op].implementations
+            patch.setitem(implementations, impl, implementations[impl]._replace(supports=lambda call: None))
+        dispatch.forget()
+        yield
+    dispatch.forget()

@@ -1,0 +1,135 @@
+"""How kernels are judged, beside ``mimdet.testing``: poisoned memory, guard bands, layouts, and where they can run."""
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mimdet.kernels import dispatch
+
+INTERPRETED = dispatch.interpreting()
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+# Implementation -> device. Under Triton's interpreter its kernels alone are tested, on the CPU.
+PLACES = {"triton": "cpu"} if INTERPRETED else {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or INTERPRETED, reason="Triton's compiler is not here"
+)
+native = pytest.mark.skipif(INTERPRETED, reason="not for the interpreter: slow, or nothing of Triton's is in it")
+
+
+def here(native_cases, interpreted):
+    """Cases of a ``runner`` on this machine: ``interpreted`` are few, for Triton's interpreter is slow."""
+    return interpreted if INTERPRETED else native_cases
+
+
+def usable(op, impl, device, dtype=F32):
+    """Whether ``impl`` of ``op`` runs on this machine."""
+    implementation = dispatch.operations()[op].implementations.get(impl)
+    call = dispatch.Call(torch.device(device), (dtype,), equal_lengths=True)
+    return implementation is not None and implementation.refusal(call) is None
+
+
+def quantised(*shape, dtype=torch.float32, seed=0, mean=0.0, std=1.0):
+    """Random numbers that ``dtype`` holds exactly, so that promoting them to float64 loses nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std + mean).to(dtype)
+
+
+def run_on_older_processor(isa, file, selected):
+    """The tests of ``file`` that ``-k selected`` names, with kernels for the instruction set ``isa``."""
+    if "MIMDET_CPU_ISA" in os.environ:
+        pytest.skip("already asked for")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", file, "-k", selected]
+    done = subprocess.run(command, env={**os.environ, "MIMDET_CPU_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def _poison(tensor):
+    if tensor.is_floating_point():
+        return float("nan")
+    return True if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).max
+
+
+@contextlib.contextmanager
+def poisoned_allocations():
+    """Inside, torch.empty, empty_like, empty_strided and new_empty return NaN (integers: their largest value)."""
+
+    def poison(made):
+        if made.device.type != "meta" and not isinstance(made, torch._subclasses.FakeTensor):
+            made.detach().fill_(_poison(made))
+        return made
+
+    def wrapped(function):
+        return lambda *args, **kwargs: poison(function(*args, **kwargs))
+
+    places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
+    originals = [getattr(owner, name) for owner, name in places]
+    try:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, wrapped(original))
+        yield
+    finally:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def kept_bytes(module, run):
+    """Bytes that the graph of ``run()`` keeps for backward beside the module's parameters and buffers."""
+    known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    del result
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class Guarded:
+    """A copy of a tensor with the same strides, in the middle of memory that is NaN (integers: their largest value).
+
+    ``tensor`` is the copy; a kernel that reads past it finds the poison, and ``check`` finds what it wrote there.
+    """
+
+    BAND = 64
+
+    def __init__(self, tensor):
+        span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+        poison = _poison(tensor)
+        self.memory = torch.full((span + 2 * self.BAND,), poison, dtype=tensor.dtype, device=tensor.device)
+        self.tensor = self.memory.as_strided(tensor.shape, tensor.stride(), self.BAND)
+        self.tensor.copy_(tensor)
+        self.before = self.memory.clone()
+
+    def check(self):
+        """Nothing outside the tensor, and no input inside it, has changed."""
+        assert torch.equal(self._bits(self.memory), self._bits(self.before)), "an input or memory around it was written"
+
+    @staticmethod
+    def _bits(memory):
+        if not memory.is_floating_point():
+            return memory
+        return memory.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[memory.element_size()])
+
+
+def layouts(x):
+    """The same values in five layouts, by name: dense, channels last (4-D), transposed, sliced, with an offset."""
+    made = {"contiguous": x.contiguous()}
+    if x.ndim == 4:
+        made["channels_last"] = x.contiguous(memory_format=torch.channels_last)
+    made["transposed"] = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+    wide[..., ::2] = x
+    made["sliced"] = wide[..., ::2]
+    made["offset"] = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    return made
