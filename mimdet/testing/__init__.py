@@ -1,4 +1,4 @@
-"""For tests of this package, of a port of it, or of a kernel: the error budget, fixed random numbers, tiny detectors."""
+"""For tests of this package, of a port of it, or of a kernel: error budget, fixed random numbers, tiny detectors."""
 
 from .budget import assert_within_budget, error_and_budget
 from .configs import tiny_config, tiny_overrides
