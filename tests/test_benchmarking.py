@@ -250,7 +250,7 @@ def test_lsj_postprocess():
         "labels": torch.tensor([1, 2, 3]),
         "mask_probabilities": torch.ones(3, 28, 28),
     }
-    result = GeneralizedRCNN._resize(SimpleNamespace(lsj_postprocess=True), detection, (100, 100), (100, 200))
+    result = GeneralizedRCNN._resize(SimpleNamespace(lsj_postprocess=True), detection, (100, 100), (100, 200), True)
     assert result["boxes"].tolist() == [[20, 10, 120, 60], [40, 80, 160, 100]]
     assert result["labels"].tolist() == [1, 2]
     assert result["masks"].sum((1, 2)).tolist() == pytest.approx([100 * 50, 120 * 20], abs=8)  # corners are soft

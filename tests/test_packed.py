@@ -238,7 +238,7 @@ def test_drop_path_draws_once_a_picture():
 def test_grid_sampling_is_a_checkerboard(mode):
     noise = sampling_noise("grid", 2, (6, 8), 0.5, NoiseSource("tokens"), "cpu")
     split = split_packed([(6, 8), (3, 5)], (6, 8), 0.5, noise, "cpu")
-    row, column = split.keep[0] % 48 // 8, split.keep[0] % 8
+    row, column = split.ids_keep[0] % 48 // 8, split.ids_keep[0] % 8
     assert ((row + column) % 2 == 0).all()
     assert split.encoder.cu_seqlens.tolist() == [0, 24, 24 + 7]
     model = small_model("model.backbone.bottom_up.sampling=grid", f"model.backbone.bottom_up.batch_mode={mode}")

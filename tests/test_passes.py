@@ -71,7 +71,9 @@ def test_passes_are_independent_runs_of_the_detector(detector):
 
 def test_each_pass_draws_its_own_tokens(detector):
     tokens = []
-    hook = detector.backbone.bottom_up.encoder.register_forward_hook(lambda m, a, out: tokens.append(out.split.keep))
+    hook = detector.backbone.bottom_up.encoder.register_forward_hook(
+        lambda m, a, out: tokens.append(out.split.ids_keep)
+    )
     run(detector, InferencePasses(passes=2, ratio=0.5), [torch.full((3, 64, 96), 100.0)])
     hook.remove()
     assert len(tokens) == 2

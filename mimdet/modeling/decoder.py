@@ -84,22 +84,22 @@ class MIMDetDecoder(nn.Module):
             pos = self._pos_embed_at(self.decoder_pos_embed, tuple(grid))
         else:
             pos = self._pos_embed_at.packed(self.decoder_pos_embed, split.sizes)
-        fill = self._fill(encoded.features[-1], split.drop, x.dtype)
-        if split.keep is None:
+        fill = self._fill(encoded.features[-1], split.ids_mask, x.dtype)
+        if split.ids_keep is None:
             x = torch.cat([x, fill], dim=1) + pos
         else:
-            x = scatter_fill(x.reshape(*split.keep.shape, -1), fill, split.restore, pos)
+            x = scatter_fill(x.reshape(*split.ids_keep.shape, -1), fill, split.ids_restore, pos)
         x = x.reshape(*split.decoder.shape, -1)
         x = run_layers(self.decoder_blocks, self.decoder_norm, x, self.checkpointing, split.decoder)
         return split.canvas(x, batch, tuple(grid))
 
-    def _fill(self, stem: torch.Tensor, drop: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """(G, D, decoder_embed_dim) for the tokens to fill in. None give no rows, for then the gradient of what makes
-        them must be zero, not missing."""
-        groups, count = (len(stem), 0) if drop is None else drop.shape
+    def _fill(self, stem: torch.Tensor, ids_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """(G, D, decoder_embed_dim) for the tokens to fill in."""
+        groups, count = (len(stem), 0) if ids_mask is None else ids_mask.shape
         if self.conv_feat_proj is None:
             return self.mask_token.to(dtype).expand(groups, count, -1)
-        if drop is None:
+        if ids_mask is None:
+            # DDP needs zero gradients, not None, for conv_feat_proj.
             return self.conv_feat_proj(stem.new_empty((groups, 0, stem.shape[1])))
         tokens = stem.permute(0, 2, 3, 1).reshape(groups, -1, stem.shape[1])
-        return self.conv_feat_proj(gather_add_pos(tokens, None, drop))
+        return self.conv_feat_proj(gather_add_pos(tokens, None, ids_mask))

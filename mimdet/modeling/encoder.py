@@ -45,8 +45,8 @@ class EncoderOutput(NamedTuple):
     def map(self, tokens: torch.Tensor) -> torch.Tensor:
         """``tokens`` or one of ``tapped`` as (B, D, H, W) of stride 16, where the encoder saw all of them."""
         split, (batch, _, *grid) = self.split, self.features[-1].shape
-        if split.keep is not None:
-            tokens = gather_add_pos(tokens.reshape(*split.keep.shape, -1), None, split.restore)
+        if split.ids_keep is not None:
+            tokens = gather_add_pos(tokens.reshape(*split.ids_keep.shape, -1), None, split.ids_restore)
         return split.canvas(tokens.reshape(*split.decoder.shape, -1), batch, tuple(grid))
 
 
@@ -157,7 +157,7 @@ class MIMDetEncoder(nn.Module):
             pos = self._pos_embed_at.padded(self.pos_embed, sizes, grid)
         else:
             pos = self._pos_embed_at(self.pos_embed, grid)
-        tokens = tokens + pos if split.keep is None else gather_add_pos(tokens, pos, split.keep)
+        tokens = tokens + pos if split.ids_keep is None else gather_add_pos(tokens, pos, split.ids_keep)
         tokens = tokens.reshape(*split.encoder.shape, dim)
         tapped, begin = [], 0
         for end in self.taps:

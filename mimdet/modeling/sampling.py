@@ -34,18 +34,18 @@ class TokenSplit:
     then means all B * L tokens of the canvas, V those that hold a picture.
 
     Attributes:
-        keep: (G, K) int64, tokens that the encoder sees; None when it sees all L in their order.
-        drop: (G, D) int64, the others; None as well.
-        restore: (G, L), packed (1, V): where each of the decoder's tokens stands in ``cat([keep, drop], 1)``; None as
-            well.
+        ids_keep: (G, K) int64, tokens that the encoder sees; None when it sees all L in their order.
+        ids_mask: (G, D) int64, the others; None as well.
+        ids_restore: (G, L), packed (1, V): place of each of the decoder's tokens in ``cat([ids_keep, ids_mask], 1)``;
+            None as well.
         encoder, decoder: sequences of the kept tokens and of all.
         valid: (V,) int64, the decoder's tokens on the canvas; None when they are the canvas.
         sizes: (rows, columns) of each picture's own tokens; None on the canvas.
     """
 
-    keep: torch.Tensor | None
-    drop: torch.Tensor | None
-    restore: torch.Tensor | None
+    ids_keep: torch.Tensor | None
+    ids_mask: torch.Tensor | None
+    ids_restore: torch.Tensor | None
     encoder: Sequences
     decoder: Sequences
     valid: torch.Tensor | None = None
