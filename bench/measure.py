@@ -31,11 +31,11 @@ class Ratio:
         """Whether the interval leaves 1 out."""
         return self.low > 1 or self.high < 1
 
-    def __format__(self, form: str) -> str:
-        """A claim only where the interval allows one; ``form`` is that of a number."""
-        form = form or ".2f"
-        interval = f"[{self.low:{form}}, {self.high:{form}}]"
-        return f"{self.median:{form}}x {interval}" if self.differs else f"no difference {interval}"
+    def __format__(self, spec: str) -> str:
+        """A claim only where the interval allows one; ``spec`` is that of a number."""
+        spec = spec or ".2f"
+        interval = f"[{self.low:{spec}}, {self.high:{spec}}]"
+        return f"{self.median:{spec}}x {interval}" if self.differs else f"no difference {interval}"
 
     def __str__(self) -> str:
         return format(self)

@@ -53,8 +53,8 @@ def terminal(title: str, columns: Sequence[Column], rows: Sequence[dict]) -> Tab
     """A table for ``console``."""
     columns, body = cells(columns, rows)
     table = Table(title=title, title_justify="left", title_style="bold")
-    for i, (header, _, form) in enumerate(columns):
-        table.add_column(header, justify="right" if form else "left", no_wrap=not i, overflow="fold")
+    for i, (header, _, spec) in enumerate(columns):
+        table.add_column(header, justify="right" if spec else "left", no_wrap=not i, overflow="fold")
     for line in body:
         table.add_row(*line)
     return table
@@ -63,7 +63,7 @@ def terminal(title: str, columns: Sequence[Column], rows: Sequence[dict]) -> Tab
 def markdown(columns: Sequence[Column], rows: Sequence[dict]) -> str:
     """A table for a Markdown page."""
     columns, body = cells(columns, rows)
-    lines = [[header for header, *_ in columns], ["--:" if form else "---" for *_, form in columns], *body]
+    lines = [[header for header, *_ in columns], ["--:" if spec else "---" for *_, spec in columns], *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -72,17 +72,17 @@ def cells(columns: Sequence[Column], rows: Sequence[dict]) -> tuple[list[Column]
     lines = []
     for row in rows:
         failed = row.get("status", "ok") != "ok"
-        line = ["" if failed and form else _cell(row, name, form) for _, name, form in columns]
+        line = ["" if failed and spec else _cell(row, name, spec) for _, name, spec in columns]
         if failed:
-            line[next(i for i, (*_, form) in enumerate(columns) if form)] = row["status"]
+            line[next(i for i, (*_, spec) in enumerate(columns) if spec)] = row["status"]
         lines.append(line)
     used = [i for i in range(len(columns)) if any(line[i] for line in lines)]
     return [columns[i] for i in used], [[line[i] for i in used] for line in lines]
 
 
-def _cell(row: dict, name: str | Callable[[dict], Any], form: str) -> str:
+def _cell(row: dict, name: str | Callable[[dict], Any], spec: str) -> str:
     value = name(row) if callable(name) else row.get(name)
-    return "" if value is None else format(value, form)
+    return "" if value is None else format(value, spec)
 
 
 def scaled(name: str, factor: float) -> Callable[[dict], float | None]:

@@ -104,7 +104,7 @@ def idle_optimizer(detector: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW((p for p in detector.parameters() if p.requires_grad), lr=0.0)
 
 
-def workload(detector: nn.Module, optimizer: torch.optim.Optimizer, mode: str, setting: Setting) -> Workload:
+def step_of(detector: nn.Module, optimizer: torch.optim.Optimizer, mode: str, setting: Setting) -> Workload:
     """One step of a detector, or of its backbone, which does without ``optimizer``."""
     whole, training = setting.part == "detector", mode == "train"
     model = (detector if whole else bottom_up(detector)).train(training)

@@ -8,21 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import session, views
+from .. import session, views, workload
 from ..baselines import IMPLEMENTATIONS, bottom_up, variant
 from ..measure import rounded
 from ..row import Results
-from ..workload import (
-    MODES,
-    PARTS,
-    Setting,
-    build_detector,
-    candidate,
-    check_words,
-    idle_optimizer,
-    outputs_of,
-    workload,
-)
+from ..workload import MODES, PARTS, Setting, check_words
 
 # Speed-ups are given over these.
 BASELINES = ("original", "original-sdpa", "sdpa-compile")
@@ -68,15 +58,15 @@ def run(options: Options) -> Results:
         check_words(words, known)
     results = session.begin(options.device, [options.dtype])
     deepest = max(depth for _, depth in options.points())
-    detector = build_detector(options.config, options.overrides, deepest, options.device)
-    optimizer = idle_optimizer(detector)
+    detector = workload.build_detector(options.config, options.overrides, deepest, options.device)
+    optimizer = workload.idle_optimizer(detector)
     with _compiler(options):
         for mode in options.modes:
             candidates = []
             with views.progress(f"{mode}: checks", len(options.points()) * len(options.implementations)) as advance:
                 for ratio, depth in options.points():
                     original = bottom_up(variant(detector, "original", ratio, depth)).train(mode == "train")
-                    expected = outputs_of(original, mode, options)
+                    expected = workload.outputs_of(original, mode, options)
                     for name in options.implementations:
                         keys = {
                             **options.keys("backbone", mode),
@@ -84,8 +74,8 @@ def run(options: Options) -> Results:
                             "depth": depth,
                             "implementation": name,
                         }
-                        work = workload(variant(detector, name, ratio, depth), optimizer, mode, options)
-                        candidates.append(candidate(work, keys, expected, mode, options))
+                        work = workload.step_of(variant(detector, name, ratio, depth), optimizer, mode, options)
+                        candidates.append(workload.candidate(work, keys, expected, mode, options))
                         advance()
             rows = session.interleave(
                 results, candidates, options.rounds, options.output, lambda rows: with_relative(rows, options.default)

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import session, views
+from .. import session, views, workload
 from ..equality import model_mismatch
 from ..row import Results
 from ..session import Candidate
-from ..workload import Setting, check_words, forget_gradients, gradients_of, random_images, sizes_of, smooth_features
+from ..workload import Setting, check_words
 from .backbone import columns, title
 
 _ORIGINAL_CONFIG = "configs/mimdet/mimdet_vit_base_mask_rcnn_fpn_sr_0p5_800_1333_4xdec_coco_3x.py"
@@ -73,7 +73,7 @@ def run(options: Options) -> Results:
             "depth": len(model.bottom_up.decoder.decoder_blocks),
             "implementation": name,
         }
-        candidates.append(Candidate(keys, _step(model, checkpointing, options), values=sizes_of(model)))
+        candidates.append(Candidate(keys, _step(model, checkpointing, options), values=workload.sizes_of(model)))
     rows = session.interleave(results, candidates, options.rounds, options.output)
     views.console().print(views.terminal(title(rows), columns(rows), rows))
     return results
@@ -103,7 +103,7 @@ def _build(options: Options) -> tuple[nn.Module, nn.Module]:
 def _images(model: nn.Module, options: Options):
     from detectron2.structures import ImageList
 
-    images = random_images(options)  # channels_last memory, as our R-CNN gives it; the original's is plain
+    images = workload.random_images(options)  # channels_last memory, as our R-CNN gives it; the original's is plain
     images = images.contiguous() if type(model.bottom_up).__module__.startswith("models") else images
     return ImageList(images, [options.size] * options.batch)
 
@@ -118,8 +118,8 @@ def _step(model: nn.Module, checkpointing: bool, options: Options) -> Callable[[
             part.checkpointing = checkpointing
         with options.autocast():
             features = list(model(images).values())
-        torch.autograd.backward(features, gradients_of(features))
-        forget_gradients(model)
+        torch.autograd.backward(features, workload.gradients_of(features))
+        workload.forget_gradients(model)
 
     return step
 
@@ -129,9 +129,9 @@ def _outputs(model: nn.Module, options: Options) -> Mapping[str, torch.Tensor]:
     with options.autocast():
         features = model.bottom_up(_images(model, options))
     tensors = {name: feature.detach().float() for name, feature in features.items()}
-    smooth = smooth_features(features)
-    torch.autograd.backward(smooth, gradients_of(smooth))
+    smooth = workload.smooth_features(features)
+    torch.autograd.backward(smooth, workload.gradients_of(smooth))
     named = sorted((n, p) for n, p in model.bottom_up.named_parameters() if p.requires_grad)
     tensors["the gradient"] = torch.cat([p.grad.flatten() for _, p in named])
-    forget_gradients(model)
+    workload.forget_gradients(model)
     return tensors

@@ -9,23 +9,12 @@ from functools import partial
 import torch
 
 from ...modeling import ImageList
-from .. import session, views
+from .. import session, views, workload
 from ..baselines import bottom_up
 from ..equality import model_mismatch
 from ..row import Results
 from ..session import Candidate
-from ..workload import (
-    MODES,
-    Setting,
-    Workload,
-    build_detector,
-    check_words,
-    exact_convolutions,
-    forget_gradients,
-    gradients_of,
-    memory_of,
-    smooth_features,
-)
+from ..workload import MODES, Setting, Workload, check_words
 
 LAYOUTS = ("canvas", "packed", "one by one")
 _STRIDES = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
@@ -69,7 +58,7 @@ def run(options: Options) -> Results:
             keys = {**options.keys("packed", mode), "implementation": layout}
             error = batch.mismatch(mode) if layout == "packed" else None
             work = Workload(batch.model, partial(batch.step, layout, mode), partial(batch.forward, layout), 0)
-            values = {} if error else memory_of(work, mode, options)
+            values = {} if error else workload.memory_of(work, mode, options)
             values.pop("allocated_mib", None)
             candidates.append(Candidate(keys, work.step, error, values))
         rows = session.interleave(results, candidates, options.rounds, options.output)
@@ -87,7 +76,7 @@ class _Batch:
     def __init__(self, options: Options):
         self.options = options
         overrides = (*options.overrides, "model.backbone.bottom_up.encoder.dpr=0.0")
-        self.model = bottom_up(build_detector(options.config, overrides, 4, options.device))
+        self.model = bottom_up(workload.build_detector(options.config, overrides, 4, options.device))
         self.model.sample_ratio = self.model.inference_sample_ratio = options.ratio
         generator = torch.Generator().manual_seed(1)
         images = ImageList.from_tensors([torch.randn(3, *size, generator=generator) for size in options.sizes], 32)
@@ -114,12 +103,12 @@ class _Batch:
                 self.forward(layout)
             return
         features = [feature for of_batch in self.forward(layout) for feature in of_batch.values()]
-        torch.autograd.backward(features, gradients_of(features))
-        forget_gradients(self.model)
+        torch.autograd.backward(features, workload.gradients_of(features))
+        workload.forget_gradients(self.model)
 
     def mismatch(self, mode: str) -> str | None:
         """Why packed must not be timed: features or gradients that are not those of the images alone."""
-        with torch.set_grad_enabled(mode == "train"), exact_convolutions():
+        with torch.set_grad_enabled(mode == "train"), workload.exact_convolutions():
             actual, expected = (self._outputs(layout, mode) for layout in ("packed", "one by one"))
         difference = model_mismatch(actual, expected, self.options.dtype)
         return f"wrong: {difference}" if difference else None
@@ -132,11 +121,11 @@ class _Batch:
             images.append({n: features[n][row, :, : height // s, : width // s] for n, s in _STRIDES.items()})
         tensors = {f"{n} of image {b}": f.detach().float() for b, image in enumerate(images) for n, f in image.items()}
         if mode == "train":
-            smooth = [feature for image in images for feature in smooth_features(image)]
-            torch.autograd.backward(smooth, gradients_of(smooth))
+            smooth = [feature for image in images for feature in workload.smooth_features(image)]
+            torch.autograd.backward(smooth, workload.gradients_of(smooth))
             gradients = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
             tensors["gradient"] = torch.cat(gradients)
-            forget_gradients(self.model)
+            workload.forget_gradients(self.model)
         return tensors
 
 

@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .. import session, views
+from .. import session, views, workload
 from ..baselines import IMPLEMENTATIONS, variant
 from ..limits import floor_seconds
 from ..measure import Timings, measure, rounded, wall_timer
 from ..operations import OTHER, UPDATE, Counter, Key, Work
 from ..row import Results
-from ..workload import MODES, PARTS, Setting, build_detector, check_words, idle_optimizer, workload
+from ..workload import MODES, PARTS, Setting, check_words
 
 # Component -> modules, by name in the detector.
 COMPONENTS = {
@@ -62,10 +62,10 @@ def run(options: Options) -> Results:
     for word, known in ((options.mode, MODES), (options.part, PARTS), (options.implementation, visible)):
         check_words([word], known)
     results = session.begin(options.device, [options.dtype, "fp32"])
-    detector = build_detector(options.config, options.overrides, options.depth, options.device)
-    optimizer = idle_optimizer(detector)
+    detector = workload.build_detector(options.config, options.overrides, options.depth, options.device)
+    optimizer = workload.idle_optimizer(detector)
     detector = variant(detector, options.implementation, options.ratio, options.depth)
-    work = workload(detector, optimizer, options.mode, options)
+    work = workload.step_of(detector, optimizer, options.mode, options)
     prefix = "" if options.part == "detector" else "backbone.bottom_up."
     components = {name: [p.removeprefix(prefix) for p in modules] for name, modules in COMPONENTS.items()}
     counted: dict[Key, Work] = {}

@@ -6,21 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...kernels import use
-from .. import session, views
+from .. import session, views, workload
 from ..baselines import bottom_up
 from ..measure import rounded
 from ..row import Results
-from ..workload import (
-    MODES,
-    PARTS,
-    Setting,
-    build_detector,
-    candidate,
-    check_words,
-    idle_optimizer,
-    outputs_of,
-    workload,
-)
+from ..workload import MODES, PARTS, Setting, check_words
 from .backbone import add_relative, paper, title
 
 
@@ -45,17 +35,17 @@ def run(options: Options) -> Results:
     check_words([options.part], PARTS)
     results = session.begin(options.device, [options.dtype])
     lines = paper()["table8"]
-    detectors = [build_detector(line["config"], options.overrides, None, options.device) for line in lines]
-    optimizers = [idle_optimizer(detector) for detector in detectors]
+    detectors = [workload.build_detector(line["config"], options.overrides, None, options.device) for line in lines]
+    optimizers = [workload.idle_optimizer(detector) for detector in detectors]
     for mode in options.modes:
         candidates = []
         for line, detector, optimizer in zip(lines, detectors, optimizers, strict=True):
-            work = workload(detector, optimizer, mode, options)
+            work = workload.step_of(detector, optimizer, mode, options)
             with use("eager"):
-                expected = outputs_of(bottom_up(detector).train(mode == "train"), mode, options)
+                expected = workload.outputs_of(bottom_up(detector).train(mode == "train"), mode, options)
             keys = {"case": line["case"], "config": line["config"], "implementation": "ours"}
             keys = {**options.keys("table8", mode), **keys}
-            candidates.append(candidate(work, keys, expected, mode, options))
+            candidates.append(workload.candidate(work, keys, expected, mode, options))
             candidates[-1].values["parameters"] = sum(p.numel() for p in detector.parameters())
         rows = session.interleave(results, candidates, options.rounds, options.output, with_relative)
         views.console().print(views.terminal(title(rows), columns(rows), rows))

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from mimdet.bench.models import bottom_up, random_batch, variant
+from tiny_model import BOTTOM_UP, CONFIG, OVERRIDES
 
+from mimdet.bench.baselines import IMPLEMENTATIONS, OriginalBackbone, bottom_up, variant
+from mimdet.bench.measure import saved_bytes
+from mimdet.bench.workload import build_detector, random_batch
 from mimdet.modeling import ImageList
 
 # Inductor takes most of a minute for one model: the compiled one is run uncompiled here.
