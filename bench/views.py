@@ -117,10 +117,10 @@ def figure(width: float, height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    made.get_layout_engine().set(rect=(0, 0.02, 1, 0.98))
-    FigureCanvasAgg(made)
-    return made
+    drawing = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    drawing.get_layout_engine().set(rect=(0, 0.02, 1, 0.98))
+    FigureCanvasAgg(drawing)
+    return drawing
 
 
 def label_bars(axes, labels: Sequence[str], offset: float = 0.0, size: int = 8) -> None:
