@@ -35,7 +35,7 @@ BARS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#9999
 
 def console() -> Console:
     """Standard output; wide enough for the tables where it is a file."""
-    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 140)
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 @contextlib.contextmanager
