@@ -70,6 +70,8 @@ def setting(
     """The options that all experiments on models share, as ``workload.Setting`` takes them."""
     from .row import ALIASES
 
+    if rounds in (1, 2):
+        raise ValueError(f"--rounds: an interval needs at least 3 rounds, and 0 counts memory alone; got {rounds}")
     where = _device(device)
     names = [ALIASES.get(name, name) for name in (*(impl or ()), *(peers or ()))]
     return {

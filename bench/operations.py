@@ -208,5 +208,5 @@ def register_flops() -> None:
         aten.addmm_: flop_registry[aten.addmm],
         aten.baddbmm_: flop_registry[aten.baddbmm],
     }.items():
-        if target not in flop_registry:  # a later PyTorch may know it
+        if target not in flop_registry:  # later versions of PyTorch know its own attention
             register_flop_formula(target, get_raw=True)(formula)

@@ -35,7 +35,7 @@ BARS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#9999
 
 def console() -> Console:
     """Standard output; wide enough for the tables where it is a file."""
-    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 140)
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 @contextlib.contextmanager
@@ -117,10 +117,10 @@ def figure(width: float, height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    made.get_layout_engine().set(rect=(0, 0.02, 1, 0.98))
-    FigureCanvasAgg(made)
-    return made
+    drawing = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    drawing.get_layout_engine().set(rect=(0, 0.02, 1, 0.98))
+    FigureCanvasAgg(drawing)
+    return drawing
 
 
 def label_bars(axes, labels: Sequence[str], offset: float = 0.0, size: int = 8) -> None:

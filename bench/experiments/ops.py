@@ -77,8 +77,8 @@ def run(options: Options, limits: Mapping[str, float] | None = None) -> Results:
     chosen = {}
     for op in options.ops or OPS:
         for dtype in dtypes:
-            given = [case(op, dtype, shape) for shape in options.shapes]
-            for one in given or cases(op, dtype, *options.size, options.batches):
+            chosen_shapes = [case(op, dtype, shape) for shape in options.shapes]
+            for one in chosen_shapes or cases(op, dtype, *options.size, options.batches):
                 chosen[one.op, one.name, one.shape, one.dtype] = one
     results = session.begin(options.device, dtypes, limits)
     with views.progress("operations", len(chosen)) as advance:

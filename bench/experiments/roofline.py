@@ -56,8 +56,10 @@ def run(options: Options) -> Results:
     """Count and time every operation of a step, print its components and the largest gaps, write the file.
 
     Raises:
-        ValueError: an unknown mode, part or implementation.
+        ValueError: an unknown mode, part or implementation, or fewer than 3 rounds.
     """
+    if options.rounds < 3:
+        raise ValueError(f"a roofline needs at least 3 rounds, got {options.rounds}")
     visible = [name for name in IMPLEMENTATIONS if name != "sdpa-compile"]
     for word, known in ((options.mode, MODES), (options.part, PARTS), (options.implementation, visible)):
         check_words([word], known)

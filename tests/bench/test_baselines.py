@@ -104,7 +104,7 @@ def test_checkpointing_saves_memory(detector):
 
 
 def test_random_batch_trains_the_detector(detector):
-    batch, targets = random_batch(1, (96, 128), 80, "cpu")
+    batch, targets = random_batch(1, (96, 128), detector.num_classes, "cpu")
     losses = variant(detector, "original", 0.5, 1).train()(batch, targets)
     assert len(losses) == 5
     assert all(torch.isfinite(loss) for loss in losses.values())

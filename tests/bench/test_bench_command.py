@@ -32,6 +32,8 @@ ERRORS = {
     "packed --size 64x96": "two sizes or more, got 1",
     "packed --mode both": "no both to measure",
     "packed --size 64x90": "multiples of 32",
+    "table8 --rounds 2": "an interval needs at least 3 rounds",
+    "roofline --rounds 0": "a roofline needs at least 3 rounds, got 0",
     "roofline --impl sdpa-compile": "no sdpa-compile to measure",
     "roofline --model clean": "no sdpa-compile to measure",
 }

@@ -81,11 +81,13 @@ def test_packed_attention(backward):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_packed_attention_of_pytorch(backward):
-    """Its kernels need a GPU, its formula the arguments where ours are."""
+    """Its kernels need a GPU, its formula their arguments; ours is for versions of PyTorch without one."""
     register_flops()
     packet = getattr(torch.ops.torch_attn, "_varlen_attn_backward" if backward else "_varlen_attn")
-    sizes = {"query": torch.zeros(12, 3, 8), "cu_seq_q": torch.tensor([0, 5, 12], dtype=torch.int32)}
-    arguments = [sizes.get(argument.name) for argument in packet.default._schema.arguments]
+    q, bounds = torch.zeros(12, 3, 8), torch.tensor([0, 5, 12], dtype=torch.int32)
+    values = dict.fromkeys(("query", "key", "value", "out", "grad_out"), q)
+    values |= {"cu_seq_q": bounds, "cu_seq_k": bounds, "max_q": 7, "max_k": 7}
+    arguments = [values.get(argument.name) for argument in packet.default._schema.arguments]
     assert flop_registry[packet](*arguments, out_val=None) == (10 if backward else 4) * 24 * (5**2 + 7**2)
 
 
