@@ -122,7 +122,7 @@ def _check(op, x, weight, bias, sizes):
         checks.integers(op, x, "x", sizes=sizes)
         shapes["sizes"] = sizes, (x.shape[0], 2)
     for name, (tensor, shape) in shapes.items():
-        if tensor.shape != shape:
+        if tuple(tensor.shape) != shape:
             raise ValueError(f"{op}: {name} must be {shape} for x {tuple(x.shape)}, got {tuple(tensor.shape)}")
     if sizes is not None and debug.enabled():
         debug.check_sizes(sizes, x.shape[2:], f"{op}: sizes")

@@ -64,8 +64,10 @@ def attention_varlen_packed(
     _check_shape("qkv", qkv, (3,))
     _check_rest(qkv, cu_seqlens, max_seqlen, scale)
     total, head_dim = qkv.shape[0], qkv.shape[-1]
-    equal = (cu_seqlens.shape[0] - 1) * max_seqlen == total
-    impl = resolve(ops.NAME, impl, qkv.device, (qkv.dtype,), None, int(head_dim), bool(equal))
+    equal_lengths = False
+    if (cu_seqlens.shape[0] - 1) * max_seqlen == total:
+        equal_lengths = True
+    impl = resolve(ops.NAME, impl, qkv.device, (qkv.dtype,), None, _number(head_dim), equal_lengths)
     kind = qkv.device.type
     looking = debug.enabled() or (impl != "aten_cpu" and kind == "cpu" and not torch.compiler.is_compiling())
     if looking and type(cu_seqlens) is torch.Tensor:  # others, fake ones, have no values
@@ -108,6 +110,15 @@ def attention_varlen(
             raise ValueError(f"attention_varlen: {name} must be {tuple(q.shape)} as q is, got {tuple(tensor.shape)}")
     qkv = torch.stack((q, k, v), dim=1)
     return attention_varlen_packed(qkv, cu_seqlens, max_seqlen, scale=scale, impl=impl)
+
+
+def _number(size: int) -> int:
+    """``size``, which torch.compile may have made a symbol, as a number that it guards."""
+    if torch.compiler.is_compiling():
+        for number in range(1, 1025):
+            if number == size:
+                return number
+    return size
 
 
 @torch.compiler.assume_constant_result

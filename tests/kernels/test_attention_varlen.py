@@ -224,6 +224,7 @@ def test_offsets_beyond_2_to_31(runner):
     assert torch.equal(got, expected)
 
 
+@native
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize(("impl", "lengths"), [("auto", (5, 0, 33)), ("eager", (5, 33)), ("sdpa", (19, 19))])
 def test_compiled_whole(impl, lengths, dynamic):

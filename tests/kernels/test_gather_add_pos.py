@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.kernels import BF16, F16, F32, Guarded, here, native, needs_compiler, quantised
+from support.kernels import BF16, F16, F32, IMPLS, Guarded, here, native, needs_compiler, quantised
 
 from mimdet.kernels import KernelUnavailableError, gather_add_pos
 from mimdet.kernels.gather_add_pos import ops, reference
@@ -10,7 +10,6 @@ from mimdet.testing import assert_within_budget
 
 OP = "gather_add_pos"
 F64 = torch.float64
-IMPLS = ["eager", "auto"]
 SHAPES = here(
     [(2, 40, 20, 96), (1, 1, 1, 1), (3, 7, 7, 17), (2, 9, 4, 15), (2, 9, 4, 16), (2, 9, 5, 33), (2, 11, 1, 1000)],
     [(2, 9, 3, 255), (2, 9, 4, 256), (2, 9, 5, 257), (1, 1, 1, 1), (3, 5, 5, 17), (2, 6, 3, 768)],
@@ -98,7 +97,7 @@ def test_positions_with_a_leading_one_and_int32(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_packed_tokens_of_a_feature_map(impl):
-    # Three pictures' tokens as one picture's, each with a position of its own.
+    # Three images' tokens as one image's, each with a position of its own.
     feature = quantised(3, 16, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
     pos = quantised(60, 16, seed=1).requires_grad_()
     keep = torch.tensor([0, 7, 19, 20, 41, 59])

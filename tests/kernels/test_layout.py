@@ -8,7 +8,8 @@ import pytest
 
 from mimdet.kernels import OPS, build, docs
 
-KERNELS = build.CSRC.parent / "kernels"
+ROOT = Path(__file__).parent.parent.parent
+KERNELS = ROOT / "kernels"
 # Attention is others' beside Triton: nothing of it is in csrc.
 OURS = [op for op in OPS if op != "attention_varlen"]
 CPP = "\n".join(path.read_text() for path in sorted(build.CSRC.glob("*.cpp")))
@@ -67,14 +68,13 @@ def test_attentions_launches_take_the_same_arguments():
 
 
 def test_the_documented_table_is_the_dispatchers():
-    page = Path(__file__).parent.parent.parent / "docs" / "kernels.md"
-    text = page.read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     assert docs.fill(text) == text, "python -m mimdet.kernels.docs docs/kernels.md"
 
 
 def test_every_environment_variable_is_documented():
-    text = (KERNELS.parent / "docs" / "kernels.md").read_text(encoding="utf-8")
-    sources = [*KERNELS.rglob("*.py"), *build.CSRC.glob("*"), KERNELS.parent / "setup.py"]
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    sources = [*KERNELS.rglob("*.py"), *build.CSRC.glob("*"), ROOT / "setup.py"]
     found = {name for path in sources for name in re.findall(r'"(MIMDET_[A-Z_]+)"', path.read_text())}
     assert found
     assert {name for name in found if f"`{name}`" not in text} == set()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support.kernels import INTERPRETED, Guarded, needs_compiler
+from support.kernels import IMPLS, INTERPRETED, Guarded, needs_compiler
 from support.sampling_cases import packed_cases, sampling_cases
 
 from mimdet.kernels import KernelUnavailableError, sample_packed_tokens, sample_tokens, valid_tokens
@@ -14,7 +14,6 @@ from mimdet.kernels.sample_tokens import ops, reference
 OP = "sample_tokens"
 CASES = sampling_cases(257 if INTERPRETED else 4200)
 PACKED = packed_cases()
-IMPLS = ["triton"] if INTERPRETED else ["eager", "auto"]
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 

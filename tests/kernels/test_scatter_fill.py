@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.kernels import BF16, F16, F32, Guarded, here, native, needs_compiler, quantised
+from support.kernels import BF16, F16, F32, IMPLS, Guarded, here, native, needs_compiler, quantised
 
 from mimdet.kernels import KernelUnavailableError, sample_packed_tokens, scatter_fill, valid_tokens
 from mimdet.kernels.scatter_fill import ops
@@ -10,7 +10,6 @@ from mimdet.testing import assert_within_budget
 
 OP = "scatter_fill"
 F64 = torch.float64
-IMPLS = ["eager", "auto"]
 SHAPES = here(
     [(2, 40, 20, 96), (1, 1, 1, 1), (3, 7, 6, 17), (2, 9, 4, 15), (2, 9, 4, 16), (2, 9, 5, 33), (2, 11, 1, 1000)],
     [(2, 7, 3, 255), (2, 7, 4, 256), (2, 7, 5, 257), (1, 1, 1, 1), (3, 5, 4, 17), (2, 6, 3, 512)],

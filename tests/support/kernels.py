@@ -34,6 +34,13 @@ def usable(op, impl, device, dtype=F32):
     return implementation is not None and implementation.refusal(call) is None
 
 
+# For what is not Triton's alone: plain PyTorch, and what the operations have in C++.
+IMPLS = here(
+    ["eager", pytest.param("cpp", marks=pytest.mark.skipif(not usable("bias_gelu", "cpp", "cpu"), reason="no C++"))],
+    ["triton"],
+)
+
+
 def quantised(*shape, dtype=torch.float32, seed=0, mean=0.0, std=1.0):
     """Random numbers that ``dtype`` holds exactly, so that promoting them to float64 loses nothing."""
     generator = torch.Generator().manual_seed(seed)
