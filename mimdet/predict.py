@@ -308,6 +308,8 @@ def open_image(image: AnyImage) -> Image.Image:
     try:
         if isinstance(image, Image.Image):
             return _to_rgb(image, name)
+        if os.path.exists(image) and not os.path.isfile(image):
+            raise DataError(f"{name} is not a file")  # opening a pipe would wait for a writer
         with Image.open(image) as opened:
             ImageOps.exif_transpose(opened, in_place=True)
             return _to_rgb(opened, name)

@@ -109,16 +109,22 @@ def test_predict_needs_only_weights(trained, monkeypatch, tmp_path, capsys, capl
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
     pictures = sorted((trained / "shapes/val").iterdir())
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "nowhere.png")
     status = run(
         monkeypatch, "predict", "--weights", trained / "model_final.pth", "--score-threshold", "0",
-        "--output", tmp_path / "out", trained / "shapes/val", broken,
+        "--output", tmp_path / "out", trained / "shapes/val", broken, folder,
     )  # fmt: skip
     assert status == 0
     assert "broken.jpg" in caplog.text
-    assert "--score-threshold" not in caplog.text
+    assert "link.png" in caplog.text
+    assert "the config finds nothing below 0.05" in caplog.text
     assert {p.stem for p in (tmp_path / "out").glob("*.png")} == {p.stem for p in pictures}
     found = json.loads((tmp_path / "out/predictions.json").read_text())
-    assert f"{len(found)} objects in" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{len(found)} objects in" in printed
+    assert "2 images were skipped" in printed
     assert {"image_id", "category_id", "bbox", "score", "segmentation", "file_name"} <= set(found[0])
 
 

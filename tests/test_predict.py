@@ -277,13 +277,16 @@ def test_unreadable_files_are_skipped_and_named(tmp_path, predictor, caplog):
     (tmp_path / "in" / "empty.jpg").write_bytes(b"")
     (tmp_path / "in" / "text.jpg").write_text("hello")
     save(Image.fromarray(np.zeros((9, 9), dtype=np.uint16)), tmp_path / "in" / "deep.png")
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "in" / "pipe.png")
+    names = ["cut.png", "deep.png", "empty.jpg", "link.png", "pipe.png", "text.jpg"]
     report = predict_files(tmp_path / "in", tmp_path / "out", predictor, progress=False)
-    assert [path.name for path, _ in report.skipped] == ["cut.png", "deep.png", "empty.jpg", "text.jpg"]
+    assert [path.name for path, _ in report.skipped] == names
     assert [path.name for path in report.drawings] == ["good.png"]
-    for name in ("cut.png", "deep.png", "empty.jpg", "text.jpg"):
+    for name in names:
         assert name in caplog.text
     good.unlink()
-    with pytest.raises(DataError, match=r"none of the 4 images can be processed.*cut\.png"):
+    with pytest.raises(DataError, match=r"none of the 6 images can be processed.*cut\.png"):
         predict_files(tmp_path / "in", tmp_path / "out2", predictor, progress=False)
     assert json.loads((tmp_path / "out2" / "predictions.json").read_text()) == []
 

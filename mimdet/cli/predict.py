@@ -36,10 +36,10 @@ def predict(
     """
     from ..predict import Predictor, check_output, find_images, predict_files
 
-    files = find_images(inputs, output)  # mistakes in the paths come to light before the weights are loaded
+    find_images(inputs, output)  # mistakes in the paths come to light before the weights are loaded
     check_output(output)
     predictor = Predictor(config_file, weights, device, score_threshold, override or ())
-    report = predict_files(files, output, predictor)
+    report = predict_files(inputs, output, predictor)
     typer.echo(f"{report}: {len(report.drawings)} drawings in {output}, all detections in {report.predictions}")
     if report.skipped:
-        typer.echo(f"{len(report.skipped)} of {len(files)} images were skipped, as said above")
+        typer.echo(f"{len(report.skipped)} images were skipped, as said above")
