@@ -70,7 +70,7 @@ def test_former_options_and_names_are_accepted(bench, monkeypatch):
 
 
 def test_runs_from_a_checkout_without_installing():
-    command = [sys.executable, "-m", "mimdet.bench", "ops", "--help"]
+    command = [sys.executable, "-m", "mimdet", "bench", "ops", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--direction" in done.stdout
