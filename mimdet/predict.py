@@ -45,7 +45,8 @@ class Predictor:
     """A detector ready to be called with one image after the other.
 
     Args:
-        cfg_or_path: config or its path; None takes the config that a training wrote into ``weights``.
+        cfg_or_path: config or its path; None takes the config that a training wrote into ``weights``, from which
+            only the parts of the shipped configs are built.
         weights: checkpoint of the detector.
         device: ``auto`` is CUDA where there is a GPU, else the CPU; or cpu, cuda, cuda:1, mps.
         score_threshold: detections below it are left out, in [0, 1]; the config's own threshold holds besides, and a

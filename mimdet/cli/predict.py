@@ -12,7 +12,10 @@ def predict(
     inputs: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
     weights: Annotated[Path, typer.Option(help="Checkpoint of a trained detector (.pth or .safetensors).")],
     config_file: Annotated[
-        str | None, typer.Option(help="Config of the weights; needed where the checkpoint does not carry its own.")
+        str | None,
+        typer.Option(
+            help="Config of the weights; needed where the checkpoint carries none, or one with classes of your own."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the drawings and predictions.json.")] = Path(
         "output/predict"
