@@ -13,9 +13,7 @@ def predict(
     weights: Annotated[Path, typer.Option(help="Checkpoint of a trained detector (.pth or .safetensors).")],
     config_file: Annotated[
         str | None,
-        typer.Option(
-            help="Config of the weights; needed where the checkpoint carries none, or one with classes of your own."
-        ),
+        typer.Option(help="Config of the weights, where the checkpoint carries none or one of your own classes."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the drawings and predictions.json.")] = Path(
         "output/predict"
