@@ -21,7 +21,9 @@ from . import build
 WORDS = ("auto", "triton", "cuda", "cpp", "eager")
 ENVIRONMENT = "MIMDET_KERNELS"
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+F32 = torch.float32
+BF16 = torch.bfloat16
+F16 = torch.float16
 
 _use: ContextVar[str | None] = ContextVar("mimdet_kernels", default=None)
 

@@ -10,6 +10,7 @@ import runpy
 import shlex
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,6 +147,8 @@ def check_command(words):
         extras = {e for word in arguments for e in re.findall(r"^\.\[(.+)\]$", word) for e in e.split(",")}
         known = set(re.findall(r"^([\w-]+) = \[", (ROOT / "pyproject.toml").read_text(), re.M))
         assert extras <= known, f"no such extra; there are {sorted(known)}"
+    elif program.startswith("mimdet."):
+        assert find_spec(program), "no such module"
     elif program == "python":
         assert arguments[0] == "-c"
         compile(arguments[1], "-c", "exec")
