@@ -27,13 +27,16 @@ def test_targets_of_earlier_configs_resolve(target):
 
 
 def test_an_earlier_run_resumes(folder):
-    """Two more iterations lead to the weights that the earlier version reached."""
+    """Two more iterations lead near the weights that the earlier version reached.
+
+    Not nearer: boxes are added up in float32 since, which labels other anchors where overlaps tie.
+    """
     train(load("run/config.yaml"), resume=True)
     weights = torch.load("run/model_final.pth", weights_only=True)["model"]
     expected = json.loads(Path("norms.json").read_text())["norms"]
     assert {k for k, v in weights.items() if v.is_floating_point()} == set(expected)
     for key, norm in expected.items():
-        assert float(weights[key].double().norm()) == pytest.approx(norm, rel=1e-3, abs=1e-4), key
+        assert float(weights[key].double().norm()) == pytest.approx(norm, rel=1e-2, abs=1e-3), key
 
 
 def test_an_earlier_checkpoint_predicts_with_its_own_config(folder):
