@@ -15,9 +15,9 @@ from .errors import DataError
 from .transforms import flat_polygons
 
 CLASSES = ("circle", "square", "triangle", "star")
-INSTANCES = (3, 9)  # fewest and most shapes tried in a picture
+INSTANCES = (3, 9)  # fewest and most shapes tried in an image
 SMALLEST = 13  # diameter in pixels of the circle around a shape
-LARGEST = 0.6  # the same, as a share of the picture's shorter side
+LARGEST = 0.6  # the same, as a share of the image's shorter side
 NEIGHBOURS = 0.35  # chance of a shape to be put against another one
 MIN_VISIBLE = 0.25  # shapes hidden further are not drawn
 HUE_SPREAD = 0.15  # a shape's hue lies within this of its class's; the classes' ranges overlap
@@ -36,12 +36,12 @@ def generate_shapes(
 ) -> Path:
     """Writes a dataset in COCO format to `root` and returns the path.
 
-    The layout is annotations/instances_{train,val}.json with JPEG pictures in train/ and val/. Every picture is a
+    The layout is annotations/instances_{train,val}.json with JPEG images in train/ and val/. Every image is a
     function of (seed, split, its number). Nothing is done when `root` already holds the same set; an interrupted
     call leaves `root` as it was.
 
     Args:
-        num_train, num_val: number of pictures.
+        num_train, num_val: number of images.
         image_size: shortest and longest side in pixels, inclusive, between which both sides are drawn.
 
     Raises DataError when `root` holds anything else.
@@ -91,7 +91,7 @@ def _holds(root: Path, parameters: dict) -> bool:
 
 
 def _write_split(folder: Path, count: int, image_size: tuple[int, int], seed: tuple[int, ...]) -> dict:
-    """Draws the pictures of one split and returns the content of its annotation file."""
+    """Draws the images of one split and returns the content of its annotation file."""
     images, annotations = [], []
     for number in range(count):
         rng = np.random.default_rng((*seed, number))
