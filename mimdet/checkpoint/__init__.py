@@ -1,1 +1,1 @@
-"""Checkpoint files: reading them safely, loading MAE weights, turning one form into another."""
+"""Checkpoint files: reading them safely, loading MAE weights, turning one kind into another."""

@@ -20,7 +20,7 @@ class _InDetectron2:
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """What pictures must be padded to, in Detectron2's words."""
+        """What images must be padded to, in Detectron2's words."""
         return {"size_divisibility": self.size_divisibility}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -57,5 +57,5 @@ class MIMDetBackbone(_InDetectron2, modeling.MIMDetBackbone, Backbone):
 
 _GIVE = "GeneralizedRCNNImageListForward hands it on, Detectron2's GeneralizedRCNN only images.tensor"
 _PLAIN_TENSOR = (
-    f"MIMDetBackbone got a plain tensor instead of an ImageList, so padding counts as picture and is sampled ({_GIVE})"
+    f"MIMDetBackbone got a plain tensor instead of an ImageList, so padding counts as image and is sampled ({_GIVE})"
 )

@@ -1,4 +1,4 @@
-"""Detectron2's RetinaNet around a backbone that must know the true sizes of its pictures."""
+"""Detectron2's RetinaNet around a backbone that must know the true sizes of its images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RetinaNetImageListForward(ChannelsLast, RetinaNet):
     """
 
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor] | list[dict[str, Any]]:
-        """Losses in training, ``{"instances": Instances}`` of each picture in eval mode."""
+        """Losses in training, ``{"instances": Instances}`` of each image in eval mode."""
         images = self.preprocess_image(batched_inputs)
         levels = self.backbone(images)
         features = [levels[name] for name in self.head_in_features]

@@ -1,4 +1,4 @@
-"""Detectron2's R-CNN around a backbone that must know the true sizes of its pictures."""
+"""Detectron2's R-CNN around a backbone that must know the true sizes of its images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from detectron2.utils.events import get_event_storage
 
 
 class ChannelsLast:
-    """Gives a Detectron2 detector weights and pictures in the memory that the convolutions want."""
+    """Gives a Detectron2 detector weights and images in the memory that the convolutions want."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.to(memory_format=torch.channels_last)
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
-        """Normalised and padded pictures."""
+        """Normalised and padded images."""
         images = super().preprocess_image(batched_inputs)
         images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
         return images
@@ -29,7 +29,7 @@ class GeneralizedRCNNImageListForward(ChannelsLast, GeneralizedRCNN):
     """``GeneralizedRCNN`` whose backbone is given the ``ImageList``, in channels_last memory throughout.
 
     Args:
-        lsj_postprocess: results are of pictures resized into the corner of a square (large-scale jitter).
+        lsj_postprocess: results are of images resized into the corner of a square (large-scale jitter).
         args, kwargs: as ``GeneralizedRCNN``.
     """
 
@@ -38,7 +38,7 @@ class GeneralizedRCNNImageListForward(ChannelsLast, GeneralizedRCNN):
         self.lsj_postprocess = lsj_postprocess
 
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor] | list[dict[str, Any]]:
-        """Losses in training, ``{"instances": Instances}`` of each picture in eval mode."""
+        """Losses in training, ``{"instances": Instances}`` of each image in eval mode."""
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
@@ -83,14 +83,14 @@ class GeneralizedRCNNImageListForward(ChannelsLast, GeneralizedRCNN):
 def _postprocess(
     instances: Sequence[Instances], batched_inputs: Sequence[dict[str, Any]], image_sizes: Sequence[tuple[int, int]]
 ) -> list[dict[str, Instances]]:
-    """Results of large-scale jitter's squares in the pixels of the pictures themselves (the original's name)."""
+    """Results of large-scale jitter's squares in the pixels of the images themselves (the original's name)."""
     return [
-        {"instances": _in_picture(found, (x.get("height", size[0]), x.get("width", size[1])))}
+        {"instances": _in_image(found, (x.get("height", size[0]), x.get("width", size[1])))}
         for found, x, size in zip(instances, batched_inputs, image_sizes, strict=True)
     ]
 
 
-def _in_picture(found: Instances, size: tuple[int, int]) -> Instances:
+def _in_image(found: Instances, size: tuple[int, int]) -> Instances:
     # The longer side filled the square: one factor for both axes, and the rest of the square lies outside.
     scale = max(new / old for new, old in zip(size, found.image_size, strict=True))
     result = Instances(size, **found.get_fields())
