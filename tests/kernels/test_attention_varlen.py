@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from support.attention_ops import LENGTHS, check, cumulated, differentiate
+from support.attention_ops import LENGTHS, TERMS, check, cumulated, differentiate
 from support.kernels import BF16, F16, F32, INTERPRETED, here, layouts, native, needs_compiler, quantised, usable
 from torch._subclasses import FakeTensorMode
 
@@ -145,7 +145,8 @@ def test_rows_whose_exponentials_all_vanish_against_those_of_padding(runner):
     qkv, gradient = qkv.to(device), quantised(35, 1, 32, seed=1).to(device)
     got, expected = (differentiate(qkv, gradient, (35,), impl) for impl in (runner[0], "eager"))
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, msg=name)
+        tolerance = {"rtol": 1e-5, "atol": 2e-4} if runner[0] in TERMS else {}
+        torch.testing.assert_close(got[name], value, msg=name, **tolerance)
 
 
 def test_sequences_do_not_meet(runner):

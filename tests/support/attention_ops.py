@@ -10,6 +10,9 @@ from mimdet.testing import assert_within_budget
 
 # Around the tiles, with nothing in the middle and at both ends.
 LENGTHS = (0, 1, 2, 31, 32, 0, 33, 127, 128, 129, 0)
+# PyTorch's CPU attention computes exponentials to 20 units in the last place on processors with AVX-512 (exp_u20 in ATen):
+# five times the budget's own slack of 4, which grows with the root of the number of terms.
+TERMS = {"aten_cpu": 25, "cpp": 25}
 
 
 def cumulated(lengths):
@@ -57,9 +60,13 @@ def check(
     worst = 0.0
     for name in exact:
         found = [of[name].cpu() for of in (got, same, exact)]
-        worst = max(worst, assert_within_budget(*found, name=name))
+        terms = TERMS.get(impl, 1)
+        if impl in TERMS and not exact[name].any():
+            assert found[0].abs().max() <= terms * torch.finfo(dtype).eps, name  # a lone token's dq and dk
+            continue
+        worst = max(worst, assert_within_budget(*found, terms, name))
         for i, rows in enumerate(zip(*(t.split(lengths) for t in found), strict=True)):
             # Of a lone token, as of softmax at its end, the gradients of q and k are 0: no budget.
             if each and lengths[i] > 1:
-                worst = max(worst, assert_within_budget(*rows, name=f"{name} of sequence {i}"))
+                worst = max(worst, assert_within_budget(*rows, terms, f"{name} of sequence {i}"))
     return worst
