@@ -10,9 +10,9 @@ from mimdet.testing import assert_within_budget
 
 # Around the tiles, with nothing in the middle and at both ends.
 LENGTHS = (0, 1, 2, 31, 32, 0, 33, 127, 128, 129, 0)
-# PyTorch's CPU attention computes exponentials to 20 units in the last place on processors with AVX-512 (exp_u20 in ATen):
-# five times the budget's own slack of 4, which grows with the root of the number of terms.
-TERMS = {"aten_cpu": 25, "cpp": 25}
+# ATen's CPU attention computes float32 exponentials to 20 units in the last place on processors with AVX-512 (exp_u20),
+# in forward and in backward: ten times the budget's own slack of 4, which grows with the root of the number of terms.
+TERMS = {"aten_cpu": 100, "cpp": 100}
 
 
 def cumulated(lengths):
@@ -60,7 +60,7 @@ def check(
     worst = 0.0
     for name in exact:
         found = [of[name].cpu() for of in (got, same, exact)]
-        terms = TERMS.get(impl, 1)
+        terms = TERMS.get(impl, 1) if dtype == torch.float32 else 1
         if impl in TERMS and not exact[name].any():
             assert found[0].abs().max() <= terms * torch.finfo(dtype).eps, name  # a lone token's dq and dk
             continue
