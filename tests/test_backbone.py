@@ -108,7 +108,7 @@ def test_sampling_golden(ratio):
     np.testing.assert_array_equal(~valid.numpy(), data["pad_mask"].reshape(3, -1))
     sample = sample_tokens(noise, valid, ratio)
     want = np.sort(data[f"r{ratio}_ids_keep_stable"], axis=1)
-    np.testing.assert_array_equal(sample.keep.numpy(), want)
+    np.testing.assert_array_equal(sample.ids_keep.numpy(), want)
     together = torch.cat([sample.ids_keep, sample.ids_mask], dim=1)
     everything = torch.arange(noise.shape[1]).expand(3, -1)
     assert torch.equal(together.sort(dim=1).values, everything)
@@ -118,7 +118,7 @@ def test_sampling_golden(ratio):
 @pytest.mark.parametrize(("length", "ratio", "kept"), [(280, 0.7, 196), (247, 0.3, 74), (1, 0.5, 1), (3, 0.25, 1)])
 def test_keep_count_truncates_and_is_at_least_one(length, ratio, kept):
     sample = sample_tokens(torch.rand(2, length), torch.ones(2, length, dtype=torch.bool), ratio)
-    assert sample.keep.shape == (2, kept)
+    assert sample.ids_keep.shape == (2, kept)
 
 
 @pytest.mark.parametrize("name", ["mimdet_b", "mimdet_l"])

@@ -57,9 +57,12 @@ def check(
     worst = 0.0
     for name in exact:
         found = [of[name].cpu() for of in (got, same, exact)]
+        if name in ("dq", "dk") and max(lengths) <= 1:
+            # Of lone tokens, as of softmax at its end, these gradients are 0 but for rounding: no budget.
+            torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+            continue
         worst = max(worst, assert_within_budget(*found, name=name))
         for i, rows in enumerate(zip(*(t.split(lengths) for t in found), strict=True)):
-            # Of a lone token, as of softmax at its end, the gradients of q and k are 0: no budget.
             if each and lengths[i] > 1:
                 worst = max(worst, assert_within_budget(*rows, name=f"{name} of sequence {i}"))
     return worst
