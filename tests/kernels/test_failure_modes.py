@@ -61,7 +61,12 @@ def threads(count):
 
 
 # Ranks of the main input; (3,) for all others.
-RANKS = {"add_layer_norm": (2, 3, 4), "bias_gelu": (2, 3, 4), "sample_tokens": (2,)} | dict.fromkeys(IMAGES, (4,))
+RANKS = {
+    "add_layer_norm": (2, 3, 4),
+    "attention_varlen": (4,),
+    "bias_gelu": (2, 3, 4),
+    "sample_tokens": (2,),
+} | dict.fromkeys(IMAGES, (4,))
 
 
 @on_runners()
@@ -214,7 +219,7 @@ def test_graph_breaks(op, impl, device):
     counter = CompileCounter()
     compiled = torch.compile(public(op), fullgraph=True, dynamic=True, backend=counter)
     # No two sizes of the first call are equal: the tracer would take them for one.
-    for batch, length in ((2, 15), (3, 28), (5, 27)):
+    for batch, length in ((4, 15), (6, 28), (5, 27)):
         made = case(op, batch=batch, length=length, device=device)
         compiled(**made.inputs, **made.others, impl=impl)
     assert counter.frame_count == 1
@@ -396,10 +401,15 @@ def test_recomputation(op, impl, device):
 
 
 # What backward reads, where that is not the main input.
-SAVED = {"add_layer_norm": "output", "gather_add_pos": "index", "scatter_fill": "ids_restore"}
+SAVED = {
+    "add_layer_norm": "output",
+    "attention_varlen": "qkv",
+    "gather_add_pos": "index",
+    "scatter_fill": "ids_restore",
+}
 
 
-@on_runners([op for op in DIFFERENTIABLE if op not in PACKED])  # which copies separate q, k and v
+@on_runners(DIFFERENTIABLE)
 def test_write_after_forward(op, impl, device):
     """Kernels that save what is written to later give wrong gradients [Liger #272]: backward raises."""
     made = case(op, device=device)

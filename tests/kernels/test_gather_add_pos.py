@@ -224,6 +224,7 @@ def test_bad_input(args, error, message):
         gather_add_pos(*args)
 
 
+@native
 @pytest.mark.parametrize(("impl", "dtype"), [("triton", F32), ("cuda", F32), ("cpp", F64), ("cpp", F16)], ids=str)
 def test_what_cannot_run_says_why(impl, dtype):
     with pytest.raises(KernelUnavailableError, match=f"gather_add_pos: {impl} cannot run: "):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support.kernels import IMPLS, INTERPRETED, Guarded, needs_compiler
+from support.kernels import IMPLS, INTERPRETED, Guarded, native, needs_compiler
 from support.sampling_cases import packed_cases, sampling_cases
 
 from mimdet.kernels import KernelUnavailableError, sample_packed_tokens, sample_tokens, valid_tokens
@@ -217,6 +217,7 @@ def test_bad_packed_input(noise, sizes, error, message):
         sample_packed_tokens(noise, sizes, (2, 3), 0.5)
 
 
+@native
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
 def test_what_cannot_run_says_why(impl):
     with pytest.raises(KernelUnavailableError, match=f"sample_tokens: {impl} cannot run: "):

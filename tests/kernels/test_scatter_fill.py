@@ -255,6 +255,7 @@ def test_bad_input(args, error, message):
         scatter_fill(*args)
 
 
+@native
 @pytest.mark.parametrize(("impl", "dtype"), [("triton", F32), ("cuda", F32), ("cpp", F64), ("cpp", F16)], ids=str)
 def test_what_cannot_run_says_why(impl, dtype):
     with pytest.raises(KernelUnavailableError, match=f"scatter_fill: {impl} cannot run: "):
