@@ -199,10 +199,16 @@ def register_flops() -> None:
     def backward(grad, q, k, v, out, lse, cu_seqlens, *rest, **kwargs) -> int:
         return attention(q, cu_seqlens, 5)  # the scores again, and one product for each of dV, dP, dQ and dK
 
+    def packed_forward(qkv, cu_seqlens, *rest, **kwargs) -> int:
+        return attention(qkv, cu_seqlens, 2)
+
+    def packed_backward(dout, qkv, out, lse, cu_seqlens, *rest, **kwargs) -> int:
+        return attention(qkv, cu_seqlens, 5)
+
     ours, torchs = torch.ops.mimdet, torch.ops.torch_attn
     for target, formula in {
-        ours.attention_varlen: forward,
-        ours.attention_varlen_backward: backward,
+        ours.attention_varlen: packed_forward,
+        ours.attention_varlen_backward: packed_backward,
         torchs._varlen_attn: forward,
         torchs._varlen_attn_backward: backward,
         aten.addmm_: flop_registry[aten.addmm],

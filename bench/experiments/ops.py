@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ...kernels import table as kernel_table
+from ...kernels.attention_varlen.ops import ALIASES
 from .. import session, views
 from ..cases import OPS, Case, Outputs, Tensors, case, cases
 from ..equality import differentiate, mismatch, reason
@@ -146,8 +147,10 @@ def implementations_of(one: Case, options: Options) -> dict[str, Implementation]
     functions["inductor"] = torch.compile(functions["eager"], fullgraph=True, dynamic=False)
     functions |= {impl: _with_impl(one, impl) for impl in usable if impl != "eager"}
     functions |= one.baselines
-    check_words(options.implementations, functions, f"for {one.op} here")
-    return {name: f for name, f in functions.items() if not options.implementations or name in options.implementations}
+    aliases = ALIASES if one.kernels_op == "attention_varlen" else {}
+    chosen = [aliases.get(word, word) for word in options.implementations]
+    check_words(chosen, functions, f"for {one.op} here")
+    return {name: f for name, f in functions.items() if not chosen or name in chosen}
 
 
 def _with_impl(one: Case, impl: str) -> Implementation:
