@@ -211,9 +211,33 @@ def killed_mapper(record, rng):
     return fake_mapper(record, rng)
 
 
-def test_a_killed_worker_is_explained_without_a_training():
+def assert_killed_worker_is_explained():
     with pytest.raises(LoaderWorkerError, match=r"a loader worker died: .* probably ran out of memory"):
         list(build_detection_test_loader(FakeDataset(), killed_mapper, num_workers=1))
+
+
+def test_a_killed_worker_is_explained_without_a_training():
+    assert_killed_worker_is_explained()
+    subprocess.run(["true"], check=True)  # its SIGCHLD must not report the worker again
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "no socket")])
+def test_a_worker_killed_while_its_tensors_are_fetched_is_explained(monkeypatch, error):
+    def rebuild(*args):
+        raise error
+
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_try_get_data", rebuild)
+    assert_killed_worker_is_explained()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_missing_file_is_not_a_dead_worker(num_workers):
+    with pytest.raises(FileNotFoundError, match="no image"):
+        list(build_detection_test_loader(FakeDataset(), missing_mapper, num_workers=num_workers))
+
+
+def missing_mapper(record, rng):
+    raise FileNotFoundError("no image")
 
 
 def test_torchrun_passes_a_signal_on_and_ends_quietly(tmp_path):

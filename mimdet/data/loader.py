@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 
 import numpy as np
@@ -21,6 +21,7 @@ STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 )
 _CHECK_SECONDS = 5.0
+_LOST_CONNECTION = (ConnectionError, EOFError, FileNotFoundError)
 
 
 class LoaderWorkerError(RuntimeError):
@@ -136,8 +137,13 @@ class _DetectionLoader(DataLoader):
         with _stop_signals_blocked():  # workers inherit the mask
             batches = super().__iter__()
         while True:
-            with explained_dead_worker():
-                batch = next(batches, None)
+            try:
+                with explained_dead_worker(self.num_workers):
+                    batch = next(batches, None)
+            except LoaderWorkerError:
+                with suppress(RuntimeError):  # SIGCHLD's handler may raise for the same worker until they are gone
+                    batches._shutdown_workers()
+                raise
             if batch is None:
                 return
             for sample in batch:
@@ -147,18 +153,23 @@ class _DetectionLoader(DataLoader):
 
 
 @contextmanager
-def explained_dead_worker() -> Iterator[None]:
-    """Raise LoaderWorkerError for DataLoader's RuntimeError about a worker that died."""
+def explained_dead_worker(num_workers: int = 0) -> Iterator[None]:
+    """Raise LoaderWorkerError for what DataLoader raises when a worker died.
+
+    Mostly that is a RuntimeError. Where the worker dies while its tensors are fetched, it is an error of the
+    connection, which only a loader with ``num_workers`` has.
+    """
     try:
         yield
     except LoaderWorkerError:
         raise
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+    except (RuntimeError, *_LOST_CONNECTION) as error:
+        lost = isinstance(error, _LOST_CONNECTION) and num_workers and "in DataLoader worker process" not in str(error)
+        if not lost and "DataLoader worker (pid" not in str(error):
             raise
         cause = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error  # it knows the signal
-        text = f"a loader worker died: {str(cause).strip().rstrip('.')}"
-        if "signal: Killed" in text or "exited unexpectedly" in text:
+        text = f"a loader worker died: {str(cause).strip().rstrip('.') or type(error).__name__}"
+        if lost or "signal: Killed" in text or "exited unexpectedly" in text:
             text += (
                 ". The system probably ran out of memory: use fewer workers, dataloader.train.num_workers and "
                 "dataloader.test.num_workers"
