@@ -65,6 +65,7 @@ RANKS = {
     "add_layer_norm": (2, 3, 4),
     "attention_varlen": (4,),
     "bias_gelu": (2, 3, 4),
+    "rasterize_polygons": (2,),
     "sample_tokens": (2,),
 } | dict.fromkeys(IMAGES, (4,))
 
@@ -75,8 +76,10 @@ def test_rank(op, impl, device, rank):
     """A backward that assumes a rank reads out of bounds [Liger #1375]: right, or refused by name."""
     made = case(op, device=device)
     shape = {2: (2, 24), 3: (2, 6, 24), 4: (2, 2, 3, 24)}[rank]
-    if op == "sample_tokens":
-        made = made._replace(others=made.others | {"noise": torch.rand(shape).to(device)})
+    if op not in DIFFERENTIABLE:
+        main = "noise" if op == "sample_tokens" else "points"
+        tensor = torch.rand(shape, dtype=made.others[main].dtype, device=device)
+        made = made._replace(others=made.others | {main: tensor})
     else:
         # All that has the main input's shape changes its rank.
         main = next(iter(made.inputs.values())).shape
@@ -84,7 +87,7 @@ def test_rank(op, impl, device, rank):
             if value.shape == main:
                 made.inputs[name] = quantised(*shape).to(device) if len(main) != rank else value
     if rank in RANKS.get(op, (3,)):
-        if op != "sample_tokens":
+        if op in DIFFERENTIABLE:
             judge(made, differentiate(made, impl))
     else:
         with pytest.raises(ValueError, match=f"{op}: .* must (both )?be "):
@@ -444,7 +447,7 @@ def test_alias(op, impl, device):
     made = case(op, length=8, device=device)
     with Calls() as calls:
         differentiate(made, impl)
-    assert len(calls.made) == (1 if op == "sample_tokens" else 2)
+    assert len(calls.made) == (2 if op in DIFFERENTIABLE else 1)
     for function, args in calls.made:
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         torch.library.opcheck(function, args, test_utils=("test_schema", "test_faketensor"))
