@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 from ..modeling.areas import areas_of
 from ..modeling.noise import NoiseSource
 from .mask_head import class_logits, mask_loss
-from .masks import crop_and_resize
+from .masks import mask_targets
 from .matcher import Matcher, matched_truth
 from .rpn import Proposals
 from .subsample import subsample_labels
@@ -164,11 +164,9 @@ class StandardROIHeads(nn.Module):
         boxes = [s.boxes[k] for s, k in zip(sampled, keep, strict=True)]
         classes = torch.cat([s.classes[k] for s, k in zip(sampled, keep, strict=True)])
         logits = self._mask_logits(features, boxes)
-        wanted = [
-            crop_and_resize(t["masks"], s.gt_index[k], b, logits.shape[-1])
-            for s, k, b, t in zip(sampled, keep, boxes, targets, strict=True)
-        ]
-        return {"loss_mask": mask_loss(logits, classes, torch.cat(wanted))}
+        index = [s.gt_index[k] for s, k in zip(sampled, keep, strict=True)]
+        wanted = mask_targets([t["masks"] for t in targets], index, boxes, logits.shape[-1])
+        return {"loss_mask": mask_loss(logits, classes, wanted)}
 
     def _detect(
         self,
