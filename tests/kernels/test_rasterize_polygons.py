@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from support.kernels import (
 )
 from support.polygons import KINDS, packed, random_case, rasterize_by_pycocotools
 
-from mimdet.kernels import KernelUnavailableError, rasterize_polygons
+from mimdet.kernels import KernelUnavailableError, build, rasterize_polygons
 from mimdet.kernels.rasterize_polygons import ops
 
 OP = "rasterize_polygons"
@@ -328,15 +329,32 @@ def test_compiles_within_the_budget(capability, size):
     assert one.registers <= 96, one
 
 
-@needs_compiler
-def test_products_and_sums_are_not_fused():
+def fused(target_name, assembly, pattern, **changes):
+    """How many fused products and sums of doubles the compiler made."""
     from support.aot import launches, target
     from support.kernel_cases import pretend
 
     with pretend("triton", OP), launches() as made:
         rasterize_polygons(*arguments(), 28, impl="triton")
-    with target(90):
-        code = made[0].kernel.warmup(*made[0].arguments, grid=made[0].grid, **made[0].constants).asm["ptx"]
-    assert "mul.rn.f64" in code or "mul.f64" in code
-    assert "fma" not in code
-    assert "div.rn.f64" in code
+    with target(target_name):
+        one = made[0].kernel.warmup(*made[0].arguments, grid=made[0].grid, **made[0].constants | changes)
+    return len(re.findall(pattern, one.asm[assembly]))
+
+
+@needs_compiler
+def test_triton_does_not_fuse_products_with_sums():
+    assert fused(90, "ptx", r"fma\.rn\.f64", enable_fp_fusion=True) > 0
+    assert fused(90, "ptx", r"fma\.rn\.f64") == 0
+    # A division on AMD consists of five.
+    assert fused("gfx942", "amdgcn", "v_fmac?_f64") == 5 * fused("gfx942", "amdgcn", "v_div_fmas_f64")
+
+
+def test_cpp_does_not_fuse_products_with_sums(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(build, "_compile", lambda folder, name, found, *others: commands.extend(found))
+    try:
+        build.compile_cpu(tmp_path)
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    (command,) = [c for c in commands if c[-1] == "RasterizePolygons.cpp"]
+    assert "-ffp-contract=off" in command
