@@ -46,7 +46,7 @@ def crop_and_resize(
         size: side of the result.
 
     Returns:
-        (N, size, size) bool on the device of ``boxes``. Nothing waits for a GPU.
+        (N, size, size) bool on the device of ``boxes``. With polygons nothing waits for a GPU.
     """
     if isinstance(masks, torch.Tensor):
         rois = torch.cat([index.unsqueeze(1).to(boxes.dtype), boxes], dim=1)
