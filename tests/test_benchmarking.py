@@ -22,9 +22,8 @@ from mimdet.detection import GeneralizedRCNN
 from mimdet.engine import evaluate_only, train
 from mimdet.kernels import use
 from mimdet.modeling import BenchmarkingViTDet, ImageList
-from mimdet.modeling.benchmarking.position_bias import RelativePositionBias
+from mimdet.modeling.benchmarking.block import RelativePositionBias, window_partition, window_reverse
 from mimdet.modeling.vit import add
-from mimdet.modeling.windows import window_partition, window_reverse
 from mimdet.predict import Predictor
 from mimdet.testing import fixed_noise
 

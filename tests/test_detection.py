@@ -15,10 +15,9 @@ from mimdet.detection import (
     ROIPooler,
     StandardRPNHead,
 )
-from mimdet.detection.boxes import clip_boxes, nonempty, scale_boxes
+from mimdet.detection.assignment import clip_boxes, nonempty, scale_boxes, subsample_labels
+from mimdet.detection.layers import get_norm
 from mimdet.detection.masks import crop_and_resize, paste_in_parts, paste_masks
-from mimdet.detection.norm import get_norm
-from mimdet.detection.subsample import subsample_labels
 from mimdet.evaluation.results import encode_masks
 
 

@@ -9,9 +9,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mimdet.engine.logger import RunLog
-from mimdet.engine.metrics import MetricsWriter, flatten
-from mimdet.engine.progress import TrainingProgress
+from mimdet.engine.logger import MetricsWriter, RunLog, TrainingProgress, flatten
 
 logger = logging.getLogger("mimdet.test")
 

@@ -13,7 +13,7 @@ from mimdet.checkpoint.read import CheckpointError, read_checkpoint
 from mimdet.config import apply_overrides, from_yaml, load
 from mimdet.engine import NonFiniteLossError, TrainingInterrupted, train
 from mimdet.engine.model import build_model
-from mimdet.engine.random_state import get_random_state, isolated_random, set_random_state
+from mimdet.engine.resume import get_random_state, isolated_random, set_random_state
 
 
 def run(tmp_path, name, *overrides, resume=False, overwrite=False, **options):

@@ -13,8 +13,8 @@ from torch import nn
 from mimdet.config import instantiate, load
 from mimdet.data.synthetic import generate_shapes
 from mimdet.detection import FPN, LastLevelP6P7, Matcher, NaiveSyncBatchNorm, ROIPooler
-from mimdet.detection.matcher import match_anchors, outside_images
-from mimdet.detection.norm import get_norm, normalise
+from mimdet.detection.assignment import match_anchors, outside_images
+from mimdet.detection.layers import get_norm, normalise
 from mimdet.engine.evaluate import Evaluation
 from mimdet.modeling.areas import PackedFeatures, ValidArea, ValidAreas
 

@@ -25,7 +25,7 @@ class LazyCall:
         if not (callable(target) or isinstance(target, str)):
             raise TypeError(f"LazyCall takes a callable or its dotted name, not {type(target).__name__}")
         # omegaconf would turn a dataclass into a config of its fields, so those go by name.
-        self.target = f"{target.__module__}.{target.__qualname__}" if dataclasses.is_dataclass(target) else target
+        self.target = dotted_name(target) if dataclasses.is_dataclass(target) else target
 
     def __call__(self, **kwargs: Any) -> DictConfig:
         return DictConfig({TARGET: self.target, **kwargs}, flags={"allow_objects": True})
@@ -42,10 +42,36 @@ def resolve_target(target: Callable | str) -> Callable:
     """
     if callable(target):
         return target
-    found = _locate(target) if isinstance(target, str) else None
+    found = None
+    if isinstance(target, str):
+        found = _locate(target)
+        if found is None and (public := public_target(target)) != target:
+            found = _locate(public)  # a module of an earlier version
     if not callable(found):
         raise ImportError(f"config: no callable {target!r}; {TARGET} must name an importable function or class")
     return found
+
+
+def public_target(name: str) -> str:
+    """``mimdet.<package>.<Name>`` of a class or function of ours that is named by its module; other names as they are.
+
+    Saved configs hold these names, which stay while modules move.
+    """
+    parts = name.split(".")
+    return ".".join([*parts[:2], parts[-1]]) if parts[0] == "mimdet" and len(parts) > 3 else name
+
+
+def dotted_name(target: Callable) -> str:
+    """The name to import ``target`` by, ``mimdet.<package>.<Name>`` for what a package of ours exports.
+
+    Raises:
+        ValueError: it has none, such as a lambda.
+    """
+    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+    if "<" in name or name.startswith((".", "_mimdet_config_")) or name.endswith("."):
+        raise ValueError(f"config: {target!r} cannot be saved by name; define it in an importable module")
+    public = public_target(name)
+    return public if public != name and _locate(public) is target else name
 
 
 def _locate(name: str) -> Any:

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .lazy import PARTIAL, TARGET
+from .lazy import PARTIAL, TARGET, dotted_name
 
 
 def to_yaml(cfg: DictConfig) -> str:
@@ -42,21 +42,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (DictConfig, ListConfig)):
         value = OmegaConf.to_container(value, resolve=False)
     if isinstance(value, dict):
-        named = {TARGET: _dotted(value[TARGET])} if callable(value.get(TARGET)) else {}
+        named = {TARGET: dotted_name(value[TARGET])} if callable(value.get(TARGET)) else {}
         return {str(k): _plain(v) for k, v in value.items()} | named
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     if isinstance(value, functools.partial):
         if value.args:
             raise ValueError(f"config: {value} has positional arguments and cannot be saved; use keywords")
-        return {TARGET: _dotted(value.func), PARTIAL: True, **_plain(value.keywords)}
+        return {TARGET: dotted_name(value.func), PARTIAL: True, **_plain(value.keywords)}
     if callable(value):
-        return {TARGET: _dotted(value), PARTIAL: True}
+        return {TARGET: dotted_name(value), PARTIAL: True}
     return value
-
-
-def _dotted(value: Any) -> str:
-    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
-    if "<" in name or name.startswith((".", "_mimdet_config_")) or name.endswith("."):
-        raise ValueError(f"config: {value!r} cannot be saved by name; define it in an importable module")
-    return name

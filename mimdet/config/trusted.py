@@ -17,18 +17,18 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
-from .lazy import PARTIAL, TARGET
+from .lazy import PARTIAL, TARGET, public_target
 
 _TRANSFORMS = frozenset(
     {
-        "mimdet.data.mapper.DatasetMapper",
-        "mimdet.data.transforms.AugmentationList",
-        "mimdet.data.transforms.FixedSizeCrop",
-        "mimdet.data.transforms.RandomApply",
-        "mimdet.data.transforms.RandomCrop",
-        "mimdet.data.transforms.RandomFlip",
-        "mimdet.data.transforms.ResizeScale",
-        "mimdet.data.transforms.ResizeShortestEdge",
+        "mimdet.data.DatasetMapper",
+        "mimdet.data.AugmentationList",
+        "mimdet.data.FixedSizeCrop",
+        "mimdet.data.RandomApply",
+        "mimdet.data.RandomCrop",
+        "mimdet.data.RandomFlip",
+        "mimdet.data.ResizeScale",
+        "mimdet.data.ResizeShortestEdge",
     }
 )
 
@@ -36,30 +36,30 @@ _TRANSFORMS = frozenset(
 TRUSTED: dict[str, frozenset[str]] = {
     "model": frozenset(
         {
-            "mimdet.detection.anchors.DefaultAnchorGenerator",
-            "mimdet.detection.box_head.FastRCNNConvFCHead",
-            "mimdet.detection.box_head.FastRCNNOutputLayers",
-            "mimdet.detection.boxes.Box2BoxTransform",
-            "mimdet.detection.cascade.CascadeROIHeads",
-            "mimdet.detection.fpn.FPN",
-            "mimdet.detection.fpn.LastLevelMaxPool",
-            "mimdet.detection.fpn.LastLevelP6P7",
-            "mimdet.detection.mask_head.MaskRCNNConvUpsampleHead",
-            "mimdet.detection.matcher.Matcher",
-            "mimdet.detection.passes.InferencePasses",
-            "mimdet.detection.pooler.ROIPooler",
-            "mimdet.detection.rcnn.GeneralizedRCNN",
-            "mimdet.detection.retinanet.RetinaNet",
-            "mimdet.detection.retinanet.RetinaNetHead",
-            "mimdet.detection.roi_heads.StandardROIHeads",
-            "mimdet.detection.rpn.RPN",
-            "mimdet.detection.rpn.StandardRPNHead",
-            "mimdet.modeling.backbone.MIMDetBackbone",
-            "mimdet.modeling.benchmarking.backbone.BenchmarkingViTDet",
-            "mimdet.modeling.decoder.MIMDetDecoder",
-            "mimdet.modeling.encoder.MIMDetEncoder",
-            "mimdet.modeling.pyramid.UpsampledTokens",
-            "mimdet.modeling.shapes.ShapeSpec",
+            "mimdet.detection.Box2BoxTransform",
+            "mimdet.detection.CascadeROIHeads",
+            "mimdet.detection.DefaultAnchorGenerator",
+            "mimdet.detection.FPN",
+            "mimdet.detection.FastRCNNConvFCHead",
+            "mimdet.detection.FastRCNNOutputLayers",
+            "mimdet.detection.GeneralizedRCNN",
+            "mimdet.detection.InferencePasses",
+            "mimdet.detection.LastLevelMaxPool",
+            "mimdet.detection.LastLevelP6P7",
+            "mimdet.detection.MaskRCNNConvUpsampleHead",
+            "mimdet.detection.Matcher",
+            "mimdet.detection.ROIPooler",
+            "mimdet.detection.RPN",
+            "mimdet.detection.RetinaNet",
+            "mimdet.detection.RetinaNetHead",
+            "mimdet.detection.StandardROIHeads",
+            "mimdet.detection.StandardRPNHead",
+            "mimdet.modeling.BenchmarkingViTDet",
+            "mimdet.modeling.MIMDetBackbone",
+            "mimdet.modeling.MIMDetDecoder",
+            "mimdet.modeling.MIMDetEncoder",
+            "mimdet.modeling.ShapeSpec",
+            "mimdet.modeling.UpsampledTokens",
             "torch.nn.modules.normalization.LayerNorm",
         }
     ),
@@ -68,24 +68,24 @@ TRUSTED: dict[str, frozenset[str]] = {
     # The rest is kept in a checkpoint and never built from it.
     "dataloader": frozenset(
         {
-            "mimdet.data.coco.CocoDataset",
-            "mimdet.data.loader.build_detection_test_loader",
-            "mimdet.data.loader.build_detection_train_loader",
-            "mimdet.evaluation.coco_evaluator.COCOEvaluator",
+            "mimdet.data.CocoDataset",
+            "mimdet.data.build_detection_test_loader",
+            "mimdet.data.build_detection_train_loader",
+            "mimdet.evaluation.COCOEvaluator",
         }
     ),
     "optimizer": frozenset(
         {
-            "mimdet.engine.optim.get_default_optimizer_params",
-            "mimdet.engine.optim.get_fpn_model_parameters",
+            "mimdet.engine.get_default_optimizer_params",
+            "mimdet.engine.get_fpn_model_parameters",
             "torch.optim.adamw.AdamW",
         }
     ),
     "lr_multiplier": frozenset(
         {
-            "mimdet.engine.schedule.CosineParamScheduler",
-            "mimdet.engine.schedule.MultiStepParamScheduler",
-            "mimdet.engine.schedule.WarmupParamScheduler",
+            "mimdet.engine.CosineParamScheduler",
+            "mimdet.engine.MultiStepParamScheduler",
+            "mimdet.engine.WarmupParamScheduler",
         }
     ),
 }
@@ -122,6 +122,7 @@ def from_untrusted_yaml(text: Any) -> DictConfig:
         if not isinstance(content, dict):
             raise UntrustedConfigError("it is not a YAML mapping")
         for path, value in _walk(content, ()):
+            _name_publicly(path, value)
             _check(path, value)
         cfg = OmegaConf.create(content, flags={"allow_objects": True})
         for path, value in _walk(content, ()):
@@ -146,6 +147,13 @@ def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
     elif isinstance(value, list):
         for index, child in enumerate(value):
             yield from _walk(child, (*path, str(index)))
+
+
+def _name_publicly(path: tuple[str, ...], node: Any) -> None:
+    """Name an allowed part by its package alone, so that nothing but that part is looked up."""
+    target = node.get(TARGET) if isinstance(node, dict) else None
+    if isinstance(target, str) and (public := public_target(target)) in _allowed((*path, TARGET)):
+        node[TARGET] = public
 
 
 def _check(path: tuple[str, ...], value: Any) -> None:

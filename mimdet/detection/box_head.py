@@ -10,9 +10,8 @@ from torch import nn
 from torchvision.ops import batched_nms
 
 from ..modeling.shapes import ShapeSpec
-from .boxes import Box2BoxTransform, clip_boxes
-from .conv import Conv2d, msra_fill, normal_fill, xavier_fill
-from .norm import get_norm
+from .assignment import Box2BoxTransform, clip_boxes
+from .layers import Conv2d, get_norm, msra_fill, normal_fill, xavier_fill
 
 
 class FastRCNNConvFCHead(nn.Sequential):

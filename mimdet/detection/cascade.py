@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torchvision.ops import box_iou
 
-from .boxes import clip_boxes, nonempty
-from .matcher import Matcher, matched_truth
+from .assignment import Matcher, clip_boxes, matched_truth, nonempty
 from .roi_heads import SampledProposals, StandardROIHeads
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..modeling.shapes import ImageList
-from .boxes import clip_boxes, nonempty, scale_boxes
+from .assignment import clip_boxes, nonempty, scale_boxes
 from .masks import paste_masks
 from .passes import InferencePasses
 from .targets import check_images, check_targets

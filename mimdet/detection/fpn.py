@@ -12,8 +12,7 @@ from torch import nn
 
 from ..modeling.areas import PackedFeatures, ValidArea, areas_of, levels_of
 from ..modeling.shapes import ShapeSpec
-from .conv import Conv2d, xavier_fill
-from .norm import get_norm
+from .layers import Conv2d, get_norm, xavier_fill
 
 
 class LastLevelMaxPool(nn.Module):

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..modeling.shapes import ShapeSpec
-from .conv import Conv2d, msra_fill, normal_fill
-from .norm import get_norm
+from .layers import Conv2d, get_norm, msra_fill, normal_fill
 
 
 class MaskRCNNConvUpsampleHead(nn.Module):

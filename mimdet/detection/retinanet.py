@@ -14,11 +14,9 @@ from torchvision.ops import batched_nms, sigmoid_focal_loss
 from ..modeling.areas import ValidArea, levels_of
 from ..modeling.shapes import ShapeSpec
 from .anchors import DefaultAnchorGenerator
-from .boxes import Box2BoxTransform
-from .conv import normal_fill
+from .assignment import Box2BoxTransform, Matcher, match_anchors, matched_truth, outside_images
 from .detector import Detector
-from .matcher import Matcher, match_anchors, matched_truth, outside_images
-from .norm import get_norm, normalise
+from .layers import get_norm, normal_fill, normalise
 from .passes import InferencePasses
 
 _FIRST_NORMALIZER = 100.0

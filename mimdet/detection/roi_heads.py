@@ -11,11 +11,10 @@ from torchvision.ops import box_iou
 
 from ..modeling.areas import areas_of
 from ..modeling.noise import NoiseSource
+from .assignment import Matcher, matched_truth, subsample_labels
 from .mask_head import class_logits, mask_loss
 from .masks import crop_and_resize
-from .matcher import Matcher, matched_truth
 from .rpn import Proposals
-from .subsample import subsample_labels
 
 
 class SampledProposals(NamedTuple):

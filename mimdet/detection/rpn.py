@@ -12,10 +12,8 @@ from torchvision.ops import batched_nms
 
 from ..modeling.areas import ValidArea, levels_of
 from ..modeling.noise import NoiseSource
-from .boxes import Box2BoxTransform, clip_boxes
-from .conv import Conv2d, normal_fill
-from .matcher import Matcher, match_anchors, outside_images
-from .subsample import subsample_labels
+from .assignment import Box2BoxTransform, Matcher, clip_boxes, match_anchors, outside_images, subsample_labels
+from .layers import Conv2d, normal_fill
 
 
 class StandardRPNHead(nn.Module):

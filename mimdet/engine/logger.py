@@ -1,17 +1,27 @@
-"""Where a run's messages go: the terminal and ``log.txt``."""
+"""A run's messages, progress and metrics: terminal, log.txt, metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import json
 import logging
+import math
+import statistics
 import sys
+from collections import deque
+from collections.abc import Mapping
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
 
-from ..files import drop_dead_stream, naming
+from ..files import drop_dead_stream, naming, write_atomically
 
 _FORMAT = "%(asctime)s %(message)s"
 _ROOT = "mimdet"
@@ -151,3 +161,163 @@ def _is_terminal() -> bool:
         return False
     console = Console(file=sys.stdout)
     return sys.stdout.isatty() and not console.is_dumb_terminal
+
+
+logger = logging.getLogger(__name__)
+
+_WINDOW = 20
+
+
+class TrainingProgress:
+    """Reports steps; losses and times are medians over the last 20.
+
+    Counts in messages are of finished iterations, so the line for iteration 1874 says 1875.
+
+    Args:
+        max_iter, start: total iterations and those finished before.
+        batch_size: images in a step over all processes.
+        log_period: iterations between plain lines.
+        console: terminal for the bar; None shows none.
+    """
+
+    def __init__(self, max_iter: int, start: int, batch_size: int, log_period: int, console: Console | None = None):
+        self.max_iter = max_iter
+        self.batch_size = batch_size
+        self.log_period = log_period
+        self._start = start
+        self._recent: dict[str, deque[float]] = {}
+        self._bar: Progress | None = None
+        if console is not None:
+            columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task("training", total=max_iter, completed=start, status="")
+            self._bar.start()
+
+    def due(self, iteration: int) -> bool:
+        """Whether this iteration's figures are written down."""
+        return (iteration + 1) % self.log_period == 0 or iteration + 1 == self.max_iter
+
+    def step(self, iteration: int, losses: Mapping[str, float], lr: float, seconds: float, data_seconds: float) -> None:
+        """Report a finished iteration: its losses, base learning rate, and seconds, of which for waiting for data."""
+        for key, value in {**losses, "seconds": seconds, "data": data_seconds}.items():
+            self._recent.setdefault(key, deque(maxlen=_WINDOW)).append(value)
+        due = self.due(iteration) or iteration == self._start
+        if due or self._bar is not None:
+            line, short = self._lines(iteration, lr)
+            if self._bar is not None:
+                self._bar.update(self._task, completed=iteration + 1, status=short)
+            if due:
+                logger.info("%d/%d %s", iteration + 1, self.max_iter, line, extra={"file_only": True})
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._bar.stop()
+
+    def _lines(self, iteration: int, lr: float) -> tuple[str, str]:
+        """All figures for the log, and the few that fit behind a bar in 80 columns."""
+        median = {key: statistics.median(values) for key, values in self._recent.items()}
+        seconds, data = median.pop("seconds"), median.pop("data")
+        losses = " ".join(f"{key.removeprefix('loss_')} {value:.4g}" for key, value in median.items())
+        eta = datetime.timedelta(seconds=round(seconds * (self.max_iter - iteration - 1)))
+        speed = f"{seconds:.3f} s/it (data {data:.3f}) {self.batch_size / max(seconds, 1e-9):.1f} images/s"
+        total = f"loss {median['total_loss']:.3f} " if "total_loss" in median else ""
+        line = f"{losses} lr {lr:.3g} {speed} eta {eta}{_gpu_memory()}"
+        return line, f"{total}{seconds:.2f} s/it eta {eta}"
+
+
+def _gpu_memory() -> str:
+    if not torch.cuda.is_available():
+        return ""
+    return f" mem {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends figures to ``<output_dir>/metrics.jsonl`` and to TensorBoard event files beside it.
+
+    Each line is a JSON object with ``iteration`` (0-based, the one just finished); NaN and infinity become
+    null. Used on rank 0 only.
+
+    Args:
+        output_dir: existing folder.
+        start_iteration: first iteration to come. Lines from it on, which a resumed run will write anew, are
+            dropped; at 0 the file of an earlier run is kept under the name ``metrics.<n>.jsonl``.
+    """
+
+    def __init__(self, output_dir: str | Path, start_iteration: int = 0):
+        self.path = Path(output_dir) / METRICS_FILE
+        if start_iteration == 0:
+            _set_aside(self.path)
+        else:
+            _drop_from(self.path, start_iteration)
+        with naming(self.path):
+            self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(output_dir), purge_step=start_iteration or None)
+
+    def write(self, iteration: int, figures: Mapping[str, float]) -> None:
+        """Write one line and the same scalars.
+
+        Raises:
+            OSError: the disk refuses; names the file.
+        """
+        plain = {key: float(value) for key, value in figures.items()}
+        line = {key: value if math.isfinite(value) else None for key, value in plain.items()}
+        with naming(self.path):
+            self._file.write(json.dumps({"iteration": iteration, **line}) + "\n")
+            self._file.flush()
+        for key, value in plain.items():
+            self._board.add_scalar(key, value, iteration)
+
+    def close(self) -> None:
+        """Finish the files."""
+        with naming(self.path):
+            self._file.close()
+        self._board.close()
+
+
+def delete_metrics(folder: Path) -> list[str]:
+    """Delete a run's ``metrics.jsonl`` and TensorBoard files; returns their names."""
+    paths = [path for path in (folder / METRICS_FILE, *sorted(folder.glob("events.out.tfevents.*"))) if path.is_file()]
+    for path in paths:
+        path.unlink()
+    return [path.name for path in paths]
+
+
+def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested figures in one level: ``{"bbox": {"AP": 0.5}}`` -> ``{"bbox/AP": 0.5}``."""
+    flat: dict[str, float] = {}
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}/"))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _set_aside(path: Path) -> None:
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    number = 1
+    while (old := path.with_name(f"metrics.{number}.jsonl")).exists():
+        number += 1
+    path.rename(old)
+    logger.info("%s of an earlier run is now %s", path, old.name)
+
+
+def _drop_from(path: Path, iteration: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _iteration(line) < iteration]
+    write_atomically(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
+
+
+def _iteration(line: str) -> float:
+    """Infinity for the half line that a kill may leave behind."""
+    try:
+        return json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,11 +1,15 @@
-"""What a checkpoint holds beyond weights, so that a resumed training goes on as if never interrupted."""
+"""Random generators, and what a checkpoint has beyond weights: a resumed training goes on as if never interrupted."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
@@ -15,7 +19,47 @@ from torch.optim import Optimizer
 
 from ..checkpoint.read import CheckpointError
 from ..config import from_yaml
-from .random_state import get_random_state, seed_all, set_random_state
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators, on the CPU and on every GPU."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def get_random_state() -> dict[str, Any]:
+    """The state of all generators as tensors and plain values, fit for a checkpoint."""
+    version, internal, gauss = random.getstate()
+    algorithm, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [algorithm, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put all generators back into a state from :func:`get_random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    algorithm, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def isolated_random() -> Iterator[None]:
+    """Whatever the block draws leaves the global generators as they were."""
+    state = get_random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
 
 logger = logging.getLogger(__name__)
 

@@ -22,12 +22,9 @@ from ..files import write_bytes
 from .checkpoint import Checkpointer
 from .evaluate import Evaluation, EvaluationInterruptedError
 from .lock import locked
-from .logger import RunLog
-from .metrics import MetricsWriter, delete_metrics, flatten
+from .logger import MetricsWriter, RunLog, TrainingProgress, delete_metrics, flatten
 from .model import build_model, match_num_classes
-from .progress import TrainingProgress
-from .random_state import isolated_random, seed_all
-from .resume import check_resumable, pack, restore, restore_random, warn_of_changes
+from .resume import check_resumable, isolated_random, pack, restore, restore_random, seed_all, warn_of_changes
 from .runtime import build_fabric, describe
 from .schedule import scale_to_batch_size
 from .signals import GracefulStop, TrainingInterrupted

@@ -15,13 +15,15 @@ from ..kernels import gather_add_pos
 from ..kernels.image_norm import valid
 from ..kernels.sample_tokens.api import upload
 from ..pos_embed import PosEmbedCache, sincos_pos_embed_2d
+from .conv_stem import ConvStem
+from .convnext_stem import ConvNeXtStem
 from .noise import NoiseSource
 from .sampling import TokenSplit, cell_sizes, check_ratio, sampling_noise, split_canvas, split_packed
 from .shapes import ImageList
-from .stems import make_stem
 from .vit import add, init_vit_weights, make_blocks, run_blocks, run_layers
 from .window_sequences import split_windows
 
+_STEMS = ("conv", "convnext")
 MAE_NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
@@ -105,7 +107,7 @@ class MIMDetEncoder(nn.Module):
             raise ValueError(f"encoder: taps must rise within 1 .. {depth - 1}, got {list(taps)}")
         self.checkpointing = checkpointing
         sizes = img_size, patch_size, in_chans, embed_dim
-        self.patch_embed = make_stem(stem, *sizes, checkpointing, recompute, stem_pretrained)
+        self.patch_embed = _make_stem(stem, *sizes, checkpointing, recompute, stem_pretrained)
         rows = self.patch_embed.grid_size[0]
         self.pos_embed = nn.Parameter(torch.empty(1, rows * rows + 1, embed_dim), requires_grad=False)
         rates = torch.linspace(0, dpr, depth, device="cpu").tolist()
@@ -172,3 +174,29 @@ def _alone(images: ImageList) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures with zeros around them, and (4, B, 2) int32 their rows and columns at strides 2, 4, 8 and 16."""
     sizes = upload([cell_sizes(images.image_sizes, 2**i) for i in range(5)], images.tensor.device)
     return images.tensor.masked_fill(~valid(images.tensor, sizes[0]), 0.0), sizes[1:]
+
+
+def _make_stem(
+    stem: str,
+    img_size: int,
+    patch_size: int,
+    in_chans: int,
+    embed_dim: int,
+    checkpointing: bool,
+    recompute: str,
+    pretrained: str | None = None,
+) -> nn.Module:
+    """The stem of that name; it has ``grid_size`` and ``patch_size`` and gives features of strides 4, 8 and 16.
+
+    Raises:
+        ValueError: an unknown name, or pre-trained weights for "conv", which has none.
+    """
+    if stem not in _STEMS:
+        raise ValueError(f"encoder: stem {stem!r} is unknown; choose from {', '.join(_STEMS)}")
+    sizes = {"img_size": img_size, "patch_size": patch_size, "in_chans": in_chans, "embed_dim": embed_dim}
+    memory = {"checkpointing": checkpointing, "recompute": recompute}
+    if stem == "convnext":
+        return ConvNeXtStem(**sizes, **memory, pretrained=pretrained)
+    if pretrained:
+        raise ValueError("encoder: stem_pretrained needs stem 'convnext': the ConvStem is never pre-trained")
+    return ConvStem(**sizes, **memory)

@@ -13,9 +13,7 @@ from ...pos_embed import sincos_pos_embed_2d
 from ..sequences import Sequences
 from ..shapes import ImageList, ShapeSpec
 from ..vit import add, compute_dtype, run_blocks
-from ..windows import window_partition, window_reverse
-from .block import BiasedBlock
-from .position_bias import RelativePositionBias
+from .block import BiasedBlock, RelativePositionBias, window_partition, window_reverse
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 
