@@ -21,10 +21,11 @@ from rich.progress import Progress
 from torchvision.transforms.v2 import functional as F
 
 from .checkpoint.read import CheckpointError, read_checkpoint, state_dict_of, strip_prefixes
-from .config import UntrustedConfigError, apply_overrides, from_untrusted_yaml, instantiate, load
+from .config import UntrustedConfigError, apply_overrides, from_untrusted_yaml, instantiate, load, override_keys
 from .data import COCO_CATEGORIES, DataError
 from .detection.masks import paste_in_parts, paste_masks
-from .engine.model import build_model, match_num_classes, num_classes
+from .engine.final_config import final_config, num_classes
+from .engine.model import build_model
 from .engine.runtime import choose_device
 from .engine.weights import load_state
 from .evaluation import to_coco_results
@@ -80,7 +81,7 @@ class Predictor:
         cfg = _config(cfg_or_path, meta, weights)
         apply_overrides(cfg, overrides)
         if "classes" in meta:
-            match_num_classes(cfg, SimpleNamespace(classes=meta["classes"]), overrides)
+            cfg = final_config(cfg, SimpleNamespace(classes=meta["classes"]), override_keys(overrides))
         self.classes, self.category_ids = _categories(meta, num_classes(cfg)[1])
         self.score_threshold = score_threshold
         self._mapper = instantiate(cfg.dataloader.test.mapper)

@@ -39,6 +39,11 @@ def split_override(override: str) -> tuple[str, Any]:
         raise ValueError(f"override {override!r}: the value is not valid YAML ({error})") from error
 
 
+def override_keys(overrides: Iterable[str]) -> frozenset[str]:
+    """The keys that ``key=value`` overrides set."""
+    return frozenset(override.partition("=")[0].strip() for override in overrides)
+
+
 # In a locale without UTF-8, Python has the bytes of a non-ASCII path as lone surrogates, which YAML refuses: they pass
 # through it as private characters.
 _SURROGATES = range(0xDC80, 0xDD00)

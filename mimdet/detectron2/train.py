@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint.read import SAFE_GLOBALS
+from ..config import override_keys
+from ..engine.final_config import scale_to_batch_size
 from ..engine.runtime import choose_device
-from ..engine.schedule import scale_to_batch_size
 from .config import config_file, load_config
 
 logger = logging.getLogger("detectron2")
@@ -88,9 +89,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Train, or with ``args.eval_only`` evaluate and return the results, in this process."""
     cfg = load_config(args.config_file, args.opts)
-    notes = [_settle_device(cfg, args.opts)]
+    user_keys = override_keys(args.opts)
+    notes = [_settle_device(cfg, user_keys)]
     if not args.eval_only and cfg.train.get("reference_batch_size"):
-        notes += scale_to_batch_size(cfg, args.opts)
+        notes += scale_to_batch_size(cfg, user_keys)
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="mimdet")
     for note in notes:
@@ -140,14 +142,13 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any] | None:
     return results
 
 
-def _settle_device(cfg: DictConfig, overrides: Sequence[str]) -> str:
+def _settle_device(cfg: DictConfig, user_keys: Collection[str]) -> str:
     """Fit ``train.device`` and mixed precision to the machine, in place; says what was chosen.
 
     The original's configs say "cuda", which without a GPU means the CPU unless it was asked for by an override.
     """
     wanted = cfg.train.get("device") or "auto"
-    asked = any(override.partition("=")[0].strip() == "train.device" for override in overrides)
-    if wanted.startswith("cuda") and not torch.cuda.is_available() and not asked:
+    if wanted.startswith("cuda") and not torch.cuda.is_available() and "train.device" not in user_keys:
         wanted = "auto"
     device = choose_device(wanted)
     # Without an index each process uses its own GPU, which Detectron2 has made the current one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -14,11 +13,12 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
 
-from ..config import check_config, instantiate
+from ..config import check_config, instantiate, override_keys
 from ..data.loader import LoaderWorkerError
 from ..evaluation import format_results
+from .final_config import final_config
 from .logger import RunLog
-from .model import build_model, match_num_classes
+from .model import build_model
 from .runtime import build_fabric, describe
 from .signals import GracefulStop
 from .weights import load_model_weights
@@ -136,12 +136,11 @@ def evaluate_only(
     check_config(cfg)
     if not cfg.train.init_checkpoint:
         raise ValueError("nothing to evaluate: pass the detector's weights as train.init_checkpoint=PATH")
-    cfg = copy.deepcopy(cfg)
     fabric = build_fabric(cfg.train)
     with RunLog(cfg.train.output_dir, fabric.global_rank):
         logger.info("evaluation: %s", describe(fabric))
         evaluation = Evaluation.from_config(cfg, loader)
-        match_num_classes(cfg, evaluation.dataset, overrides)
+        cfg = final_config(cfg, evaluation.dataset, override_keys(overrides))
         model = build_model(cfg, pretrained=False)
         load_model_weights(model, cfg.train.init_checkpoint)
         return evaluation.run(model.to(fabric.device))

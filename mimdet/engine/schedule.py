@@ -5,9 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-
-from omegaconf import DictConfig, OmegaConf
+from collections.abc import Callable, Sequence
 
 Scheduler = Callable[[float], float]
 
@@ -89,41 +87,3 @@ class WarmupParamScheduler:
         start = self.warmup_factor * self.scheduler(0.0)
         end = self.scheduler(self.warmup_length)
         return start + (end - start) * (where / self.warmup_length)
-
-
-def scale_to_batch_size(cfg: DictConfig, overrides: Iterable[str] = ()) -> list[str]:
-    """Fit the learning rate and the iteration counts to the batch size, in place.
-
-    The values in a config hold for batches of ``train.reference_batch_size``. With k times that batch the
-    learning rate becomes k times as high (linear scaling rule) and ``train.max_iter``,
-    ``train.checkpointer.period`` and ``train.eval_period`` k times as short, so the number of images stays.
-    Keys that the user overrode are left alone. The reference is then set to the actual batch size: calling
-    again, or training from the saved config, scales nothing twice.
-
-    Args:
-        cfg: the whole config.
-        overrides: the user's ``key=value`` strings.
-
-    Returns:
-        Lines that say what was changed from what, empty when the batch size is the reference.
-    """
-    batch = cfg.dataloader.train.total_batch_size
-    reference = cfg.train.get("reference_batch_size") or batch
-    if batch < 1:
-        raise ValueError(f"dataloader.train.total_batch_size={batch} must be at least 1")
-    if batch == reference:
-        return []
-    overridden = {override.partition("=")[0].strip() for override in overrides}
-    lines = [f"batch of {batch} images instead of {reference}: scaling the schedule, override a key to keep it"]
-    for key in ("optimizer.lr", "train.max_iter", "train.checkpointer.period", "train.eval_period"):
-        old = OmegaConf.select(cfg, key)
-        if not old:
-            continue
-        if any(key == given or key.startswith(given + ".") for given in overridden):
-            lines.append(f"  {key} = {old}, as overridden")
-            continue
-        new = old * batch / reference if key == "optimizer.lr" else max(1, round(old * reference / batch))
-        OmegaConf.update(cfg, key, new)
-        lines.append(f"  {key} = {new:g} (was {old:g})" if key == "optimizer.lr" else f"  {key} = {new} (was {old})")
-    cfg.train.reference_batch_size = batch
-    return lines

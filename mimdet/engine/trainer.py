@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import logging
 import signal
@@ -16,17 +15,17 @@ from lightning_fabric import Fabric
 from omegaconf import DictConfig
 
 from ..checkpoint.read import state_dict_of
-from ..config import check_config, instantiate, to_yaml
+from ..config import check_config, instantiate, override_keys, to_yaml
 from ..data.loader import LoaderWorkerError
 from ..files import write_bytes
 from .checkpoint import Checkpointer
 from .evaluate import Evaluation, EvaluationInterruptedError
+from .final_config import final_config
 from .lock import locked
 from .logger import MetricsWriter, RunLog, TrainingProgress, delete_metrics, flatten
-from .model import build_model, match_num_classes
+from .model import build_model
 from .resume import check_resumable, isolated_random, pack, restore, restore_random, seed_all, warn_of_changes
 from .runtime import build_fabric, describe
-from .schedule import scale_to_batch_size
 from .signals import GracefulStop, TrainingInterrupted
 from .step import NonFiniteLossError, TrainStep, read_losses
 from .weights import load_model_weights, load_state
@@ -69,13 +68,12 @@ def train(
     if resume and overwrite:
         raise ValueError("--resume goes on with the run that --overwrite deletes: give only one of them")
     check_config(cfg)
-    cfg = copy.deepcopy(cfg)
     fabric = build_fabric(cfg.train)
     with RunLog(cfg.train.output_dir, fabric.global_rank, deferred=True) as log, contextlib.ExitStack() as stack:
         logger.info("training: %s", describe(fabric))
-        for line in scale_to_batch_size(cfg, overrides):
-            logger.info("%s", line)
-        training = _Training(cfg, fabric, resume, overwrite, overrides)
+        dataset = instantiate(cfg.dataloader.train.dataset)
+        cfg = final_config(cfg, dataset, override_keys(overrides), training=True)
+        training = _Training(cfg, dataset, fabric, resume, overwrite)
         _on_rank_0(fabric, lambda: training.open_folder(log, stack))
         with GracefulStop() as stop:  # before this there is nothing to save: Ctrl-C aborts
             return training.run(log, stop)
@@ -85,20 +83,19 @@ class _Training:
     def __init__(
         self,
         cfg: DictConfig,
+        dataset: Any,
         fabric: Fabric,
         resume: bool | str,
         overwrite: bool,
-        overrides: Sequence[str],
     ):
         self.cfg = cfg
+        self.dataset = dataset
         self.fabric = fabric
         self.resume = resume
         self.overwrite = overwrite
         self.seed = cfg.train.seed + fabric.global_rank
         self.checkpointer = Checkpointer(cfg.train.output_dir, cfg.train.checkpointer.get("max_to_keep"))
         self.saved: tuple[int, Path] | None = None  # last finished iteration that is on disk, and where
-        self.dataset = instantiate(cfg.dataloader.train.dataset)
-        match_num_classes(cfg, self.dataset, overrides)
         self.evaluation = self._build_evaluation()
         self.meta = {
             "classes": list(self.dataset.classes),

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 from support.paths import RECORDINGS
 
-from mimdet.config import apply_overrides
+from mimdet.config import apply_overrides, override_keys
 from mimdet.engine import CosineParamScheduler, MultiStepParamScheduler, WarmupParamScheduler, scale_to_batch_size
 
 GOLDEN = json.loads((RECORDINGS / "lr_schedule.json").read_text())
@@ -118,7 +118,7 @@ def test_scaling_twice_is_scaling_once():
 def test_overridden_keys_stay(override, expected):
     overrides = ["dataloader.train.total_batch_size=16", override]
     cfg = apply_overrides(config(), overrides)
-    scale_to_batch_size(cfg, overrides)
+    scale_to_batch_size(cfg, override_keys(overrides))
     assert figures(cfg) == pytest.approx(expected, rel=EXACT)
 
 

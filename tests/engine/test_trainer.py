@@ -311,8 +311,8 @@ def test_building_without_mae_leaves_the_config(tmp_path):
             {"dataloader.train.dataset.classes": ["cat", "cow"], "dataloader.test.dataset.classes": ["cat", "cow"]},
             r"trained for other classes \(2: cat, dog\)",
         ),
-        ({"model._target_": "test_engine_trainer.WiderDetector"}, "of another shape"),
-        ({"optimizer.params._target_": "test_engine_trainer.one_group"}, "its optimizer state does not fit"),
+        ({"model._target_": "test_trainer.WiderDetector"}, "of another shape"),
+        ({"optimizer.params._target_": "test_trainer.one_group"}, "its optimizer state does not fit"),
     ],
     ids=["classes", "model", "optimizer"],
 )
