@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import itertools
+import os
 import re
 import sys
 import textwrap
@@ -34,11 +35,11 @@ def find_config(path: str | Path) -> Path:
     """
     given = Path(path).expanduser()
     if given.is_file():
-        return given.resolve()
+        return Path(os.path.abspath(given))
     relative = Path(*given.parts[1:]) if given.parts[:1] == (_SHIPPED.name,) else given
     for candidate in (_SHIPPED / relative, _SHIPPED / f"{relative}.py"):
         if candidate.is_file():
-            return candidate.resolve()
+            return candidate
     raise FileNotFoundError(_no_config(path, relative))
 
 

@@ -10,7 +10,7 @@ require_detectron2()
 from ..engine.optim import get_fpn_model_parameters
 from ..modeling import MIMDetDecoder, MIMDetEncoder
 from .backbone import BenchmarkingViTDet, MIMDetBackbone
-from .config import use_detectron2
+from .config import from_native, use_detectron2
 from .dense import RetinaNetImageListForward
 from .model import GeneralizedRCNNImageListForward, _postprocess
 
@@ -22,6 +22,7 @@ __all__ = [
     "MIMDetEncoder",
     "RetinaNetImageListForward",
     "_postprocess",
+    "from_native",
     "get_fpn_model_parameters",
     "use_detectron2",
 ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..config import find_config
+from ..config import find_config, load
 from ..config.lazy import TARGET
 
 # Where Detectron2 has the class of a native name; its arguments are the same.
@@ -92,6 +94,30 @@ def use_detectron2(
     train["device"] = "cuda" if gpu else "cpu"
     train["amp"] = {"enabled": bool(gpu and train["amp"]["enabled"])}
     train["output_dir"] = "output/detectron2" + train["output_dir"].removeprefix("output")
+
+
+def from_native(file: str) -> list[DictConfig]:
+    """The sections of a native config, turned into Detectron2's.
+
+    Returns:
+        ``dataloader``, ``lr_multiplier``, ``mae_checkpoint``, ``model``, ``optimizer`` and ``train``.
+
+    Args:
+        file: path in a folder ``detectron2`` beside the native configs; the native config has the same name.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: as :func:`use_detectron2`.
+    """
+    path = Path(os.path.abspath(file))
+    folder = next((parent for parent in path.parents if parent.name == "detectron2"), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"{path} is in no folder 'detectron2' beside the native configs: call use_detectron2 instead"
+        )
+    cfg = load(folder.parent / path.relative_to(folder))
+    use_detectron2(cfg.model, cfg.dataloader, cfg.lr_multiplier, cfg.train)
+    return [cfg[name] for name in sorted(cfg)]
 
 
 def config_file(path: str) -> str:

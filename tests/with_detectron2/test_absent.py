@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,7 +50,8 @@ def test_useless(unloaded, tmp_path, files, reason):
         file.write_text(text)
     unloaded.syspath_prepend(tmp_path)
     if "__init__.py" not in files:  # a folder without it gives way to any package behind it
-        unloaded.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if p and "detectron2" not in p)])
+        others = [p for p in sys.path if not (Path(p) / "detectron2" / "__init__.py").exists()]
+        unloaded.setattr(sys, "path", [str(tmp_path), *others])
     with pytest.raises(ImportError, match=reason) as caught:
         importlib.import_module("mimdet.detectron2")
     assert "get its newest state with: pip install" in str(caught.value)
