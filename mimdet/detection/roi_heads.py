@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 from ..modeling.areas import areas_of
 from ..modeling.noise import NoiseSource
 from .assignment import Matcher, matched_truth, subsample_labels
-from .mask_head import class_logits, mask_loss
+from .mask_head import mask_loss
 from .masks import crop_and_resize
 from .rpn import Proposals
 
@@ -143,8 +143,11 @@ class StandardROIHeads(nn.Module):
     def _pool_boxes(self, features: dict[str, torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
         return self.box_pooler([features[f] for f in self.box_in_features], boxes, areas_of(features))
 
-    def _mask_logits(self, features: dict[str, torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.mask_head(self.mask_pooler([features[f] for f in self.mask_in_features], boxes, areas_of(features)))
+    def _mask_logits(
+        self, features: dict[str, torch.Tensor], boxes: Sequence[torch.Tensor], classes: torch.Tensor
+    ) -> torch.Tensor:
+        pooled = self.mask_pooler([features[f] for f in self.mask_in_features], boxes, areas_of(features))
+        return self.mask_head(pooled, classes)
 
     @staticmethod
     def _losses_of(
@@ -162,12 +165,12 @@ class StandardROIHeads(nn.Module):
         keep = [s.classes < self.num_classes for s in sampled]
         boxes = [s.boxes[k] for s, k in zip(sampled, keep, strict=True)]
         classes = torch.cat([s.classes[k] for s, k in zip(sampled, keep, strict=True)])
-        logits = self._mask_logits(features, boxes)
+        logits = self._mask_logits(features, boxes, classes)
         wanted = [
             crop_and_resize(t["masks"], s.gt_index[k], b, logits.shape[-1])
             for s, k, b, t in zip(sampled, keep, boxes, targets, strict=True)
         ]
-        return {"loss_mask": mask_loss(logits, classes, torch.cat(wanted))}
+        return {"loss_mask": mask_loss(logits, torch.cat(wanted))}
 
     def _detect(
         self,
@@ -183,8 +186,7 @@ class StandardROIHeads(nn.Module):
         self, features: dict[str, torch.Tensor], detections: list[dict[str, torch.Tensor]]
     ) -> list[dict[str, torch.Tensor]]:
         boxes = [d["boxes"] for d in detections]
-        logits = self._mask_logits(features, boxes)
-        probabilities = class_logits(logits, torch.cat([d["labels"] for d in detections])).sigmoid()
+        probabilities = self._mask_logits(features, boxes, torch.cat([d["labels"] for d in detections])).sigmoid()
         for detection, maps in zip(detections, probabilities.split([len(b) for b in boxes]), strict=True):
             detection["mask_probabilities"] = maps
         return detections

@@ -29,8 +29,8 @@ class BoxPooler(nn.Module):
 
 
 class NoMasks(nn.Module):
-    def forward(self, x):
-        return x.new_zeros(len(x), 2, 4, 4) + x.sum() * 0
+    def forward(self, x, classes):
+        return x.new_zeros(len(x), 4, 4) + x.sum() * 0
 
 
 def heads(steps=(0.0, 0.0, 0.0), thresholds=(0.5, 0.6, 0.7), **changes):

@@ -10,6 +10,7 @@ from torch import nn
 from mimdet.detection import (
     Box2BoxTransform,
     DefaultAnchorGenerator,
+    MaskRCNNConvUpsampleHead,
     Matcher,
     NaiveSyncBatchNorm,
     ROIPooler,
@@ -19,6 +20,7 @@ from mimdet.detection.assignment import clip_boxes, nonempty, scale_boxes, subsa
 from mimdet.detection.layers import get_norm
 from mimdet.detection.masks import crop_and_resize, paste_in_parts, paste_masks
 from mimdet.evaluation.results import encode_masks
+from mimdet.modeling import ShapeSpec
 
 
 def random_boxes(count, size=100.0):
@@ -332,3 +334,23 @@ def test_bad_input_is_named(model, change, message):
 def test_output_sizes_must_fit(model):
     with pytest.raises(ValueError, match="output_sizes"):
         model.eval()(pictures([TINY]), output_sizes=[(1, 1), (2, 2)])
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_the_mask_head_computes_each_rows_class_alone(rows):
+    torch.manual_seed(0)
+    head = MaskRCNNConvUpsampleHead(ShapeSpec(channels=6, height=4, width=4), num_classes=3, conv_dims=[8, 8])
+    x = torch.randn(rows, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+    classes = torch.tensor([2, 0, 2, 1, 0])[:rows]
+    logits = head.double()(x, classes)
+    maps = []
+    hook = head.deconv.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    head(x, classes)
+    hook.remove()
+    expected = head.predictor(F.relu(maps[0]))[torch.arange(rows), classes]
+    torch.testing.assert_close(logits, expected.float(), rtol=1e-6, atol=1e-7)
+    inputs = (x, *head.predictor.parameters())
+    weight = torch.randn(expected.shape)
+    ours, theirs = (torch.autograd.grad((y * weight).sum(), inputs) for y in (logits, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
