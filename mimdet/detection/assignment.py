@@ -1,4 +1,4 @@
-"""Boxes and their deltas, and which candidates answer for which ground-truth box."""
+"""Boxes, their deltas and their order, and which candidates answer for which ground-truth box."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torchvision.ops import box_iou
+from torch import nn
+from torchvision.ops import box_iou, nms
 
 from ..modeling.areas import ValidArea
 
@@ -33,7 +34,46 @@ def scale_boxes(boxes: torch.Tensor, old: tuple[int, int], new: tuple[int, int])
     return boxes * boxes.new_tensor([sx, sy, sx, sy])
 
 
-class Box2BoxTransform:
+def top_scores(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k highest scores of each row, best first, and their columns; of equal scores the earlier one first.
+
+    Args:
+        scores: (..., N) float32. NaN counts as the highest, -0 as 0.
+        k: at most; all N where there are fewer.
+
+    Returns:
+        (..., k) float32 and (..., k) int64. The order is total, so every device and every algorithm gives this answer.
+    """
+    bits = torch.where(scores.isnan(), torch.nan, scores + 0.0).view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers they rise with the floats
+    last = torch.arange(0xFFFFFFFF, 0xFFFFFFFF - scores.shape[-1], -1, device=scores.device)
+    index = 0xFFFFFFFF - (((ordered.long() << 32) | last).topk(min(k, scores.shape[-1]), dim=-1).values & 0xFFFFFFFF)
+    return scores.gather(-1, index), index
+
+
+def grouped_nms(boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """Non-maximum suppression in which boxes of different groups do not see each other.
+
+    Each group is a problem of its own: no offsets are added to boxes, whose rounding would change overlaps.
+
+    Args:
+        boxes: (N, 4) float32.
+        scores: (N,) float32.
+        groups: (N,) int64, such as levels or classes.
+        iou_threshold: a box goes if its overlap with a better one that stays is higher.
+
+    Returns:
+        (K,) int64 rows of the boxes that stay, best first; of equal scores the earlier one.
+    """
+    stays = torch.zeros_like(groups, dtype=torch.bool)
+    for group in groups.unique():
+        rows = (groups == group).nonzero().squeeze(1)
+        stays[rows[nms(boxes[rows], scores[rows], iou_threshold)]] = True
+    rows = stays.nonzero().squeeze(1)
+    return rows[scores[rows].sort(descending=True, stable=True).indices]
+
+
+class Box2BoxTransform(nn.Module):
     """R-CNN's box coding: shifts by the reference's size, log of the size ratio, each times a weight.
 
     Args:
@@ -42,7 +82,8 @@ class Box2BoxTransform:
     """
 
     def __init__(self, weights: Sequence[float], scale_clamp: float = SCALE_CLAMP):
-        self.weights = tuple(float(w) for w in weights)
+        super().__init__()
+        self.register_buffer("weights", torch.tensor([float(w) for w in weights]), persistent=False)
         self.scale_clamp = scale_clamp
 
     def get_deltas(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -51,14 +92,12 @@ class Box2BoxTransform:
         target_size = target[..., 2:] - target[..., :2]
         shift = (target[..., :2] + 0.5 * target_size) - (source[..., :2] + 0.5 * source_size)
         deltas = torch.cat([shift / source_size, torch.log(target_size / source_size)], dim=-1)
-        return deltas * deltas.new_tensor(self.weights)
+        return deltas * self.weights.to(deltas.dtype)
 
     def apply_deltas(self, deltas: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Boxes (..., K * 4) in float32 from deltas (..., K * 4) about boxes (..., 4)."""
         shape = deltas.shape
-        deltas = deltas.float().reshape(*shape[:-1], shape[-1] // 4, 4) / deltas.new_tensor(
-            self.weights, dtype=torch.float32
-        )
+        deltas = deltas.float().reshape(*shape[:-1], shape[-1] // 4, 4) / self.weights.float()
         boxes = boxes.float().unsqueeze(-2)
         size = boxes[..., 2:] - boxes[..., :2]
         centre = boxes[..., :2] + 0.5 * size + deltas[..., :2] * size
@@ -66,7 +105,7 @@ class Box2BoxTransform:
         return torch.cat([centre - half, centre + half], dim=-1).reshape(shape)
 
 
-class Matcher:
+class Matcher(nn.Module):
     """Labels each candidate by its best overlap.
 
     Args:
@@ -84,24 +123,24 @@ class Matcher:
             raise ValueError(f"matcher: thresholds {list(thresholds)} and labels {list(labels)} do not fit")
         if any(label not in (-1, 0, 1) for label in labels):
             raise ValueError(f"matcher: labels must be -1, 0 or 1, got {list(labels)}")
+        super().__init__()
         self.thresholds = list(thresholds)
-        self.labels = list(labels)
+        self.register_buffer("labels", torch.tensor(list(labels), dtype=torch.int8), persistent=False)
         self.allow_low_quality_matches = allow_low_quality_matches
 
-    def __call__(self, iou: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, iou: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(M, N) overlaps of M ground-truth boxes with N candidates.
 
         Returns:
             (N,) int64 index of the best ground-truth box (0 if there is none) and (N,) int8 label.
         """
         if iou.shape[0] == 0:
-            empty = iou.new_zeros(iou.shape[1], dtype=torch.int64)
-            return empty, torch.full_like(empty, self.labels[0], dtype=torch.int8)
+            return iou.new_zeros(iou.shape[1], dtype=torch.int64), self.labels[0].expand(iou.shape[1])
         best, index = iou.max(dim=0)
         band = torch.zeros_like(index)
         for threshold in self.thresholds:
             band += best >= threshold
-        labels = torch.tensor(self.labels, dtype=torch.int8, device=iou.device)[band]
+        labels = self.labels[band]
         if self.allow_low_quality_matches:
             best_of_each = iou.max(dim=1, keepdim=True).values
             labels = torch.where((iou == best_of_each).any(dim=0), labels.new_ones(()), labels)

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import batched_nms
 
 from ..modeling.shapes import ShapeSpec
-from .assignment import Box2BoxTransform, clip_boxes
+from .assignment import Box2BoxTransform, clip_boxes, grouped_nms
 from .layers import Conv2d, get_norm, msra_fill, normal_fill, xavier_fill
 
 
@@ -153,5 +152,5 @@ class FastRCNNOutputLayers(nn.Module):
         finite = boxes.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
         row, label = ((scores > self.test_score_thresh) & finite.unsqueeze(1)).nonzero(as_tuple=True)
         boxes, scores = clip_boxes(boxes[row, label.clamp(max=self.num_boxes - 1)], size), scores[row, label]
-        keep = batched_nms(boxes, scores, label, self.test_nms_thresh)[: self.test_topk_per_image]
+        keep = grouped_nms(boxes, scores, label, self.test_nms_thresh)[: self.test_topk_per_image]
         return {"boxes": boxes[keep], "scores": scores[keep], "labels": label[keep]}

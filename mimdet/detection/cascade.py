@@ -52,7 +52,7 @@ class CascadeROIHeads(StandardROIHeads):
             box_predictor=nn.ModuleList(box_predictors),
             **others,
         )
-        self.proposal_matchers = list(proposal_matchers)
+        self.proposal_matchers = nn.ModuleList(proposal_matchers)
 
     def _box_losses(
         self,

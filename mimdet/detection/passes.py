@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import box_iou
+
+from .assignment import grouped_nms
 
 
 class InferencePasses:
@@ -50,7 +52,7 @@ class InferencePasses:
     def _merge(self, found: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         every = {key: torch.cat([each[key] for each in found]) for key in found[0]}
         boxes, scores, labels = (every[key] for key in ("boxes", "scores", "labels"))
-        keep = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.topk]
+        keep = grouped_nms(boxes, scores, labels, self.nms_thresh)[: self.topk]
         same = (box_iou(boxes[keep], boxes) > self.nms_thresh) & (labels[keep, None] == labels)
         same[torch.arange(len(keep), device=keep.device), keep] = True  # an empty box overlaps with nothing
         weight = same * scores.clamp(min=torch.finfo(scores.dtype).tiny)

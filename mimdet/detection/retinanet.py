@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import batched_nms, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 from ..modeling.areas import ValidArea, levels_of
 from ..modeling.shapes import ShapeSpec
 from .anchors import DefaultAnchorGenerator
-from .assignment import Box2BoxTransform, Matcher, match_anchors, matched_truth, outside_images
+from .assignment import Box2BoxTransform, Matcher, grouped_nms, match_anchors, matched_truth, outside_images, top_scores
 from .detector import Detector
 from .layers import get_norm, normal_fill, normalise
 from .passes import InferencePasses
@@ -260,11 +260,11 @@ class RetinaNet(Detector):
         found = []
         for anchor, score, delta in zip(anchors, scores, deltas, strict=True):
             row, label = (score > self.test_score_thresh).nonzero(as_tuple=True)
-            best, order = score[row, label].topk(min(self.test_topk_candidates, len(row)))
+            best, order = top_scores(score[row, label], self.test_topk_candidates)
             row, label = row[order], label[order]
             boxes = self.box2box_transform.apply_deltas(delta[row], anchor[row])
             finite = boxes.isfinite().all(dim=1)
             found.append((boxes[finite], best[finite], label[finite]))
         boxes, best, label = (torch.cat(column) for column in zip(*found, strict=True))
-        keep = batched_nms(boxes, best, label, self.test_nms_thresh)[: self.max_detections_per_image]
+        keep = grouped_nms(boxes, best, label, self.test_nms_thresh)[: self.max_detections_per_image]
         return {"boxes": boxes[keep], "scores": best[keep], "labels": label[keep]}

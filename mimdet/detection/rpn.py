@@ -8,11 +8,19 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import batched_nms
 
 from ..modeling.areas import ValidArea, levels_of
 from ..modeling.noise import NoiseSource
-from .assignment import Box2BoxTransform, Matcher, clip_boxes, match_anchors, outside_images, subsample_labels
+from .assignment import (
+    Box2BoxTransform,
+    Matcher,
+    clip_boxes,
+    grouped_nms,
+    match_anchors,
+    outside_images,
+    subsample_labels,
+    top_scores,
+)
 from .layers import Conv2d, normal_fill
 
 
@@ -204,7 +212,7 @@ class RPN(nn.Module):
         pre, post = (pair[0 if self.training else 1] for pair in (self.pre_nms_topk, self.post_nms_topk))
         boxes, scores, levels = [], [], []
         for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
-            score, index = logit.float().topk(min(pre, logit.shape[1]), dim=1)
+            score, index = top_scores(logit.float(), pre)
             delta = delta.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
             boxes.append(self.box2box_transform.apply_deltas(delta, anchor[index]))
             scores.append(score)
@@ -228,5 +236,5 @@ class RPN(nn.Module):
         sides = boxes[:, 2:] - boxes[:, :2]
         keep = finite & (sides > self.min_box_size).all(dim=1)
         boxes, scores, levels = boxes[keep], scores[keep], levels[keep]
-        order = batched_nms(boxes, scores, levels, self.nms_thresh)[:count]
+        order = grouped_nms(boxes, scores, levels, self.nms_thresh)[:count]
         return Proposals(boxes[order], scores[order])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from support.small import pictures, small_model, target
 from torch import nn
 
@@ -16,7 +17,7 @@ from mimdet.detection import (
     ROIPooler,
     StandardRPNHead,
 )
-from mimdet.detection.assignment import clip_boxes, nonempty, scale_boxes, subsample_labels
+from mimdet.detection.assignment import clip_boxes, grouped_nms, nonempty, scale_boxes, subsample_labels, top_scores
 from mimdet.detection.layers import get_norm
 from mimdet.detection.masks import crop_and_resize, paste_in_parts, paste_masks
 from mimdet.evaluation.results import encode_masks
@@ -354,3 +355,39 @@ def test_the_mask_head_computes_each_rows_class_alone(rows):
     ours, theirs = (torch.autograd.grad((y * weight).sum(), inputs) for y in (logits, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_top_scores_have_one_order():
+    """Of equal scores the earlier one comes first, -0 is 0, and NaN comes before all."""
+    nan, inf = float("nan"), float("inf")
+    scores = torch.tensor([[0.0, -inf, 1.0, -0.0, nan, -1e-45, inf, 1.0, -2.0]])
+    values, index = top_scores(scores, 8)
+    assert index.tolist() == [[4, 6, 2, 7, 0, 3, 5, 8]]
+    torch.testing.assert_close(values, scores.gather(1, index), equal_nan=True, rtol=0, atol=0)
+    coarse = torch.randint(-3, 4, (2, 5000)) / 7  # thousands of ties
+    values, index = top_scores(coarse, 2000)
+    expected = coarse.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(index, expected.indices[:, :2000])
+    assert torch.equal(values, expected.values[:, :2000])
+    assert top_scores(torch.zeros(2, 0), 5)[1].shape == (2, 0)
+
+
+def test_nms_keeps_groups_apart_without_moving_boxes():
+    """An overlap of exactly the threshold stays; coordinates moved by an offset would round it away."""
+    boxes = torch.tensor([[0.1, 0.1, 1.3, 1.3], [0.1, 0.1, 1.3, 0.7], [0.1, 0.1, 1.3, 1.3], [0.1, 0.1, 1.3, 1.2]])
+    threshold = float(torchvision.ops.box_iou(boxes[:1], boxes[1:2]))
+    scores = torch.tensor([0.9, 0.8, 0.9, 0.5])
+    groups = torch.tensor([79, 79, 3, 3])
+    assert grouped_nms(boxes, scores, groups, threshold).tolist() == [0, 2, 1]
+    torch.manual_seed(0)
+    boxes, groups = random_boxes(300), torch.randint(0, 4, (300,))
+    scores = torch.randint(0, 20, (300,)) / 20
+    expected = []
+    for group in range(4):
+        rows = (groups == group).nonzero().squeeze(1)
+        expected.append(rows[torchvision.ops.nms(boxes[rows], scores[rows], 0.3)])
+    keep = grouped_nms(boxes, scores, groups, 0.3)
+    assert keep.sort().values.tolist() == torch.cat(expected).sort().values.tolist()
+    order = [(-float(scores[i]), int(i)) for i in keep]
+    assert order == sorted(order)
+    assert grouped_nms(boxes[:0], scores[:0], groups[:0], 0.3).shape == (0,)
