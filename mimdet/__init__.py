@@ -1,4 +1,4 @@
-"""MIMDet: fine-tune a masked-image-modelling pre-trained ViT into an object detector (arXiv 2204.02964)."""
+"""MIMDet: fine-tune a masked-image-modeling pre-trained ViT into an object detector (arXiv 2204.02964)."""
 
 from importlib import import_module as _import_module
 

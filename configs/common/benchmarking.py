@@ -15,7 +15,7 @@ from .mask_rcnn import model
 from .schedule import train
 
 _SIDE = "${model.backbone.bottom_up.img_size}"
-_ITERATIONS = 184_375  # 100 epochs of 118,000 pictures at batch 64
+_ITERATIONS = 184_375  # 100 epochs of 118,000 images at batch 64
 
 model.backbone.bottom_up = L(BenchmarkingViTDet)(
     window_size=16,

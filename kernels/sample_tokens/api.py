@@ -121,7 +121,7 @@ def sample_packed_tokens(
     # One transfer takes all the numbers to the device.
     starts = [list(accumulate(counts, initial=0)) for counts in (keep, mask)]
     sides = [[*side, 0] for side in zip(*sizes, strict=True)] or [[0], [0]]
-    numbers = upload([*starts, *sides], noise.device)
+    numbers = to_device([*starts, *sides], noise.device)
     offsets, valid = numbers[:2], _inside(numbers[2:, :-1], grid)
     impl = resolve(ops.NAME, impl, noise.device, (noise.dtype,))
     totals = sum(keep), sum(mask)
@@ -141,10 +141,10 @@ def valid_tokens(sizes: Sequence[tuple[int, int]], grid: tuple[int, int], device
     """
     _check_sizes(sizes, grid)
     sides = [list(side) for side in zip(*sizes, strict=True)] or [[], []]
-    return _inside(upload(sides, torch.device(device)), grid)
+    return _inside(to_device(sides, torch.device(device)), grid)
 
 
-def upload(numbers: Sequence, device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+def to_device(numbers: Sequence, device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     """Nested lists, or an array, as a tensor, without waiting for the GPU."""
     pinned = device.type == "cuda"  # else the copy would wait for all that the GPU has to do
     return torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=pinned).to(device, non_blocking=pinned)

@@ -18,7 +18,7 @@ from . import check_data, convert, demo, info, predict, train
 app = typer.Typer(
     name="mimdet",
     help="Fine-tune a MAE pre-trained ViT into an object detector (MIMDet, arXiv 2204.02964).\n\n"
-    "New here? `mimdet demo` trains and tests a small detector on generated pictures in a few minutes.",
+    "New here? `mimdet demo` trains and tests a small detector on generated images in a few minutes.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

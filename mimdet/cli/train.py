@@ -22,9 +22,9 @@ NumGpus = Annotated[
     int | None, typer.Option(min=1, help="Processes on this machine; over 1 they are started by torchrun.")
 ]
 TrainJson = Annotated[Path | None, typer.Option(help="COCO annotations to train on, instead of the config's.")]
-TrainImages = Annotated[Path | None, typer.Option(help="Folder of the training pictures.")]
+TrainImages = Annotated[Path | None, typer.Option(help="Folder of the training images.")]
 ValJson = Annotated[Path | None, typer.Option(help="COCO annotations to evaluate on, instead of the config's.")]
-ValImages = Annotated[Path | None, typer.Option(help="Folder of the evaluation pictures.")]
+ValImages = Annotated[Path | None, typer.Option(help="Folder of the evaluation images.")]
 
 
 def train(

@@ -83,7 +83,7 @@ class CocoDataset(Dataset):
     def coco(self) -> COCO:
         """pycocotools object of the whole file, crowds included, `iscrowd` and `area` filled in."""
         content = read_annotations(self.json_file, self.use_masks)
-        # The evaluator cannot rasterise an absent mask; these were reported when the dataset was made.
+        # The evaluator cannot rasterize an absent mask; these were reported when the dataset was made.
         content["annotations"] = [a for a in content["annotations"] if a.get("segmentation") or not self.use_masks]
         for annotation in content["annotations"]:
             annotation["iscrowd"] = int(is_ignored(annotation))

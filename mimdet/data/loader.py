@@ -41,7 +41,7 @@ def build_detection_train_loader(
 
     The batches depend on the seed, the number of processes and `total_batch_size`, not on `num_workers`; the
     global random state is neither read nor changed. Every `iter()` starts at `start_batch`. Rank and world
-    size come from torch.distributed where it is initialised.
+    size come from torch.distributed where it is initialized.
 
     Args:
         dataset: a CocoDataset, or any dataset of its records that has `sizes`.
@@ -77,7 +77,7 @@ def build_detection_test_loader(
 ) -> DataLoader:
     """Loader that gives every image once, in order, each a sample in a list of up to `batch_size`.
 
-    Where torch.distributed is initialised, every rank gets a contiguous share of the batches. They are the same for
+    Where torch.distributed is initialized, every rank gets a contiguous share of the batches. They are the same for
     any number of processes, and so is what a detector finds whose result depends on what an image is batched with.
     """
     rank, world_size = _rank_and_world_size()

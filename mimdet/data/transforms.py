@@ -141,7 +141,7 @@ class FixedSizeCrop:
 
     Args:
         crop_size: height and width in pixels.
-        pad: pad smaller images, on the right and at the bottom, in grey `pad_value`; otherwise leave them.
+        pad: pad smaller images, on the right and at the bottom, in gray `pad_value`; otherwise leave them.
     """
 
     def __init__(self, crop_size: Sequence[int], pad: bool = True, pad_value: float = 128.0):
@@ -234,7 +234,7 @@ def crop_polygon(polygon: np.ndarray, x: int, y: int, width: int, height: int) -
     if (lowest >= (x + width, y + height)).any() or (highest <= (x, y)).any():
         return []
     shape = shapely.Polygon(points)
-    # Self-crossing outlines are read by the even-odd rule, as the COCO rasteriser does.
+    # Self-crossing outlines are read by the even-odd rule, as the COCO rasterizer does.
     shape = shape.buffer(0) if shape.is_valid else shapely.make_valid(shape)
     window = shapely.box(x, y, x + width, y + height)
     return [part - np.tile((x, y), part.size // 2) for part in flat_polygons(shape.intersection(window))]

@@ -19,7 +19,7 @@ class ChannelsLast:
         self.to(memory_format=torch.channels_last)
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
-        """Normalised and padded images."""
+        """Normalized and padded images."""
         images = super().preprocess_image(batched_inputs)
         images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
         return images

@@ -56,7 +56,7 @@ def get_fpn_model_parameters(
         group = groups.setdefault((part, decay), {"params": [], "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
     if not groups:
-        raise ValueError("the model has no trainable parameter: nothing to optimise")
+        raise ValueError("the model has no trainable parameter: nothing to optimize")
     return list(groups.values())
 
 
@@ -98,7 +98,7 @@ def get_default_optimizer_params(
     if unknown := sorted(set(overrides) - named):
         raise ValueError(f"optimizer.params.overrides: no parameter is called {', '.join(unknown)}")
     if not groups:
-        raise ValueError("the model has no trainable parameter: nothing to optimise")
+        raise ValueError("the model has no trainable parameter: nothing to optimize")
     return list(groups.values())
 
 

@@ -94,7 +94,7 @@ def read_metrics(metrics_jsonl: str | Path) -> tuple[list[dict[str, Any]], list[
 
 
 def running_median(values: Sequence[float], width: int) -> np.ndarray:
-    """Median of each value and its neighbours, ``width`` in all, fewer at the ends; NaN stays out of it."""
+    """Median of each value and its neighbors, ``width`` in all, fewer at the ends; NaN stays out of it."""
     half = width // 2
     padded = np.pad(np.asarray(values, dtype=float), half, constant_values=np.nan)
     with warnings.catch_warnings():

@@ -26,7 +26,7 @@ _BAND_PIXELS = 2**22
 
 
 def class_color(label: int) -> Color:
-    """RGB color of a class, always the same; the colors of neighbouring labels lie far apart."""
+    """RGB color of a class, always the same; the colors of neighboring labels lie far apart."""
     hue = (0.58 + label * _GOLDEN) % 1
     lightness, saturation = ((0.58, 0.80), (0.46, 0.62), (0.70, 0.72))[label % 3]
     return tuple(round(255 * channel) for channel in colorsys.hls_to_rgb(hue, lightness, saturation))
@@ -175,7 +175,7 @@ def _draw_masks(image: Image.Image, owners: np.ndarray, colors: list[Color], alp
         inside = band > 0
         pixels = np.array(image.crop((0, top, width, bottom)))
         pixels[inside] = (1 - alpha) * pixels[inside] + alpha * palette[band[inside]]
-        # An outline is where another number is within the radius; neighbouring bands count, the image's edge does not.
+        # An outline is where another number is within the radius; neighboring bands count, the image's edge does not.
         above, below = min(radius, top), min(radius, height - bottom)
         near = torch.from_numpy(owners[top - above : bottom + below].astype(np.float32))[None]
         near = torch.nn.functional.pad(near, (radius, radius, radius - above, radius - below), mode="replicate")

@@ -14,7 +14,7 @@ from mimdet.config import instantiate, load
 from mimdet.data.synthetic import generate_shapes
 from mimdet.detection import FPN, LastLevelP6P7, Matcher, NaiveSyncBatchNorm, ROIPooler
 from mimdet.detection.assignment import match_anchors, outside_images
-from mimdet.detection.layers import get_norm, normalise
+from mimdet.detection.layers import get_norm, normalize
 from mimdet.engine.evaluate import Evaluation
 from mimdet.modeling.areas import PackedFeatures, ValidArea, ValidAreas
 
@@ -191,7 +191,7 @@ def test_norms_see_the_valid_area_alone(norm, garbage):
     layer = get_norm(norm, 64).train()
     nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
     x = (torch.randn(3, 64, *area.grid) + 5).masked_fill(area.padding, garbage).requires_grad_()
-    got = area.zero_padding(normalise(layer, x, area))
+    got = area.zero_padding(normalize(layer, x, area))
     weight = torch.randn(got.shape)
     (got * weight).sum().backward()
     cells = [area.crop(x.detach(), i) for i in range(3)]
@@ -225,7 +225,7 @@ def _batch_norm(rank):
     rows, columns = AREAS.at(4).grid if rank == 0 else (8, 1)
     x = x[own, :, :rows, :columns].clone().requires_grad_()
     norm = NaiveSyncBatchNorm(3)
-    out = normalise(norm, x, ValidArea(AREAS.at(4).sizes[own], (rows, columns), x.device))
+    out = normalize(norm, x, ValidArea(AREAS.at(4).sizes[own], (rows, columns), x.device))
     (out * weight[own, :, :rows, :columns]).sum().backward()
     return {"out": out.detach(), "grad": x.grad, "mean": norm.running_mean}
 
@@ -309,7 +309,7 @@ def test_statistics_of_two_processes_are_those_of_one(processes):
     parts = processes[1][2]
     x, weight = _maps()
     norm, area = NaiveSyncBatchNorm(3), AREAS.at(4)
-    out = normalise(norm, x.requires_grad_(), area)
+    out = normalize(norm, x.requires_grad_(), area)
     (out * weight).sum().backward()
     for name, want in (("out", out.detach()), ("grad", x.grad)):
         for part, own, (rows, columns) in zip(parts, ((0, 1), (2,)), (area.grid, (8, 1)), strict=True):

@@ -12,6 +12,8 @@ FOLDERS = ("mimdet", "kernels", "csrc", "bench", "configs", "tests", "docs", ".g
 SUFFIXES = {".py", ".md", ".toml", ".yml", ".sh", ".txt", ".h", ".cpp", ".cu", ".cuh", ".css"}
 SKIPPED = ("bench/results/", "tests/recordings/", "tests/docs/test_words.py")
 
+STEMS = ("normal", "initial", "serial", "optim", "raster", "vector", "general", "summar", "recogn", "parallel", "quant")
+
 # Regex of a word -> the word to use. Case is ignored; an underscore ends a word, so that parts of names count too.
 WORDS = {
     r"pictures?": "image",
@@ -35,7 +37,7 @@ WORDS = {
     r"(?<![\"'`=])lean(?![\"'`])": "selective recomputation",
     # American spelling, as PyTorch has it.
     r"centred|centres?|centring": "centered, center",
-    r"(normal|initial|serial|optim|raster|vector|auto-vector|general|summar|recogn|parallel|quant)is(e|ed|es|er|ers|ing|ation)": "-ize",
+    rf"({'|'.join(STEMS)})is(e|ed|es|er|ers|ing|ation)": "-ize, -ization",
     r"colou?red|colours?": "color",
     r"neighbour(s|ing|hood)?": "neighbor",
     r"behaviours?": "behavior",
