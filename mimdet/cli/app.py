@@ -1,4 +1,4 @@
-"""All subcommands together, and what a user sees when one fails."""
+"""The subcommands, and how their errors are shown."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ app.add_typer(bench, name="bench")
 def main() -> None:
     """Run the command line; an error becomes one message and exit status 1.
 
-    Nobody has to read the output: a pipe whose reader is gone, or a closed stdout, is no error.
+    A closed stdout, or a pipe whose reader is gone, is no error.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -78,7 +78,7 @@ def _run() -> None:
     except Exception as error:
         if os.environ.get("MIMDET_DEBUG"):
             raise
-        # KeyError's own text is the repr of its message.
+        # str(KeyError) is the repr of its message.
         message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         who = f"[rank {os.environ.get('RANK')}] " if several else ""
