@@ -17,11 +17,11 @@ from .transforms import flat_polygons
 CLASSES = ("circle", "square", "triangle", "star")
 INSTANCES = (3, 9)  # fewest and most shapes tried in an image
 SMALLEST = 13  # diameter in pixels of the circle around a shape
-LARGEST = 0.6  # the same, as a share of the image's shorter side
-NEIGHBORS = 0.35  # chance of a shape to be put against another one
-MIN_VISIBLE = 0.25  # shapes hidden further are not drawn
-HUE_SPREAD = 0.15  # a shape's hue lies within this of its class's; the classes' ranges overlap
-SPECK = 2.0  # visible parts of less area in pixels are left out of the masks
+LARGEST = 0.6  # the same, as a fraction of the image's shorter side
+NEIGHBORS = 0.35  # probability that a shape is placed next to another one
+MIN_VISIBLE = 0.25  # shapes with a smaller visible fraction are not drawn
+HUE_SPREAD = 0.15  # largest distance of a shape's hue from its class's; the classes' ranges overlap
+SPECK = 2.0  # pixels; visible parts of less area are left out of the masks
 SUPERSAMPLING = 4
 FORMAT_VERSION = 1
 _MARKER = "shapes.json"
@@ -34,17 +34,17 @@ def generate_shapes(
     image_size: tuple[int, int] = (128, 192),
     seed: int = 0,
 ) -> Path:
-    """Writes a dataset in COCO format to `root` and returns the path.
+    """Write a dataset in COCO format to `root` and return the path.
 
     The layout is annotations/instances_{train,val}.json with JPEG images in train/ and val/. Every image is a
-    function of (seed, split, its number). Nothing is done when `root` already holds the same set; an interrupted
-    call leaves `root` as it was.
+    function of (seed, split, number). A dataset with the same parameters is left as it is. An interrupted call does
+    not change `root`.
 
     Args:
         num_train, num_val: number of images.
-        image_size: shortest and longest side in pixels, inclusive, between which both sides are drawn.
+        image_size: bounds in pixels, inclusive, of both sides, which are random.
 
-    Raises DataError when `root` holds anything else.
+    Raises DataError when `root` has other content.
     """
     root = Path(root)
     parameters = {
@@ -69,7 +69,7 @@ def generate_shapes(
         try:
             scratch.replace(root)
         except OSError:
-            # Another process may have finished the same set in the meantime.
+            # rename() fails where another process has finished the same dataset.
             if not _holds(root, parameters):
                 raise
     finally:
@@ -78,20 +78,20 @@ def generate_shapes(
 
 
 def _holds(root: Path, parameters: dict) -> bool:
-    """Whether `root` is a complete set of these parameters; raises DataError if it is something else."""
+    """Whether `root` is a complete dataset with these parameters; raises DataError for other content."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     marker = root / _MARKER
     if not marker.is_file():
         raise DataError(f"{root} exists and is not a synthetic dataset; choose another folder")
-    found = json.loads(marker.read_text())
-    if found != parameters:
-        raise DataError(f"{root} holds a dataset made with {found}, not {parameters}; delete it or choose another")
+    present = json.loads(marker.read_text())
+    if present != parameters:
+        raise DataError(f"{root} holds a dataset made with {present}, not {parameters}; delete it or choose another")
     return True
 
 
 def _write_split(folder: Path, count: int, image_size: tuple[int, int], seed: tuple[int, ...]) -> dict:
-    """Draws the images of one split and returns the content of its annotation file."""
+    """Draw the images of one split and return the content of its annotation file."""
     images, annotations = [], []
     for number in range(count):
         rng = np.random.default_rng((*seed, number))
@@ -156,7 +156,7 @@ def _scene(rng: np.random.Generator, height: int, width: int) -> list[tuple[int,
 
 
 def _draw(canvas: np.ndarray, scene: list, rng: np.random.Generator) -> None:
-    """Paints the shapes on a canvas (height, width, 3) of values in [0, 1], the last one first."""
+    """Paint the shapes on a canvas (height, width, 3) of values in [0, 1], the last one first."""
     for label, shape, _ in reversed(scene):
         height, width = canvas.shape[:2]
         margin = 6
@@ -178,7 +178,7 @@ def _draw(canvas: np.ndarray, scene: list, rng: np.random.Generator) -> None:
 
 
 def _coverage(shape: shapely.Geometry, patch_shape: tuple[int, ...], blur: float = 0.0) -> np.ndarray:
-    """Share (h, w, 1) of every pixel that lies in the shape."""
+    """Fraction (h, w, 1) of every pixel inside the shape."""
     height, width = patch_shape[:2]
     mask = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     draw = ImageDraw.Draw(mask)
@@ -197,7 +197,7 @@ def _hsv(hue, saturation, value) -> np.ndarray:
 
 
 def _contrasting(rng: np.random.Generator, background: np.ndarray, hue: float) -> np.ndarray:
-    """The one of a few bright colors around a hue that stands out most."""
+    """Of a few bright colors around a hue, the one with the most contrast."""
     hues = hue + HUE_SPREAD * rng.uniform(-1, 1, size=3)
     colors = [_hsv(h, rng.uniform(0.55, 0.95), rng.uniform(0.75, 1.0)) for h in hues]
     return max(colors, key=lambda color: np.abs(color - background).sum())
