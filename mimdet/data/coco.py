@@ -192,7 +192,7 @@ def _locate(names, json_file, image_root) -> tuple[str, str, str]:
 
 
 def read_image(record: dict) -> Image.Image:
-    """The record's image in RGB, turned as its EXIF orientation says.
+    """The record's image in RGB, with its EXIF orientation applied.
 
     Raises DataError when the file is missing, cannot be decoded, has more than 8 bits a channel, or differs
     from the record's height and width.

@@ -17,7 +17,7 @@ class InferencePasses:
     Gidaris and Komodakis, 2015).
 
     Args:
-        passes: number of evaluations, called passes.
+        passes: number of evaluations.
         ratio: keep ratio of each pass, in (0, 1]; None is the backbone's.
         nms_thresh: overlap above which the worse of two detections of one class is dropped.
         topk: detections kept of each image.

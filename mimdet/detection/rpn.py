@@ -173,7 +173,8 @@ class RPN(nn.Module):
         gt_boxes: Sequence[torch.Tensor],
         outside: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Binary cross entropy of sampled anchors and L1 of foreground ones, divided by their number."""
+        """Binary cross entropy of sampled anchors and box loss of foreground ones, both divided by
+        ``batch_size_per_image`` times the number of images."""
         labels, targets = self.label_anchors(anchors, gt_boxes, outside)
         noise = self.noise.draw(labels.shape, labels.device)
         index, used = subsample_labels(labels, self.batch_size_per_image, self.positive_fraction, noise)
