@@ -34,7 +34,7 @@ struct Maps {
   }
 };
 
-// V neighbours of an array of floats that is aligned to 16 bytes.
+// V consecutive elements of an array of floats that is aligned to 16 bytes.
 template <int V>
 __device__ __forceinline__ void load_floats(const float* p, float (&x)[V]) {
   if constexpr (V == 1) {

@@ -36,7 +36,7 @@ struct alignas(sizeof(T) * V) Pack {
   T at[V];
 };
 
-// V neighbours at p, in one access.
+// V consecutive elements at p, in one access.
 template <int V, class T>
 __device__ __forceinline__ void load(const T* p, float (&x)[V]) {
   const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(p);

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..kernels.sample_tokens.api import upload
+from ..kernels.tensors import to_device
 from .sampling import cell_sizes
 
 
@@ -31,7 +31,7 @@ class ValidArea:
     @cached_property
     def cells(self) -> torch.Tensor:
         """(B, 2) int32, ``sizes``."""
-        return upload(self.sizes, self.device)
+        return to_device(self.sizes, self.device)
 
     @cached_property
     def padding(self) -> torch.Tensor:
@@ -48,7 +48,7 @@ class ValidArea:
             (np.arange(rows)[:, None] * width + np.arange(columns) + i * height * width).ravel()
             for i, (rows, columns) in enumerate(self.sizes)
         ]
-        return upload(np.concatenate(images), self.device, torch.int64)
+        return to_device(np.concatenate(images), self.device, torch.int64)
 
     def zero_padding(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (B, C, H, W), zero where there is no image."""

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ..kernels.sample_tokens.api import upload
+from ..kernels.tensors import to_device
 from .sampling import TokenSplit
 from .sequences import Sequences
 
@@ -57,15 +57,15 @@ def split_windows(
     groups = 1 if packed else batch
 
     def indices(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-        return upload(np.concatenate(arrays), device, torch.int64)
+        return to_device(np.concatenate(arrays), device, torch.int64)
 
-    cu_seqlens = upload(starts, device)
+    cu_seqlens = to_device(starts, device)
     keep, restore = (indices(part).view(groups, -1) for part in (keep, restore))
     none = keep.new_empty((groups, 0))
     if not packed:
         encoder = Sequences((batch, canvas), cu_seqlens, int(longest), pictures=batch)
         return TokenSplit(keep, none, restore, encoder, Sequences.equal(batch, canvas, device))
     counts = [rows * columns for rows, columns in own]
-    whole = Sequences.packed(upload(np.cumsum([0, *counts]), device), begin, max(counts))
+    whole = Sequences.packed(to_device(np.cumsum([0, *counts]), device), begin, max(counts))
     encoder = Sequences((begin, 1), cu_seqlens, int(longest), whole.owner, batch)
     return TokenSplit(keep, none, restore, encoder, whole, indices(valid), own)
