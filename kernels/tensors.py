@@ -36,6 +36,11 @@ def valid_mask(
     return rows[:, :, None] & columns[:, None, :]
 
 
+def zero_padding(x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Maps (B, C, H, W), zero outside of the top left (rows, columns) of each; sizes: (B, 2)."""
+    return x.masked_fill(~valid_mask(sizes, x.shape[2:])[:, None], 0)
+
+
 def check_sizes(op: str, sizes: Sequence[tuple[int, int]], grid: tuple[int, int]) -> None:
     """Raise ValueError unless every (rows, columns) is within ``grid``."""
     for b, (rows, columns) in enumerate(sizes):

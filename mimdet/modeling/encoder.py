@@ -12,8 +12,7 @@ from torch import nn
 
 from ..checkpoint.mae import load_mae
 from ..kernels import gather_add_pos
-from ..kernels.image_norm import valid
-from ..kernels.tensors import to_device
+from ..kernels.tensors import to_device, zero_padding
 from ..pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from .conv_stem import ConvStem
 from .convnext_stem import ConvNeXtStem
@@ -173,7 +172,7 @@ class MIMDetEncoder(nn.Module):
 def _alone(images: ImageList) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures with zeros around them, and (4, B, 2) int32 their rows and columns at strides 2, 4, 8 and 16."""
     sizes = to_device([cell_sizes(images.image_sizes, 2**i) for i in range(5)], images.tensor.device)
-    return images.tensor.masked_fill(~valid(images.tensor, sizes[0]), 0.0), sizes[1:]
+    return zero_padding(images.tensor, sizes[0]), sizes[1:]
 
 
 def _make_stem(

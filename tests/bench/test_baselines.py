@@ -5,7 +5,7 @@ import torch
 from tiny_model import BOTTOM_UP, CONFIG, OVERRIDES
 
 from mimdet.bench.baselines import IMPLEMENTATIONS, OriginalBackbone, bottom_up, variant
-from mimdet.bench.measure import saved_bytes
+from mimdet.bench.measure import activation_bytes
 from mimdet.bench.workload import build_detector, random_batch
 from mimdet.modeling import ImageList
 from mimdet.testing import fixed_noise
@@ -99,7 +99,7 @@ def test_checkpointing_saves_memory(detector):
     sizes = {}
     for checkpointing in (False, True):
         baseline = OriginalBackbone(bottom_up(detector), fused_attention=False, checkpointing=checkpointing).train()
-        sizes[checkpointing] = saved_bytes(lambda baseline=baseline: baseline(batch), baseline.parameters())
+        sizes[checkpointing] = activation_bytes(lambda baseline=baseline: baseline(batch), baseline.parameters())
     assert 0 < sizes[True] < 0.5 * sizes[False]
 
 

@@ -16,11 +16,11 @@ from mimdet.bench.row import Results
 
 
 def options(tmp_path, **changes):
-    given = {
+    values = {
         "device": "cpu", "output": tmp_path / "figures.json", "size": (64, 64), "rounds": 3, "default": (0.5, 2),
         "config": CONFIG, "overrides": OVERRIDES, "modes": ("train",), "implementations": ("ours", "original"),
     }  # fmt: skip
-    return Options(**given | changes)
+    return Options(**values | changes)
 
 
 def test_table1_by_command(bench, tmp_path, capsys):

@@ -91,11 +91,11 @@ def test_a_budget_ends_a_part_and_its_children(python, tmp_path):
     start = time.monotonic()
     assert not run_gpu([slow, python("next", "print('figures')")], tmp_path / "results")
     assert time.monotonic() - start < 50
-    found = contents(tmp_path / "results")
-    child, kept = found["slow.txt"].split()
+    files = contents(tmp_path / "results")
+    child, kept = files["slow.txt"].split()
     assert kept == "kept"
-    assert found["slow.error.txt"].startswith("stopped after its budget of 3 s")
-    assert found["next.txt"] == "figures\n"
+    assert files["slow.error.txt"].startswith("stopped after its budget of 3 s")
+    assert files["next.txt"] == "figures\n"
     assert ends(int(child))
 
 
@@ -122,8 +122,8 @@ def test_interruption_keeps_what_is_done(python, tmp_path, sent):
     finally:
         signal.signal(signal.SIGINT, before[0])
     assert signal.getsignal(signal.SIGTERM) is before[1]
-    found = contents(folder)
-    assert found == {"a.txt": "figures\n", "b.txt": "rounds\nkept\n", "b.error.txt": "interrupted\n"}
+    files = contents(folder)
+    assert files == {"a.txt": "figures\n", "b.txt": "rounds\nkept\n", "b.error.txt": "interrupted\n"}
     assert [part.done(folder) for part in parts] == [True, False, False]
 
 

@@ -72,9 +72,9 @@ def test_each_load_is_fresh(tree):
     ],
 )
 def test_override(tree, override, key, value):
-    got = OmegaConf.select(load(tree, [override]), key)
-    assert got == value
-    assert type(got) is type(value) or isinstance(value, list)
+    actual = OmegaConf.select(load(tree, [override]), key)
+    assert actual == value
+    assert type(actual) is type(value) or isinstance(value, list)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_every_shipped_config_builds_and_survives_yaml(path, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "target"),
     [
         ("torch.optim.adamw.AdamW", torch.optim.AdamW),
         ("torch.nn.LayerNorm", nn.LayerNorm),
@@ -158,8 +158,8 @@ def test_every_shipped_config_builds_and_survives_yaml(path, tmp_path):
         ("pathlib.Path.home", Path.home),
     ],
 )
-def test_targets_are_found_by_module_and_attributes(name, found):
-    assert resolve_target(name) == found
+def test_targets_are_resolved_by_module_and_attributes(name, target):
+    assert resolve_target(name) == target
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ BAD = [
 
 def content():
     def instance(number, **changes):
-        given = {"image_id": 7, "category_id": 9, "bbox": [10, 10, 20.5, 15], "segmentation": [list(TRIANGLE)]}
-        return {"id": number, **given, "iscrowd": 0, "area": 150.0, **changes}
+        fields = {"image_id": 7, "category_id": 9, "bbox": [10, 10, 20.5, 15], "segmentation": [list(TRIANGLE)]}
+        return {"id": number, **fields, "iscrowd": 0, "area": 150.0, **changes}
 
     crowd = {"size": [40, 60], "counts": [0, 5, 2395]}
     return {

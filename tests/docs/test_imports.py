@@ -20,9 +20,9 @@ def allowed():
 def packages():
     """Package or module of mimdet -> its files."""
     folder = ROOT / "mimdet"
-    found = {path.name: sorted(path.rglob("*.py")) for path in folder.iterdir() if any(path.glob("*.py"))}
-    found |= {name: sorted((ROOT / name).rglob("*.py")) for name in LINKED}
-    return found | {p.stem: [p] for p in folder.glob("*.py") if not p.stem.startswith("__")}
+    files = {path.name: sorted(path.rglob("*.py")) for path in folder.iterdir() if any(path.glob("*.py"))}
+    files |= {name: sorted((ROOT / name).rglob("*.py")) for name in LINKED}
+    return files | {p.stem: [p] for p in folder.glob("*.py") if not p.stem.startswith("__")}
 
 
 def imports(package, file):

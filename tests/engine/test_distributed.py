@@ -124,7 +124,7 @@ def lines(folder, name):
 def test_ranks_share_the_batch_and_end_with_equal_parameters(ranks):
     _, a, b = ranks
     assert [images for images, *_ in a["seen"] + b["seen"]] == [2] * 12
-    assert {picture for *_, picture in a["seen"]}.isdisjoint(picture for *_, picture in b["seen"])
+    assert {image for *_, image in a["seen"]}.isdisjoint(image for *_, image in b["seen"])
     assert a["parameters"] == b["parameters"]
 
 

@@ -157,8 +157,8 @@ def test_a_fresh_run_keeps_the_earlier_file_aside(tmp_path):
         writer = MetricsWriter(tmp_path)
         writer.write(0, {"x": value})
         writer.close()
-    found = {path.name: read(path)[0]["x"] for path in tmp_path.glob("metrics*.jsonl")}
-    assert found == {"metrics.1.jsonl": 1, "metrics.2.jsonl": 2, "metrics.jsonl": 3}
+    values = {path.name: read(path)[0]["x"] for path in tmp_path.glob("metrics*.jsonl")}
+    assert values == {"metrics.1.jsonl": 1, "metrics.2.jsonl": 2, "metrics.jsonl": 3}
 
 
 def test_plain_lines_come_every_period_and_first_and_last(tmp_path, capsys):

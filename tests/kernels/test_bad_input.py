@@ -14,8 +14,8 @@ IDS = [f"{op}-{name}" for op, name in ARGUMENTS]
 
 
 def call(op, **changes):
-    made = case(op)
-    return public(op)(**{**made.inputs, **made.others, **changes}, impl="eager")
+    example = case(op)
+    return public(op)(**{**example.inputs, **example.others, **changes}, impl="eager")
 
 
 @pytest.mark.parametrize(("op", "name"), ARGUMENTS, ids=IDS)

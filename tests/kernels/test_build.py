@@ -41,7 +41,7 @@ def most_at_once(log):
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_max_jobs_is_honoured(compiler, monkeypatch, tmp_path, jobs):
+def test_max_jobs_is_honored(compiler, monkeypatch, tmp_path, jobs):
     monkeypatch.setenv("MAX_JOBS", str(jobs))
     build.compile_cpu(tmp_path / "objects")
     assert most_at_once(compiler) <= jobs

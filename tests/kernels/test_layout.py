@@ -75,6 +75,6 @@ def test_the_documented_table_is_the_dispatchers():
 def test_every_environment_variable_is_documented():
     text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     sources = [*KERNELS.rglob("*.py"), *build.CSRC.glob("*"), ROOT / "setup.py"]
-    found = {name for path in sources for name in re.findall(r'"(MIMDET_[A-Z_]+)"', path.read_text())}
-    assert found
-    assert {name for name in found if f"`{name}`" not in text} == set()
+    names = {name for path in sources for name in re.findall(r'"(MIMDET_[A-Z_]+)"', path.read_text())}
+    assert names
+    assert {name for name in names if f"`{name}`" not in text} == set()

@@ -25,10 +25,10 @@ class Names(TorchDispatchMode):
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_same_numbers_on_both_ways(op):
-    made = case(op)
-    short = differentiate(made, "cpp")
+    example = case(op)
+    short = differentiate(example, "cpp")
     with Names() as names:
-        registered = differentiate(made, "cpp")
+        registered = differentiate(example, "cpp")
     assert f"mimdet::{op}" in names.seen
     assert any(name == f"mimdet::{op}_backward" for name in names.seen)
     for name, value in short.items():
@@ -37,7 +37,7 @@ def test_same_numbers_on_both_ways(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_nothing_is_dispatched_without_an_observer(op, monkeypatch):
-    made, called = case(op), []
+    example, called = case(op), []
     public(op)  # registers it
     overload = type(getattr(torch.ops.mimdet, op).default)
     original = overload.__call__
@@ -45,7 +45,7 @@ def test_nothing_is_dispatched_without_an_observer(op, monkeypatch):
         overload, "__call__", lambda self, *a, **k: (called.append(self.name()), original(self, *a, **k))[1]
     )
     with torch.no_grad():
-        made("cpp")
+        example("cpp")
     assert not [name for name in called if name.startswith("mimdet::")]
 
 

@@ -25,11 +25,11 @@ _POINTEES = {"float": torch.float32, "int64_t": torch.int64, "bool": torch.bool}
 def declared():
     """Function -> types of its parameters, from the sources."""
     text = "\n".join(path.read_text() for path in sorted(build.CSRC.glob("*.cu")))
-    found = {}
+    functions = {}
     for name, parameters in _DECLARATION.findall(text):
         kinds = [re.sub(r"\s*\w+$", "", p.strip().removeprefix("const ")) for p in parameters.split(",")]
-        found[name] = [kind.replace(" ", "") for kind in kinds]
-    return found
+        functions[name] = [kind.replace(" ", "") for kind in kinds]
+    return functions
 
 
 @pytest.fixture(scope="module")
@@ -73,27 +73,27 @@ def test_kernels_spill_nothing(compiled):
 @pytest.fixture
 def calls(monkeypatch):
     """(function, arguments) of every call that would have gone to CUDA; CPU tensors stand for a GPU's."""
-    made = []
+    example = []
 
     def call_cuda(name, *arguments, sizes=(), typed=()):
-        made.append((name, (*arguments, *sizes, *(library._DTYPE_CODES[tensor.dtype] for tensor in typed))))
+        example.append((name, (*arguments, *sizes, *(library._DTYPE_CODES[tensor.dtype] for tensor in typed))))
 
     for module in (library, *(importlib.import_module(f"mimdet.kernels.{op}.cuda") for op in IMAGES)):
         monkeypatch.setattr(module, "call_cuda", call_cuda)
     with pretend("cuda", *CUDA_OPS):
-        yield made
+        yield example
 
 
 def run(op, variant):
-    made = case(op, dtype=BF16 if variant == "amp" else torch.float32)
+    example = case(op, dtype=BF16 if variant == "amp" else torch.float32)
     if variant == "fewest" and op == "add_layer_norm":
-        # No branch, so nothing to scale.
-        made = made._replace(others=made.others | {"scale": None, "x": None})
-        del made.inputs["x"]
+        # scale needs x.
+        example = example._replace(others=example.others | {"scale": None, "x": None})
+        del example.inputs["x"]
     if variant == "fewest" and op == "gather_add_pos":
-        made = made._replace(others=made.others | {"pos": None})
-        del made.inputs["pos"]
-    differentiate(made, "cuda")
+        example = example._replace(others=example.others | {"pos": None})
+        del example.inputs["pos"]
+    differentiate(example, "cuda")
 
 
 @pytest.mark.parametrize("variant", ["all", "amp", "fewest"])
@@ -109,8 +109,8 @@ def test_calls_match_the_declarations(op, variant, calls):
             where = f"{name}, parameter {i + 1}, {parameter}"
             if parameter.endswith("*"):
                 assert argument is None or isinstance(argument, torch.Tensor), where
-                wanted = _POINTEES.get(parameter.removesuffix("*"))
-                assert parameter == "void*" or argument is None or argument.dtype == wanted, where
+                dtype = _POINTEES.get(parameter.removesuffix("*"))
+                assert parameter == "void*" or argument is None or argument.dtype == dtype, where
             else:
                 assert type(argument) in {"int64_t": (int, bool), "float": (float,)}[parameter], where
 

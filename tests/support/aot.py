@@ -35,7 +35,7 @@ class Launch(NamedTuple):
 
 
 # All that compile_for returned in this process, in this order.
-made_so_far: list[Compiled] = []
+compiled_so_far: list[Compiled] = []
 
 
 def _driver(capability):
@@ -98,18 +98,18 @@ def launches():
     """Inside, Triton kernels are not launched: each call is appended to the list that this gives."""
     from triton.runtime.jit import JITFunction
 
-    made = []
+    built = []
     run = JITFunction.run
 
     def record(kernel, *arguments, grid, warmup, **constants):
         if warmup:
             return run(kernel, *arguments, grid=grid, warmup=warmup, **constants)
-        made.append(Launch(kernel, grid, arguments, constants))
+        built.append(Launch(kernel, grid, arguments, constants))
         return None
 
     JITFunction.run = record
     try:
-        yield made
+        yield built
     finally:
         JITFunction.run = run
 
@@ -124,12 +124,12 @@ def compile_for(capability, kernel, *arguments, grid=(1,), **constants):
         AssertionError: an address is computed from a product that may wrap in 32 bits.
     """
     with target(capability):
-        made = kernel.warmup(*arguments, grid=grid, **constants)
-    narrow = narrow_products(made.asm["ttir"])
-    assert not narrow, f"{made.metadata.name}: addresses from 32-bit products that may wrap: {narrow}"
+        built = kernel.warmup(*arguments, grid=grid, **constants)
+    narrow = narrow_products(built.asm["ttir"])
+    assert not narrow, f"{built.metadata.name}: addresses from 32-bit products that may wrap: {narrow}"
     measure = _measure_amd if _is_amd(capability) else _measure_nvidia
-    compiled = measure(made, capability)
-    made_so_far.append(compiled)
+    compiled = measure(built, capability)
+    compiled_so_far.append(compiled)
     return compiled
 
 
@@ -137,36 +137,36 @@ def compile_pair(op, capability, run):
     """``Compiled`` of every Triton kernel that ``run()`` would launch for ``op`` on CPU tensors, none of which runs."""
     from support.kernel_cases import pretend
 
-    with pretend("triton", op), launches() as made:
+    with pretend("triton", op), launches() as built:
         run()
-    return [compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in made]
+    return [compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in built]
 
 
-def _measure_nvidia(made, capability):
+def _measure_nvidia(built, capability):
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(built.asm["cubin"])
         file.flush()
         usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
         code = subprocess.run([tools / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", usage)
+    usage_match = re.search(r"REG:(\d+)\s+STACK:(\d+)", usage)
     return Compiled(
-        made.metadata.name,
+        built.metadata.name,
         f"sm_{capability}",
-        int(found[1]),
-        int(found[2]),
-        made.metadata.shared,
+        int(usage_match[1]),
+        int(usage_match[2]),
+        built.metadata.shared,
         len(re.findall(r"LDG\.E\.(?:\w+\.)*128", code)),
         len(re.findall(r"STG\.E\.(?:\w+\.)*128", code)),
     )
 
 
-def _measure_amd(made, capability):
-    code = made.asm["amdgcn"]
+def _measure_amd(built, capability):
+    code = built.asm["amdgcn"]
     registers, stack = (int(re.search(rf"\.{key}:\s+(\d+)", code)[1]) for key in _AMD_KEYS)
-    return Compiled(made.metadata.name, capability, registers, stack, made.metadata.shared, None, None)
+    return Compiled(built.metadata.name, capability, registers, stack, built.metadata.shared, None, None)
 
 
 _AMD_KEYS = ("vgpr_count", "private_segment_fixed_size")
@@ -184,7 +184,7 @@ def narrow_products(ttir):
     Every integer has a bound: of constants, ranges and program ids their own, of arguments and loaded values that of
     their type. Sums are taken to fit: what a kernel counts in int32 (channels, tokens) is far from 2**31 itself.
     """
-    bounds, wrapped, found = {}, set(), []
+    bounds, wrapped, usage_match = {}, set(), []
     for line in ttir.splitlines():
         definition = _DEFINITION.search(line.split(" loc(")[0])
         if not definition:
@@ -219,8 +219,8 @@ def narrow_products(ttir):
             wrapped.add(name)
         bounds[name] = min(bound, widest)
         if operation == "tt.addptr" and operands[1] in wrapped:
-            found.append(name)
-    return found
+            usage_match.append(name)
+    return usage_match
 
 
 def table(*options):
@@ -241,7 +241,7 @@ def table(*options):
     rows = [["kernel", "target", "registers", "stack", "shared", "16-byte loads", "16-byte stores"]]
     rows += [["-"] * len(rows[0])]
     # Tests of several shapes may ask for the same kernel.
-    rows += [list(map(str, made)) for made in dict.fromkeys(aot.made_so_far)]
+    rows += [list(map(str, built)) for built in dict.fromkeys(aot.made_so_far)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows), status
 
 

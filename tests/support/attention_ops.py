@@ -3,7 +3,7 @@
 import contextlib
 
 import torch
-from support.kernels import Guarded, poisoned_allocations, quantised
+from support.kernels import Guarded, poisoned_allocations, quantized
 
 from mimdet.kernels import attention_varlen_packed
 from mimdet.testing import assert_within_budget
@@ -42,8 +42,8 @@ def check(
     means of many values are small beside those of few.
     """
     total = sum(lengths)
-    qkv = quantised(total, 3, heads, head_dim, dtype=dtype, std=std).to(device)
-    gradient = quantised(total, heads, head_dim, dtype=dtype, seed=1, mean=0.3).to(device)
+    qkv = quantized(total, 3, heads, head_dim, dtype=dtype, std=std).to(device)
+    gradient = quantized(total, heads, head_dim, dtype=dtype, seed=1, mean=0.3).to(device)
     scale = kw.get("scale")
     exact = one_by_one(qkv.double(), gradient.double(), lengths, scale)
     same = one_by_one(qkv, gradient, lengths, scale)
@@ -51,18 +51,18 @@ def check(
         qkv, gradient = layout(qkv), layout(gradient)
     guards = [Guarded(qkv), Guarded(gradient)]
     with poisoned_allocations() if poison else contextlib.nullcontext():
-        got = differentiate(guards[0].tensor, guards[1].tensor, lengths, impl, **kw)
+        actual = differentiate(guards[0].tensor, guards[1].tensor, lengths, impl, **kw)
     for guard in guards:
         guard.check()
     worst = 0.0
     for name in exact:
-        found = [of[name].cpu() for of in (got, same, exact)]
+        tensors = [of[name].cpu() for of in (actual, same, exact)]
         if name in ("dq", "dk") and max(lengths) <= 1:
             # Of lone tokens, as of softmax at its end, these gradients are 0 but for rounding: no budget.
-            torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+            torch.testing.assert_close(tensors[0], tensors[1], rtol=0, atol=1e-6)
             continue
-        worst = max(worst, assert_within_budget(*found, name=name))
-        for i, rows in enumerate(zip(*(t.split(lengths) for t in found), strict=True)):
+        worst = max(worst, assert_within_budget(*tensors, name=name))
+        for i, rows in enumerate(zip(*(t.split(lengths) for t in tensors), strict=True)):
             if each and lengths[i] > 1:
                 worst = max(worst, assert_within_budget(*rows, name=f"{name} of sequence {i}"))
     return worst

@@ -2,7 +2,7 @@
 
 import torch
 from support.fill_weights import fill_module, gradient, image
-from support.small import normalised
+from support.small import normalized
 
 from mimdet.modeling import BenchmarkingViTDet
 
@@ -17,8 +17,8 @@ def small_backbone(**changes):
 
 
 def small_input(count=2, side=SMALL["img_size"]):
-    """Normalised pictures (count, 3, side, side)."""
-    return torch.stack(normalised([torch.from_numpy(image(11 + i, side, side)) for i in range(count)]))
+    """Normalized images (count, 3, side, side)."""
+    return torch.stack(normalized([torch.from_numpy(image(11 + i, side, side)) for i in range(count)]))
 
 
 def loss(features):

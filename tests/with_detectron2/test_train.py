@@ -45,13 +45,13 @@ def datasets(tmp_path_factory):
     if "MIMDET_COCO_SAMPLE" in os.environ:
         root.symlink_to(d2.folder("MIMDET_COCO_SAMPLE"))
         return root.parent
-    made = generate_shapes(root.parent / "shapes", 6, 2, image_size=(96, 128), seed=3)
+    shapes = generate_shapes(root.parent / "shapes", 6, 2, image_size=(96, 128), seed=3)
     (root / "annotations").mkdir(parents=True)
     for split in ("train", "val"):
-        content = json.loads((made / "annotations" / f"instances_{split}.json").read_text())
+        content = json.loads((shapes / "annotations" / f"instances_{split}.json").read_text())
         content["categories"] = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
         (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
-        (root / f"{split}2017").symlink_to(made / split)
+        (root / f"{split}2017").symlink_to(shapes / split)
     return root.parent
 
 
