@@ -63,7 +63,7 @@ def test_depths_of_the_detector(tmp_path):
     assert all(row["status"] == "ok" and row["p50_ms"] > 0 for row in rows)
 
 
-# All four configs with one set of overrides: blocks for the taps of the last.
+# One set of overrides for all four configs; the last needs a block for each of its out_indices.
 FOUR = (f"{BOTTOM_UP}.encoder.depth=7", f"{BOTTOM_UP}.encoder.embed_dim=64", f"{BOTTOM_UP}.encoder.num_heads=2")
 
 
@@ -96,7 +96,7 @@ def test_a_config_that_differs_is_not_timed(tmp_path, monkeypatch):
     real, calls = workload.outputs_of, itertools.count()
 
     def other(model, mode, options):
-        """The first of two calls gives what is expected."""
+        """Only the first of two calls returns the expected features."""
         outputs, expected = real(model, mode, options), next(calls) % 2 == 0
         return outputs | {"c4": 1.001 * outputs["c4"]} if expected and model.decoder is None else outputs
 

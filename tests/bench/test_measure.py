@@ -1,4 +1,4 @@
-"""How things are timed, on a clock that the test turns."""
+"""Timing, with a simulated clock."""
 
 import itertools
 import random
@@ -12,7 +12,7 @@ from mimdet.bench.measure import Ratio, activation_bytes, measure, paired_ratio,
 
 
 def fake(cost, drift=0.0, noise=0.01, seed=0):
-    """Runs that cost seconds of a clock that only they turn, and the timer that reads it."""
+    """Runs that advance a simulated clock, and the timer that reads it."""
     ticks, shaken, order = itertools.count(), random.Random(seed), []
 
     def timer(run, calls):
@@ -130,7 +130,7 @@ def test_environment_names_no_place(monkeypatch):
 
 
 def test_peak_counts_what_is_alive_at_once():
-    """Up to a few bytes for the numbers in the expressions."""
+    """Up to a few bytes of scalars."""
     x = torch.zeros(1 << 18)
     for run, megabytes in (
         (lambda: x + 1, 1),

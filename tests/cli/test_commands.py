@@ -1,4 +1,4 @@
-"""The command line, from the demo's training to its weights in other forms."""
+"""The command line, from the demo's training to converted weights."""
 
 import contextlib
 import io

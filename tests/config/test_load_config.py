@@ -1,4 +1,4 @@
-"""Configs: loading, interpolation, overrides, and the way to YAML and back."""
+"""Configs: loading, interpolation, overrides, and the round trip through YAML."""
 
 import functools
 import textwrap
@@ -98,7 +98,7 @@ def test_bad_override(tree, override, error, message):
 
 
 def test_a_path_of_a_locale_without_utf_8_survives_yaml(tree, tmp_path):
-    """Python has such bytes as lone surrogates, and opens the file by them."""
+    """Python decodes such bytes to lone surrogates (surrogateescape), which open the file."""
     cfg = load(tree, ["train.max_iter=/data/\udcc3\udca9"])
     saved = tmp_path / "saved.yaml"
     saved.write_bytes(to_yaml(cfg).encode("ascii"))

@@ -1,4 +1,4 @@
-"""Configs out of checkpoints: they build the shipped configs' parts and run nothing else."""
+"""Configs in checkpoints: they build the shipped configs' parts and run nothing else."""
 
 import functools
 import os
@@ -156,7 +156,7 @@ def with_node(text, place, node):
 
 @pytest.fixture
 def trap(tmp_path, monkeypatch):
-    """The working folder, whose module and files show that something ran."""
+    """The working directory, with a module that leaves a file if it is imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("this_module_would_run", "RAN"):

@@ -51,7 +51,7 @@ def content(annotations, images=(7,)):
 
 
 def changed(key, position, **fields):
-    """Sound content but for the fields of one entry."""
+    """Valid content except the fields of one entry."""
     data = content([instance(1)])
     data[key][position].update(fields)
     return data

@@ -162,7 +162,7 @@ def test_global_random_state_is_left_alone(dataset, mapper, num_workers):
 
 @pytest.fixture
 def as_rank(monkeypatch):
-    """Pretends that torch.distributed runs."""
+    """Mocks torch.distributed."""
 
     def set_rank(rank, world_size):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

@@ -46,7 +46,7 @@ def test_boxes_and_areas_belong_to_the_masks(root):
 
 
 def test_masks_are_what_is_drawn(monkeypatch):
-    """Painted in one color each, instances show inside their visible parts and nowhere else."""
+    """Each instance's color is inside its visible mask and nowhere else."""
     colors = np.eye(3)
     colors = np.concatenate([colors, 1 - colors, [[1, 1, 1], [1, 0.4, 0], [0, 0.4, 1]]])
     checked = 0

@@ -305,7 +305,7 @@ def test_large_scale_jitter_refuses(build):
 
 
 def test_boxes_are_judged_in_float32():
-    """A width of 2e-5 at 600 is none in float32: the target of its regression would be infinite."""
+    """A width of 2e-5 at x = 600 rounds to 0 in float32: its regression target would be infinite."""
     targets = make_targets((600, 0, 600 + 2e-5, 9), (0, 0, 2e-5, 9))
     kept = clip_targets(targets, 700, 40)
     assert kept["boxes"].dtype == np.float32
@@ -320,7 +320,7 @@ def test_mask_boxes_are_tight():
 
 
 def test_masks_follow_the_image_through_the_whole_pipeline():
-    """A bright rectangle on black is found where the polygons say."""
+    """A bright rectangle on black stays where the polygons are."""
     pixels = np.zeros((200, 300, 3), np.uint8)
     pixels[60:150, 100:220] = 255
     augment = AugmentationList(

@@ -1,4 +1,4 @@
-"""Rules of the cascade's stages that equal numbers alone would not explain."""
+"""Rules of the cascade's stages, apart from parity."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ STEP = 20.0
 
 
 class BoxPooler(nn.Module):
-    """A box's coordinates, times the level's value, are its features. Remembers the boxes."""
+    """Features are the box's coordinates times the level's value; records the boxes."""
 
     def __init__(self):
         super().__init__()

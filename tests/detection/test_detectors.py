@@ -91,7 +91,7 @@ def test_counterpart_trains_saves_loads_evaluates_and_predicts(name, shapes, tmp
     assert predictor.classes == list(CLASSES)
     content = read_checkpoint(weights)["model"]
     assert all(torch.equal(value, content[key]) for key, value in predictor.model.state_dict().items())
-    # A detector that has learnt nothing yet finds nothing above its own threshold.
+    # An untrained detector has no score above its threshold.
     for predicting in (predictor.model, *getattr(getattr(predictor.model, "roi_heads", None), "box_predictor", ())):
         predicting.test_score_thresh = 0.0
     report = predict_files([shapes / "val"], tmp_path / "out", predictor, progress=False)
@@ -104,7 +104,7 @@ def test_counterpart_trains_saves_loads_evaluates_and_predicts(name, shapes, tmp
 
 @pytest.mark.parametrize("name", OTHER_DETECTORS)
 def test_every_parameter_learns_under_autocast(name):
-    """As processes that train together need it, also with an image without objects."""
+    """DDP needs gradients of all parameters, also for an image without objects."""
     model = instantiate(tiny_config(name).model).train()
     truth = target(5, (64, 96), 2)
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": []}

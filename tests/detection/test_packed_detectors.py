@@ -1,4 +1,4 @@
-"""One image, one answer: packed batches through whole detectors, and evaluation by any number of processes."""
+"""Packed batches through whole detectors: an image's results depend neither on its batch nor on the processes."""
 
 from functools import cache
 
@@ -59,7 +59,7 @@ def detector(name, *overrides):
 
 
 def with_garbage(model, value):
-    """The model sees ``value`` in the padding's pixels."""
+    """Sets the pixels of the padding to ``value``."""
     preprocess = model.preprocess
 
     def patched(images):
@@ -87,7 +87,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("name", [*DETECTORS, "group_norm"])
 def test_detections_are_those_of_the_image_alone(name):
-    """Whatever the batch, its order and what the padding's pixels hold."""
+    """For any batch, order, and content of the padding."""
     options = ["model.backbone.norm=GN", "model.head.norm=GN"] if name == "group_norm" else []
     model = detector("retinanet" if options else name, *options).eval()
     # GroupNorm over the two channels of a single cell magnifies rounding: tiny images do without it.
@@ -233,7 +233,7 @@ def _batch_norm(rank):
 
 
 class Recorder:
-    """An evaluator that keeps what each image of this process got."""
+    """An evaluator that records the result of each image."""
 
     def reset(self):
         self.found = {}
@@ -251,7 +251,7 @@ def _model():
 
 
 def _evaluate(folder, batch_size, mode):
-    """What this process finds in its share of the demo's kind of data: images of different sizes."""
+    """Results of this process for its share of generated images of different sizes."""
     _model().backbone.bottom_up.batch_mode = mode
     demo = load("configs/demo.py", [f"train.output_dir={folder}"])
     demo.dataloader.evaluator = {"_target_": f"{Recorder.__module__}.{Recorder.__name__}"}
@@ -279,7 +279,7 @@ def _process(rank, folder):
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Folder, and {number of processes: what each of them found}, from one start of them."""
+    """Folder, and {number of processes: results of each rank}; the processes start once."""
     folder = tmp_path_factory.mktemp("processes")
     generate_shapes(folder / "shapes", 1, 7, (48, 96))
     torch.multiprocessing.spawn(_process, (str(folder),), nprocs=3)
@@ -301,7 +301,7 @@ def test_an_evaluation_finds_the_same_with_any_number_of_processes(processes, ca
 
 
 def test_the_demo_evaluates_as_it_predicts(processes):
-    """One by one: on the canvas, what an image is batched with would count."""
+    """With batch size 1: in a padded batch, the other images' sizes would matter."""
     folder, _ = processes
     single, demo = (_evaluate(folder, batch_size, "canvas") for batch_size in (1, None))
     assert all(torch.equal(demo[image]["boxes"], single[image]["boxes"]) for image in single)
@@ -341,7 +341,7 @@ def test_pooling_ends_with_the_image():
 
 
 def test_anchors_in_the_padding_are_no_candidates():
-    """Such an anchor overlaps most with a box at the edge: the best one inside must still be foreground."""
+    """An anchor in the padding may overlap most with a box at the edge: the best one inside must be foreground."""
     areas = ValidAreas([(8, 8), (8, 16)], (8, 16), torch.device("cpu"))
     (outside,) = outside_images([areas.at(8)], [1])
     assert outside.tolist() == [[False, True], [False, False]]

@@ -75,7 +75,7 @@ def test_features(model, ratio):
 def gradients(model, dtype, names=("c2", "c3", "c4", "c5")):
     bottom_up, images = model.backbone.bottom_up, backbone_input()
     bottom_up.to(dtype).zero_grad()
-    # Compiled kernels have no float64: whatever implementation is under test, that is computed in plain PyTorch.
+    # Compiled kernels have no float64: it always runs in plain PyTorch.
     with use("auto") if dtype is torch.float64 else nullcontext(), recorded_noise(model):
         features = bottom_up(ImageList(images.tensor.to(dtype), images.image_sizes), sample_ratio=0.5)
     upstream = {n: torch.from_numpy(gradient(100 + i, f.shape)).to(dtype) for i, (n, f) in enumerate(features.items())}

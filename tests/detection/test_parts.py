@@ -1,4 +1,4 @@
-"""The detector's parts on their own, and what it refuses."""
+"""Parts of the detector, and input that it refuses."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Several passes over samples of the tokens, merged into one result."""
+"""Test-time ensembles over token samples, merged into one result."""
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_fixed_noise_of_another_shape_is_refused_and_forgotten(detector):
 
 
 def test_fixed_noise_makes_training_repeat():
-    """Also with more ground-truth slots than boxes. Drop path draws its own numbers: there is none here."""
+    """Also with more ground-truth slots than boxes; without drop path, which draws its own numbers."""
     detector = instantiate(tiny_config("mimdet_b_mask_rcnn", "model.backbone.bottom_up.encoder.dpr=0.0").model)
     images = [torch.rand(3, 64, 96) * 255, torch.rand(3, 50, 60) * 255]
     targets = [target(5, (64, 96), 2), target(6, (50, 60), 1)]

@@ -1,4 +1,4 @@
-"""Rules of RetinaNet that equal numbers alone would not explain."""
+"""Rules of RetinaNet, apart from parity."""
 
 import math
 
@@ -34,7 +34,7 @@ class Grid(nn.Module):
 
 
 class Answers(nn.Module):
-    """A head that says what it is told: logits (1, 32, 2) and deltas (1, 32, 4)."""
+    """A head with fixed logits (1, 32, 2) and deltas (1, 32, 4)."""
 
     num_classes, num_anchors = 2, 1
 

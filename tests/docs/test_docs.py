@@ -278,12 +278,6 @@ def test_the_readmes_models_are_those_of_the_full_table():
         assert re.search(rf"^\| {re.escape(config)} \| [^|]+ \| {parameters} \| {re.escape(claimed)} ?\|", page, re.M)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name)
-def test_pages_speak_of_images(path):
-    """One word for one thing, outside of generated tables."""
-    assert not re.findall(r"(?i)\bpictures?\b", read(path).prose)
-
-
 def drawn(svg):
     """An SVG's content, without what differs between versions of Matplotlib: digits far behind the point."""
     return re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.1f}", svg)

@@ -15,7 +15,7 @@ from mimdet.kernels.attention_varlen import aten_cpu, flash_attn, ops, reference
 OP = "attention_varlen"
 DTYPES = {"fp32": F32, "bf16": BF16, "fp16": F16}
 PLACES = {"aten_cpu": "cpu", "triton": "cuda", "flash_attn": "cuda", "torch_varlen": "cuda"}
-OTHERS = ("flash_attn", "torch_varlen")  # which have 16-bit kernels alone, and head dims that are multiples of 8
+OTHERS = ("flash_attn", "torch_varlen")  # 16-bit kernels only, head dims that are multiples of 8
 
 
 @pytest.fixture(params=here(PLACES, {"triton": "cpu"}).items(), ids=here(PLACES, ["triton"]))
@@ -50,14 +50,14 @@ def test_other_head_dims(runner, head_dim, dtype):
 @native
 @pytest.mark.parametrize(("dtype", "head_dim"), [(F32, 64), (BF16, 32)], ids=["fp32-64", "bf16-32"])
 def test_the_models_lengths(runner, dtype, head_dim):
-    """A batch of images of all sizes, one of them without a token."""
+    """A batch of images of all sizes, one without tokens."""
     lengths = (1, 2100, 2, 31, 32, 33, 1050, 0, 127, 4200, 128, 129)
     check(**takes(runner, dtype), lengths=lengths, heads=1, head_dim=head_dim, dtype=dtype)
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["small", "more-than-two-to-the-31"])
 def test_last_sequence(runner, many):
-    """The last of many sequences gives the same alone, 2**31 numbers of q and of the output later too."""
+    """The last of many sequences, 2**31 elements later too, equals the sequence alone."""
     impl, device = runner
     if many and (device == "cpu" or torch.cuda.get_device_properties(0).total_memory < 70 * 2**30):
         pytest.skip("needs a GPU of 80 GB")
@@ -98,7 +98,7 @@ def test_separate_tensors_and_a_second_call_give_the_same_bits(runner):
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
 def test_layouts(runner, layout):
     def lay_out(t):
-        # Others' backward takes any strides, but loads 16 bytes at a time wherever the gradient, (T, heads, D), begins.
+        # Backward of OTHERS takes any strides of the gradient (T, heads, D), but needs it aligned to 16 bytes.
         if layout == "offset" and t.dim() == 3 and runner[0] in OTHERS:
             return t
         return layouts(t)[layout]
@@ -129,15 +129,15 @@ def test_scale_and_a_longer_max_seqlen(runner):
     check(**takes(runner, BF16), lengths=(5, 33), dtype=BF16, scale=0.5, max_seqlen=300)
 
 
-# The interpreter rounds score * scale before it takes lse off, GPUs do not: not too large in float32.
+# The interpreter rounds score * scale before it subtracts lse, GPUs do not: float32 scores stay smaller.
 @pytest.mark.parametrize(("dtype", "std"), here([(BF16, 12.0)], [(F32, 4.0), (BF16, 12.0)]), ids=str)
 def test_large_scores(runner, dtype, std):
-    """Scores of hundreds overflow exp unless the greatest is taken off, and underflow it for other rows."""
+    """Scores of hundreds overflow exp unless the maximum is subtracted, and underflow in other rows."""
     check(**takes(runner, dtype), lengths=(5, 70), heads=1, dtype=dtype, std=std, each=False)
 
 
 def test_rows_whose_exponentials_all_vanish_against_those_of_padding(runner):
-    """Scores near -1000: exp2(0 - lse) of a key that is not there is infinite."""
+    """Scores near -1000: exp2(0 - lse) of a key past the end is infinite."""
     if runner[0] != "triton":
         pytest.skip("of Triton's tiles")
     device = runner[1]
@@ -151,7 +151,7 @@ def test_rows_whose_exponentials_all_vanish_against_those_of_padding(runner):
 
 
 def test_sequences_do_not_meet(runner):
-    """What stands in one sequence, NaN included, changes no bit of another; nor does its place."""
+    """The content of one sequence, NaN included, changes no bit of another; nor does its position."""
     impl, device = runner
     qkv, gradient = (quantized(80, *s, dtype=BF16).to(device) for s in ((3, 2, 32), (2, 32)))
     alone = differentiate(qkv[7:40], gradient[7:40], (33,), impl)
@@ -194,7 +194,7 @@ def test_reference_gradients():
     assert torch.autograd.gradcheck(function, leaves)
 
 
-def test_writing_into_the_output_is_noticed():
+def test_writing_into_the_output_raises():
     qkv = quantized(8, 3, 2, 8).requires_grad_()
     out = attention_varlen_packed(qkv * 1, cumulated((3, 5)), 5, impl="aten_cpu")
     out.add_(1)
@@ -217,7 +217,7 @@ def test_opcheck(runner):
 
 @pytest.mark.skipif(not INTERPRETED, reason="in the CPU's memory")
 def test_offsets_beyond_2_to_31(runner):
-    """Rows of q, k and v 2**30 numbers apart, in memory of which nothing but the rows is ever touched."""
+    """Rows of q, k and v 2**30 elements apart, in memory of which only the rows are ever touched."""
     stride, rows = 2**30, quantized(3, 3, 1, 16, dtype=F16)
     memory = torch.UntypedStorage(2 * (2 * stride + 48))
     far = torch.tensor([], dtype=F16).set_(memory, 0, rows.shape, (stride, 16, 16, 1))
@@ -295,7 +295,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mutations_are_caught(monkeypatch, runner, mutation):
-    """The comparison itself: kernels that are given something wrong must fail it."""
+    """The comparison itself: kernels with wrong arguments must fail it."""
     if runner not in (("aten_cpu", "cpu"), ("triton", "cpu")):
         pytest.skip("one implementation is enough")
     direction, change = MUTATIONS[mutation]
@@ -418,7 +418,7 @@ def test_own_words_are_the_arguments_alone():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU that all but flash-attn's packages believe in."""
+    """Mocks a GPU, without flash-attn's packages."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: gpu.capability)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -436,7 +436,7 @@ def chosen(head_dim, dtype=BF16, equal=False, impl="auto"):
 
 
 def install(monkeypatch, name, **functions):
-    """A package of flash-attn that records calls and computes the reference."""
+    """Mocks a package of flash-attn: records calls and computes the reference."""
     calls = []
 
     def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, deterministic):
@@ -481,7 +481,7 @@ def test_head_dims_that_are_refused_say_what_takes_them(gpu, monkeypatch):
         chosen(64, impl="flash_attn")
 
 
-def test_nothing_is_looked_for_once_something_better_was_found(gpu, monkeypatch):
+def test_auto_probes_no_slower_implementation(gpu, monkeypatch):
     monkeypatch.setattr(flash_attn, "_usable", lambda device: pytest.fail("looked for flash-attn"))
     assert chosen(32) == "triton"
     assert chosen(64, equal=True) == "sdpa"
@@ -550,9 +550,9 @@ def test_debugging_checks_bounds_on_any_device(monkeypatch):
     assert len(looked) == 1
 
 
-# What a program may use of shared memory: 99 KiB is what the smallest GPUs of compute capability 8.x have.
+# Shared memory per program: the smallest GPUs of compute capability 8.x have 99 KiB.
 SHARED = 99 * 1024
-# Bytes of spilled registers. float32 at the widest head, which the model has not, cannot do entirely without.
+# Bytes of spilled registers: only float32 at the widest head, which the model does not use.
 SPILLED = {("_attention_varlen_bwd_q_kernel", F32, 128): 24}
 
 
@@ -570,7 +570,7 @@ def test_compiles_within_the_budget(capability, head_dim, dtype):
     for one in values:
         assert one.stack <= SPILLED.get((one.name, dtype, head_dim), 0), one
         assert one.shared <= SHARED, one
-        # A multiprocessor has 65536 registers; one program at least must find room, of 8 warps at most.
+        # A multiprocessor has 65536 registers, enough for one program of 8 warps.
         assert one.registers <= 255, one
         assert one.loads_16, one
         assert one.stores_16 or "delta" in one.name, one

@@ -37,7 +37,7 @@ def test_rows_around_a_program(runner, rows):
 
 @native
 def test_far_out_values(runner):
-    """Where the bell underflows, GELU is 0 or the identity, and its derivative 0 or 1."""
+    """Where exp underflows, GELU is 0 or the identity, and its derivative 0 or 1."""
     impl, device = runner
     x = torch.cat([torch.linspace(-60, 60, 4001), torch.tensor([-1e30, -1e4, 1e4, 1e30])]).to(device).unsqueeze(0)
     inputs = {"x": x, "bias": torch.zeros(x.shape[1], device=device)}
@@ -92,7 +92,7 @@ def test_mutations_are_caught(monkeypatch, mutation, cpp):
         return y
 
     monkeypatch.setattr(ops, "run", wrong)
-    # Without a bias its gradient does not exist, which is noticed first.
+    # Without bias, the missing gradient raises first.
     with pytest.raises(AssertionError):
         check_bias_gelu("cpp", (40, 33), F32)
 

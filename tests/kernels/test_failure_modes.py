@@ -71,7 +71,7 @@ RANKS = {
 @on_runners()
 @pytest.mark.parametrize("rank", [2, 3, 4])
 def test_rank(op, impl, device, rank):
-    """A backward that assumes a rank reads out of bounds [Liger #1375]: right, or refused by name."""
+    """A backward that assumes a rank reads out of bounds [Liger #1375]: correct, or a named error."""
     example = case(op, device=device)
     shape = {2: (2, 24), 3: (2, 6, 24), 4: (2, 2, 3, 24)}[rank]
     if op == "sample_tokens":
@@ -171,8 +171,8 @@ def test_int64_last_image(op, impl, device, many):
 
 @on_runners()
 def test_first_call(op, impl, device):
-    """Tuning that mutates outputs hides partial writes [triton #6547, #9230]: the first call is the second, and all
-    that was allocated (NaN here) is written."""
+    """Tuning that mutates outputs hides partial writes [triton #6547, #9230]: the first call equals the second,
+    and all allocated memory (NaN here) is written."""
     example = case(op, length=30, channels=40, device=device)
     first, second = differentiate(example, impl), differentiate(example, impl)
     assert_same_bits(first, second)
@@ -187,7 +187,7 @@ def test_nothing_is_tuned_at_run_time(op):
 @native
 @on_runners()
 def test_compiled_output(op, impl, device):
-    """Compiled results are silently others; Python scalars become float64 [Liger #871]."""
+    """Compiled results silently differ; Python scalars become float64 [Liger #871]."""
     torch._dynamo.reset()
     run, example = public(op), case(op, device=device)
     scalars = {k: v for k, v in example.others.items() if isinstance(v, float)}
@@ -197,7 +197,7 @@ def test_compiled_output(op, impl, device):
         return run(**inputs, **tensors, **scalars, impl=impl)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    # The second value of a scalar makes it a symbol.
+    # The second value of a scalar becomes a SymFloat.
     for factor in (1.0, 0.5):
         upstream = {k: v * factor for k, v in scalars.items()}
         expected, actual = (
@@ -211,13 +211,13 @@ def test_compiled_output(op, impl, device):
 @native
 @on_runners()
 def test_graph_breaks(op, impl, device):
-    """Values asked of the device while tracing break graphs [pytorch #128061]: one graph, for all sizes."""
+    """Reading values from the device breaks graphs [pytorch #128061]: one graph, for all sizes."""
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(public(op), fullgraph=True, dynamic=True, backend=counter)
-    # No two sizes of the first call are equal: the tracer would take them for one.
+    # Sizes of the first call differ: dynamo would give equal ones the same symbol.
     for batch, length in ((4, 15), (6, 28), (5, 27)):
         example = case(op, batch=batch, length=length, device=device)
         compiled(**example.inputs, **example.others, impl=impl)
@@ -317,7 +317,7 @@ def test_grid(op):
 @on_runners()
 @pytest.mark.parametrize("empty", ["batch", "length", "kept"])
 def test_empty(op, impl, device, empty):
-    """Nothing to do is done [fla #172]: no images, no tokens, no token kept."""
+    """Empty input [fla #172]: no images, no tokens, no token kept."""
     if empty == "kept":
         if op not in ("gather_add_pos", "scatter_fill"):
             pytest.skip("keeps nothing")
@@ -375,7 +375,7 @@ def test_partial_tile(op, impl, device, tile):
 @native
 @on_runners(("add_layer_norm",))
 def test_recomputation(op, impl, device):
-    """Recomputed blocks draw other samples to drop [OLMo-core #828]."""
+    """Recomputed blocks drop other samples [OLMo-core #828]."""
     from torch.utils.checkpoint import checkpoint
 
     from mimdet.modeling.vit import TransformerBlock, add

@@ -97,7 +97,7 @@ def test_positions_with_a_leading_one_and_int32(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_packed_tokens_of_a_feature_map(impl):
-    # Three images' tokens as one image's, each with a position of its own.
+    # Tokens of three images as of one, each with its position.
     feature = quantized(3, 16, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
     pos = quantized(60, 16, seed=1).requires_grad_()
     keep = torch.tensor([0, 7, 19, 20, 41, 59])

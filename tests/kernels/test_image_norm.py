@@ -1,4 +1,4 @@
-"""The fused norms of feature maps: the same numbers as plain PyTorch, whatever comes in."""
+"""The fused norms of feature maps against plain PyTorch, for any input."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_compiles_whole_with_equal_results(cpp, op, impl):
         sizes = x.new_full((x.shape[0], 2), 3, dtype=torch.int64) if "sizes" in impl else None
         return run(x * 2, weight, bias, EPS, sizes=sizes, impl=impl.split()[0]) + 1
 
-    # Inductor decides on the strides that our operation sees; plain PyTorch is its own business.
+    # Inductor chooses the strides of our operation's input; eager has no operation of ours.
     backend = "inductor" if impl == "cpp" else "aot_eager"
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
     for shape in ((2, 6, 4, 5), (3, 6, 7, 5)):
@@ -127,7 +127,7 @@ def test_meta_tensors_keep_shape_and_strides(op):
 def test_reference_gradients(op, sizes):
     x, weight, bias, _ = inputs((2, 5, 3, 3), torch.float64)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    # A large eps: finite differences of one position alone would see 1 / sqrt(eps).
+    # A large eps: for one position alone, gradients grow with 1 / sqrt(eps).
     assert torch.autograd.gradcheck(lambda *a: reference(op)(*a, 1e-2, sizes), leaves)
 
 
@@ -140,7 +140,7 @@ def test_reference_with_sizes_is_the_reference_of_each_crop(op):
         torch.testing.assert_close(g, e)
 
 
-# Whole, one position, whole rows, part of the rows; the last goes over several tasks, whose bounds cut rows.
+# All of the map, one position, full rows, parts of rows; the last spans several tasks, whose bounds cut rows.
 SIZES = {"small": ((4, 17, 5, 7), [[5, 7], [1, 1], [3, 7], [5, 3]])} | here(
     {"large": ((2, 96, 24, 30), [[23, 29], [11, 30]])}, {"several parts": ((2, 40, 12, 20), [[11, 19], [3, 5]])}
 )
@@ -182,7 +182,7 @@ def _one_sample(actual, x, weight, bias, dy):
     return [*actual[:2], *forward_backward(api("group_norm_gelu"), x[:1], weight, bias, dy[:1], impl="cpp")[2:]]
 
 
-# What a faulty kernel would give, from the function, its inputs and what is right.
+# (function, right result, its inputs) -> result of a wrong kernel.
 MUTATIONS = {
     "eps": lambda f, actual, *a: forward_backward(f, *a, eps=3 * EPS),
     "no bias": lambda f, actual, x, w, b, dy: forward_backward(f, x, w, 0 * b, dy),
@@ -195,7 +195,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", [*MUTATIONS, "tanh"])
 def test_mutations_are_caught(cpp, op, mutation, monkeypatch):
-    """The judgment itself: each of these must fail it, and what they are made from must not."""
+    """The check itself: it must pass the right result and fail each of these."""
     arguments = inputs((2, 17, 5, 7), mean=0.0, std=1e-3)
     actual = forward_backward(reference(op), *arguments)
     judge(op, actual, *arguments)
@@ -258,7 +258,7 @@ def test_older_processors(cpp, op, isa):
     run_on_older_processor(isa, __file__, f"{op} and (budget or around_a_tile or alone)")
 
 
-# Registers a thread may take: 128 leaves room for 2 programs of 8 warps (4 of 4 warps) on a multiprocessor.
+# Registers per thread: 128 allow 2 programs of 8 warps (4 of 4 warps) on a multiprocessor.
 REGISTERS = 128
 # dtype, (C, H, W), with sizes, compute capability: the ends of the stem and odd numbers, each dtype on each target.
 TARGETS = {
@@ -286,7 +286,7 @@ def test_compiles_within_the_budget(op, kernels, nhwc, target):
         op, capability, lambda: forward_backward(api(op), x, affine, affine, dy, sizes=sizes, impl="triton")
     )
     assert len(compiled) == kernels
-    # Channel-major rows of another length start at any element: no 16-byte accesses there.
+    # NCHW rows of another length start at any element: no 16-byte accesses.
     aligned = (target[1][0] if nhwc else target[1][1] * target[1][2]) % 16 == 0
     # With sizes, neighbors in a row of positions need not be valid together.
     aligned &= nhwc or not target[2]
@@ -295,5 +295,5 @@ def test_compiles_within_the_budget(op, kernels, nhwc, target):
         assert one.registers <= REGISTERS, one
         if aligned and "combine" not in one.name:
             assert one.loads_16, one
-            # These write a handful of numbers, not a map.
+            # These kernels write few numbers, no map.
             assert one.stores_16 or "moments" in one.name or "sums" in one.name, one

@@ -1,4 +1,4 @@
-"""The short way to an operation is the operation: same numbers, and left where something looks at what is called."""
+"""Direct calls give the registered operation's numbers, and torch's dispatcher is used wherever it is observed."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_fake_tensors_and_transforms_see_the_operation():
         assert public("bias_gelu")(x, bias[0], impl="cpp").shape == (3, 8)
     gradient = torch.func.grad(lambda x: public("bias_gelu")(x, torch.zeros(8), impl="cpp").sum())
     with pytest.raises(RuntimeError, match="functorch transforms"):
-        # Registered operations have no functorch rule: that must be said, not computed wrongly.
+        # Registered operations have no functorch rule: an error, not a wrong result.
         torch.func.vmap(gradient)(torch.ones(2, 3, 8))
 
 
@@ -68,6 +68,6 @@ def test_second_derivatives_are_refused():
 
 
 def test_two_ways_give_one_choice():
-    """An implementation that is not the registered operation's is refused by name."""
+    """The registered operation refuses an unknown implementation."""
     with pytest.raises(ValueError, match="bias_gelu: 'fast' is not an implementation"):
         torch.ops.mimdet.bias_gelu(torch.ones(3, 8), torch.zeros(8), "fast")

@@ -1,4 +1,4 @@
-"""CUDA C++ without a GPU: it compiles, links and loads, and Python calls it with what it takes."""
+"""CUDA C++ without a GPU: it compiles, links and loads, and Python's calls match the declarations."""
 
 import contextlib
 import ctypes
@@ -15,10 +15,10 @@ from support.kernel_cases import BF16, IMAGES, case, differentiate, pretend
 
 from mimdet.kernels import build, dispatch, library
 
-# Attention's "cuda" is PyTorch's: nothing of it is in csrc.
+# Attention's "cuda" is PyTorch's.
 CUDA_OPS = [op for op, operation in dispatch.operations().items() if "cuda" in operation.implementations]
 _DECLARATION = re.compile(r"MIMDET_CUDA_API\s+int\s+mimdet_(\w+)\((.*?)\)\s*\{", re.DOTALL)
-# What C calls the elements that a tensor points to; void takes any.
+# C types of a tensor's elements; void takes any.
 _POINTEES = {"float": torch.float32, "int64_t": torch.int64, "bool": torch.bool}
 
 
@@ -37,7 +37,7 @@ def compiled():
     if build.find_nvcc() is None:
         pytest.skip("no nvcc (install the CUDA toolkit, or set CUDA_HOME)")
     with pytest.MonkeyPatch.context() as patch:
-        # One of the architectures that are shipped: the code is the same.
+        # One architecture is enough: the source is the same.
         patch.setenv("MIMDET_CUDA_ARCHS", "90")
         return build.compile_cuda(build._cache_folder())
 
@@ -72,7 +72,7 @@ def test_kernels_spill_nothing(compiled):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(function, arguments) of every call that would have gone to CUDA; CPU tensors stand for a GPU's."""
+    """Records (function, arguments) of CUDA calls instead of making them; tensors are on the CPU."""
     example = []
 
     def call_cuda(name, *arguments, sizes=(), typed=()):
@@ -134,7 +134,7 @@ extern "C" int mimdet_fail(const float*, void*) { return 700; }
 
 @pytest.fixture
 def probe(monkeypatch, tmp_path):
-    """The library is one of C that looks at its arguments; the current stream is number 7."""
+    """A C library that checks its arguments; the current stream is number 7."""
     compiler = build.shutil.which("c++") or build.shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")

@@ -81,7 +81,7 @@ def test_packed_without_padding_is_the_canvas(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_to_keep(impl):
-    # Never asked for by the functions above; the operation must still not write anywhere.
+    # The public functions never keep nothing; the operation must still write nowhere else.
     noise, valid = torch.rand(2, 9), torch.ones(2, 9, dtype=torch.bool)
     everything = torch.arange(9).expand(2, 9)
     split = reference.sample_tokens(noise, valid, 0) if impl == "eager" else ops.run(noise, valid, None, 0, 9, impl)
@@ -242,5 +242,5 @@ def test_compiles_within_the_budget(capability, length, packed):
         run = lambda: sample_tokens(noise, noise < 0.9, 0.5, impl="triton")  # noqa: E731
     (one,) = compile_pair(OP, capability, run)
     assert one.stack == 0, one
-    # One program an image: how many fit on a multiprocessor does not matter.
+    # One program per image: occupancy does not matter.
     assert one.registers <= 128, one

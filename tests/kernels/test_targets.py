@@ -1,4 +1,4 @@
-"""Every Triton kernel that the launchers launch compiles for GPUs newer than, and other than, those it is tuned for."""
+"""Every launched Triton kernel compiles for newer NVIDIA GPUs and for AMD's."""
 
 import pytest
 from support.kernel_cases import triton_launches

@@ -1,7 +1,7 @@
-"""Compiling Triton kernels for GPUs that are not here.
+"""Compiles Triton kernels ahead of time, without a GPU.
 
-``python tests/support/aot.py`` prints what becomes of every launch that the tests compile; it takes pytest's options,
-``-k gather`` for example.
+``python tests/support/aot.py`` prints a table of every kernel that the tests compile; it takes pytest's options,
+such as ``-k gather``.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Compiled(NamedTuple):
-    """What the compiler made of one kernel for one target; stack, 16-byte loads and stores are None on AMD's."""
+    """Resources of one kernel compiled for one target; 16-byte loads and stores are None for AMD."""
 
     name: str
     target: str
@@ -26,7 +26,7 @@ class Compiled(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A call of a kernel that was not made."""
+    """A recorded launch."""
 
     kernel: object
     grid: tuple[int, ...]
@@ -34,7 +34,7 @@ class Launch(NamedTuple):
     constants: dict
 
 
-# All that compile_for returned in this process, in this order.
+# Results of compile_for in this process.
 compiled_so_far: list[Compiled] = []
 
 
@@ -43,7 +43,7 @@ def _driver(capability):
     from triton.backends.driver import DriverBase
 
     class Absent(DriverBase):
-        """A driver for a GPU that is only compiled for."""
+        """A driver of a GPU that is not here."""
 
         @classmethod
         def is_active(cls):
@@ -60,7 +60,7 @@ def _driver(capability):
             return GPUTarget("hip", capability, 64) if _is_amd(capability) else GPUTarget("cuda", capability, 32)
 
         def get_current_device(self):
-            return capability  # another device for each target, else the first target's kernel is found again
+            return capability  # one device per target, else Triton's cache returns the first target's kernel
 
         def get_current_stream(self, device):
             return 0
@@ -95,7 +95,7 @@ def target(capability):
 
 @contextlib.contextmanager
 def launches():
-    """Inside, Triton kernels are not launched: each call is appended to the list that this gives."""
+    """Inside, Triton kernels are not launched; yields the list of recorded launches."""
     from triton.runtime.jit import JITFunction
 
     built = []
@@ -115,7 +115,7 @@ def launches():
 
 
 def compile_for(capability, kernel, *arguments, grid=(1,), **constants):
-    """Compile one launch for sm_<capability> or "gfx942"; tensors (any CPU tensor will do) stand for pointers.
+    """Compile one launch for sm_<capability> or "gfx942"; tensors may be on the CPU.
 
     Returns:
         ``Compiled``, from the resources and the machine code that cuobjdump or the compiler prints.
@@ -134,7 +134,7 @@ def compile_for(capability, kernel, *arguments, grid=(1,), **constants):
 
 
 def compile_pair(op, capability, run):
-    """``Compiled`` of every Triton kernel that ``run()`` would launch for ``op`` on CPU tensors, none of which runs."""
+    """``Compiled`` of every Triton kernel that ``run()`` would launch for ``op``; none runs."""
     from support.kernel_cases import pretend
 
     with pretend("triton", op), launches() as built:
@@ -172,7 +172,7 @@ def _measure_amd(built, capability):
 _AMD_KEYS = ("vgpr_count", "private_segment_fixed_size")
 
 _INT32 = 2**31
-# Largest magnitudes of what is not computed. The hardware launches at most so many programs along x, and along y or z.
+# Largest program ids: limits of CUDA's grid along x, and along y or z.
 _PROGRAMS = {"x": _INT32 - 1, "y": 2**16 - 1, "z": 2**16 - 1}
 _DEFINITION = re.compile(r"%([\w.$-]+)(?::\d+)? = (?:\"?)([\w.]+)(.*)")
 _OPERAND = re.compile(r"%[\w.$#-]+")
@@ -181,8 +181,8 @@ _OPERAND = re.compile(r"%[\w.$#-]+")
 def narrow_products(ttir):
     """Names of the addresses in Triton's IR that depend on an int32 product whose factors allow 2**31 or more.
 
-    Every integer has a bound: of constants, ranges and program ids their own, of arguments and loaded values that of
-    their type. Sums are taken to fit: what a kernel counts in int32 (channels, tokens) is far from 2**31 itself.
+    Every integer has a bound: constants, ranges and program ids their value, arguments and loaded values that of their
+    type. Sums are assumed to fit: int32 counts (channels, tokens) are far below 2**31.
     """
     bounds, wrapped, usage_match = {}, set(), []
     for line in ttir.splitlines():
@@ -224,7 +224,7 @@ def narrow_products(ttir):
 
 
 def table(*options):
-    """Markdown, one row for each launch that the tests compile; pytest's own words go to stderr.
+    """Markdown, one row per launch that the tests compile; pytest's output goes to stderr.
 
     Args:
         options: for pytest, such as "-k gather".
@@ -240,7 +240,7 @@ def table(*options):
         status = pytest.main(["-q", "-p", "no:cacheprovider", "-k", "compiles", *options, str(folder)])
     rows = [["kernel", "target", "registers", "stack", "shared", "16-byte loads", "16-byte stores"]]
     rows += [["-"] * len(rows[0])]
-    # Tests of several shapes may ask for the same kernel.
+    # Tests of several shapes may compile the same kernel.
     rows += [list(map(str, built)) for built in dict.fromkeys(aot.made_so_far)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows), status
 

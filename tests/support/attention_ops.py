@@ -8,7 +8,7 @@ from support.kernels import Guarded, poisoned_allocations, quantized
 from mimdet.kernels import attention_varlen_packed
 from mimdet.testing import assert_within_budget
 
-# Around the tiles, with nothing in the middle and at both ends.
+# Around tile sizes, with empty sequences in the middle and at both ends.
 LENGTHS = (0, 1, 2, 31, 32, 0, 33, 127, 128, 129, 0)
 
 
@@ -38,8 +38,8 @@ def check(
 ):  # fmt: skip
     """Output and gradients of ``impl`` within the error budget; inputs unharmed. Returns the worst error / budget.
 
-    They are held against those of each sequence alone; with ``each``, every sequence has a budget of its own as well:
-    means of many values are small beside those of few.
+    Expected are those of each sequence alone. With ``each``, every sequence has its budget too: outputs of long
+    sequences are small beside those of short ones.
     """
     total = sum(lengths)
     qkv = quantized(total, 3, heads, head_dim, dtype=dtype, std=std).to(device)
@@ -58,7 +58,7 @@ def check(
     for name in exact:
         tensors = [of[name].cpu() for of in (actual, same, exact)]
         if name in ("dq", "dk") and max(lengths) <= 1:
-            # Of lone tokens, as of softmax at its end, these gradients are 0 but for rounding: no budget.
+            # Sequences of one token: these gradients are 0 but for rounding, so there is no budget.
             torch.testing.assert_close(tensors[0], tensors[1], rtol=0, atol=1e-6)
             continue
         worst = max(worst, assert_within_budget(*tensors, name=name))
