@@ -1,6 +1,6 @@
 """The whole detector against recordings of the original MIMDet on Detectron2.
 
-The recordings (``data/original_small.*``) are of the small model of ``small.py`` with the weights of
+The recordings (``recordings/original_small.*``) are of the small model of ``small.py`` with the weights of
 ``fill_weights.py``, images ``image(11, 224, 320)`` and ``image(12, 150, 300)``, ground truth
 ``polygons(21, ...)`` and ``polygons(22, ...)``, token noise ``noise(7, ...)``. Wherever candidates are drawn at
 random, the first ones in index order were taken.

@@ -1,4 +1,4 @@
-"""Two CPU processes under torchrun; the scenarios run in one start of it, for starting takes longest."""
+"""Two CPU processes under torchrun, started once for all scenarios."""
 
 import json
 import os
@@ -64,7 +64,7 @@ Checkpointer.save = save
 
 torch.manual_seed(1234)
 if rank == 1:
-    Checkpointer.latest = lambda self: None  # a network folder that does not show the last save yet
+    Checkpointer.latest = lambda self: None  # as on a network file system that does not list the last save yet
 train(config("parts"), resume=True)
 Checkpointer.latest = latest
 results["resumed"] = [p.sum().item() for p in models[-1].parameters()]
@@ -110,7 +110,7 @@ def ranks(tmp_path_factory):
         try:
             output, _ = process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
-            process.terminate()  # and not kill, so that torchrun ends its workers
+            process.terminate()  # SIGTERM, not SIGKILL: torchrun ends its workers
             output, _ = process.communicate(timeout=60)
             pytest.fail(f"the processes wait for each other: {output[-5000:]}")
     assert process.returncode == 0, output[-5000:]

@@ -11,7 +11,7 @@ def block(width):
 
 
 def detector(classes=80, width=8, depth=2, decoder_depth=1):
-    """A skeleton with a detector's key names."""
+    """A module with a detector's key names."""
     modules = {
         "backbone.bottom_up.encoder.blocks": nn.ModuleList(block(width) for _ in range(depth)),
         "backbone.bottom_up.decoder.decoder_blocks": nn.ModuleList(block(4) for _ in range(decoder_depth)),

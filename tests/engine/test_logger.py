@@ -76,7 +76,7 @@ def test_a_closed_stdout_is_no_error(tmp_path, monkeypatch):
 
 
 def test_a_lost_terminal_is_no_error(tmp_path, monkeypatch):
-    """As after SIGHUP, when ssh drops."""
+    """SIGHUP, as when ssh disconnects."""
     ours, theirs = os.openpty()
     with os.fdopen(theirs, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)

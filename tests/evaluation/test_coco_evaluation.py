@@ -100,7 +100,7 @@ def empty_result():
 
 
 def truth_as_results(content, with_crowd):
-    """The annotations in the form of a model's results, one dict an image."""
+    """The annotations as a model's results, one dict per image."""
     results = []
     for image in content["images"]:
         annotations = [a for a in content["annotations"] if a["image_id"] == image["id"]]
@@ -125,7 +125,7 @@ def truth_as_results(content, with_crowd):
 
 
 def random_results(content, seed):
-    """The ground truth moved about, mislabelled in part and mixed with inventions."""
+    """The ground truth with noise on boxes and labels, and false positives."""
     generator = torch.Generator().manual_seed(seed)
     results = []
     for truth in truth_as_results(content, with_crowd=True):
@@ -484,7 +484,7 @@ def _evaluate_rank(rank, folder, answers):
     results = random_results(content, seed=5)
     evaluator = COCOEvaluator(dataset, toolkit="pycocotools")
     evaluator.reset()
-    # as an even split does it: the last image of an odd number is handed out twice
+    # DistributedSampler's even split repeats the last image of an odd number
     for index in ((0, 2), (1, 0))[rank]:
         evaluator.process([{"image_id": (7, 11, 20)[index]}], [results[index]])
     answers.put((rank, evaluator.evaluate()))

@@ -17,12 +17,12 @@ from mimdet.testing import fixed_noise, tiny_config
 
 BOTTOM_UP = "model.backbone.bottom_up"
 MODELS = ["table5_convnext", "table6_mask_token", "table8_window", "table8_window_vit_fpn"]
-# Odd sides, one that is a single token, one that needs the whole canvas.
+# Odd sides, a single token, the full size of the padded batch.
 SIZES = [(75, 141), (5, 9), (160, 96)]
 
 
 def backbone(name, *overrides):
-    """The counterpart's backbone with weights that leave no part without effect."""
+    """The counterpart's backbone with random weights, so that every part has an effect."""
     torch.manual_seed(0)
     changes = [f"{BOTTOM_UP}.{change}" for change in overrides]
     model = instantiate(tiny_config(f"ablations/{name}", *changes).model).backbone.bottom_up
@@ -34,7 +34,7 @@ def backbone(name, *overrides):
 
 
 def own(features, b, size):
-    """What is of one image."""
+    """The valid part of one image's features."""
     return {
         n: f[b, :, : cells(size, s)[0], : cells(size, s)[1]]
         for (n, s), f in zip(STRIDES.items(), features.values(), strict=True)
@@ -134,7 +134,7 @@ def test_drop_path_is_of_whole_make_images():
 
 
 def test_windows_before_a_decoder():
-    """The decoder then completes nothing, and sees every image whole."""
+    """The decoder then fills nothing, and sees all tokens."""
     model = backbone("table6_mask_token", "encoder.window=3", "sample_ratio=1.0").eval()
     plain = backbone("table6_mask_token", "encoder.window=50", "sample_ratio=1.0").eval()
     images = batch([(64, 96), (96, 64)])
@@ -156,7 +156,7 @@ def test_pyramid_is_transposed_convolutions_of_taps():
         x = F.gelu(F.group_norm(part.c2_first(first), 1, part.c2_norm.weight, part.c2_norm.bias, 1e-6))
         assert relative_error(features["c2"], part.c2_second(x)) <= 2e-6
         assert relative_error(features["c3"], part.c3(second)) <= 2e-6
-        # A tap is what the encoder cut short there would hand to its norm.
+        # An output at index i is that of the encoder's first i blocks, before its norm.
         model.encoder.blocks, model.encoder.taps = model.encoder.blocks[:2], ()
         last = F.layer_norm(encoded.tapped[1], (48,), model.encoder.norm.weight, model.encoder.norm.bias, 1e-5)
         assert relative_error(last, model.encoder(images, 1.0).tokens) <= 2e-6
@@ -247,7 +247,7 @@ def test_mask_token_fills_what_is_not_sampled():
     filled[noise[0].argsort()[:12]] = False
     torch.testing.assert_close(decoded[filled], expected[filled], rtol=1e-5, atol=1e-5)
     assert (decoded[~filled] - expected[~filled]).abs().amax(dim=1).min() > 1e-3
-    # With nothing to fill in, its gradient is zero and not missing.
+    # Without rows to fill, its gradient is zero, not None (DDP).
     model(images, sample_ratio=1.0)["c4"].sum().backward()
     assert model.decoder.mask_token.grad.abs().max() == 0
 

@@ -1,4 +1,4 @@
-"""The backbone's parts against numbers recorded from the original."""
+"""The backbone's parts against recordings of the original."""
 
 import hashlib
 import json

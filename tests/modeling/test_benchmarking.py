@@ -1,6 +1,6 @@
-"""Benchmarking-ViT: its parts, its configs against the original's facts, and a shrunken counterpart's whole life.
+"""Benchmarking-ViT: its parts, its configs against the original's, and a small model from training to prediction.
 
-``data/benchmarking_small.npz`` holds features and gradients of the original at the size of ``benchmarking_small.py``,
+``recordings/benchmarking_small.npz`` holds features and gradients of the original at the size of ``benchmarking_small.py``,
 with the weights of ``fill_weights.py``: every 13th value, for the loss of ``benchmarking_small.py``.
 """
 
@@ -130,7 +130,7 @@ def test_attention_runs_what_has_a_gradient_of_the_bias(monkeypatch):
 
 
 def test_drop_path_leaves_out_windows():
-    """At a rate of 1 the last block, and no other, is left out; of its quarter the windows at a lower rate."""
+    """At rate 1 only the last block is dropped; its quarter's window blocks have a lower rate."""
     model = small_backbone(drop_path_rate=1.0).train()
     blocks = list(model.blocks)
     assert [b.drop_path1.drop_prob if b.drop_path1 else 0 for b in blocks] == pytest.approx([i / 7 for i in range(8)])
@@ -246,7 +246,7 @@ def test_lsj_postprocess():
     result = GeneralizedRCNN._resize(SimpleNamespace(lsj_postprocess=True), detection, (100, 100), (100, 200), True)
     assert result["boxes"].tolist() == [[20, 10, 120, 60], [40, 80, 160, 100]]
     assert result["labels"].tolist() == [1, 2]
-    assert result["masks"].sum((1, 2)).tolist() == pytest.approx([100 * 50, 120 * 20], abs=8)  # corners are soft
+    assert result["masks"].sum((1, 2)).tolist() == pytest.approx([100 * 50, 120 * 20], abs=8)  # blurred corners
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ def test_large_scale_jitter(original, monkeypatch, scale):
     )
     aug_input = transforms.AugInput(pixels)
     applied = moves(aug_input)
-    # Detectron2 changes what it is given.
+    # Detectron2 changes its argument in place.
     moved = [applied.apply_polygons([polygon.copy().reshape(-1, 2)]) for polygon in polygons]
     left = masks.PolygonMasks([[part.reshape(-1) for part in parts] for parts in moved])
     expected = [b for b in left.get_bounding_boxes().tensor.tolist() if np.isfinite(b).all()]

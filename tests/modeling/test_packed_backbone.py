@@ -1,4 +1,4 @@
-"""Packed batches: each image gets exactly the features it would get alone."""
+"""Packed batches: each image has the features that it has alone."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from mimdet.pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from mimdet.testing import fixed_noise
 
 PACKED = "model.backbone.bottom_up.batch_mode=packed"
-# Multiples of 32, odd ones, one that is a single token, one that needs the whole canvas.
+# Multiples of 32, odd sides, a single token, the full size of the padded batch.
 SIZES = [(96, 128), (75, 141), (5, 9), (160, 160), (128, 96)]
 
 
@@ -27,7 +27,7 @@ def backbone(*overrides):
 
 
 def noise_for(images):
-    """(B, L): each image's own numbers at its own cells, others that must not matter elsewhere."""
+    """(B, L): noise of each image at its cells, -1 in the padding."""
     rows, columns = (side // 16 for side in images.tensor.shape[2:])
     noise = torch.full((len(images), rows, columns), -1.0)
     for canvas, size in zip(noise, images.image_sizes, strict=True):
@@ -37,13 +37,13 @@ def noise_for(images):
 
 
 def run(model, images, ratio=None):
-    """The model's features of images whose tokens are chosen by ``noise_for``."""
+    """Features with the tokens that ``noise_for`` selects."""
     with fixed_noise(model, noise_for(images)):
         return model(images, sample_ratio=ratio)
 
 
 def step(model, images, ratio, weights=None):
-    """Features cut to each image, and gradients of each image's own sum, by size."""
+    """Features cropped to each image, and gradients of a loss per image, by size."""
     features = run(model, images, ratio)
     by_size = {}
     for b, size in enumerate(images.image_sizes):
@@ -60,7 +60,7 @@ def step(model, images, ratio, weights=None):
 
 @pytest.fixture(scope="module")
 def alone():
-    """What each image gets by itself: {ratio: {size: (features, gradient)}}."""
+    """Results of each image alone: {ratio: {size: (features, gradient)}}."""
     model = backbone().train()
     return {r: {size: step(model, batch([size]), r)[1][size] for size in SIZES} for r in (0.5, 1.0)}
 
@@ -93,7 +93,7 @@ def test_without_padding_the_same_as_on_the_canvas(ratio):
 
 
 def test_alone_on_a_canvas_of_its_own_size_the_same_as_on_the_canvas(alone):
-    """Sides that are multiples of 32 need no padding: there the original's semantics hold."""
+    """Images without padding have the original's features."""
     model, size = small_model().backbone.bottom_up.train(), (96, 128)
     images = batch([size])
     features = run(model, images, 0.5)
@@ -116,7 +116,7 @@ def test_cost_is_that_of_own_tokens(ratio):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize("recompute", ["lean", "none"])
 def test_recomputing_changes_nothing(checkpointing, recompute):
-    """Drop path's numbers included."""
+    """Including drop path's numbers."""
     by_size = []
     for options in ((), (f"checkpointing={checkpointing}", f"recompute={recompute}")):
         model = backbone("model.backbone.bottom_up.encoder.dpr=0.5",
@@ -125,7 +125,7 @@ def test_recomputing_changes_nothing(checkpointing, recompute):
         features = model(batch(SIZES))
         sum(f.square().sum() for f in features.values()).backward()
         by_size.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
-    # Checkpointed blocks add in another pass, which rounds otherwise.
+    # Checkpointed blocks add the residual in another kernel, which rounds differently.
     assert relative_error(*by_size) <= 1e-6 * checkpointing
 
 

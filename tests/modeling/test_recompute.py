@@ -1,4 +1,4 @@
-"""Layers that make their input again in backward, whatever it was made of."""
+"""Layers that recompute their input in backward."""
 
 import copy
 from functools import partial
@@ -23,13 +23,13 @@ def linear():
 
 
 def stem():
-    """A convolution whose weight's gradient is a sum of products."""
+    """A convolution whose weight gradient is a matrix product."""
     x = quantized(2, 16, 9, 7).contiguous(memory_format=torch.channels_last)
     return RecomputeConv2d(16, 8, 3, stride=2, padding=1), x
 
 
 def narrow():
-    """A convolution of too few channels for that."""
+    """A convolution with too few channels for a matrix product."""
     return RecomputeConv2d(3, 8, 3, stride=2, padding=1), quantized(2, 3, 9, 7)
 
 
@@ -69,7 +69,7 @@ def test_budget(make_layer, autocast):
 def test_keeps_the_source_alone(make_layer):
     layer, x = make_layer()
     x.requires_grad_()
-    # tanh would keep its result for a backward of its own
+    # tanh would save its output for backward
     assert activation_bytes(lambda: layer(Recomputed(x * 1, lambda x: x * 1, (x,))), layer) == x.nbytes
     assert activation_bytes(lambda: layer(recomputed(x.detach())), layer.requires_grad_(False)) == 0
 

@@ -54,7 +54,7 @@ def step(layers, run, autocast=False):
 @pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
 def test_same_as_timm(rate, train):
-    """Also the same draws from the generator: seeds mean what they meant."""
+    """Also the same draws from the generator."""
     theirs, ours = make_pair(rate=rate)
     (expected, state), (actual, own_state) = step(theirs.train(train), run_theirs), step(ours.train(train), run_ours)
     assert torch.equal(state, own_state)
@@ -107,7 +107,7 @@ def test_selective_recomputation_saves_ten_of_sixteen_widths():
     with use("cpp"):
         plain = activation_bytes(lambda: run_theirs(theirs, x), theirs)
         assert activation_bytes(lambda: run_ours(selective, x), selective) <= 0.66 * plain
-        sequences = 4 * (len(x) + 1)  # where they begin
+        sequences = 4 * (len(x) + 1)  # cu_seqlens
         assert 0.9 * plain <= activation_bytes(lambda: run_ours(none, x), none) <= plain + sequences
 
 

@@ -10,7 +10,7 @@ SMALL = {"window_size": 4, "img_size": 128, "embed_dim": 64, "depth": 8, "num_he
 
 
 def small_backbone(**changes):
-    """The backbone of the recordings in ``data/benchmarking_small.npz``, in eval mode."""
+    """The backbone of the recordings in ``recordings/benchmarking_small.npz``, in eval mode."""
     model = BenchmarkingViTDet(**{**SMALL, **changes})
     fill_module(model)
     return model.eval()

@@ -22,7 +22,7 @@ SIZES = [(224, 320), (150, 300)]
 
 
 def small_config(*overrides):
-    """The Base config at the size of the recordings in ``data/original_small.npz``."""
+    """The Base config at the size of the recordings in ``recordings/original_small.npz``."""
     return load("configs/mimdet_b_mask_rcnn.py", [*SMALL, *overrides])
 
 

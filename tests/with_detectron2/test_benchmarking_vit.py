@@ -21,7 +21,7 @@ from mimdet.detectron2.config import load_config
 
 EPOCHS = (25, 50, 100)
 SIZES = [(128, 128), (128, 128)]
-# Without stochastic depth: the original draws its numbers otherwise.
+# Without stochastic depth, whose numbers the original draws in another order.
 SHRUNKEN = [f"model.backbone.bottom_up.{key}={value}" for key, value in {**SMALL, "drop_path_rate": 0.0}.items()]
 
 
@@ -131,7 +131,7 @@ def test_whole_detector_of_the_original(model):
 
 
 def _plain(node):
-    """A config's values: calls by their class's name, what only one side can say left out."""
+    """A config's values: calls by class name, without keys that only one side has."""
     if OmegaConf.is_config(node):
         node = OmegaConf.to_container(node, resolve=True)
     if isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""Ground-truth boxes against Detectron2's own code, from the annotation to the tensor, to the last bit."""
+"""Ground-truth boxes bitwise against Detectron2's, from the annotation to the tensor."""
 
 import numpy as np
 import pytest

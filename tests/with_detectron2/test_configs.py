@@ -1,4 +1,4 @@
-"""The Detectron2 form of the model beside the native one: the same weights, numbers and kernels."""
+"""The model in Detectron2 against the native one: the same weights, numbers and kernels."""
 
 import json
 import logging
@@ -68,7 +68,7 @@ def test_keys_and_shapes_of_the_full_size(size):
 
 
 def test_native_weights_give_the_same_detections(model):
-    """Weights go over as they are, and back."""
+    """The state_dict loads in both directions."""
     native = small_model().eval()
     native.load_state_dict(model.state_dict(), strict=True)
     model.load_state_dict(native.state_dict(), strict=True)
@@ -135,7 +135,7 @@ def test_channels_last_throughout(model):
 
 
 def test_every_operation_takes_the_implementation_of_the_table(model, monkeypatch):
-    """A training step inside Detectron2 runs what ``mimdet info`` names; where C++ is chosen, C++ is called."""
+    """A training step inside Detectron2 runs the implementations that ``mimdet info`` names."""
     called, original = set(), library.launch
 
     def launch(name, impl, *arguments, **options):
@@ -183,7 +183,7 @@ def test_plain_tensor_counts_as_unpadded_and_says_so(model, caplog):
 
 
 def test_detectron2s_own_rcnn_takes_the_backbone():
-    """Whose R-CNN hands on the plain tensor."""
+    """Its R-CNN passes the plain tensor to the backbone."""
     cfg = load_config(d2.BASE)
     cfg.model._target_ = GeneralizedRCNN
     model = d2.small(cfg).eval()

@@ -50,7 +50,7 @@ def test_keys_shapes_and_order_are_the_originals(original, switched):
 
 
 def test_weights_go_both_ways(original, switched):
-    """After ``fill_module`` both hold the same numbers: also what the model computes itself, the position tables."""
+    """After ``fill_module`` all tensors are equal, also the computed position embeddings."""
     for (name, a), b in zip(original.state_dict().items(), switched.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
     original.load_state_dict(switched.state_dict(), strict=True)
@@ -120,7 +120,7 @@ def compare(expected, actual):
     for i, (theirs, ours) in enumerate(pairs):
         a, b = theirs.proposal_boxes.tensor, ours.proposal_boxes.tensor
         assert a.shape == b.shape
-        # Two proposals with nearly equal scores may change places, or NMS keep the other: for one in a hundred.
+        # One proposal in a hundred may differ: nearly equal scores change places, or NMS keeps the other.
         nearest = (a[:, None] - b[None]).abs().amax(2).amin(1)
         report[f"proposals {i}"] = nearest.quantile(0.99).item()
     for i, (theirs, ours) in enumerate(zip(*results, strict=True)):

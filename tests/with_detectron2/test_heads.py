@@ -7,7 +7,7 @@ from support.detectron2_heads import OURS, THEIRS, TRAINING, recorded
 
 @pytest.fixture(params=["ours", "theirs"])
 def answer(request):
-    """What an implementation answers; theirs shows that the recordings are right."""
+    """Outputs of an implementation; Detectron2's check the recordings."""
     if request.param == "theirs":
         pytest.importorskip("detectron2", reason="Detectron2 is not installed to run beside")
     return OURS if request.param == "ours" else THEIRS
@@ -18,7 +18,7 @@ def answer(request):
 def test_losses_and_gradients(answer, kind, case):
     actual = answer[kind](case)
     for name, value in recorded(kind, case, actual).items():
-        # A gradient's norm is as good as ReLUs near 0 let it be.
+        # Rounding switches ReLUs near 0, which limits the precision of gradients.
         tolerance = {"rtol": 1e-3, "atol": 1e-6} if name.startswith("grad.") else {"rtol": 1e-5, "atol": 1e-9}
         np.testing.assert_allclose(actual[name], value, err_msg=name, **tolerance)
 

@@ -1,4 +1,4 @@
-"""The Detectron2 forms of the Cascade and RetinaNet configs beside the native ones: same weights, same answers."""
+"""The Detectron2 configs of Cascade and RetinaNet against the native ones: same weights, same results."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_both_forms_agree(name):
 
 @pytest.mark.parametrize("name", OTHER_DETECTORS)
 def test_losses_of_a_training_step(name):
-    """By Detectron2's own draws of proposals, so the names and their being finite are what can be compared."""
+    """Detectron2 draws other proposals, so only names and finiteness are compared."""
     overrides = [o.replace("=false", "=False") for o in tiny_overrides(name)]
     model = their_instantiate(load_config(f"configs/detectron2/{name}.py", overrides).model)
     with EventStorage(0):
