@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from support.small import make_images, target
+from support.small_mimdet import make_images, target
 
 from mimdet.checkpoint.read import read_checkpoint
 from mimdet.config import LazyCall, instantiate, load, to_yaml

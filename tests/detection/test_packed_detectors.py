@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from support.fill_weights import fill_module
-from support.small import SMALL, make_images, target
+from support.small_mimdet import SMALL, make_images, target
 from torch import nn
 
 from mimdet.config import instantiate, load

@@ -1,6 +1,6 @@
 """The whole detector against recordings of the original MIMDet on Detectron2.
 
-The recordings (``recordings/original_small.*``) are of the small model of ``small.py`` with the weights of
+The recordings (``recordings/original_small.*``) are of the small model of ``small_mimdet.py`` with the weights of
 ``fill_weights.py``, images ``image(11, 224, 320)`` and ``image(12, 150, 300)``, ground truth
 ``polygons(21, ...)`` and ``polygons(22, ...)``, token noise ``noise(7, ...)``. Wherever candidates are drawn at
 random, the first ones in index order were taken.
@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.fill_weights import gradient, noise
 from support.golden import Golden, take
-from support.small import SIZES, make_images, normalized, small_model, target
+from support.small_mimdet import SIZES, make_images, normalized, small_model, target
 
 from mimdet.kernels import use
 from mimdet.modeling import ImageList

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.small import make_images, small_model, target
+from support.small_mimdet import make_images, small_model, target
 from torch import nn
 
 from mimdet.detection import (

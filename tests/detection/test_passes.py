@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.small import target
+from support.small_mimdet import target
 
 from mimdet.config import instantiate
 from mimdet.detection import InferencePasses

@@ -11,7 +11,7 @@ from support.golden import Golden
 from support.kernels import activation_bytes
 from support.paths import RECORDINGS
 from support.relative_error import relative_error
-from support.small import make_images, normalized, small_config, small_model
+from support.small_mimdet import make_images, normalized, small_config, small_model
 
 from mimdet.config import instantiate
 from mimdet.kernels import build, sample_tokens, use, valid_mask

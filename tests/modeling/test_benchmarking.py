@@ -1,7 +1,7 @@
 """Benchmarking-ViT: its parts, its configs against the original's, and a small model from training to prediction.
 
-``recordings/benchmarking_small.npz`` holds features and gradients of the original at the size of ``benchmarking_small.py``,
-with the weights of ``fill_weights.py``: every 13th value, for the loss of ``benchmarking_small.py``.
+``recordings/benchmarking_small.npz`` holds every 13th value of the original's features and gradients, for the size and
+the loss of ``small_benchmarking.py`` and the weights of ``fill_weights.py``.
 """
 
 import json
@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support.benchmarking_small import SMALL, loss, small_backbone, small_input
 from support.kernels import activation_bytes
 from support.paths import RECORDINGS
 from support.relative_error import relative_error
+from support.small_benchmarking import SMALL, loss, small_backbone, small_input
 
 from mimdet.checkpoint.convert import convert_checkpoint
 from mimdet.checkpoint.read import CheckpointError, read_checkpoint

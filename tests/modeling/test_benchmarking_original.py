@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.benchmarking_small import SMALL, loss, small_input
 from support.fill_weights import fill_module, gradient, image
 from support.relative_error import relative_error
+from support.small_benchmarking import SMALL, loss, small_input
 
 from mimdet.data import FixedSizeCrop, ResizeScale
 from mimdet.data.transforms import clip_targets, mask_boxes

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.packed_images import STRIDES, batch, cells
 from support.relative_error import relative_error
-from support.small import make_images, small_config, small_model, target
+from support.small_mimdet import make_images, small_config, small_model, target
 from timm.models.vision_transformer import Block
 from torch import nn
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from support.fill_weights import fill_module, image
 from support.paths import RECORDINGS
-from support.small import target
+from support.small_mimdet import target
 from torch import nn
 
 from mimdet import detection

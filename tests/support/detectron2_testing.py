@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support.fill_weights import fill_module, noise
-from support.small import SIZES, SMALL, make_images, target
+from support.small_mimdet import SIZES, SMALL, make_images, target
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
@@ -62,7 +62,7 @@ def switched_config(scratch, size="base"):
 
 
 def small(cfg, overrides=SMALL):
-    """A config's model at the size of ``small.py`` and with its weights."""
+    """A config's model at the size of ``small_mimdet.py`` and with its weights."""
     cfg = LazyConfig.apply_overrides(cfg, [o.replace("=false", "=False") for o in overrides])
     model = instantiate(cfg.model)
     fill_module(model)

@@ -1,7 +1,7 @@
 """Images of several sizes in one batch, and how far features are from those of each image alone."""
 
 import torch
-from support.small import make_images, normalized
+from support.small_mimdet import make_images, normalized
 
 from mimdet.modeling import ImageList
 

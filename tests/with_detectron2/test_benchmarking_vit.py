@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from support.benchmarking_small import SMALL
 from support.paths import RECORDINGS
 from support.relative_error import relative_error
+from support.small_benchmarking import SMALL
 
 d2 = pytest.importorskip("detectron2_testing")
 

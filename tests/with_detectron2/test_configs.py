@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.paths import CONFIGS, RECORDINGS
-from support.small import small_model
+from support.small_mimdet import small_model
 
 from mimdet.kernels import library, table
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.paths import CONFIGS
-from support.small import SIZES, target
+from support.small_mimdet import SIZES, target
 
 from mimdet.config import instantiate, load
 from mimdet.testing import tiny_config, tiny_overrides

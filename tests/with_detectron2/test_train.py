@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.paths import ROOT
-from support.small import SMALL
+from support.small_mimdet import SMALL
 
 d2 = pytest.importorskip("detectron2_testing")
 

@@ -2,7 +2,7 @@
 
 import torch
 from support.fill_weights import fill_module, gradient, image
-from support.small import normalized
+from support.small_mimdet import normalized
 
 from mimdet.modeling import BenchmarkingViTDet
 
