@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..kernels.sample_tokens.api import to_device
+from ..kernels.tensors import to_device
 from .sampling import cell_sizes
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.convnext import load_convnext
-from ..kernels.image_norm import valid
+from ..kernels.tensors import zero_padding
 from .recompute import checkpointed, is_selective
 from .vit import Mlp, add_norm, compute_dtype
 
@@ -131,4 +131,4 @@ class ConvNeXtStem(nn.Module):
 
 
 def _zero_padding(x: torch.Tensor, sizes: torch.Tensor | None, level: int) -> torch.Tensor:
-    return x if sizes is None else x.masked_fill(~valid(x, sizes[level]), 0.0)
+    return x if sizes is None else zero_padding(x, sizes[level])

@@ -12,8 +12,7 @@ from torch import nn
 
 from ..checkpoint.mae import load_mae
 from ..kernels import gather_add_pos
-from ..kernels.image_norm import valid
-from ..kernels.sample_tokens.api import to_device
+from ..kernels.tensors import to_device, zero_padding
 from ..pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from .conv_stem import ConvStem
 from .convnext_stem import ConvNeXtStem
@@ -144,7 +143,7 @@ class MIMDetEncoder(nn.Module):
         check_ratio(sample_ratio)
         if self.window and sample_ratio != 1.0:
             raise ValueError(f"encoder: windows hold every token: sample_ratio must be 1, got {sample_ratio}")
-        x, stage_sizes = _zero_padding(images) if packed else (images.tensor, None)
+        x, stage_sizes = _with_zero_padding(images) if packed else (images.tensor, None)
         features = self.patch_embed(x, stage_sizes)
         batch, dim, *grid = features[-1].shape
         grid, device = tuple(grid), features[-1].device
@@ -170,10 +169,10 @@ class MIMDetEncoder(nn.Module):
         return EncoderOutput(features, tokens, split, tuple(tapped), stage_sizes)
 
 
-def _zero_padding(images: ImageList) -> tuple[torch.Tensor, torch.Tensor]:
+def _with_zero_padding(images: ImageList) -> tuple[torch.Tensor, torch.Tensor]:
     """Images with zeros in their padding; (4, B, 2) int32 rows and columns of each at strides 2, 4, 8 and 16."""
     sizes = to_device([cell_sizes(images.image_sizes, 2**i) for i in range(5)], images.tensor.device)
-    return images.tensor.masked_fill(~valid(images.tensor, sizes[0]), 0.0), sizes[1:]
+    return zero_padding(images.tensor, sizes[0]), sizes[1:]
 
 
 def _make_stem(

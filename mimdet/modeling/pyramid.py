@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..kernels.image_norm import valid
+from ..kernels.tensors import zero_padding
 from .conv_stem import GroupNormGELU
 from .encoder import EncoderOutput
 
@@ -33,4 +33,4 @@ class UpsampledTokens(nn.Module):
             return self.c2_second(self.c2_norm(self.c2_first(first))), self.c3(second)
         _, fine, coarse, _ = encoded.sizes
         c2 = self.c2_second(self.c2_norm(self.c2_first(first), coarse))
-        return tuple(x.masked_fill(~valid(x, sizes), 0.0) for x, sizes in ((c2, fine), (self.c3(second), coarse)))
+        return tuple(zero_padding(x, sizes) for x, sizes in ((c2, fine), (self.c3(second), coarse)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import sample_packed_tokens, sample_tokens, valid_tokens
+from ..kernels import sample_packed_tokens, sample_tokens, valid_mask
 from .noise import NoiseSource
 from .sequences import Sequences
 
@@ -76,7 +76,7 @@ def split_padded(
     every = Sequences.equal(batch, length, device)
     if ratio == 1.0:
         return TokenSplit(None, None, None, every, every)
-    sample = sample_tokens(noise, valid_tokens(sizes, grid, device), ratio)
+    sample = sample_tokens(noise, valid_mask(sizes, grid, device).flatten(1), ratio)
     return TokenSplit(*sample, Sequences.equal(*sample.ids_keep.shape, device), every)
 
 

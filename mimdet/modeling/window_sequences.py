@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ..kernels.sample_tokens.api import to_device
+from ..kernels.tensors import to_device
 from .sampling import TokenSplit
 from .sequences import Sequences
 
