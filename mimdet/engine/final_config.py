@@ -35,11 +35,11 @@ def final_config(cfg: DictConfig, dataset: Any, user_keys: Collection[str] = (),
 
 
 def match_num_classes(cfg: DictConfig, dataset: Any, user_keys: Collection[str] = ()) -> None:
-    """Set the model's ``num_classes`` to the dataset's, in place, with a log line when that changes it.
+    """Set the model's ``num_classes`` to the dataset's, in place, and log the change.
 
     Args:
         dataset: has ``classes``, the names by label.
-        user_keys: keys that the user set; they stay.
+        user_keys: keys that the user set; they do not change.
 
     Raises:
         ValueError: the user overrode the key to another number.
@@ -55,26 +55,25 @@ def match_num_classes(cfg: DictConfig, dataset: Any, user_keys: Collection[str] 
 
 
 def num_classes(cfg: DictConfig) -> tuple[str, int | None]:
-    """The config key that holds the detector's number of classes, and that number; None if there is no such key."""
+    """The config key of the detector's number of classes, and the number; None if no such key is set."""
     counts = {key: OmegaConf.select(cfg, key) for key in _CLASS_KEYS}
     return next(((key, count) for key, count in counts.items() if count is not None), (_CLASS_KEYS[0], None))
 
 
 def scale_to_batch_size(cfg: DictConfig, user_keys: Collection[str] = ()) -> list[str]:
-    """Fit the learning rate and the iteration counts to the batch size, in place.
+    """Scale the learning rate and the iteration counts with the batch size, in place.
 
-    The values in a config hold for batches of ``train.reference_batch_size``. With k times that batch the
-    learning rate becomes k times as high (linear scaling rule) and ``train.max_iter``,
-    ``train.checkpointer.period`` and ``train.eval_period`` k times as short, so the number of images stays.
-    The reference is then set to the actual batch size: calling again, or training from the saved config, scales
-    nothing twice.
+    The values in a config are for batches of ``train.reference_batch_size``. A batch k times as large multiplies the
+    learning rate by k (linear scaling rule) and divides ``train.max_iter``, ``train.checkpointer.period`` and
+    ``train.eval_period`` by k: the number of images is the same. Then ``train.reference_batch_size`` becomes the batch
+    size, so that a second call, or training from the saved config, does not scale again.
 
     Args:
         cfg: the whole config.
-        user_keys: keys that the user set; they stay.
+        user_keys: keys that the user set; they do not change.
 
     Returns:
-        Lines that say what was changed from what, empty when the batch size is the reference.
+        Lines for the log with old and new values; empty if the batch size is the reference.
     """
     batch = cfg.dataloader.train.total_batch_size
     reference = cfg.train.get("reference_batch_size") or batch

@@ -16,8 +16,8 @@ class MultiStepParamScheduler:
     Args:
         values: one more than there are milestones.
         milestones: updates at which the next value begins, increasing.
-        num_updates: length of the schedule in the unit of the milestones. Progress is relative to it, so a
-            shorter or longer training keeps the shape.
+        num_updates: length of the schedule in the unit of the milestones. Milestones are relative to
+            it: a shorter or longer training has them at the same progress.
 
     Raises:
         ValueError: the counts do not fit, or the milestones do not increase within the schedule.
@@ -41,7 +41,7 @@ class MultiStepParamScheduler:
 
     def __call__(self, where: float) -> float:
         """The value at progress ``where`` in [0, 1)."""
-        # iteration / max_iter * num_updates may fall a rounding error short of a milestone.
+        # Rounding: iteration / max_iter * num_updates may be slightly below a milestone.
         update = math.floor(where * self.num_updates + 1e-6)
         return self.values[bisect.bisect_right(self.milestones, update)]
 
@@ -55,19 +55,19 @@ class CosineParamScheduler:
 
     def __call__(self, where: float) -> float:
         """The value at progress ``where`` in [0, 1)."""
-        share = (1 + math.cos(math.pi * where)) / 2
-        return self.end_value + (self.start_value - self.end_value) * share
+        weight = (1 + math.cos(math.pi * where)) / 2
+        return self.end_value + (self.start_value - self.end_value) * weight
 
 
 class WarmupParamScheduler:
-    """A schedule whose beginning is replaced by a linear rise.
+    """A schedule with linear warmup.
 
     It rises from ``warmup_factor * scheduler(0)`` to ``scheduler(warmup_length)``, then follows ``scheduler``.
 
     Args:
         scheduler: the schedule to follow.
-        warmup_length: share of the training, in [0, 1).
-        warmup_factor: share of the first value to start from.
+        warmup_length: fraction of the training, in [0, 1).
+        warmup_factor: first value of the warmup, as a fraction of ``scheduler(0)``.
 
     Raises:
         ValueError: ``warmup_length`` is not in [0, 1).
@@ -75,7 +75,7 @@ class WarmupParamScheduler:
 
     def __init__(self, scheduler: Scheduler, warmup_length: float, warmup_factor: float):
         if not 0 <= warmup_length < 1:
-            raise ValueError(f"lr_multiplier.warmup_length={warmup_length} is a share of the training: in [0, 1)")
+            raise ValueError(f"lr_multiplier.warmup_length={warmup_length} is a fraction of the training: in [0, 1)")
         self.scheduler = scheduler
         self.warmup_length = warmup_length
         self.warmup_factor = warmup_factor

@@ -1,4 +1,4 @@
-"""Files that are no checkpoints, or more than that: named for what they are, never run, never advised to be run."""
+"""Files that are no checkpoints, or run code: errors name what they are, and nothing in them runs."""
 
 import gzip
 import io
@@ -152,7 +152,7 @@ ADVICE = "Weights only load failed. Re-running `torch.load` with `weights_only` 
     ],
 )
 def test_torchs_own_advice_is_never_repeated(tmp_path, monkeypatch, text, message):
-    """The texts of torch 2.11 to 2.15."""
+    """Messages of torch 2.11 to 2.15."""
 
     def refuse(*args, **kwargs):
         raise RuntimeError(ADVICE + text)

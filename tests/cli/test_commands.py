@@ -1,4 +1,4 @@
-"""The command line, from the demo's training to its weights in other forms."""
+"""The command line, from the demo's training to converted weights."""
 
 import contextlib
 import io
@@ -107,8 +107,8 @@ def test_train_resumes_and_takes_own_data(trained, monkeypatch, tmp_path, capsys
 
 def test_predict_needs_only_weights(trained, monkeypatch, tmp_path, capsys, caplog):
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"no picture")
-    pictures = sorted((trained / "shapes/val").iterdir())
+    broken.write_bytes(b"no image")
+    images = sorted((trained / "shapes/val").iterdir())
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "link.png").symlink_to(tmp_path / "nowhere.png")
@@ -120,12 +120,12 @@ def test_predict_needs_only_weights(trained, monkeypatch, tmp_path, capsys, capl
     assert "broken.jpg" in caplog.text
     assert "link.png" in caplog.text
     assert "the config finds nothing below 0.05" in caplog.text
-    assert {p.stem for p in (tmp_path / "out").glob("*.png")} == {p.stem for p in pictures}
-    found = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert {p.stem for p in (tmp_path / "out").glob("*.png")} == {p.stem for p in images}
+    predictions = json.loads((tmp_path / "out/predictions.json").read_text())
     printed = capsys.readouterr().out
-    assert f"{len(found)} objects in" in printed
+    assert f"{len(predictions)} objects in" in printed
     assert "2 images were skipped" in printed
-    assert {"image_id", "category_id", "bbox", "score", "segmentation", "file_name"} <= set(found[0])
+    assert {"image_id", "category_id", "bbox", "score", "segmentation", "file_name"} <= set(predictions[0])
 
 
 def test_convert_strips_and_goes_to_mae_and_back(trained, monkeypatch, tmp_path):

@@ -100,14 +100,14 @@ def save(image, path, **options):
 def test_every_kind_of_image_gives_the_same(tmp_path, predictor, kind):
     path = save(sample(), tmp_path / "a.png")
     array = np.asarray(sample())
-    given = {
+    request = {
         "path": path,
         "str": str(path),
         "pil": sample(),
         "array": array,
         "tensor": torch.from_numpy(array.copy()).permute(2, 0, 1),
     }[kind]
-    result = predictor(given)
+    result = predictor(request)
     assert result["class_names"] == ["cone"]
     assert result["labels"].tolist() == [2]
     assert result["scores"].tolist() == pytest.approx([0.9])
@@ -312,7 +312,7 @@ def fail_at(predictor, number, error):
 
 
 def files_with_objects(report):
-    return [Path(found["file_name"]).name for found in json.loads(report.read_text())]
+    return [Path(detection["file_name"]).name for detection in json.loads(report.read_text())]
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_names_with_line_breaks_are_drawn_and_kept(tmp_path):
     report = predict_files(three_images(tmp_path), tmp_path / "out", predictor, progress=False)
     assert report.skipped == []
     assert len(report.drawings) == 3
-    names = {found["category_name"] for found in json.loads(report.predictions.read_text())}
+    names = {detection["category_name"] for detection in json.loads(report.predictions.read_text())}
     assert names == {classes[0], classes[2]}
 
 

@@ -88,7 +88,7 @@ def test_labels_stay_inside_the_image(box):
     assert letters(*box) == pytest.approx(letters(300, 300, 340, 340), rel=0.1)
 
 
-def test_neighbouring_labels_do_not_cover_each_other():
+def test_neighboring_labels_do_not_cover_each_other():
     boxes = torch.tensor([[300.0, 300.0, 340.0, 340.0]]).repeat(3, 1)
     drawn = draw_instances(gray(640, 640), boxes, [0, 1, 2], ["aaaaaaaa", "bbbbbbbb", "cccccccc"])
     sizes = []

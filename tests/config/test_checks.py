@@ -1,4 +1,4 @@
-"""Values that cannot work are refused with their key and what they must be, before anything is built."""
+"""Impossible values raise an error with key and remedy before anything is built."""
 
 import re
 
@@ -110,7 +110,7 @@ def test_an_interpolation_to_a_good_value_passes(base):
 
 
 def test_training_and_evaluation_check_first(tmp_path):
-    """Also values of a config itself, that no override set."""
+    """Also for values of the config file, not only overrides."""
     for run in (train, evaluate_only):
         cfg = fake_config(tmp_path / "out", max_iter=-3)
         cfg.train.init_checkpoint = "weights.pth"

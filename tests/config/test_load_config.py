@@ -1,4 +1,4 @@
-"""Configs: loading, interpolation, overrides, and the way to YAML and back."""
+"""Configs: loading, interpolation, overrides, and the round trip through YAML."""
 
 import functools
 import textwrap
@@ -72,9 +72,9 @@ def test_each_load_is_fresh(tree):
     ],
 )
 def test_override(tree, override, key, value):
-    got = OmegaConf.select(load(tree, [override]), key)
-    assert got == value
-    assert type(got) is type(value) or isinstance(value, list)
+    actual = OmegaConf.select(load(tree, [override]), key)
+    assert actual == value
+    assert type(actual) is type(value) or isinstance(value, list)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_bad_override(tree, override, error, message):
 
 
 def test_a_path_of_a_locale_without_utf_8_survives_yaml(tree, tmp_path):
-    """Python has such bytes as lone surrogates, and opens the file by them."""
+    """Python decodes such bytes to lone surrogates (surrogateescape), which open the file."""
     cfg = load(tree, ["train.max_iter=/data/\udcc3\udca9"])
     saved = tmp_path / "saved.yaml"
     saved.write_bytes(to_yaml(cfg).encode("ascii"))
@@ -150,7 +150,7 @@ def test_every_shipped_config_builds_and_survives_yaml(path, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "target"),
     [
         ("torch.optim.adamw.AdamW", torch.optim.AdamW),
         ("torch.nn.LayerNorm", nn.LayerNorm),
@@ -158,8 +158,8 @@ def test_every_shipped_config_builds_and_survives_yaml(path, tmp_path):
         ("pathlib.Path.home", Path.home),
     ],
 )
-def test_targets_are_found_by_module_and_attributes(name, found):
-    assert resolve_target(name) == found
+def test_targets_are_resolved_by_module_and_attributes(name, target):
+    assert resolve_target(name) == target
 
 
 @pytest.mark.parametrize(

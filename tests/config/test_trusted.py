@@ -1,4 +1,4 @@
-"""Configs out of checkpoints: they build the shipped configs' parts and run nothing else."""
+"""Configs in checkpoints: they build the shipped configs' parts and run nothing else."""
 
 import functools
 import os
@@ -89,10 +89,10 @@ def test_the_list_is_what_the_shipped_configs_use_and_no_more(shipped):
 
 def test_the_list_names_classes_of_mimdet_and_torch_only():
     for name in frozenset().union(*TRUSTED.values()):
-        found = resolve_target(name)
-        assert public_target(f"{found.__module__}.{found.__qualname__}") == name, "an alias may lead elsewhere"
+        target = resolve_target(name)
+        assert public_target(f"{target.__module__}.{target.__qualname__}") == name, "an alias may lead elsewhere"
         assert name.startswith(("mimdet.", "torch.nn.modules.", "torch.optim."))
-        assert isinstance(found, type) or name in NOT_CLASSES
+        assert isinstance(target, type) or name in NOT_CLASSES
     # What is built from a checkpoint computes: modules and what they are told, transforms.
     for name in TRUSTED["model"]:
         assert issubclass(resolve_target(name), nn.Module) or name.startswith(("mimdet.detection.", "mimdet.modeling."))
@@ -156,7 +156,7 @@ def with_node(text, place, node):
 
 @pytest.fixture
 def trap(tmp_path, monkeypatch):
-    """The working folder, whose module and files show that something ran."""
+    """The working directory, with a module that leaves a file if it is imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("this_module_would_run", "RAN"):

@@ -27,8 +27,8 @@ BAD = [
 
 def content():
     def instance(number, **changes):
-        given = {"image_id": 7, "category_id": 9, "bbox": [10, 10, 20.5, 15], "segmentation": [list(TRIANGLE)]}
-        return {"id": number, **given, "iscrowd": 0, "area": 150.0, **changes}
+        fields = {"image_id": 7, "category_id": 9, "bbox": [10, 10, 20.5, 15], "segmentation": [list(TRIANGLE)]}
+        return {"id": number, **fields, "iscrowd": 0, "area": 150.0, **changes}
 
     crowd = {"size": [40, 60], "counts": [0, 5, 2395]}
     return {
@@ -62,7 +62,7 @@ def places(node, at=()):
 
 
 def broken_files(seed, count):
-    """Files in each of which one value is replaced by a bad one, and where."""
+    """Files with one bad value each, and its place."""
     rng = np.random.default_rng(seed)
     everywhere = list(places(content()))[1:]
     for _ in range(count):
@@ -110,7 +110,7 @@ def test_all_problems_are_found_and_the_sound_part_is_counted(folder):
         {"id": 10, "file_name": 4, "height": 50, "width": 80},
     ]
     data["annotations"].append({**data["annotations"][0], "id": 8, "image_id": 9})
-    # its image was left out: named once
+    # its image was skipped: reported once
     data["annotations"].append({**data["annotations"][0], "id": 9, "image_id": 10})
     report = check_dataset(**write(folder, data))
     expected = ("image 10: file_name", "annotation 4 .*outside", "annotation 5 .*area", "id 1 in annotations")

@@ -1,4 +1,4 @@
-"""Annotation files, pictures, dataset names and the mapper."""
+"""Annotation files, images, dataset names and the mapper."""
 
 import json
 import logging
@@ -51,7 +51,7 @@ def content(annotations, images=(7,)):
 
 
 def changed(key, position, **fields):
-    """Sound content but for the fields of one entry."""
+    """Valid content except the fields of one entry."""
     data = content([instance(1)])
     data[key][position].update(fields)
     return data
@@ -62,13 +62,13 @@ def write(tmp_path):
     """Writes an annotation file and images; returns the arguments of CocoDataset."""
 
     def write(data):
-        (tmp_path / "pictures").mkdir(exist_ok=True)
+        (tmp_path / "images").mkdir(exist_ok=True)
         for image in data.get("images", ()) if isinstance(data, dict) else ():
             pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
             name = image.get("file_name")
-            Image.fromarray(pixels).save(tmp_path / "pictures" / (name if name in ("7.png", "8.png") else "9.png"))
+            Image.fromarray(pixels).save(tmp_path / "images" / (name if name in ("7.png", "8.png") else "9.png"))
         (tmp_path / "set.json").write_text(json.dumps(data))
-        return {"json_file": tmp_path / "set.json", "image_root": tmp_path / "pictures"}
+        return {"json_file": tmp_path / "set.json", "image_root": tmp_path / "images"}
 
     return write
 
@@ -274,13 +274,13 @@ def test_boxes_over_the_edge_are_no_mistake(write):
 
 def test_far_corners_are_added_in_float32(write):
     """As Detectron2 adds them: 21.43 + 338.96 is not the float32 nearest to 360.39, but the one before."""
-    given = [[21.43, 338.96], [20.1, 30.3], [3.0, 4.0]]
-    annotations = [instance(i, bbox=[x, 1.5, w, 2.0]) for i, (x, w) in enumerate(given)]
+    spans = [[21.43, 338.96], [20.1, 30.3], [3.0, 4.0]]
+    annotations = [instance(i, bbox=[x, 1.5, w, 2.0]) for i, (x, w) in enumerate(spans)]
     data = content(annotations)
     data["images"][0]["width"] = 400
     boxes = CocoDataset(**write(data))[0]["boxes"]
     assert boxes[0, 2] == np.float32(21.43) + np.float32(338.96) == 360.3899841308594 != np.float32(360.39)
-    for box, (x, w) in zip(boxes, given, strict=True):
+    for box, (x, w) in zip(boxes, spans, strict=True):
         assert box.tolist() == [np.float32(x), 1.5, np.float32(x) + np.float32(w), 3.5]
 
 
@@ -473,7 +473,7 @@ class TestMapper:
         with pytest.raises(ValueError, match="image_format"):
             DatasetMapper(False, [], image_format="YUV")
 
-    def test_boxes_are_clipped_to_the_picture(self, record):
+    def test_boxes_are_clipped_to_the_image(self, record):
         record["boxes"] = np.array([[-5.0, 10, 70, 50], [60, 10, 70, 20]])
         targets = DatasetMapper(True, [])(record, None)["targets"]
         assert targets["boxes"].tolist() == [[0, 10, 60, 40]]

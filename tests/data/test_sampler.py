@@ -84,7 +84,7 @@ def test_resuming_continues_the_run(rank, world_size):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Twelve pictures, of which every third is higher than wide."""
+    """Twelve images, of which every third is higher than wide."""
     root = tmp_path_factory.mktemp("set")
     images, annotations = [], []
     for i in range(12):
@@ -162,7 +162,7 @@ def test_global_random_state_is_left_alone(dataset, mapper, num_workers):
 
 @pytest.fixture
 def as_rank(monkeypatch):
-    """Pretends that torch.distributed runs."""
+    """Mocks torch.distributed."""
 
     def set_rank(rank, world_size):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -218,10 +218,10 @@ class Broken:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_data_errors_arrive_as_they_were_raised(dataset, num_workers):
-    loader = build_detection_test_loader(dataset, Broken(DataError("picture 3 is damaged")), num_workers=num_workers)
+    loader = build_detection_test_loader(dataset, Broken(DataError("image 3 is damaged")), num_workers=num_workers)
     with pytest.raises(DataError) as error:
         list(loader)
-    assert str(error.value) == "picture 3 is damaged"
+    assert str(error.value) == "image 3 is damaged"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

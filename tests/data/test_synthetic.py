@@ -30,7 +30,7 @@ def test_loads_as_coco(root, caplog):
     assert sample["image"].shape[1:] == tuple(train.sizes[0])
 
 
-def test_pictures_vary_in_size(root):
+def test_images_vary_in_size(root):
     sizes = load(root, "train").sizes
     assert ((sizes >= 64) & (sizes <= 96)).all()
     assert 0 < (sizes[:, 1] > sizes[:, 0]).mean() < 1
@@ -46,27 +46,27 @@ def test_boxes_and_areas_belong_to_the_masks(root):
 
 
 def test_masks_are_what_is_drawn(monkeypatch):
-    """Painted in one colour each, instances show inside their visible parts and nowhere else."""
-    colours = np.eye(3)
-    colours = np.concatenate([colours, 1 - colours, [[1, 1, 1], [1, 0.4, 0], [0, 0.4, 1]]])
+    """Each instance's color is inside its visible mask and nowhere else."""
+    colors = np.eye(3)
+    colors = np.concatenate([colors, 1 - colors, [[1, 1, 1], [1, 0.4, 0], [0, 0.4, 1]]])
     checked = 0
     for seed in range(12):
         height, width = 120, 150
         scene = synthetic._scene(np.random.default_rng(seed), height, width)
         order = iter(range(len(scene) - 1, -1, -1))
-        monkeypatch.setattr(synthetic, "_contrasting", lambda *_: colours[next(order)])  # noqa: B023
-        monkeypatch.setattr(synthetic, "_fill", lambda rng, colour, shape: colour)
+        monkeypatch.setattr(synthetic, "_contrasting", lambda *_: colors[next(order)])  # noqa: B023
+        monkeypatch.setattr(synthetic, "_fill", lambda rng, color, shape: color)
         canvas = np.zeros((height, width, 3))
         synthetic._draw(canvas, scene, np.random.default_rng(0))
         norms = np.linalg.norm(canvas, axis=2, keepdims=True)
-        unit = colours / np.linalg.norm(colours, axis=1, keepdims=True)
+        unit = colors / np.linalg.norm(colors, axis=1, keepdims=True)
         owner = np.where(norms[..., 0] > 0.1, (canvas / norms.clip(1e-9) @ unit.T).argmax(axis=2), -1)
         y, x = np.mgrid[:height, :width] + 0.5
         for number, (_, shape, visible) in enumerate(scene):
             inside = shapely.contains_xy(visible.buffer(-1), x, y)
             hidden = shapely.contains_xy(shape, x, y) & ~shapely.contains_xy(visible.buffer(2), x, y)
             assert (owner[inside] == number).all()
-            # Where two others meet, anti-aliasing may mix their colours to this one's.
+            # Where two others meet, anti-aliasing may mix their colors to this one's.
             assert (owner[hidden] == number).sum() <= 0.05 * hidden.sum()
             checked += inside.sum()
     assert checked > 10_000
@@ -89,7 +89,7 @@ def test_scenes_overlap_and_split_but_stay_visible():
     assert max(diameters) > 50
 
 
-def test_pictures_depend_on_the_seed_alone(root, tmp_path):
+def test_images_depend_on_the_seed_alone(root, tmp_path):
     again = generate_shapes(tmp_path / "again", num_train=3, num_val=5, image_size=(64, 96))
     other = generate_shapes(tmp_path / "other", num_train=3, num_val=0, image_size=(64, 96), seed=1)
     for name in ("train/000002.jpg", "val/000004.jpg"):

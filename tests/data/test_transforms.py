@@ -29,7 +29,7 @@ from mimdet.data.transforms import (
 GOLDEN = json.loads((RECORDINGS / "resize_crop.json").read_text())
 
 
-def picture(height=40, width=60):
+def make_image(height=40, width=60):
     return Image.fromarray(image(301, height, width).astype(np.uint8).transpose(1, 2, 0))
 
 
@@ -62,7 +62,7 @@ def test_target_sizes(key, length, max_size):
 def test_resized_pixels(height, width):
     expected = np.load(RECORDINGS / "resize_pixels.npz")[f"resized_{height}x{width}"]
     # A cap gives the one recorded size that a shortest edge alone would round to 25x38.
-    resized, _ = ResizeShortestEdge(height, max_size=width)(picture(), None, rng())
+    resized, _ = ResizeShortestEdge(height, max_size=width)(make_image(), None, rng())
     np.testing.assert_array_equal(np.asarray(resized), expected)
 
 
@@ -97,7 +97,7 @@ def test_an_image_without_pixels_is_refused():
 
 def test_resize_moves_targets():
     targets = make_targets((6, 4, 30, 20))
-    resized, moved = ResizeShortestEdge(80)(picture(), targets, rng())
+    resized, moved = ResizeShortestEdge(80)(make_image(), targets, rng())
     assert resized.size == (120, 80)
     assert moved["boxes"].tolist() == [[12, 8, 60, 40]]
     assert moved["masks"][0][0].tolist() == [12, 8, 60, 8, 60, 40, 12, 40]
@@ -110,7 +110,7 @@ def test_resize_moves_targets():
 )
 def test_resize_draws_the_length(style, lengths, expected):
     resize, generator = ResizeShortestEdge(lengths, sample_style=style), rng()
-    assert {resize(picture(), None, generator)[0].height for _ in range(60)} == expected
+    assert {resize(make_image(), None, generator)[0].height for _ in range(60)} == expected
 
 
 @pytest.mark.parametrize(
@@ -129,29 +129,29 @@ def test_resize_refuses(arguments):
 
 
 def test_horizontal_flip():
-    flipped, targets = RandomFlip(prob=1.0)(picture(), make_targets((6, 4, 30, 20)), rng())
-    np.testing.assert_array_equal(np.asarray(flipped), np.asarray(picture())[:, ::-1])
+    flipped, targets = RandomFlip(prob=1.0)(make_image(), make_targets((6, 4, 30, 20)), rng())
+    np.testing.assert_array_equal(np.asarray(flipped), np.asarray(make_image())[:, ::-1])
     assert targets["boxes"].tolist() == [[30, 4, 54, 20]]
     assert targets["masks"][0][0].tolist() == [54, 4, 30, 4, 30, 20, 54, 20]
 
 
 def test_vertical_flip():
     flipped, targets = RandomFlip(horizontal=False, vertical=True, prob=1.0)(
-        picture(), make_targets((6, 4, 30, 20)), rng()
+        make_image(), make_targets((6, 4, 30, 20)), rng()
     )
-    np.testing.assert_array_equal(np.asarray(flipped), np.asarray(picture())[::-1])
+    np.testing.assert_array_equal(np.asarray(flipped), np.asarray(make_image())[::-1])
     assert targets["boxes"].tolist() == [[6, 20, 30, 36]]
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
 def test_probability(prob):
     generator = rng()
-    flips = [RandomFlip(prob=prob)(picture(), make_targets((0, 0, 9, 9)), generator)[1] for _ in range(300)]
+    flips = [RandomFlip(prob=prob)(make_image(), make_targets((0, 0, 9, 9)), generator)[1] for _ in range(300)]
     share = np.mean([targets["boxes"][0, 0] != 0 for targets in flips])
     assert share == pytest.approx(prob, abs=0.08 if 0 < prob < 1 else 0)
     generator = rng()
     apply = RandomApply(AugmentationList([ResizeShortestEdge(20)]), prob)
-    share = np.mean([apply(picture(), None, generator)[0].height == 20 for _ in range(300)])
+    share = np.mean([apply(make_image(), None, generator)[0].height == 20 for _ in range(300)])
     assert share == pytest.approx(prob, abs=0.08 if 0 < prob < 1 else 0)
 
 
@@ -215,8 +215,8 @@ def test_clipping_without_masks_or_instances():
     assert len(clip_targets(make_targets(), 60, 40)["boxes"]) == 0
 
 
-def test_crop_picture_and_targets_agree():
-    whole = picture()
+def test_crop_image_and_targets_agree():
+    whole = make_image()
     crop, generator = RandomCrop("absolute_range", (10, 30)), rng(3)
     x, y, width, height = crop.window(40, 60, rng(3))
     cropped, targets = crop(whole, make_targets((0, 0, 60, 40)), generator)
@@ -264,7 +264,7 @@ def test_resize_scale_draws_the_scale_and_moves_targets():
     resize, generator = ResizeScale(0.1, 2.0, 80, 80), rng()
     widths = []
     for _ in range(200):
-        resized, moved = resize(picture(), make_targets((6, 4, 30, 20)), generator)
+        resized, moved = resize(make_image(), make_targets((6, 4, 30, 20)), generator)
         widths.append(resized.width)
         scale = np.array([resized.width / 60, resized.height / 40] * 2)
         np.testing.assert_allclose(moved["boxes"][0], np.array([6, 4, 30, 20]) * scale)
@@ -274,10 +274,10 @@ def test_resize_scale_draws_the_scale_and_moves_targets():
 
 
 def test_fixed_size_crop_crops_pads_or_both():
-    whole = np.asarray(picture())
+    whole = np.asarray(make_image())
     places = set()
     for seed in range(40):
-        cropped, targets = FixedSizeCrop((50, 30))(picture(), make_targets((0, 0, 60, 40)), rng(seed))
+        cropped, targets = FixedSizeCrop((50, 30))(make_image(), make_targets((0, 0, 60, 40)), rng(seed))
         x = round(rng(seed).random() * 30)
         places.add(x)
         pixels = np.asarray(cropped)
@@ -289,7 +289,7 @@ def test_fixed_size_crop_crops_pads_or_both():
 
 
 def test_fixed_size_crop_without_padding_and_targets():
-    cropped, targets = FixedSizeCrop((50, 30), pad=False)(picture(), None, rng())
+    cropped, targets = FixedSizeCrop((50, 30), pad=False)(make_image(), None, rng())
     assert cropped.size == (30, 40)
     assert targets is None
 
@@ -305,7 +305,7 @@ def test_large_scale_jitter_refuses(build):
 
 
 def test_boxes_are_judged_in_float32():
-    """A width of 2e-5 at 600 is none in float32: the target of its regression would be infinite."""
+    """A width of 2e-5 at x = 600 rounds to 0 in float32: its regression target would be infinite."""
     targets = make_targets((600, 0, 600 + 2e-5, 9), (0, 0, 2e-5, 9))
     kept = clip_targets(targets, 700, 40)
     assert kept["boxes"].dtype == np.float32
@@ -319,8 +319,8 @@ def test_mask_boxes_are_tight():
     assert mask_boxes([[], masks[1]]).tolist() == [[0, 0, 0, 0], [0.5, 0, 2, 3]]
 
 
-def test_masks_follow_the_picture_through_the_whole_pipeline():
-    """A bright rectangle on black is found where the polygons say."""
+def test_masks_follow_the_image_through_the_whole_pipeline():
+    """A bright rectangle on black stays where the polygons are."""
     pixels = np.zeros((200, 300, 3), np.uint8)
     pixels[60:150, 100:220] = 255
     augment = AugmentationList(
@@ -347,8 +347,8 @@ def test_masks_follow_the_picture_through_the_whole_pipeline():
             assert bright.mean() < 0.01
             continue
         rows, columns = np.where(bright)
-        found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-        np.testing.assert_allclose(targets["boxes"][0], found, atol=1.5)
+        extent = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        np.testing.assert_allclose(targets["boxes"][0], extent, atol=1.5)
         assert area(targets["masks"][0]) == pytest.approx(bright.sum(), rel=0.03)
 
 
@@ -356,6 +356,6 @@ def test_randomness_comes_from_the_generator_alone():
     augment = AugmentationList([RandomFlip(), ResizeShortestEdge((20, 60)), RandomCrop("absolute_range", (10, 30))])
     np.random.seed(0)
     state = np.random.get_state()[1].copy()
-    first, second = (np.asarray(augment(picture(), None, rng(5))[0]) for _ in range(2))
+    first, second = (np.asarray(augment(make_image(), None, rng(5))[0]) for _ in range(2))
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(np.random.get_state()[1], state)

@@ -1,4 +1,4 @@
-"""The configs of the paper's ablations: their sizes, what each changes, and a small twin of each."""
+"""The configs of the paper's ablations: their sizes, what each changes, and a small counterpart of each."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from support.paths import CONFIGS
-from test_detectors import twin_on_shapes
+from test_detectors import counterpart_on_shapes
 
 from mimdet.config import instantiate, load, to_yaml
 from mimdet.data.synthetic import generate_shapes
@@ -41,10 +41,10 @@ def parameters(name, *overrides):
     ],
 )
 def test_number_of_parameters(name, overrides, exact, papers_millions):
-    found = parameters(name, *overrides)
-    assert found == exact
+    count = parameters(name, *overrides)
+    assert count == exact
     # The paper cuts millions: its 127 is 127.95.
-    assert papers_millions in (None, math.floor(found / 1e6))
+    assert papers_millions in (None, math.floor(count / 1e6))
 
 
 def test_second_stage_is_a_sixth_of_the_first():
@@ -72,8 +72,8 @@ def shapes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["mimdet_b_mask_rcnn", *(f"ablations/{name}" for name in ABLATIONS)])
-def test_twin_trains_saves_loads_and_evaluates(name, shapes, tmp_path):
-    cfg = twin_on_shapes(name, shapes, tmp_path / "run")
+def test_counterpart_trains_saves_loads_and_evaluates(name, shapes, tmp_path):
+    cfg = counterpart_on_shapes(name, shapes, tmp_path / "run")
     cfg.train.init_checkpoint = ""
     trained = train(cfg)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Rules of the cascade's stages that equal numbers alone would not explain."""
+"""Rules of the cascade's stages, apart from parity."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ STEP = 20.0
 
 
 class BoxPooler(nn.Module):
-    """A box's coordinates, times the level's value, are its features. Remembers the boxes."""
+    """Features are the box's coordinates times the level's value; records the boxes."""
 
     def __init__(self):
         super().__init__()
@@ -83,25 +83,25 @@ def truth(boxes=BOXES[:1]):
 def test_scores_are_the_mean_over_stages_each_on_its_own_boxes():
     model = heads(steps=(0.5, 0.25, 1.0)).eval()
     with torch.no_grad():
-        (found,), losses = model(features(), proposals(), [SIZE])
+        (detections,), losses = model(features(), proposals(), [SIZE])
     moved = [BOXES + STEP * shift * torch.tensor([1.0, 0, 1, 0]) for shift in (0.0, 0.5, 0.75, 1.75)]
     moved = [b.clamp(max=100) for b in moved]
     assert losses == {}
-    for (seen,), want in zip(model.box_pooler.seen, moved, strict=False):
-        torch.testing.assert_close(seen, want)
+    for (seen,), expected in zip(model.box_pooler.seen, moved, strict=False):
+        torch.testing.assert_close(seen, expected)
     assert len(model.box_pooler.seen) == 3
     with torch.no_grad():
         pairs = zip(model.box_predictor, moved, strict=False)
         mean = torch.stack([p.cls_score(b / 100).softmax(1) for p, b in pairs]).mean(0)
     order = mean[:, :2].flatten().argsort(descending=True)
-    torch.testing.assert_close(found["scores"], mean[:, :2].flatten()[order])
-    torch.testing.assert_close(found["boxes"], moved[3][order // 2])
-    assert torch.equal(found["labels"], order % 2)
-    assert torch.equal(model.mask_pooler.seen[0][0], found["boxes"])
+    torch.testing.assert_close(detections["scores"], mean[:, :2].flatten()[order])
+    torch.testing.assert_close(detections["boxes"], moved[3][order // 2])
+    assert torch.equal(detections["labels"], order % 2)
+    assert torch.equal(model.mask_pooler.seen[0][0], detections["boxes"])
 
 
 def test_empty_boxes_go_in_training_only():
-    # The second box leaves the picture in the first stage.
+    # The second box leaves the image in the first stage.
     model = heads(steps=(2.5, 0.0, 0.0))
     with torch.no_grad():
         model.eval()(features(), proposals(), [SIZE])
@@ -112,8 +112,8 @@ def test_empty_boxes_go_in_training_only():
     assert len(first) == 4, "three proposals, and the ground truth once"
     assert len(second) == len(third) == 3, "no new sample, no ground truth again"
     # Nothing matches any more: all rows are background, and the loss is the mean over what is left.
-    want = F.cross_entropy(model.box_predictor[1](second / 100)[0], torch.full((3,), 2))
-    torch.testing.assert_close(losses["loss_cls_stage1"], want)
+    expected = F.cross_entropy(model.box_predictor[1](second / 100)[0], torch.full((3,), 2))
+    torch.testing.assert_close(losses["loss_cls_stage1"], expected)
     assert losses["loss_box_reg_stage1"] == 0
 
 
@@ -148,15 +148,15 @@ def test_masks_learn_from_the_first_stages_foreground():
 
 
 @pytest.mark.parametrize("boxes", [0, 3], ids=["no-proposals", "no-truth"])
-def test_a_picture_without_proposals_or_ground_truth(boxes):
+def test_an_image_without_proposals_or_ground_truth(boxes):
     model = heads()
     _, losses = model(features(), proposals(BOXES[:boxes]), [SIZE], truth(BOXES[:0]))
     assert len(losses) == 7
     assert all(bool(loss.isfinite()) for loss in losses.values())
     sum(losses.values()).backward()
     with torch.no_grad():
-        (found,), _ = model.eval()(features(), proposals(BOXES[:0]), [SIZE])
-    assert found["boxes"].shape == (0, 4)
+        (detections,), _ = model.eval()(features(), proposals(BOXES[:0]), [SIZE])
+    assert detections["boxes"].shape == (0, 4)
 
 
 def test_a_row_that_overflows_is_dropped():
@@ -164,11 +164,11 @@ def test_a_row_that_overflows_is_dropped():
     model.box_predictor[-1].test_score_thresh = 0.0
     levels = {f"p{n}": torch.ones(1, 16, 128 >> n, 128 >> n) for n in range(2, 6)}
     with torch.no_grad():
-        (found,), _ = model(levels, proposals(), [SIZE])
-        assert len(found["boxes"]) > 0
+        (detections,), _ = model(levels, proposals(), [SIZE])
+        assert len(detections["boxes"]) > 0
         model.box_predictor[0].bbox_pred.bias.data[0] = torch.nan
-        (found,), _ = model(levels, proposals(), [SIZE])
-    assert len(found["boxes"]) == 0
+        (detections,), _ = model(levels, proposals(), [SIZE])
+    assert len(detections["boxes"]) == 0
 
 
 def test_keys_are_detectron2s():
@@ -211,8 +211,8 @@ def test_class_agnostic_boxes_of_every_class():
     )
     assert predictor.bbox_pred.weight.shape == (4, 4)
     scores = torch.tensor([[0.0, 5, 0, 0], [0, 0, 5, 0]])
-    (found,) = predictor.inference(scores, torch.zeros(2, 4), [BOXES[:2]], [SIZE])
-    assert sorted(found["labels"].tolist()) == [1, 2]
+    (detections,) = predictor.inference(scores, torch.zeros(2, 4), [BOXES[:2]], [SIZE])
+    assert sorted(detections["labels"].tolist()) == [1, 2]
     # Background's deltas enter no loss, and foreground's do whatever its class.
     deltas = torch.tensor([[1.0, 0, 0, 0], [7, 0, 0, 0]])
     losses = predictor.losses(scores, deltas, BOXES[:2], torch.tensor([2, 3]), BOXES[:2])

@@ -1,11 +1,11 @@
-"""The shipped Cascade and RetinaNet configs: their size, and a small twin of each from training to a drawing."""
+"""The shipped Cascade and RetinaNet configs: their size, and a small counterpart of each from training to a drawing."""
 
 import json
 
 import pytest
 import torch
 from PIL import Image
-from support.small import pictures, target
+from support.small_mimdet import make_images, target
 
 from mimdet.checkpoint.read import read_checkpoint
 from mimdet.config import LazyCall, instantiate, load, to_yaml
@@ -42,7 +42,7 @@ def test_only_the_detector_differs_between_configs():
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Generated pictures; ``instances_*.json`` with masks and ``boxes_*.json`` without."""
+    """Generated images; ``instances_*.json`` with masks and ``boxes_*.json`` without."""
     root = generate_shapes(tmp_path_factory.mktemp("data") / "shapes", 4, 2, (64, 96))
     for split in ("train", "val"):
         content = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
@@ -52,7 +52,7 @@ def shapes(tmp_path_factory):
     return root
 
 
-def twin_on_shapes(name, shapes, output_dir):
+def counterpart_on_shapes(name, shapes, output_dir):
     cfg = tiny_config(name)
     kind = "boxes" if name.endswith("retinanet") else "instances"
     for part, split in ((cfg.dataloader.train, "train"), (cfg.dataloader.test, "val")):
@@ -67,8 +67,8 @@ def twin_on_shapes(name, shapes, output_dir):
 
 
 @pytest.mark.parametrize("name", OTHER_DETECTORS)
-def test_twin_trains_saves_loads_evaluates_and_predicts(name, shapes, tmp_path):
-    cfg = twin_on_shapes(name, shapes, tmp_path / "run")
+def test_counterpart_trains_saves_loads_evaluates_and_predicts(name, shapes, tmp_path):
+    cfg = counterpart_on_shapes(name, shapes, tmp_path / "run")
     trained = train(cfg)
     weights = tmp_path / "run" / "model_final.pth"
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -91,10 +91,10 @@ def test_twin_trains_saves_loads_evaluates_and_predicts(name, shapes, tmp_path):
     assert predictor.classes == list(CLASSES)
     content = read_checkpoint(weights)["model"]
     assert all(torch.equal(value, content[key]) for key, value in predictor.model.state_dict().items())
-    # A detector that has learnt nothing yet finds nothing above its own threshold.
+    # An untrained detector has no score above its threshold.
     for predicting in (predictor.model, *getattr(getattr(predictor.model, "roi_heads", None), "box_predictor", ())):
         predicting.test_score_thresh = 0.0
-    report = predict_files([shapes / "val"], tmp_path / "found", predictor, progress=False)
+    report = predict_files([shapes / "val"], tmp_path / "out", predictor, progress=False)
     assert len(report.drawings) == 2
     assert Image.open(report.drawings[0]).mode == "RGB"
     detections = json.loads(report.predictions.read_text())
@@ -104,12 +104,12 @@ def test_twin_trains_saves_loads_evaluates_and_predicts(name, shapes, tmp_path):
 
 @pytest.mark.parametrize("name", OTHER_DETECTORS)
 def test_every_parameter_learns_under_autocast(name):
-    """As processes that train together need it, also with a picture without objects."""
+    """DDP needs gradients of all parameters, also for an image without objects."""
     model = instantiate(tiny_config(name).model).train()
     truth = target(5, (64, 96), 2)
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": []}
     with torch.autocast("cpu", torch.bfloat16):
-        losses = model(pictures([(64, 96), (48, 64)]), [truth, empty])
+        losses = model(make_images([(64, 96), (48, 64)]), [truth, empty])
     assert all(loss.dtype == torch.float32 and bool(loss.isfinite()) for loss in losses.values())
     sum(losses.values()).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -1,4 +1,4 @@
-"""One image, one answer: packed batches through whole detectors, and evaluation by any number of processes."""
+"""Packed batches through whole detectors: an image's results depend neither on its batch nor on the processes."""
 
 from functools import cache
 
@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from support.fill_weights import fill_module
-from support.small import SMALL, pictures, target
+from support.small_mimdet import SMALL, make_images, target
 from torch import nn
 
 from mimdet.config import instantiate, load
 from mimdet.data.synthetic import generate_shapes
 from mimdet.detection import FPN, LastLevelP6P7, Matcher, NaiveSyncBatchNorm, ROIPooler
 from mimdet.detection.assignment import match_anchors, outside_images
-from mimdet.detection.layers import get_norm, normalise
+from mimdet.detection.layers import get_norm, normalize
 from mimdet.engine.evaluate import Evaluation
 from mimdet.modeling.areas import PackedFeatures, ValidArea, ValidAreas
 
@@ -59,7 +59,7 @@ def detector(name, *overrides):
 
 
 def with_garbage(model, value):
-    """The model sees ``value`` in the padding's pixels."""
+    """Sets the pixels of the padding to ``value``."""
     preprocess = model.preprocess
 
     def patched(images):
@@ -72,60 +72,60 @@ def with_garbage(model, value):
     return model
 
 
-def assert_same(got, want):
+def assert_same(actual, expected):
     """The same detections to rounding; equal scores may change places."""
-    assert len(got["scores"]) == len(want["scores"]) > 0
+    assert len(actual["scores"]) == len(expected["scores"]) > 0
     columns = [
-        torch.cat([d["boxes"], 100 * d["scores"][:, None], 100.0 * d["labels"][:, None]], 1) for d in (got, want)
+        torch.cat([d["boxes"], 100 * d["scores"][:, None], 100.0 * d["labels"][:, None]], 1) for d in (actual, expected)
     ]
     distance, order = torch.cdist(*columns, p=torch.inf).min(dim=1)
     assert float(distance.max()) <= 2e-3, "pixels, or hundredths of score"
     assert order.sort().values.equal(torch.arange(len(order)))
-    if "masks" in want:
-        assert (got["masks"] != want["masks"][order]).float().mean() <= 1e-3
+    if "masks" in expected:
+        assert (actual["masks"] != expected["masks"][order]).float().mean() <= 1e-3
 
 
 @pytest.mark.parametrize("name", [*DETECTORS, "group_norm"])
 def test_detections_are_those_of_the_image_alone(name):
-    """Whatever the batch, its order and what the padding's pixels hold."""
+    """For any batch, order, and content of the padding."""
     options = ["model.backbone.norm=GN", "model.head.norm=GN"] if name == "group_norm" else []
     model = detector("retinanet" if options else name, *options).eval()
     # GroupNorm over the two channels of a single cell magnifies rounding: tiny images do without it.
-    images = pictures([(96, 128), (75, 141), (70, 160)] if options else SIZES)
+    images = make_images([(96, 128), (75, 141), (70, 160)] if options else SIZES)
     with torch.no_grad():
         alone = [model([image])[0] for image in images]
         together = model(images)
         garbage = with_garbage(model, float("nan"))(images[::-1])[::-1]
         large = with_garbage(model, 1e30)(images[1:3])
-    for found in (together, garbage):
-        for got, want in zip(found, alone, strict=True):
-            assert_same(got, want)
-    for got, want in zip(large, alone[1:3], strict=True):
-        assert_same(got, want)
+    for results in (together, garbage):
+        for actual, expected in zip(results, alone, strict=True):
+            assert_same(actual, expected)
+    for actual, expected in zip(large, alone[1:3], strict=True):
+        assert_same(actual, expected)
 
 
 def test_a_pixel_beside_a_wide_image():
     model = detector("mask_rcnn").eval()
-    images = pictures([(1, 1), (100, 400)])
+    images = make_images([(1, 1), (100, 400)])
     with torch.no_grad():
-        for got, image in zip(model(images), images, strict=True):
-            assert_same(got, model([image])[0])
+        for actual, image in zip(model(images), images, strict=True):
+            assert_same(actual, model([image])[0])
 
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_without_padding_the_same_as_on_the_canvas(name):
-    images = pictures([(96, 128), (96, 128)])
+    images = make_images([(96, 128), (96, 128)])
     canvas = detector(name, "model.backbone.bottom_up.batch_mode=canvas").eval()
     with torch.no_grad():
-        for got, want in zip(detector(name).eval()(images), canvas(images), strict=True):
-            assert all(torch.equal(got[key], want[key]) for key in want)
+        for actual, expected in zip(detector(name).eval()(images), canvas(images), strict=True):
+            assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("norm", ["SyncBN", "BN", "GN", ""])
 @pytest.mark.parametrize("name", ["mask_rcnn", "retinanet"])
 def test_padding_of_every_level_is_zero(name, norm):
     model = detector(name, f"model.backbone.norm={norm!r}").train()
-    batch = model.preprocess(pictures(SIZES))
+    batch = model.preprocess(make_images(SIZES))
     for level, maps in model.backbone(batch).items():
         area = ValidAreas(batch.image_sizes, batch.tensor.shape[2:], maps.device).at(2 ** int(level[1:]))
         assert maps.shape[2:] == area.grid
@@ -170,7 +170,7 @@ def test_losses_and_gradients_are_the_sums_of_those_alone(name, monkeypatch):
         norms += ["model.head.norm=GN"]
     model = detector(name, *norms).train()
     sizes = [(96, 128), (75, 141), (40, 50)]
-    images, targets = pictures(sizes), [target(7 + i, size, 3) for i, size in enumerate(sizes)]
+    images, targets = make_images(sizes), [target(7 + i, size, 3) for i, size in enumerate(sizes)]
     # At the edges, where an anchor in the padding would overlap most; and an image without objects.
     targets[1]["boxes"][0] = torch.tensor([117.0, 51.0, 141.0, 75.0])
     targets[2] = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": []}
@@ -179,8 +179,8 @@ def test_losses_and_gradients_are_the_sums_of_those_alone(name, monkeypatch):
     alone = [parts_of_losses(model, [i], [t], monkeypatch) for i, t in zip(images, targets, strict=True)]
     losses, gradient = parts_of_losses(model, images, targets, monkeypatch)
     torch.testing.assert_close(losses, sum(x for x, _ in alone), rtol=2e-5, atol=1e-5)
-    want = sum(g for _, g in alone)
-    assert float((gradient - want).norm() / want.norm()) <= 2e-5
+    expected = sum(g for _, g in alone)
+    assert float((gradient - expected).norm() / expected.norm()) <= 2e-5
 
 
 @pytest.mark.parametrize("garbage", [3.0, float("nan")])
@@ -191,22 +191,24 @@ def test_norms_see_the_valid_area_alone(norm, garbage):
     layer = get_norm(norm, 64).train()
     nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
     x = (torch.randn(3, 64, *area.grid) + 5).masked_fill(area.padding, garbage).requires_grad_()
-    got = area.zero_padding(normalise(layer, x, area))
-    weight = torch.randn(got.shape)
-    (got * weight).sum().backward()
+    actual = area.zero_padding(normalize(layer, x, area))
+    weight = torch.randn(actual.shape)
+    (actual * weight).sum().backward()
     cells = [area.crop(x.detach(), i) for i in range(3)]
     if norm == "GN":
-        want = [F.group_norm(c, 32, layer.weight, layer.bias) for c in cells]
+        expected = [F.group_norm(c, 32, layer.weight, layer.bias) for c in cells]
     else:
         packed = torch.cat([c.flatten(2) for c in cells], 2)
         mean, var = packed.mean((0, 2)), packed.var((0, 2))
-        want = F.batch_norm(packed, None, None, layer.weight, layer.bias, training=True)
-        want = [w.view_as(c) for w, c in zip(want.split([c[0, 0].numel() for c in cells], 2), cells, strict=True)]
+        expected = F.batch_norm(packed, None, None, layer.weight, layer.bias, training=True)
+        expected = [
+            w.view_as(c) for w, c in zip(expected.split([c[0, 0].numel() for c in cells], 2), cells, strict=True)
+        ]
         torch.testing.assert_close(layer.running_mean, 0.1 * mean)
         torch.testing.assert_close(layer.running_var, 0.9 + 0.1 * var)
-    for i, w in enumerate(want):
-        torch.testing.assert_close(area.crop(got, i), w, atol=1e-5, rtol=1e-5)
-    assert not got.masked_select(area.padding).any()
+    for i, w in enumerate(expected):
+        torch.testing.assert_close(area.crop(actual, i), w, atol=1e-5, rtol=1e-5)
+    assert not actual.masked_select(area.padding).any()
     assert x.grad.isfinite().all()
     assert not x.grad.masked_select(area.padding).any()
 
@@ -221,17 +223,17 @@ def _maps():
 def _batch_norm(rank):
     """The first process has two images with padding, the other one image that fills its maps."""
     x, weight = _maps()
-    own = slice(0, 2) if rank == 0 else slice(2, 3)
+    samples = slice(0, 2) if rank == 0 else slice(2, 3)
     rows, columns = AREAS.at(4).grid if rank == 0 else (8, 1)
-    x = x[own, :, :rows, :columns].clone().requires_grad_()
+    x = x[samples, :, :rows, :columns].clone().requires_grad_()
     norm = NaiveSyncBatchNorm(3)
-    out = normalise(norm, x, ValidArea(AREAS.at(4).sizes[own], (rows, columns), x.device))
-    (out * weight[own, :, :rows, :columns]).sum().backward()
+    out = normalize(norm, x, ValidArea(AREAS.at(4).sizes[samples], (rows, columns), x.device))
+    (out * weight[samples, :, :rows, :columns]).sum().backward()
     return {"out": out.detach(), "grad": x.grad, "mean": norm.running_mean}
 
 
 class Recorder:
-    """An evaluator that keeps what each image of this process got."""
+    """An evaluator that records the result of each image."""
 
     def reset(self):
         self.found = {}
@@ -249,7 +251,7 @@ def _model():
 
 
 def _evaluate(folder, batch_size, mode):
-    """What this process finds in its share of the demo's kind of data: images of different sizes."""
+    """Results of this process for its share of generated images of different sizes."""
     _model().backbone.bottom_up.batch_mode = mode
     demo = load("configs/demo.py", [f"train.output_dir={folder}"])
     demo.dataloader.evaluator = {"_target_": f"{Recorder.__module__}.{Recorder.__name__}"}
@@ -268,16 +270,16 @@ def _process(rank, folder):
     for world in (3, 2):
         if rank < world:
             dist.init_process_group("gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world)
-            found = {"found": [_evaluate(folder, *case) for case in CASES]}
+            results = {"evaluations": [_evaluate(folder, *case) for case in CASES]}
             if world == 2:
-                found |= _batch_norm(rank)
-            torch.save(found, f"{folder}/{world}-{rank}.pth")
+                results |= _batch_norm(rank)
+            torch.save(results, f"{folder}/{world}-{rank}.pth")
             dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Folder, and {number of processes: what each of them found}, from one start of them."""
+    """Folder, and {number of processes: results of each rank}; the processes start once."""
     folder = tmp_path_factory.mktemp("processes")
     generate_shapes(folder / "shapes", 1, 7, (48, 96))
     torch.multiprocessing.spawn(_process, (str(folder),), nprocs=3)
@@ -286,20 +288,20 @@ def processes(tmp_path_factory):
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=["demo", "canvas", "packed"])
 def test_an_evaluation_finds_the_same_with_any_number_of_processes(processes, case):
-    folder, found = processes
+    folder, results = processes
     alone = _evaluate(folder, *CASES[case])
     assert len(alone) == 7
     assert sum(len(each["scores"]) for each in alone.values()) > 50
-    for parts in found.values():
-        shares = [part["found"][case] for part in parts]
+    for parts in results.values():
+        shares = [part["evaluations"][case] for part in parts]
         assert sum(map(len, shares)) == 7
-        for image, got in (pair for share in shares for pair in share.items()):
+        for image, actual in (pair for share in shares for pair in share.items()):
             for key, value in alone[image].items():
-                assert torch.equal(got[key], value), (len(parts), image, key)
+                assert torch.equal(actual[key], value), (len(parts), image, key)
 
 
 def test_the_demo_evaluates_as_it_predicts(processes):
-    """One by one: on the canvas, what an image is batched with would count."""
+    """With batch size 1: in a padded batch, the other images' sizes would matter."""
     folder, _ = processes
     single, demo = (_evaluate(folder, batch_size, "canvas") for batch_size in (1, None))
     assert all(torch.equal(demo[image]["boxes"], single[image]["boxes"]) for image in single)
@@ -309,13 +311,13 @@ def test_statistics_of_two_processes_are_those_of_one(processes):
     parts = processes[1][2]
     x, weight = _maps()
     norm, area = NaiveSyncBatchNorm(3), AREAS.at(4)
-    out = normalise(norm, x.requires_grad_(), area)
+    out = normalize(norm, x.requires_grad_(), area)
     (out * weight).sum().backward()
-    for name, want in (("out", out.detach()), ("grad", x.grad)):
-        for part, own, (rows, columns) in zip(parts, ((0, 1), (2,)), (area.grid, (8, 1)), strict=True):
-            got = torch.zeros(len(own), 3, *area.grid)
-            got[:, :, :rows, :columns] = part[name]
-            torch.testing.assert_close(got, want[list(own)], atol=1e-5, rtol=1e-4)
+    for name, expected in (("out", out.detach()), ("grad", x.grad)):
+        for part, samples, (rows, columns) in zip(parts, ((0, 1), (2,)), (area.grid, (8, 1)), strict=True):
+            actual = torch.zeros(len(samples), 3, *area.grid)
+            actual[:, :, :rows, :columns] = part[name]
+            torch.testing.assert_close(actual, expected[list(samples)], atol=1e-5, rtol=1e-4)
     for part in parts:
         torch.testing.assert_close(part["mean"], norm.running_mean, atol=1e-6, rtol=1e-5)
 
@@ -328,18 +330,18 @@ def test_pooling_ends_with_the_image():
     maps = [(torch.randn(3, 5, *a.grid) + 3).masked_fill(a.padding, torch.nan).requires_grad_() for a in levels]
     boxes = [torch.tensor([[0.0, 0, w, h], [w - 1.0, h - 1.0, w, h]]) for h, w in AREAS.image_sizes]
     boxes[1] = boxes[1][:0]
-    got = pooler(maps, boxes, AREAS)
-    want = [
+    actual = pooler(maps, boxes, AREAS)
+    expected = [
         pooler([a.crop(m, i).contiguous() for a, m in zip(levels, maps, strict=True)], [boxes[i]]) for i in (0, 1, 2)
     ]
-    assert torch.equal(got, torch.cat(want))
-    for m, a, gradient in zip(maps, levels, torch.autograd.grad(got.sum(), maps), strict=True):
+    assert torch.equal(actual, torch.cat(expected))
+    for m, a, gradient in zip(maps, levels, torch.autograd.grad(actual.sum(), maps), strict=True):
         assert gradient.isfinite().all(), m.shape
         assert not gradient.masked_select(a.padding).any()
 
 
 def test_anchors_in_the_padding_are_no_candidates():
-    """Such an anchor overlaps most with a box at the edge: the best one inside must still be foreground."""
+    """An anchor in the padding may overlap most with a box at the edge: the best one inside must be foreground."""
     areas = ValidAreas([(8, 8), (8, 16)], (8, 16), torch.device("cpu"))
     (outside,) = outside_images([areas.at(8)], [1])
     assert outside.tolist() == [[False, True], [False, False]]
@@ -375,6 +377,6 @@ def test_coarsest_levels_do_not_read_what_bias_leaves_in_the_padding(in_feature)
     sizes, device = [(100, 70), (256, 256)], torch.device("cpu")
     together = pyramid(ValidAreas(sizes, (256, 256), device))
     alone = pyramid(ValidAreas(sizes[:1], (128, 96), device))
-    for name, want in alone.items():
+    for name, expected in alone.items():
         rows, columns = together.areas.at(2 ** int(name[1:])).sizes[0]
-        torch.testing.assert_close(together[name][:1, :, :rows, :columns], want[:, :, :rows, :columns])
+        torch.testing.assert_close(together[name][:1, :, :rows, :columns], expected[:, :, :rows, :columns])

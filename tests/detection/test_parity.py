@@ -1,7 +1,7 @@
 """The whole detector against recordings of the original MIMDet on Detectron2.
 
-The recordings (``data/original_small.*``) are of the small model of ``small.py`` with the weights of
-``fill_weights.py``, pictures ``image(11, 224, 320)`` and ``image(12, 150, 300)``, ground truth
+The recordings (``recordings/original_small.*``) are of the small model of ``small_mimdet.py`` with the weights of
+``fill_weights.py``, images ``image(11, 224, 320)`` and ``image(12, 150, 300)``, ground truth
 ``polygons(21, ...)`` and ``polygons(22, ...)``, token noise ``noise(7, ...)``. Wherever candidates are drawn at
 random, the first ones in index order were taken.
 """
@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.fill_weights import gradient, noise
 from support.golden import Golden, take
-from support.small import SIZES, normalised, pictures, small_model, target
+from support.small_mimdet import SIZES, make_images, normalized, small_model, target
 
 from mimdet.kernels import use
 from mimdet.modeling import ImageList
@@ -56,11 +56,11 @@ def bitmaps(polygons, size):
 
 
 def backbone_input():
-    return ImageList.from_tensors(normalised(pictures(seed=11)), 32)
+    return ImageList.from_tensors(normalized(make_images(seed=11)), 32)
 
 
-def relative(key, got):
-    return GOLDEN.compare(key, got.detach().numpy())["rel_l2"]
+def relative(key, actual):
+    return GOLDEN.compare(key, actual.detach().numpy())["rel_l2"]
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 1.0])
@@ -75,7 +75,7 @@ def test_features(model, ratio):
 def gradients(model, dtype, names=("c2", "c3", "c4", "c5")):
     bottom_up, images = model.backbone.bottom_up, backbone_input()
     bottom_up.to(dtype).zero_grad()
-    # Compiled kernels have no float64: whatever implementation is under test, that is computed in plain PyTorch.
+    # Compiled kernels have no float64: it always runs in plain PyTorch.
     with use("auto") if dtype is torch.float64 else nullcontext(), recorded_noise(model):
         features = bottom_up(ImageList(images.tensor.to(dtype), images.image_sizes), sample_ratio=0.5)
     upstream = {n: torch.from_numpy(gradient(100 + i, f.shape)).to(dtype) for i, (n, f) in enumerate(features.items())}
@@ -91,10 +91,10 @@ def test_backbone_gradients(fresh):
 
 def test_backbone_gradients_in_float32(fresh):
     smooth = "c2", "c3", "c4"
-    got, want = (gradients(fresh.eval(), dtype, smooth) for dtype in (torch.float32, torch.float64))
-    assert len(got) > 60
-    for name in got:
-        assert (got[name] - want[name]).norm() <= 2e-5 * want[name].norm(), name
+    actual, expected = (gradients(fresh.eval(), dtype, smooth) for dtype in (torch.float32, torch.float64))
+    assert len(actual) > 60
+    for name in actual:
+        assert (actual[name] - expected[name]).norm() <= 2e-5 * expected[name].norm(), name
 
 
 @pytest.mark.parametrize("case", ["polygons", "bitmasks", "one_empty", "two_parts", "all_empty"])
@@ -116,19 +116,19 @@ def test_training(fresh, case):
             "masks": [[*first, *second], third],
         }
     with recorded_noise(fresh):
-        losses = fresh.train()(pictures(seed=11), truth)
+        losses = fresh.train()(make_images(seed=11), truth)
     for name, loss in losses.items():
-        want = GOLDEN.expected(f"train_{case}.{name}").item()
-        assert loss.item() == pytest.approx(want, rel=1e-5, abs=1e-9), name
+        expected = GOLDEN.expected(f"train_{case}.{name}").item()
+        assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-9), name
     sum(losses.values()).backward()
     compared = 0
     for key in GOLDEN.meta:
         if key.startswith(f"train_{case}.grad."):
             gradient_ = fresh.get_parameter(key.split(".grad.")[1]).grad
-            want = GOLDEN.expected(key)
-            got = take(gradient_.numpy(), GOLDEN.meta[key]["index"])
+            expected = GOLDEN.expected(key)
+            actual = take(gradient_.numpy(), GOLDEN.meta[key]["index"])
             # A ReLU whose input is near 0 may switch by rounding, hence not tighter.
-            assert np.linalg.norm(got - want) <= 2e-2 * np.linalg.norm(want) + 1e-6, key
+            assert np.linalg.norm(actual - expected) <= 2e-2 * np.linalg.norm(expected) + 1e-6, key
             compared += 1
         elif key.startswith(f"train_{case}.bn."):
             # PyTorch's channels_last batch norm sums naively on a CPU, worst on a single thread.
@@ -148,7 +148,7 @@ def test_inference(model, ratio):
         model.proposal_generator.register_forward_hook(lambda m, a, out: seen.update(proposals=out[0])),
         model.roi_heads.register_forward_hook(lambda m, a, out: seen.update(detections=out[0])),
     ]
-    images = pictures(seed=11)
+    images = make_images(seed=11)
     with torch.no_grad(), recorded_noise(model):
         results = model(images)
     for hook in hooks:
@@ -180,28 +180,28 @@ def test_inference(model, ratio):
         _check_masks(f"{key}.own", result, order)
 
 
-@pytest.mark.parametrize(("picture", "size"), [(1, (300, 600)), (0, (337, 480))])
-def test_results_at_another_size(model, picture, size):
+@pytest.mark.parametrize(("image", "size"), [(1, (300, 600)), (0, (337, 480))])
+def test_results_at_another_size(model, image, size):
     model.eval()
     model.backbone.bottom_up.inference_sample_ratio = 0.5
     sizes = list(SIZES)
-    sizes[picture] = size
+    sizes[image] = size
     with torch.no_grad(), recorded_noise(model):
-        result = model(pictures(seed=11), output_sizes=sizes)[picture]
-    key = f"eval_r0.5.im{picture}.to{size[0]}x{size[1]}"
+        result = model(make_images(seed=11), output_sizes=sizes)[image]
+    key = f"eval_r0.5.im{image}.to{size[0]}x{size[1]}"
     _check_masks(key, result, _same_order(result["boxes"].numpy(), GOLDEN.expected(f"{key}.boxes"), 1e-2))
     assert result["masks"].shape[1:] == size
 
 
-def _same_order(got, want, tolerance):
-    """Where each wanted box stands in ``got``; all must be there, and nearly all at their own place."""
-    gaps = np.abs(got[None] - want[:, None]).max(axis=2)
+def _same_order(actual, expected, tolerance):
+    """Index in ``actual`` of each expected box; all must be there, and nearly all in place."""
+    gaps = np.abs(actual[None] - expected[:, None]).max(axis=2)
     order = gaps.argmin(axis=1)
-    assert got.shape == want.shape
+    assert actual.shape == expected.shape
     assert gaps.min(axis=1).max() <= tolerance
-    assert sorted(order) == list(range(len(got)))
+    assert sorted(order) == list(range(len(actual)))
     # Two scores that differ by rounding alone may change places.
-    assert (order == np.arange(len(got))).mean() >= 0.95
+    assert (order == np.arange(len(actual))).mean() >= 0.95
     return order
 
 
@@ -211,6 +211,6 @@ def _check_masks(key, result, order):
     np.testing.assert_allclose(take(result["boxes"][order].numpy(), index), GOLDEN.expected(f"{key}.boxes"), atol=1e-2)
     assert np.abs(masks.sum((1, 2)).numpy() - GOLDEN.expected(f"{key}.pixels")).max() <= 10
     if f"{key}.bits" in GOLDEN.meta:
-        want = np.unpackbits(GOLDEN.expected(f"{key}.bits"), axis=1)
-        got = masks[: len(want)].flatten(1).numpy()
-        assert (got != want[:, : got.shape[1]]).sum(axis=1).max() <= 10
+        expected = np.unpackbits(GOLDEN.expected(f"{key}.bits"), axis=1)
+        actual = masks[: len(expected)].flatten(1).numpy()
+        assert (actual != expected[:, : actual.shape[1]]).sum(axis=1).max() <= 10

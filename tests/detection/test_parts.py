@@ -1,11 +1,11 @@
-"""The detector's parts on their own, and what it refuses."""
+"""Parts of the detector, and input that it refuses."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from support.small import pictures, small_model, target
+from support.small_mimdet import make_images, small_model, target
 from torch import nn
 
 from mimdet.detection import (
@@ -32,8 +32,8 @@ def random_boxes(count, size=100.0):
 def test_box_coding_round_trip():
     torch.manual_seed(0)
     coder = Box2BoxTransform((10, 10, 5, 5))
-    source, wanted = random_boxes(50), random_boxes(50)
-    torch.testing.assert_close(coder.apply_deltas(coder.get_deltas(source, wanted), source), wanted, atol=1e-3, rtol=0)
+    source, boxes = random_boxes(50), random_boxes(50)
+    torch.testing.assert_close(coder.apply_deltas(coder.get_deltas(source, boxes), source), boxes, atol=1e-3, rtol=0)
 
 
 def test_decoding_no_boxes():
@@ -192,7 +192,7 @@ def test_masks_pasted_in_parts_are_the_same(monkeypatch, together):
 
 @torch.no_grad()
 def test_masks_can_be_left_unpasted():
-    model, images, sizes = small_model().eval(), pictures(sizes=[(64, 96)]), [(128, 180)]
+    model, images, sizes = small_model().eval(), make_images(sizes=[(64, 96)]), [(128, 180)]
     torch.manual_seed(0)
     (pasted,) = model(images, output_sizes=sizes)
     torch.manual_seed(0)
@@ -245,9 +245,9 @@ def test_norm_of_two_processes_equals_one(tmp_path, mode, rows):
     parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     torch.manual_seed(0)
     x = (torch.randn(sum(rows), 3, 4, 5) * 2 + 1).requires_grad_()
-    want = F.batch_norm(x, None, None, training=True)
-    (want * torch.linspace(-1, 1, x.numel()).view_as(x)).sum().backward()
-    torch.testing.assert_close(torch.cat([p["out"] for p in parts]), want, atol=1e-5, rtol=1e-5)
+    expected = F.batch_norm(x, None, None, training=True)
+    (expected * torch.linspace(-1, 1, x.numel()).view_as(x)).sum().backward()
+    torch.testing.assert_close(torch.cat([p["out"] for p in parts]), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.cat([p["grad"] for p in parts]), x.grad, atol=1e-5, rtol=1e-4)
     for part in parts:
         torch.testing.assert_close(part["mean"], 0.1 * x.mean((0, 2, 3)), atol=1e-6, rtol=1e-5)
@@ -266,7 +266,7 @@ def model():
 
 def test_every_trainable_parameter_gets_a_gradient(model):
     model.train()
-    sum(model(pictures([(96, 128)]), [target(5, (96, 128), 2)]).values()).backward()
+    sum(model(make_images([(96, 128)]), [target(5, (96, 128), 2)]).values()).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     model.zero_grad()
 
@@ -274,7 +274,7 @@ def test_every_trainable_parameter_gets_a_gradient(model):
 def test_inference_is_reproducible_and_sorted(model):
     model.eval()
     with torch.no_grad():
-        first, second = (model(pictures([(96, 128), (64, 64)])) for _ in range(2))
+        first, second = (model(make_images([(96, 128), (64, 64)])) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a["boxes"], b["boxes"])
         assert torch.equal(a["masks"], b["masks"])
@@ -283,9 +283,9 @@ def test_inference_is_reproducible_and_sorted(model):
     assert first[1]["masks"].shape[1:] == (64, 64)
 
 
-def test_uint8_and_float_pictures_are_the_same(model):
+def test_uint8_and_float_images_are_the_same(model):
     model.eval()
-    floats = pictures([(96, 128)])
+    floats = make_images([(96, 128)])
     with torch.no_grad():
         a, b = model(floats)[0], model([floats[0].to(torch.uint8)])[0]
     assert torch.equal(a["scores"], b["scores"])
@@ -294,7 +294,7 @@ def test_uint8_and_float_pictures_are_the_same(model):
 def test_bfloat16_autocast_trains(model):
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        losses = model(pictures([(96, 128)]), [target(5, (96, 128), 2)])
+        losses = model(make_images([(96, 128)]), [target(5, (96, 128), 2)])
     assert all(loss.dtype == torch.float32 and bool(loss.isfinite()) for loss in losses.values())
     sum(losses.values()).backward()
     model.zero_grad()
@@ -325,7 +325,7 @@ TINY = (64, 96)
 )
 def test_bad_input_is_named(model, change, message):
     truth = target(5, TINY, 1)
-    arguments = {"images": pictures([TINY]), "targets": [truth]}
+    arguments = {"images": make_images([TINY]), "targets": [truth]}
     for key, value in change.items():
         (arguments if key in arguments else truth)[key] = value
     with pytest.raises((ValueError, TypeError), match=message):
@@ -334,7 +334,7 @@ def test_bad_input_is_named(model, change, message):
 
 def test_output_sizes_must_fit(model):
     with pytest.raises(ValueError, match="output_sizes"):
-        model.eval()(pictures([TINY]), output_sizes=[(1, 1), (2, 2)])
+        model.eval()(make_images([TINY]), output_sizes=[(1, 1), (2, 2)])
 
 
 @pytest.mark.parametrize("rows", [0, 5])

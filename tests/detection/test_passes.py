@@ -1,8 +1,8 @@
-"""Several passes over samples of the tokens, merged into one result."""
+"""Test-time ensembles over token samples, merged into one result."""
 
 import pytest
 import torch
-from support.small import target
+from support.small_mimdet import target
 
 from mimdet.config import instantiate
 from mimdet.detection import InferencePasses
@@ -26,8 +26,8 @@ def test_the_best_of_what_overlaps_stays_with_the_mean_box_and_mask():
     merged = passes.merge([first, second])
     assert merged[0]["scores"].tolist() == pytest.approx([0.9, 0.6, 0.5, 0.1])
     assert merged[0]["labels"].tolist() == [0, 1, 1, 0]
-    want = [[0, 0, 10, (0.9 * 10 + 0.6 * 9) / 1.5], [20, 20, 30, (0.2 * 30 + 0.6 * 32) / 0.8], [0, 0, 10, 10]]
-    assert merged[0]["boxes"][:3].tolist() == [pytest.approx(box) for box in want]
+    expected = [[0, 0, 10, (0.9 * 10 + 0.6 * 9) / 1.5], [20, 20, 30, (0.2 * 30 + 0.6 * 32) / 0.8], [0, 0, 10, 10]]
+    assert merged[0]["boxes"][:3].tolist() == [pytest.approx(box) for box in expected]
     masks = merged[0]["mask_probabilities"][:, 3, 5].tolist()
     assert masks == pytest.approx([(0.9**2 + 0.6**2) / 1.5, (0.2**2 + 0.6**2) / 0.8, 0.5, 0.1])
     assert merged[1]["boxes"].tolist() == [[1, 1, 2, 2], [5, 5, 5, 5]]
@@ -56,17 +56,17 @@ def test_passes_are_independent_runs_of_the_detector(detector):
     images = [torch.rand(3, 64, 96) * 255, torch.rand(3, 50, 60) * 255]
     noise = torch.rand(3, 2, 24)
     passes = InferencePasses(passes=3, ratio=0.5)
-    got = run(detector, passes, images, noise)
+    actual = run(detector, passes, images, noise)
     batch = detector.preprocess(images)
     with torch.no_grad(), fixed_noise(detector, noise):
         each = [detector.detect(detector.backbone(batch, sample_ratio=0.5), batch.image_sizes) for _ in noise]
-    want = passes.merge(each)
-    for ours, theirs in zip(got, want, strict=True):
+    expected = passes.merge(each)
+    for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours["scores"], theirs["scores"])
         assert ours["masks"].shape[0] == len(ours["scores"]) > 10
     alone = run(detector, InferencePasses(ratio=0.5), images, noise[0])
     assert alone[0]["scores"].tolist() == pytest.approx(each[0][0]["scores"].tolist())
-    assert alone[0]["scores"].tolist() != pytest.approx(got[0]["scores"].tolist())
+    assert alone[0]["scores"].tolist() != pytest.approx(actual[0]["scores"].tolist())
 
 
 def test_each_pass_draws_its_own_tokens(detector):
@@ -107,7 +107,7 @@ def test_fixed_noise_of_another_shape_is_refused_and_forgotten(detector):
 
 
 def test_fixed_noise_makes_training_repeat():
-    """Also with more ground-truth slots than boxes. Drop path draws its own numbers: there is none here."""
+    """Also with more ground-truth slots than boxes; without drop path, which draws its own numbers."""
     detector = instantiate(tiny_config("mimdet_b_mask_rcnn", "model.backbone.bottom_up.encoder.dpr=0.0").model)
     images = [torch.rand(3, 64, 96) * 255, torch.rand(3, 50, 60) * 255]
     targets = [target(5, (64, 96), 2), target(6, (50, 60), 1)]

@@ -1,4 +1,4 @@
-"""Rules of RetinaNet that equal numbers alone would not explain."""
+"""Rules of RetinaNet, apart from parity."""
 
 import math
 
@@ -19,7 +19,7 @@ from mimdet.detection import (
 )
 from mimdet.modeling import ShapeSpec
 
-PICTURE = [torch.zeros(3, 32, 64)]
+IMAGES = [torch.zeros(3, 32, 64)]
 CELLS = 4 * 8
 EMPTY = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
 
@@ -34,7 +34,7 @@ class Grid(nn.Module):
 
 
 class Answers(nn.Module):
-    """A head that says what it is told: logits (1, 32, 2) and deltas (1, 32, 4)."""
+    """A head with fixed logits (1, 32, 2) and deltas (1, 32, 4)."""
 
     num_classes, num_anchors = 2, 1
 
@@ -73,19 +73,19 @@ def truth(*rows):
 def test_normalizer_is_a_running_mean_outside_the_state_dict():
     model = net().train()
     two = truth((0, 0, 16, 16, 1), (32, 8, 48, 24, 0))  # each is one anchor exactly
-    losses = model(PICTURE, two)
+    losses = model(IMAGES, two)
     assert model.loss_normalizer == pytest.approx(0.9 * 100 + 0.1 * 2)
-    wanted = torch.zeros(CELLS, 2)
-    wanted[8 + 1, 1] = wanted[2 * 8 + 5, 0] = 1
-    raw = sigmoid_focal_loss(model.head.logits[0], wanted, 0.25, 2.0, "sum")
+    one_hot = torch.zeros(CELLS, 2)
+    one_hot[8 + 1, 1] = one_hot[2 * 8 + 5, 0] = 1
+    raw = sigmoid_focal_loss(model.head.logits[0], one_hot, 0.25, 2.0, "sum")
     torch.testing.assert_close(losses["loss_cls"], raw / 90.2)
-    again = model(PICTURE, two)["loss_cls"]
+    again = model(IMAGES, two)["loss_cls"]
     torch.testing.assert_close(again, raw / (0.9 * 90.2 + 0.2))
     (losses["loss_cls"] + again).backward()
-    model(PICTURE, [EMPTY])
+    model(IMAGES, [EMPTY])
     assert model.loss_normalizer == pytest.approx(0.9 * 81.38 + 0.1), "without foreground it counts one"
     assert model.state_dict().keys() == {"head.logits", "head.deltas"}
-    model.eval()(PICTURE)
+    model.eval()(IMAGES)
     assert model.loss_normalizer == pytest.approx(73.342), "detection leaves it alone"
 
 
@@ -118,7 +118,7 @@ def test_padding_is_background_and_ignored_anchors_learn_nothing():
 
 def test_boxes_learn_from_foreground_only():
     model = net(Answers(deltas=torch.ones(1, CELLS, 4))).train()
-    model(PICTURE, truth((0, 0, 16, 16, 0)))["loss_box_reg"].backward()
+    model(IMAGES, truth((0, 0, 16, 16, 0)))["loss_box_reg"].backward()
     assert model.head.deltas.grad[0].any(dim=1).nonzero().flatten().tolist() == [8 + 1]
 
 
@@ -129,59 +129,59 @@ def logit(score):
 def test_scores_must_exceed_the_threshold():
     logits = torch.full((1, CELLS, 2), -9.0)
     logits[0, 9, 0], logits[0, 13, 1] = 0.0, 0.1
-    (found,) = net(Answers(logits), test_score_thresh=0.5).eval()(PICTURE)
-    assert found["labels"].tolist() == [1]
-    assert found.keys() == {"boxes", "scores", "labels"}
+    (detections,) = net(Answers(logits), test_score_thresh=0.5).eval()(IMAGES)
+    assert detections["labels"].tolist() == [1]
+    assert detections.keys() == {"boxes", "scores", "labels"}
 
 
 def test_the_best_pairs_of_a_level_are_kept_and_nms_is_per_class():
     logits = torch.full((1, CELLS, 2), -9.0)
     logits[0, 9] = torch.tensor([2.0, 1.0])  # one anchor, both classes
     logits[0, 13] = torch.tensor([-9.0, 0.5])
-    (found,) = net(Answers(logits), test_topk_candidates=2).eval()(PICTURE)
-    assert found["labels"].tolist() == [0, 1]
-    torch.testing.assert_close(found["scores"], torch.tensor([2.0, 1.0]).sigmoid())
-    (found,) = net(Answers(logits), test_topk_candidates=9, max_detections_per_image=2).eval()(PICTURE)
-    assert len(found["scores"]) == 2
-    # The neighbour at half an anchor's distance overlaps by a third: it stays at 0.5, goes at 0.3.
+    (detections,) = net(Answers(logits), test_topk_candidates=2).eval()(IMAGES)
+    assert detections["labels"].tolist() == [0, 1]
+    torch.testing.assert_close(detections["scores"], torch.tensor([2.0, 1.0]).sigmoid())
+    (detections,) = net(Answers(logits), test_topk_candidates=9, max_detections_per_image=2).eval()(IMAGES)
+    assert len(detections["scores"]) == 2
+    # The neighbor at half an anchor's distance overlaps by a third: it stays at 0.5, goes at 0.3.
     logits[0, 10, 0] = 1.5
     for threshold, count in ((0.5, 2), (0.3, 1)):
-        (found,) = net(Answers(logits), test_nms_thresh=threshold).eval()(PICTURE)
-        assert found["labels"].tolist().count(0) == count
+        (detections,) = net(Answers(logits), test_nms_thresh=threshold).eval()(IMAGES)
+        assert detections["labels"].tolist().count(0) == count
 
 
 def test_boxes_are_clipped_after_nms_and_after_the_cap():
     logits, deltas = torch.full((1, CELLS, 2), -9.0), torch.zeros(1, CELLS, 4)
     logits[0, [0, 8, 13], 0] = torch.tensor([3.0, 2.0, 1.0])
-    deltas[0, 0] = torch.tensor([-4.0, 0, 0, 0])  # outside the picture
+    deltas[0, 0] = torch.tensor([-4.0, 0, 0, 0])  # outside the image
     deltas[0, 8] = torch.tensor([0, 0, math.log(2.0), 0])
     head = Answers(logits, deltas)
-    (found,) = net(head).eval()(PICTURE)
-    assert found["boxes"].tolist() == [[0, 0, 16, 16], [32, 0, 48, 16]]
-    (found,) = net(head, max_detections_per_image=2).eval()(PICTURE)
-    assert found["boxes"].tolist() == [[0, 0, 16, 16]], "the one outside takes a place"
-    (found,) = net(head).eval()(PICTURE, output_sizes=[(64, 96)])
-    torch.testing.assert_close(found["boxes"][1], torch.tensor([48.0, 0, 72, 32]))
+    (detections,) = net(head).eval()(IMAGES)
+    assert detections["boxes"].tolist() == [[0, 0, 16, 16], [32, 0, 48, 16]]
+    (detections,) = net(head, max_detections_per_image=2).eval()(IMAGES)
+    assert detections["boxes"].tolist() == [[0, 0, 16, 16]], "the one outside takes a place"
+    (detections,) = net(head).eval()(IMAGES, output_sizes=[(64, 96)])
+    torch.testing.assert_close(detections["boxes"][1], torch.tensor([48.0, 0, 72, 32]))
     # Unclipped, these two overlap by a third; clipped, by three quarters.
     deltas[0, 9] = torch.tensor([-0.25, 0, 0, 0])
     deltas[0, 8] = torch.tensor([-0.5, 0, math.log(3.0), 0])
     logits[0, 9, 0] = 1.9
-    (found,) = net(Answers(logits, deltas)).eval()(PICTURE)
-    assert len(found["boxes"]) == 3
+    (detections,) = net(Answers(logits, deltas)).eval()(IMAGES)
+    assert len(detections["boxes"]) == 3
 
 
 def test_boxes_that_overflow_are_dropped():
     logits, deltas = torch.zeros(1, CELLS, 2), torch.zeros(1, CELLS, 4)
     logits[0, 1:], deltas[0, 1:] = 1.0, torch.nan
-    (found,) = net(Answers(logits, deltas), max_detections_per_image=2).eval()(PICTURE)
-    assert found["labels"].sort().values.tolist() == [0, 1]
+    (detections,) = net(Answers(logits, deltas), max_detections_per_image=2).eval()(IMAGES)
+    assert detections["labels"].sort().values.tolist() == [0, 1]
 
 
 def test_targets_need_no_masks_but_labels():
     with pytest.raises(ValueError, match=r"targets\[0\] has no labels"):
-        net().train()(PICTURE, [{"boxes": torch.zeros(0, 4)}])
+        net().train()(IMAGES, [{"boxes": torch.zeros(0, 4)}])
     with pytest.raises(ValueError, match=r"classes 0\.\.1: set the config's num_classes"):
-        net().train()(PICTURE, truth((0, 0, 8, 8, 2)))
+        net().train()(IMAGES, truth((0, 0, 8, 8, 2)))
 
 
 @pytest.mark.parametrize(

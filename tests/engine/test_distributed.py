@@ -1,4 +1,4 @@
-"""Two CPU processes under torchrun; the scenarios run in one start of it, for starting takes longest."""
+"""Two CPU processes under torchrun, started once for all scenarios."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from mimdet.checkpoint.read import read_checkpoint
 from mimdet.engine import Checkpointer, NonFiniteLossError, TrainingInterrupted, evaluate_only, train
 
 root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-found, models, seen, plan = {}, [], [], {}
+results, models, seen, plan = {}, [], [], {}
 init, forward = FakeDetector.__init__, FakeDetector.forward
 
 def remember(self, *args, **kwargs):
@@ -38,10 +38,10 @@ def config(name, max_iter=6):
     return fake_config(root / name, max_iter=max_iter, batch_size=4)
 
 metrics = train(config("whole"))
-found["metrics"] = sorted(metrics)
-found["evaluated"] = FakeEvaluator.log[-1:]
-found["parameters"] = [p.sum().item() for p in models[-1].parameters()]
-found["seen"] = list(seen)
+results["metrics"] = sorted(metrics)
+results["evaluated"] = FakeEvaluator.log[-1:]
+results["parameters"] = [p.sum().item() for p in models[-1].parameters()]
+results["seen"] = list(seen)
 
 save, latest = Checkpointer.save, Checkpointer.latest
 
@@ -58,23 +58,23 @@ def interrupted(name):
 Checkpointer.save = slow_save
 if rank == 1:
     plan[3] = lambda: os.kill(os.getpid(), signal.SIGTERM)
-found["interrupted"] = interrupted("parts")
+results["interrupted"] = interrupted("parts")
 plan.clear()
 Checkpointer.save = save
 
 torch.manual_seed(1234)
 if rank == 1:
-    Checkpointer.latest = lambda self: None  # a network folder that does not show the last save yet
+    Checkpointer.latest = lambda self: None  # as on a network file system that does not list the last save yet
 train(config("parts"), resume=True)
 Checkpointer.latest = latest
-found["resumed"] = [p.sum().item() for p in models[-1].parameters()]
+results["resumed"] = [p.sum().item() for p in models[-1].parameters()]
 
 if rank == 1:
     plan[2] = lambda: setattr(models[-1], "nan_from", 2)
 try:
     train(config("nan"))
 except NonFiniteLossError as error:
-    found["nan"] = str(error)
+    results["nan"] = str(error)
 plan.clear()
 
 process = FakeEvaluator.process
@@ -85,20 +85,20 @@ def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
 
 FakeEvaluator.process = signalled
-found["interrupted_evaluation"] = interrupted("evaluating")
+results["interrupted_evaluation"] = interrupted("evaluating")
 FakeEvaluator.process = process
 
 cfg = config("evaluation")
 cfg.train.init_checkpoint = str(root / "whole" / "model_final.pth")
-found["evaluate_only"] = sorted(evaluate_only(cfg))
-found["generators"] = len(read_checkpoint(root / "whole" / "model_final.pth")["random"])
-(root / f"rank{rank}.json").write_text(json.dumps(found))
+results["evaluate_only"] = sorted(evaluate_only(cfg))
+results["generators"] = len(read_checkpoint(root / "whole" / "model_final.pth")["random"])
+(root / f"rank{rank}.json").write_text(json.dumps(results))
 """
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """(folder, what rank 0 found, what rank 1 found)"""
+    """(folder, results of rank 0, results of rank 1)"""
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "OMP_NUM_THREADS": "1"}
@@ -110,7 +110,7 @@ def ranks(tmp_path_factory):
         try:
             output, _ = process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
-            process.terminate()  # and not kill, so that torchrun ends its workers
+            process.terminate()  # SIGTERM, not SIGKILL: torchrun ends its workers
             output, _ = process.communicate(timeout=60)
             pytest.fail(f"the processes wait for each other: {output[-5000:]}")
     assert process.returncode == 0, output[-5000:]
@@ -124,7 +124,7 @@ def lines(folder, name):
 def test_ranks_share_the_batch_and_end_with_equal_parameters(ranks):
     _, a, b = ranks
     assert [images for images, *_ in a["seen"] + b["seen"]] == [2] * 12
-    assert {picture for *_, picture in a["seen"]}.isdisjoint(picture for *_, picture in b["seen"])
+    assert {image for *_, image in a["seen"]}.isdisjoint(image for *_, image in b["seen"])
     assert a["parameters"] == b["parameters"]
 
 

@@ -25,9 +25,9 @@ def test_a_checkpoint_scores_as_at_the_end_of_its_training(trained, function, ca
     cfg, metrics = trained
     capsys.readouterr()
     torch.manual_seed(cfg.train.seed)
-    found = function(cfg)
-    assert found["bbox"].keys() == metrics["bbox"].keys()
-    assert found["bbox_per_class"]["dog"] == 0.0
+    results = function(cfg)
+    assert results["bbox"].keys() == metrics["bbox"].keys()
+    assert results["bbox_per_class"]["dog"] == 0.0
     assert FakeEvaluator.log[-1] == 5
     out = capsys.readouterr().out
     assert "COCO evaluation (%)" in out

@@ -11,7 +11,7 @@ def block(width):
 
 
 def detector(classes=80, width=8, depth=2, decoder_depth=1):
-    """A skeleton with a detector's key names."""
+    """A module with a detector's key names."""
     modules = {
         "backbone.bottom_up.encoder.blocks": nn.ModuleList(block(width) for _ in range(depth)),
         "backbone.bottom_up.decoder.decoder_blocks": nn.ModuleList(block(4) for _ in range(decoder_depth)),
@@ -102,7 +102,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(tmp_path):
     ],
     ids=["width", "depth", "decoder-depth"],
 )
-def test_another_size_is_recognised(tmp_path, other, cause):
+def test_another_size_is_recognized(tmp_path, other, cause):
     assert cause in refusal(tmp_path, detector(), detector(**other).state_dict())
 
 
@@ -118,7 +118,7 @@ def test_other_classes_of_a_retinanet(tmp_path):
     assert "init_checkpoint_ignore=[head.cls_score.*]" in message
 
 
-def test_another_detector_is_recognised(tmp_path):
+def test_another_detector_is_recognized(tmp_path):
     message = refusal(tmp_path, retinanet(4), detector().state_dict())
     assert "the checkpoint is of a Mask R-CNN, the model is a RetinaNet" in message
 
@@ -131,12 +131,12 @@ def test_missing_and_unexpected_are_listed(tmp_path):
     assert "1 unexpected in the checkpoint: surprise" in message
 
 
-def test_a_mae_file_is_recognised(tmp_path):
+def test_a_mae_file_is_recognized(tmp_path):
     state = {"blocks.0.norm1.weight": torch.ones(8), "cls_token": torch.zeros(1, 1, 8)}
     assert "pass it as mae_checkpoint.path" in refusal(tmp_path, detector(), state)
 
 
-def test_a_foreign_file_is_recognised(tmp_path):
+def test_a_foreign_file_is_recognized(tmp_path):
     assert "no key is the same" in refusal(tmp_path, detector(), {"layer1.weight": torch.ones(3)})
 
 

@@ -76,7 +76,7 @@ def test_a_closed_stdout_is_no_error(tmp_path, monkeypatch):
 
 
 def test_a_lost_terminal_is_no_error(tmp_path, monkeypatch):
-    """As after SIGHUP, when ssh drops."""
+    """SIGHUP, as when ssh disconnects."""
     ours, theirs = os.openpty()
     with os.fdopen(theirs, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
@@ -157,8 +157,8 @@ def test_a_fresh_run_keeps_the_earlier_file_aside(tmp_path):
         writer = MetricsWriter(tmp_path)
         writer.write(0, {"x": value})
         writer.close()
-    found = {path.name: read(path)[0]["x"] for path in tmp_path.glob("metrics*.jsonl")}
-    assert found == {"metrics.1.jsonl": 1, "metrics.2.jsonl": 2, "metrics.jsonl": 3}
+    values = {path.name: read(path)[0]["x"] for path in tmp_path.glob("metrics*.jsonl")}
+    assert values == {"metrics.1.jsonl": 1, "metrics.2.jsonl": 2, "metrics.jsonl": 3}
 
 
 def test_plain_lines_come_every_period_and_first_and_last(tmp_path, capsys):

@@ -77,7 +77,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "dtype", "hook"),
+    ("compress", "device", "dtype", "hook"),
     [
         (True, CUDA, torch.float16, default_hooks.fp16_compress_hook),
         (True, CUDA, torch.bfloat16, default_hooks.bf16_compress_hook),
@@ -87,8 +87,8 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     ],
     ids=["fp16", "bf16", "fp32", "off", "cpu"],
 )
-def test_gradients_are_compressed_in_the_training_dtype(wanted, device, dtype, hook):
-    assert compression_hook(wanted, device, dtype) is hook
+def test_gradients_are_compressed_in_the_training_dtype(compress, device, dtype, hook):
+    assert compression_hook(compress, device, dtype) is hook
 
 
 def test_loss_scaling_is_part_of_a_checkpoint():

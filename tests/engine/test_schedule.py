@@ -19,8 +19,8 @@ def test_multipliers_are_those_of_the_original(name):
     else:
         inner = CosineParamScheduler(1.0, 0.0)
     schedule = WarmupParamScheduler(inner, golden["warmup_length"], golden["warmup_factor"])
-    found = {i: schedule(int(i) / golden["max_iter"]) for i in golden["multiplier"]}
-    assert found == pytest.approx(golden["multiplier"], rel=EXACT, abs=1e-15)
+    multipliers = {i: schedule(int(i) / golden["max_iter"]) for i in golden["multiplier"]}
+    assert multipliers == pytest.approx(golden["multiplier"], rel=EXACT, abs=1e-15)
 
 
 @pytest.mark.parametrize("max_iter", [12, 36, 72, 999, 67500, 270000, 67499])

@@ -38,7 +38,7 @@ class Runs:
         )
 
     def start(self, folder, moment, count, **options):
-        """Start a training; returns its process number and those of its workers, once it is where it shall wait."""
+        """Start a training; returns its pid and its workers', once it waits at the requested place."""
         folder.mkdir(parents=True, exist_ok=True)
         print(json.dumps({"folder": str(folder), "moment": moment, "count": count, **options}), file=self.server.stdin)
         self.server.stdin.flush()
@@ -56,7 +56,7 @@ class Runs:
         return path.read_text() if path.exists() else ""
 
     def end(self, folder):
-        """Let it go on; returns its exit status and all its output."""
+        """Let it continue; returns exit status and output."""
         (folder / "go").touch()
         return int(self.server.stdout.readline()), self.output(folder)
 
@@ -126,7 +126,7 @@ def test_a_signal_saves_with_workers_alive(runs, whole, tmp_path, moment, count,
 
 
 def test_repeated_sigterm_does_not_abort(runs, whole, tmp_path):
-    """As when Slurm or systemd signal torchrun, which passes it on, and its processes."""
+    """Slurm and systemd signal torchrun, which forwards it, and its processes too."""
     pid, _ = runs.start(tmp_path, "step", 3)
     for _ in range(3):
         os.killpg(pid, signal.SIGTERM)
@@ -155,7 +155,7 @@ def test_a_killed_worker_is_explained_and_nothing_lost(runs, whole, tmp_path, mo
     message = output.splitlines()[-1]
     assert "is killed by signal: Killed. The system probably ran out of memory: use fewer workers" in message
     assert "dataloader.train.num_workers" in message
-    # Batches that were loaded ahead are still trained on, so which checkpoint it is depends on the loader's pace.
+    # Prefetched batches are still trained on, so the last checkpoint depends on the loader's speed.
     saved = re.search(r"saved in (\S+\.pth)", message)[1]
     assert Path(saved).parent == tmp_path / "run"
     assert Path(saved).is_file()

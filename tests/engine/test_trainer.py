@@ -40,7 +40,7 @@ def assert_same(a, b):
 
 @pytest.fixture
 def act(monkeypatch):
-    """act(n, f) calls f() during the detector's n-th training step, counted over the whole test."""
+    """act(n, f) calls f() in the detector's n-th training step of the test."""
     plan, count = {}, iter(range(10**6))
     forward = FakeDetector.forward
 

@@ -100,24 +100,24 @@ def empty_result():
 
 
 def truth_as_results(content, with_crowd):
-    """The annotations in the form of a model's results, one dict an image."""
+    """The annotations as a model's results, one dict per image."""
     results = []
     for image in content["images"]:
-        found = [a for a in content["annotations"] if a["image_id"] == image["id"]]
-        found = [a for a in found if with_crowd or not a["iscrowd"]]
-        if not found:
+        annotations = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+        annotations = [a for a in annotations if with_crowd or not a["iscrowd"]]
+        if not annotations:
             results.append(empty_result())
             continue
         masks = []
-        for item in found:
+        for item in annotations:
             rle = mask_util.frPyObjects(item["segmentation"], HEIGHT, WIDTH)
             masks.append(mask_util.decode(mask_util.merge(rle) if isinstance(rle, list) else rle))
-        x, y, w, h = torch.tensor([a["bbox"] for a in found]).unbind(1)
+        x, y, w, h = torch.tensor([a["bbox"] for a in annotations]).unbind(1)
         results.append(
             {
                 "boxes": torch.stack([x, y, x + w, y + h], dim=1),
-                "scores": torch.linspace(0.9, 0.5, len(found)),
-                "labels": torch.tensor([CATEGORY_IDS.index(a["category_id"]) for a in found]),
+                "scores": torch.linspace(0.9, 0.5, len(annotations)),
+                "labels": torch.tensor([CATEGORY_IDS.index(a["category_id"]) for a in annotations]),
                 "masks": torch.from_numpy(np.stack(masks)).bool(),
             }
         )
@@ -125,7 +125,7 @@ def truth_as_results(content, with_crowd):
 
 
 def random_results(content, seed):
-    """The ground truth moved about, mislabelled in part and mixed with inventions."""
+    """The ground truth with noise on boxes and labels, and false positives."""
     generator = torch.Generator().manual_seed(seed)
     results = []
     for truth in truth_as_results(content, with_crowd=True):
@@ -432,7 +432,7 @@ def test_annotations_to_ignore_are_as_crowds(tmp_path, toolkit):
 
 
 @both_toolkits
-def test_what_cannot_be_rasterised_does_not_reach_the_toolkits(tmp_path, toolkit, caplog):
+def test_what_cannot_be_rasterized_does_not_reach_the_toolkits(tmp_path, toolkit, caplog):
     content = coco_content()
     expected = evaluate(make_dataset(tmp_path), truth_as_results(content, with_crowd=False), toolkit=toolkit)
     # the toolkits would read the four numbers as a box, and need gigabytes for the far points
@@ -484,7 +484,7 @@ def _evaluate_rank(rank, folder, answers):
     results = random_results(content, seed=5)
     evaluator = COCOEvaluator(dataset, toolkit="pycocotools")
     evaluator.reset()
-    # as an even split does it: the last image of an odd number is handed out twice
+    # DistributedSampler's even split repeats the last image of an odd number
     for index in ((0, 2), (1, 0))[rank]:
         evaluator.process([{"image_id": (7, 11, 20)[index]}], [results[index]])
     answers.put((rank, evaluator.evaluate()))
@@ -499,10 +499,10 @@ def test_two_ranks_give_the_figures_of_one(tmp_path):
     ranks = [context.Process(target=_evaluate_rank, args=(rank, tmp_path, answers)) for rank in range(2)]
     for process in ranks:
         process.start()
-    given = dict(answers.get(timeout=120) for _ in ranks)
+    results = dict(answers.get(timeout=120) for _ in ranks)
     for process in ranks:
         process.join(timeout=60)
-    assert given == {0: expected, 1: {}}
+    assert results == {0: expected, 1: {}}
 
 
 def test_gather_without_distribution():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.packed_images import STRIDES, batch, cells, relative
+from support.packed_images import STRIDES, batch, cells
+from support.relative_error import relative_error
 from test_mae import fake_mae, saved
 from timm.models.convnext import ConvNeXt
 
@@ -15,13 +16,13 @@ from mimdet.modeling.window_sequences import split_windows, window_order
 from mimdet.testing import fixed_noise, tiny_config
 
 BOTTOM_UP = "model.backbone.bottom_up"
-FORMS = ["table5_convnext", "table6_mask_token", "table8_window", "table8_window_vit_fpn"]
-# Odd sides, one that is a single token, one that needs the whole canvas.
+MODELS = ["table5_convnext", "table6_mask_token", "table8_window", "table8_window_vit_fpn"]
+# Odd sides, a single token, the full size of the padded batch.
 SIZES = [(75, 141), (5, 9), (160, 96)]
 
 
 def backbone(name, *overrides):
-    """The twin's backbone with weights that leave no part without effect."""
+    """The counterpart's backbone with random weights, so that every part has an effect."""
     torch.manual_seed(0)
     changes = [f"{BOTTOM_UP}.{change}" for change in overrides]
     model = instantiate(tiny_config(f"ablations/{name}", *changes).model).backbone.bottom_up
@@ -33,22 +34,22 @@ def backbone(name, *overrides):
 
 
 def own(features, b, size):
-    """What is of one picture."""
+    """The valid part of one image's features."""
     return {
         n: f[b, :, : cells(size, s)[0], : cells(size, s)[1]]
         for (n, s), f in zip(STRIDES.items(), features.values(), strict=True)
     }
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_packed_pictures_get_what_they_get_alone(name):
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_images_get_what_they_get_alone(name):
     model = backbone(name, "batch_mode=packed", "encoder.dpr=0.0").train()
     images = batch(SIZES, garbage=float("nan"))
     features = model(images, sample_ratio=1.0)
     for b, size in enumerate(SIZES):
         alone = own(model(batch([size]), sample_ratio=1.0), 0, size)
         for key, value in own(features, b, size).items():
-            assert relative(value.detach(), alone[key].detach()) <= 5e-6, (key, size)
+            assert relative_error(value.detach(), alone[key].detach()) <= 5e-6, (key, size)
         for key, stride in STRIDES.items():
             rows, columns = cells(size, stride)
             assert features[key][b, :, rows:].abs().sum() == features[key][b, :, :, columns:].abs().sum() == 0
@@ -57,22 +58,22 @@ def test_packed_pictures_get_what_they_get_alone(name):
         assert not parameter.requires_grad or parameter.grad.isfinite().all(), key
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", MODELS)
 def test_checkpointing_changes_nothing(name):
-    found = []
+    gradients = []
     for checkpointing in ("true", "false"):
         model = backbone(name, f"encoder.checkpointing={checkpointing}", "encoder.recompute=none").train()
         images = batch([(64, 96), (96, 64)])
         torch.manual_seed(1)
         features = model(images)
         sum(f.square().mean() for f in features.values()).backward()
-        found.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
-    for key, gradient in found[0].items():
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
+    for key, gradient in gradients[0].items():
         assert gradient is not None, key
-        torch.testing.assert_close(gradient, found[1][key], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", MODELS)
 def test_autocast(name):
     model = backbone(name).eval()
     images = batch([(64, 96)])
@@ -81,7 +82,7 @@ def test_autocast(name):
         with torch.autocast("cpu", torch.bfloat16):
             features = model(images, sample_ratio=1.0)
     for key, value in features.items():
-        assert 0 < relative(value.float(), plain[key]) <= 3e-2, key
+        assert 0 < relative_error(value.float(), plain[key]) <= 3e-2, key
 
 
 @pytest.mark.parametrize(("rows", "columns", "window"), [(7, 7, 7), (5, 9, 3), (1, 1, 7), (8, 4, 1)])
@@ -100,12 +101,12 @@ def test_attention_stays_inside_windows(packed):
     model = backbone("table8_window", f"batch_mode={'packed' if packed else 'canvas'}").eval()
     images, sizes = batch([(75, 141), (160, 96)]), [(75, 141), (160, 96)]
     with torch.no_grad():
-        got = model(images)["c4"]
+        actual = model(images)["c4"]
         for b, size in enumerate(sizes):
-            picture = batch([size]) if packed else ImageList(images.tensor, images.image_sizes)
+            image = batch([size]) if packed else ImageList(images.tensor, images.image_sizes)
             encoder, mode = model.encoder, {"packed": packed}
-            want = _masked(encoder, encoder(picture, 1.0, **mode), 0 if packed else b, size if packed else (160, 160))
-            assert relative(got[b][:, : want.shape[1], : want.shape[2]], want) <= 2e-6
+            expected = _masked(encoder, encoder(image, 1.0, **mode), 0 if packed else b, size if packed else (160, 160))
+            assert relative_error(actual[b][:, : expected.shape[1], : expected.shape[2]], expected) <= 2e-6
 
 
 def _masked(encoder, encoded, b, size):
@@ -123,7 +124,7 @@ def _masked(encoder, encoded, b, size):
     return encoder.norm(x)[0].t().unflatten(1, (rows, columns))
 
 
-def test_drop_path_is_of_whole_pictures():
+def test_drop_path_is_of_whole_make_images():
     split = split_windows([(4, 5), (2, 2)], (4, 6), 2, True, torch.device("cpu"))
     assert split.encoder.batch == split.decoder.batch == 2
     assert split.encoder.owner.tolist() == [0] * 20 + [1] * 4
@@ -133,15 +134,15 @@ def test_drop_path_is_of_whole_pictures():
 
 
 def test_windows_before_a_decoder():
-    """The decoder then completes nothing, and sees every picture whole."""
+    """The decoder then fills nothing, and sees all tokens."""
     model = backbone("table6_mask_token", "encoder.window=3", "sample_ratio=1.0").eval()
     plain = backbone("table6_mask_token", "encoder.window=50", "sample_ratio=1.0").eval()
     images = batch([(64, 96), (96, 64)])
     with torch.no_grad():
         features, whole = model(images), plain(images)
-        assert relative(features["c4"], whole["c4"]) > 1e-3
+        assert relative_error(features["c4"], whole["c4"]) > 1e-3
         plain.encoder.window = None
-        assert relative(whole["c4"], plain(images)["c4"]) <= 2e-6
+        assert relative_error(whole["c4"], plain(images)["c4"]) <= 2e-6
 
 
 def test_pyramid_is_transposed_convolutions_of_taps():
@@ -153,12 +154,12 @@ def test_pyramid_is_transposed_convolutions_of_taps():
         part = model.pyramid
         first, second = (encoded.map(tokens) for tokens in encoded.tapped)
         x = F.gelu(F.group_norm(part.c2_first(first), 1, part.c2_norm.weight, part.c2_norm.bias, 1e-6))
-        assert relative(features["c2"], part.c2_second(x)) <= 2e-6
-        assert relative(features["c3"], part.c3(second)) <= 2e-6
-        # A tap is what the encoder cut short there would hand to its norm.
+        assert relative_error(features["c2"], part.c2_second(x)) <= 2e-6
+        assert relative_error(features["c3"], part.c3(second)) <= 2e-6
+        # An output at index i is that of the encoder's first i blocks, before its norm.
         model.encoder.blocks, model.encoder.taps = model.encoder.blocks[:2], ()
         last = F.layer_norm(encoded.tapped[1], (48,), model.encoder.norm.weight, model.encoder.norm.bias, 1e-5)
-        assert relative(last, model.encoder(images, 1.0).tokens) <= 2e-6
+        assert relative_error(last, model.encoder(images, 1.0).tokens) <= 2e-6
     assert [f.shape[1:] for f in features.values()] == [(48, 16, 24), (48, 8, 12), (48, 4, 6), (48, 2, 3)]
 
 
@@ -171,42 +172,42 @@ def convnext(**changes):
     return stem
 
 
-def peer_of(stem):
+def baseline_of(stem):
     """timm's ConvNeXt with the stem's weights, and weights of its own elsewhere."""
-    peer = ConvNeXt(depths=(2, 2, 1, 1), dims=(8, 16, 32, 64), num_classes=0)
-    missing, unexpected = peer.load_state_dict(stem.state_dict(), strict=False)
+    baseline = ConvNeXt(depths=(2, 2, 1, 1), dims=(8, 16, 32, 64), num_classes=0)
+    missing, unexpected = baseline.load_state_dict(stem.state_dict(), strict=False)
     assert not unexpected
     assert all(key.startswith(("stages.2.blocks.", "stages.3.", "head.")) for key in missing)
-    return peer
+    return baseline
 
 
 @pytest.mark.parametrize("recompute", ["lean", "none"])
 def test_convnext_stem_is_timms(recompute):
     torch.manual_seed(0)
     stem = convnext(recompute=recompute)
-    peer = peer_of(stem)
+    baseline = baseline_of(stem)
     x = torch.randn(2, 3, 64, 96)
-    got = stem(x)
-    fine = peer.stages[0](peer.stem(x))
-    middle = peer.stages[1](fine)
-    want = [fine, middle, peer.stages[2].downsample(middle)]
-    for ours, theirs in zip(got, want, strict=True):
-        assert relative(ours.detach(), theirs.detach()) <= 2e-6
-    for features in (got, want):
+    actual = stem(x)
+    fine = baseline.stages[0](baseline.stem(x))
+    middle = baseline.stages[1](fine)
+    expected = [fine, middle, baseline.stages[2].downsample(middle)]
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert relative_error(ours.detach(), theirs.detach()) <= 2e-6
+    for features in (actual, expected):
         sum((f * torch.linspace(-1, 1, f.numel()).view(f.shape)).sum() for f in features).backward()
-    theirs = dict(peer.named_parameters())
+    theirs = dict(baseline.named_parameters())
     for key, parameter in stem.named_parameters():
-        assert relative(parameter.grad, theirs[key].grad) <= 1e-5, key
+        assert relative_error(parameter.grad, theirs[key].grad) <= 1e-5, key
 
 
 def test_convnext_weights_from_a_file(tmp_path, caplog):
     torch.manual_seed(0)
-    peer = peer_of(convnext())
+    baseline = baseline_of(convnext())
     path = str(tmp_path / "convnext.pth")
-    torch.save(peer.state_dict(), path)
+    torch.save(baseline.state_dict(), path)
     with caplog.at_level("INFO", logger="mimdet"):
         stem = convnext(pretrained=path)
-    assert torch.equal(stem.stages[1].blocks[1].mlp.fc2.weight, peer.stages[1].blocks[1].mlp.fc2.weight)
+    assert torch.equal(stem.stages[1].blocks[1].mlp.fc2.weight, baseline.stages[1].blocks[1].mlp.fc2.weight)
     assert "ConvNeXt -> stem: 48 tensors loaded, 24 dropped" in caplog.text
     with pytest.raises(CheckpointError, match=r"is \(8, 3, 4, 4\) in the file, \(16, 3, 4, 4\) in the model"):
         ConvNeXtStem(embed_dim=64, depth=2, pretrained=path)
@@ -225,9 +226,9 @@ def test_weights_that_others_will_replace_are_not_read():
 def test_mask_token_comes_from_the_mae_file(tmp_path):
     state = fake_mae()
     sizes = {"img_size": 320, "embed_dim": 192, "decoder_embed_dim": 128, "depth": 2, "fill": "mask_token"}
-    made = MIMDetDecoder(**sizes, pretrained=saved(tmp_path / "mae.pth", state))
-    assert torch.equal(made.mask_token, state["mask_token"])
-    assert not any("conv_feat_proj" in key for key in made.state_dict())
+    decoded = MIMDetDecoder(**sizes, pretrained=saved(tmp_path / "mae.pth", state))
+    assert torch.equal(decoded.mask_token, state["mask_token"])
+    assert not any("conv_feat_proj" in key for key in decoded.state_dict())
     del state["mask_token"]
     with pytest.raises(CheckpointError, match="mask_token is not in the file"):
         MIMDetDecoder(**sizes, pretrained=saved(tmp_path / "mae.pth", state))
@@ -239,14 +240,14 @@ def test_mask_token_fills_what_is_not_sampled():
     noise = torch.rand(1, 24)
     with fixed_noise(model, noise):
         encoded = model.encoder(images, 0.5)
-    made = model.decoder(encoded).flatten(2).transpose(1, 2)[0]
+    decoded = model.decoder(encoded).flatten(2).transpose(1, 2)[0]
     pos = model.decoder._pos_embed_at(model.decoder.decoder_pos_embed, (4, 6))[0]
-    want = model.decoder.decoder_norm(model.decoder.mask_token[0] + pos)
+    expected = model.decoder.decoder_norm(model.decoder.mask_token[0] + pos)
     filled = noise[0].argsort() >= 0
     filled[noise[0].argsort()[:12]] = False
-    torch.testing.assert_close(made[filled], want[filled], rtol=1e-5, atol=1e-5)
-    assert (made[~filled] - want[~filled]).abs().amax(dim=1).min() > 1e-3
-    # With nothing to fill in, its gradient is zero and not missing.
+    torch.testing.assert_close(decoded[filled], expected[filled], rtol=1e-5, atol=1e-5)
+    assert (decoded[~filled] - expected[~filled]).abs().amax(dim=1).min() > 1e-3
+    # Without rows to fill, its gradient is zero, not None (DDP).
     model(images, sample_ratio=1.0)["c4"].sum().backward()
     assert model.decoder.mask_token.grad.abs().max() == 0
 

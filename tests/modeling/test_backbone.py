@@ -1,4 +1,4 @@
-"""The backbone's parts against numbers recorded from the original."""
+"""The backbone's parts against recordings of the original."""
 
 import hashlib
 import json
@@ -8,21 +8,17 @@ import pytest
 import torch
 from support.fill_weights import fill_module, gradient, image
 from support.golden import Golden
-from support.kernels import kept_bytes
+from support.kernels import activation_bytes
 from support.paths import RECORDINGS
-from support.small import normalised, pictures, small_config, small_model
+from support.relative_error import relative_error
+from support.small_mimdet import make_images, normalized, small_config, small_model
 
 from mimdet.config import instantiate
-from mimdet.kernels import build, sample_tokens, use, valid_tokens
+from mimdet.kernels import build, sample_tokens, use, valid_mask
 from mimdet.modeling import ConvStem, ImageList
 from mimdet.modeling.sampling import cell_sizes
 from mimdet.pos_embed import PosEmbedCache, interpolate_pos_embed, sincos_pos_embed_2d
 from mimdet.testing import fixed_noise
-
-
-def relative(got, want):
-    """Relative L2 distance."""
-    return float((got - want).double().norm() / want.double().norm().clamp(min=1e-30))
 
 
 @pytest.mark.parametrize(("dim", "count"), [(96, 2), (768, 1)])
@@ -31,7 +27,7 @@ def test_conv_stem_golden(dim, count, checkpointing):
     golden = Golden("convstem")
     stem = ConvStem(embed_dim=dim, checkpointing=checkpointing)
     fill_module(stem)
-    x = torch.stack(normalised([torch.from_numpy(image(11 + i, 64, 96)) for i in range(count)]))
+    x = torch.stack(normalized([torch.from_numpy(image(11 + i, 64, 96)) for i in range(count)]))
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     outputs = stem(x)
     sum((o * torch.from_numpy(gradient(100 + i, o.shape))).sum() for i, o in enumerate(outputs)).backward()
@@ -74,10 +70,10 @@ def test_sincos_table_golden(dim, grid):
     ids=str,
 )
 def test_pos_embed_interpolation_golden(dim, old, new):
-    want = np.load(RECORDINGS / "pos_embed.npz")[f"interp_d{dim}_{old}x{old}_to_{new[0]}x{new[1]}"]
-    got = interpolate_pos_embed(sincos_pos_embed_2d(dim, old), new)
-    full = torch.cat([torch.zeros(1, 1, dim), got], dim=1)[0, ::17, ::9]
-    np.testing.assert_allclose(full.numpy(), want, atol=1e-5)
+    expected = np.load(RECORDINGS / "pos_embed.npz")[f"interp_d{dim}_{old}x{old}_to_{new[0]}x{new[1]}"]
+    actual = interpolate_pos_embed(sincos_pos_embed_2d(dim, old), new)
+    full = torch.cat([torch.zeros(1, 1, dim), actual], dim=1)[0, ::17, ::9]
+    np.testing.assert_allclose(full.numpy(), expected, atol=1e-5)
 
 
 def test_pos_embed_cache_follows_the_table():
@@ -102,11 +98,11 @@ def test_pos_embed_cache_filled_under_inference_mode_serves_training():
 def test_sampling_golden(ratio):
     data = np.load(RECORDINGS / "masking.npz")
     noise = torch.from_numpy(data["noise"])
-    valid = valid_tokens(cell_sizes(data["image_sizes"].tolist(), 16), tuple(data["grid"]), "cpu")
+    valid = valid_mask(cell_sizes(data["image_sizes"].tolist(), 16), tuple(data["grid"])).flatten(1)
     np.testing.assert_array_equal(~valid.numpy(), data["pad_mask"].reshape(3, -1))
     sample = sample_tokens(noise, valid, ratio)
-    want = np.sort(data[f"r{ratio}_ids_keep_stable"], axis=1)
-    np.testing.assert_array_equal(sample.ids_keep.numpy(), want)
+    expected = np.sort(data[f"r{ratio}_ids_keep_stable"], axis=1)
+    np.testing.assert_array_equal(sample.ids_keep.numpy(), expected)
     together = torch.cat([sample.ids_keep, sample.ids_mask], dim=1)
     everything = torch.arange(noise.shape[1]).expand(3, -1)
     assert torch.equal(together.sort(dim=1).values, everything)
@@ -125,10 +121,10 @@ def test_state_dict_golden(name):
 
     with torch.device("meta"):
         model = instantiate(load(f"configs/{name}_mask_rcnn.py").model)
-    want = json.loads((RECORDINGS / f"{name}.json").read_text())
-    got = {k: [list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in model.state_dict().items()}
-    assert list(got) == list(want)
-    assert got == want
+    expected = json.loads((RECORDINGS / f"{name}.json").read_text())
+    actual = {k: [list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in model.state_dict().items()}
+    assert list(actual) == list(expected)
+    assert actual == expected
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8])
@@ -138,20 +134,20 @@ def test_parameter_counts_of_table_7(depth):
     with torch.device("meta"):
         cfg = load("configs/mimdet_b_mask_rcnn.py", [f"model.backbone.bottom_up.decoder.depth={depth}"])
         model = instantiate(cfg.model)
-    want = json.loads((RECORDINGS / "param_counts.json").read_text())[f"mimdet_b_dec{depth}"]
-    assert sum(p.numel() for p in model.parameters()) == want["total"]
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == want["trainable"]
+    expected = json.loads((RECORDINGS / "param_counts.json").read_text())[f"mimdet_b_dec{depth}"]
+    assert sum(p.numel() for p in model.parameters()) == expected["total"]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected["trainable"]
 
 
 def test_norms_and_drop_path_golden():
-    want = json.loads((RECORDINGS / "norms_and_droppath.json").read_text())["mimdet_b"]
+    expected = json.loads((RECORDINGS / "norms_and_droppath.json").read_text())["mimdet_b"]
     from mimdet.config import load
 
     with torch.device("meta"):
         model = instantiate(load("configs/mimdet_b_mask_rcnn.py").model)
     rates = {n: m.drop_prob for n, m in model.named_modules() if type(m).__name__ == "DropPath"}
-    assert rates == pytest.approx(want["drop_path"])
-    for label, names in want.items():
+    assert rates == pytest.approx(expected["drop_path"])
+    for label, names in expected.items():
         if label == "drop_path":
             continue
         eps = float(label.split("eps=")[1].split()[0])
@@ -159,7 +155,7 @@ def test_norms_and_drop_path_golden():
 
 
 def test_checkpointing_changes_nothing():
-    images = ImageList.from_tensors(normalised(pictures()), 32)
+    images = ImageList.from_tensors(normalized(make_images()), 32)
     noise = torch.rand(2, 280)
     grads = []
     for flag in ("false", "true"):
@@ -167,39 +163,39 @@ def test_checkpointing_changes_nothing():
         with fixed_noise(model, noise):
             sum(f.square().mean() for f in model(images).values()).backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    for name, want in grads[0].items():
-        assert relative(grads[1][name], want) < 1e-6, name
+    for name, expected in grads[0].items():
+        assert relative_error(grads[1][name], expected) < 1e-6, name
 
 
-def test_lean_changes_nothing_and_keeps_little():
-    """Plain PyTorch, nothing recomputed, against what runs by default."""
-    images = ImageList.from_tensors(normalised(pictures()), 32)
+def test_selective_recomputation_changes_nothing_and_saves_memory():
+    """Against plain PyTorch without recomputation."""
+    images = ImageList.from_tensors(normalized(make_images()), 32)
     images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
     noise, grads, kept = torch.rand(2, 280), [], []
     for kernels, recompute in (("eager", "none"), ("auto", "lean")):
         change = [f"model.backbone.bottom_up.{part}.recompute={recompute}" for part in ("encoder", "decoder")]
         model = small_model(*change).backbone.bottom_up.to(memory_format=torch.channels_last)
         with use(kernels), fixed_noise(model, noise):
-            kept.append(kept_bytes(model, lambda model=model: model(images)))
+            kept.append(activation_bytes(lambda model=model: model(images), model))
             features = model(images)
         # Not c5: rounding may choose the other of two nearly equal cells in its pooling.
         sum(features[name].square().mean() for name in ("c2", "c3", "c4")).backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    for name, want in grads[0].items():
-        assert relative(grads[1][name], want) < 2e-5, name
+    for name, expected in grads[0].items():
+        assert relative_error(grads[1][name], expected) < 2e-5, name
     if not build.cpp_unavailable():
         assert kept[1] <= 0.7 * kept[0]
 
 
 def test_full_ratio_gives_the_projection_a_zero_gradient():
     model = small_model("model.backbone.bottom_up.sample_ratio=1.0").backbone.bottom_up
-    model(ImageList.from_tensors(normalised(pictures()), 32))["c5"].sum().backward()
+    model(ImageList.from_tensors(normalized(make_images()), 32))["c5"].sum().backward()
     assert model.decoder.conv_feat_proj.weight.grad.abs().max() == 0
 
 
 def test_evaluation_sees_everything_unless_told_otherwise():
     model = small_model().backbone.bottom_up.eval()
-    images = ImageList.from_tensors(normalised(pictures()), 32)
+    images = ImageList.from_tensors(normalized(make_images()), 32)
     with torch.no_grad():
         full = model(images)["c4"]
         assert torch.equal(full, model(images)["c4"])
@@ -212,7 +208,7 @@ def test_evaluation_sees_everything_unless_told_otherwise():
 
 def test_plain_tensor_counts_as_unpadded():
     model = small_model().backbone.bottom_up.eval()
-    x = torch.stack(normalised(pictures([(96, 128)])))
+    x = torch.stack(normalized(make_images([(96, 128)])))
     with torch.no_grad(), fixed_noise(model, torch.rand(1, 48)):
         plain, listed = (model(images, sample_ratio=0.5) for images in (x, ImageList(x, [(96, 128)])))
     assert torch.equal(plain["c4"], listed["c4"])
@@ -220,15 +216,15 @@ def test_plain_tensor_counts_as_unpadded():
 
 def test_features_are_channels_last():
     model = small_model().backbone.bottom_up.eval()
-    x = torch.stack(normalised(pictures([(96, 128)]))).contiguous(memory_format=torch.channels_last)
+    x = torch.stack(normalized(make_images([(96, 128)]))).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         for name, feature in model(x).items():
             assert feature.is_contiguous(memory_format=torch.channels_last), name
 
 
-def test_picture_smaller_than_a_patch():
+def test_image_smaller_than_a_patch():
     model = small_model().backbone.bottom_up.eval()
-    images = ImageList.from_tensors(normalised(pictures([(5, 9)])), 32)
+    images = ImageList.from_tensors(normalized(make_images([(5, 9)])), 32)
     with torch.no_grad():
         features = model(images, sample_ratio=0.125)
     assert features["c4"].shape[-2:] == (2, 2)

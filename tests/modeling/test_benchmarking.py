@@ -1,7 +1,7 @@
-"""Benchmarking-ViT: its parts, its configs against the original's facts, and a shrunken twin's whole life.
+"""Benchmarking-ViT: its parts, its configs against the original's, and a small model from training to prediction.
 
-``data/benchmarking_small.npz`` holds features and gradients of the original at the size of ``benchmarking_small.py``,
-with the weights of ``fill_weights.py``: every 13th value, for the loss of ``benchmarking_small.py``.
+``recordings/benchmarking_small.npz`` holds every 13th value of the original's features and gradients, for the size and
+the loss of ``small_benchmarking.py`` and the weights of ``fill_weights.py``.
 """
 
 import json
@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support.benchmarking_small import SMALL, loss, small_backbone, small_input
-from support.kernels import kept_bytes
+from support.kernels import activation_bytes
 from support.paths import RECORDINGS
+from support.relative_error import relative_error
+from support.small_benchmarking import SMALL, loss, small_backbone, small_input
 
 from mimdet.checkpoint.convert import convert_checkpoint
 from mimdet.checkpoint.read import CheckpointError, read_checkpoint
@@ -27,7 +28,7 @@ from mimdet.modeling.vit import add
 from mimdet.predict import Predictor
 from mimdet.testing import fixed_noise
 
-TWIN = [
+COUNTERPART = [
     *(f"model.backbone.bottom_up.{key}={json.dumps(value)}" for key, value in SMALL.items()),
     "model.backbone.bottom_up.with_cp=true",
     "model.backbone.out_channels=32",
@@ -47,12 +48,6 @@ TWIN = [
 ]
 
 
-def distance(got, want):
-    """Relative L2."""
-    got, want = (np.asarray(x, np.float64) for x in (got, want))
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
-
-
 @pytest.mark.parametrize(("height", "width", "size"), [(8, 12, 4), (7, 5, 4), (3, 2, 7)], ids=str)
 def test_windows_and_back(height, width, size):
     x = torch.randn(2, height, width, 3)
@@ -62,8 +57,8 @@ def test_windows_and_back(height, width, size):
     padded = torch.zeros(2, rows * size, columns * size, 3)
     padded[:, :height, :width] = x
     for sample, row, column in np.ndindex(2, rows, columns):
-        want = padded[sample, row * size : (row + 1) * size, column * size : (column + 1) * size].flatten(0, 1)
-        assert torch.equal(windows[(sample * rows + row) * columns + column], want)
+        expected = padded[sample, row * size : (row + 1) * size, column * size : (column + 1) * size].flatten(0, 1)
+        assert torch.equal(windows[(sample * rows + row) * columns + column], expected)
     assert torch.equal(window_reverse(windows, size, height, width), x)
 
 
@@ -82,12 +77,12 @@ def test_position_bias_is_the_tables_rows_by_the_index(dtype):
     table = module.relative_position_bias_table
     torch.nn.init.normal_(table)
     bias = module(dtype)
-    found = table[module.relative_position_index].permute(2, 0, 1)[None].to(dtype)
-    assert torch.equal(bias, found)
+    computed = table[module.relative_position_index].permute(2, 0, 1)[None].to(dtype)
+    assert torch.equal(bias, computed)
     upstream = torch.randn(bias.shape).to(dtype)
-    got, want = (torch.autograd.grad(x, table, upstream)[0] for x in (bias, found))
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    actual, expected = (torch.autograd.grad(x, table, upstream)[0] for x in (bias, computed))
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_features_and_gradients_of_the_original():
@@ -98,24 +93,24 @@ def test_features_and_gradients_of_the_original():
         name: (shape.channels, 128 // shape.stride, 128 // shape.stride) for name, shape in model.output_shape().items()
     }
     loss(features).backward()
-    got = {**features, **{f"grad.{n}": p.grad for n, p in model.named_parameters()}}
-    assert set(golden) == set(got)
-    for name, value in got.items():
+    actual = {**features, **{f"grad.{n}": p.grad for n, p in model.named_parameters()}}
+    assert set(golden) == set(actual)
+    for name, value in actual.items():
         limit = 2e-5 if name.startswith("grad.") else 3e-6
-        assert distance(value.detach().flatten()[::13], golden[name]) <= limit, name
+        assert relative_error(value.detach().flatten()[::13], golden[name]) <= limit, name
 
 
-def test_checkpointing_and_lean_change_nothing():
+def test_checkpointing_and_selective_recomputation_change_nothing():
     grads, kept, x = [], [], small_input()
     for kernels, options in (("eager", {"recompute": "none"}), ("auto", {}), ("auto", {"with_cp": True})):
         model = small_backbone(**options)
         with use(kernels):
-            kept.append(kept_bytes(model, lambda model=model: model(x)))
+            kept.append(activation_bytes(lambda model=model: model(x), model))
             loss(model(x)).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     for other in grads[1:]:
-        for name, want in grads[0].items():
-            assert distance(other[name], want) <= 2e-5, name
+        for name, expected in grads[0].items():
+            assert relative_error(other[name], expected) <= 2e-5, name
     assert kept[2] < 0.8 * kept[1]
     assert kept[1] < kept[0]
 
@@ -135,7 +130,7 @@ def test_attention_runs_what_has_a_gradient_of_the_bias(monkeypatch):
 
 
 def test_drop_path_leaves_out_windows():
-    """At a rate of 1 the last block, and no other, is left out; of its quarter the windows at a lower rate."""
+    """At rate 1 only the last block is dropped; its quarter's window blocks have a lower rate."""
     model = small_backbone(drop_path_rate=1.0).train()
     blocks = list(model.blocks)
     assert [b.drop_path1.drop_prob if b.drop_path1 else 0 for b in blocks] == pytest.approx([i / 7 for i in range(8)])
@@ -148,11 +143,11 @@ def test_drop_path_leaves_out_windows():
 def test_autocast():
     model, x = small_backbone(), small_input()
     with torch.no_grad():
-        want = model(x)
+        expected = model(x)
         with torch.autocast("cpu", torch.bfloat16):
-            got = model(x)
-    for name, feature in want.items():
-        assert distance(got[name].float(), feature) <= 2e-2, name
+            actual = model(x)
+    for name, feature in expected.items():
+        assert relative_error(actual[name].float(), feature) <= 2e-2, name
 
 
 def mae_file(path, width=64, depth=8, grid=14, decoder=True):
@@ -185,8 +180,8 @@ def test_position_table_of_the_mae_file(tmp_path, grid, exact):
     model = BenchmarkingViTDet(**{**SMALL, "sincos_pos_embed": False}, pretrained=str(tmp_path / "mae.pth"))
     table = state["pos_embed"][:, 1:]
     assert torch.equal(model.pos_embed, table) == exact
-    want = torch.nn.functional.interpolate(table.mT.unflatten(2, (grid, grid)), (8, 8), mode="bicubic")
-    torch.testing.assert_close(model.pos_embed, want.flatten(2).mT)
+    expected = torch.nn.functional.interpolate(table.mT.unflatten(2, (grid, grid)), (8, 8), mode="bicubic")
+    torch.testing.assert_close(model.pos_embed, expected.flatten(2).mT)
     assert model.pos_embed.requires_grad
 
 
@@ -206,7 +201,7 @@ def test_frozen_patches_and_zero_positions():
 
 def test_initial_weights():
     model = BenchmarkingViTDet(**{**SMALL, "embed_dim": 128, "sincos_pos_embed": False})
-    # a normal variable cut at one deviation has 0.54 of it left; cut at two, and widened for it, all
+    # a normal variable truncated at one std has 0.54 of its std; truncated at two, and rescaled, all of it
     spread = 0.02 * 0.5396
     assert model.blocks[5].mlp.fc1.weight.std().item() == pytest.approx(spread, rel=0.03)
     assert model.blocks[5].mlp.fc2.weight.std().item() == pytest.approx(spread / 12**0.5, rel=0.03)
@@ -225,7 +220,7 @@ def test_initial_weights():
         ({"num_heads": 3}, "embed_dim 64 must be a multiple of num_heads 3"),
         ({"recompute": "some"}, "recompute: 'some' is unknown"),
     ],
-    ids=["picture", "window", "depth", "heads", "recompute"],
+    ids=["image", "window", "depth", "heads", "recompute"],
 )
 def test_sizes_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -241,7 +236,7 @@ def test_bad_input():
 
 
 def test_lsj_postprocess():
-    """Both axes by the larger ratio; what lies in the padding is dropped."""
+    """Both axes by the larger ratio; what is in the padding is dropped."""
     detection = {
         "boxes": torch.tensor([[10.0, 5.0, 60.0, 30.0], [20.0, 40.0, 80.0, 90.0], [20.0, 55.0, 80.0, 90.0]]),
         "scores": torch.tensor([0.9, 0.8, 0.7]),
@@ -251,7 +246,7 @@ def test_lsj_postprocess():
     result = GeneralizedRCNN._resize(SimpleNamespace(lsj_postprocess=True), detection, (100, 100), (100, 200), True)
     assert result["boxes"].tolist() == [[20, 10, 120, 60], [40, 80, 160, 100]]
     assert result["labels"].tolist() == [1, 2]
-    assert result["masks"].sum((1, 2)).tolist() == pytest.approx([100 * 50, 120 * 20], abs=8)  # corners are soft
+    assert result["masks"].sum((1, 2)).tolist() == pytest.approx([100 * 50, 120 * 20], abs=8)  # blurred corners
 
 
 @pytest.fixture(scope="module")
@@ -261,17 +256,17 @@ def full_size():
 
 
 def test_state_dict_golden(full_size):
-    want = json.loads((RECORDINGS / "benchmarking_b.json").read_text())
-    got = {k: [list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in full_size.state_dict().items()}
-    assert list(got) == list(want)
-    assert got == want
+    expected = json.loads((RECORDINGS / "benchmarking_b.json").read_text())
+    actual = {k: [list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in full_size.state_dict().items()}
+    assert list(actual) == list(expected)
+    assert actual == expected
 
 
 def test_parameters_norms_and_drop_path_golden(full_size):
-    want = json.loads((RECORDINGS / "param_counts.json").read_text())["benchmarking_b"]
-    assert want["total"] == 118_674_184
-    assert sum(p.numel() for p in full_size.parameters()) == want["total"]
-    assert sum(p.numel() for p in full_size.parameters() if p.requires_grad) == want["trainable"]
+    expected = json.loads((RECORDINGS / "param_counts.json").read_text())["benchmarking_b"]
+    assert expected["total"] == 118_674_184
+    assert sum(p.numel() for p in full_size.parameters()) == expected["total"]
+    assert sum(p.numel() for p in full_size.parameters() if p.requires_grad) == expected["trainable"]
     norms = json.loads((RECORDINGS / "norms_and_droppath.json").read_text())["benchmarking_b"]
     for name, rate in norms.pop("drop_path").items():
         for branch in "12":
@@ -283,28 +278,28 @@ def test_parameters_norms_and_drop_path_golden(full_size):
 
 
 def test_parameter_groups_golden(full_size):
-    want = json.loads((RECORDINGS / "optim_benchmarking_b.json").read_text())
+    expected = json.loads((RECORDINGS / "optim_benchmarking_b.json").read_text())
     cfg = load("configs/benchmarking_b_100ep.py")
     groups = instantiate(cfg.optimizer, params=instantiate(cfg.optimizer.params, model=full_size)).param_groups
-    assert [len(group["params"]) for group in groups] == want["group_sizes"]
+    assert [len(group["params"]) for group in groups] == expected["group_sizes"]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert {group["lr"] for group in groups} == {8e-5}
     names = {parameter: name for name, parameter in full_size.named_parameters()}
-    assert {names[parameter] for parameter in groups[1]["params"]} == set(want["undecayed"])
+    assert {names[parameter] for parameter in groups[1]["params"]} == set(expected["undecayed"])
 
 
 @pytest.mark.parametrize("epochs", [25, 50, 100])
 def test_schedules_golden(epochs):
-    want = json.loads((RECORDINGS / "lr_schedule.json").read_text())[f"benchmarking_b_{epochs}ep"]
+    expected = json.loads((RECORDINGS / "lr_schedule.json").read_text())[f"benchmarking_b_{epochs}ep"]
     cfg = load(f"configs/benchmarking_b_{epochs}ep.py")
-    assert cfg.train.max_iter == want["max_iter"]
+    assert cfg.train.max_iter == expected["max_iter"]
     schedule = instantiate(cfg.lr_multiplier)
-    found = {i: schedule(int(i) / cfg.train.max_iter) for i in want["multiplier"]}
-    assert found == pytest.approx(want["multiplier"], rel=1e-12, abs=1e-15)
+    computed = {i: schedule(int(i) / cfg.train.max_iter) for i in expected["multiplier"]}
+    assert computed == pytest.approx(expected["multiplier"], rel=1e-12, abs=1e-15)
     assert cfg.train.output_dir.endswith(f"_{epochs}ep")
 
 
-def test_a_shrunken_twin_trains_saves_loads_and_evaluates(tmp_path):
+def test_a_shrunken_counterpart_trains_saves_loads_and_evaluates(tmp_path):
     shapes = generate_shapes(tmp_path / "shapes", 4, 2, image_size=(96, 128))
     data = [
         f"dataloader.{split}.dataset.{key}={json.dumps(value)}"
@@ -315,7 +310,7 @@ def test_a_shrunken_twin_trains_saves_loads_and_evaluates(tmp_path):
             "image_root": str(shapes / part),
         }.items()
     ]
-    overrides = [*TWIN, *data, f"train.output_dir={json.dumps(str(tmp_path / 'out'))}"]
+    overrides = [*COUNTERPART, *data, f"train.output_dir={json.dumps(str(tmp_path / 'out'))}"]
     metrics = train(load("configs/benchmarking_b_25ep.py", overrides), overrides=overrides)
     steps = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(step["total_loss"]) for step in steps if "total_loss" in step)
@@ -324,10 +319,10 @@ def test_a_shrunken_twin_trains_saves_loads_and_evaluates(tmp_path):
     convert_checkpoint(weights, tmp_path / "detector.pth", "detector")
     again = load(tmp_path / "out/config.yaml", [f"train.init_checkpoint={json.dumps(str(tmp_path / 'detector.pth'))}"])
     assert evaluate_only(again)["bbox"] == pytest.approx(metrics["bbox"], nan_ok=True)
-    picture = torch.randint(256, (3, 40, 100), dtype=torch.uint8)
-    found = Predictor(None, tmp_path / "detector.pth", device="cpu", score_threshold=0)(picture)
-    assert len(found["boxes"]) > 0
-    assert found["masks"].shape[1:] == (40, 100)
-    assert (found["boxes"].amax(0) <= torch.tensor([100, 40, 100, 40])).all()
+    image = torch.randint(256, (3, 40, 100), dtype=torch.uint8)
+    computed = Predictor(None, tmp_path / "detector.pth", device="cpu", score_threshold=0)(image)
+    assert len(computed["boxes"]) > 0
+    assert computed["masks"].shape[1:] == (40, 100)
+    assert (computed["boxes"].amax(0) <= torch.tensor([100, 40, 100, 40])).all()
     with pytest.raises(CheckpointError, match=r"no backbone\.bottom_up\.encoder\.\* weights"):
         convert_checkpoint(weights, tmp_path / "mae.pth", "mae")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.benchmarking_small import SMALL, loss, small_input
 from support.fill_weights import fill_module, gradient, image
+from support.relative_error import relative_error
+from support.small_benchmarking import SMALL, loss, small_input
 
 from mimdet.data import FixedSizeCrop, ResizeScale
 from mimdet.data.transforms import clip_targets, mask_boxes
@@ -31,10 +32,6 @@ def original():
         del sys.modules[name]
 
 
-def distance(got, want):
-    return float((got - want).double().norm() / want.double().norm())
-
-
 @pytest.mark.parametrize(
     "changes",
     [{}, {"init_values": 0.5, "beit_qkv_bias": True, "zero_pos_embed": True}],
@@ -52,10 +49,10 @@ def test_features_and_gradients(original, changes):
     features = [model.eval()(images) for model in (ours, theirs)]
     for maps in features:
         loss(maps).backward()
-    for name, want in features[1].items():
-        assert distance(features[0][name], want) <= 3e-6, name
-    for (name, got), want in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert distance(got.grad, want.grad) <= 2e-5, name
+    for name, expected in features[1].items():
+        assert relative_error(features[0][name], expected) <= 3e-6, name
+    for (name, actual), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert relative_error(actual.grad, expected.grad) <= 2e-5, name
 
 
 @pytest.mark.parametrize("sincos", [True, False])
@@ -68,9 +65,9 @@ def test_mae_weights(original, tmp_path, sincos):
     torch.save({"model": state}, tmp_path / "mae.pth")
     options = {**SMALL, "sincos_pos_embed": sincos, "pretrained": str(tmp_path / "mae.pth")}
     ours, theirs = (build(**options).state_dict() for build in (BenchmarkingViTDet, make))
-    for name, want in theirs.items():
+    for name, expected in theirs.items():
         if not name.startswith("ms_adaptor."):
-            torch.testing.assert_close(ours[name], want, rtol=0, atol=1e-5, msg=name)
+            torch.testing.assert_close(ours[name], expected, rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("new", [(75, 100), (300, 200), (333, 1000)], ids=str)
@@ -102,12 +99,12 @@ def test_large_scale_jitter(original, monkeypatch, scale):
     moves = transforms.AugmentationList(
         [transforms.ResizeScale(0.1, 2.0, 128, 128), transforms.FixedSizeCrop((128, 128))]
     )
-    given = transforms.AugInput(pixels)
-    applied = moves(given)
-    # Detectron2 changes what it is given.
+    aug_input = transforms.AugInput(pixels)
+    applied = moves(aug_input)
+    # Detectron2 changes its argument in place.
     moved = [applied.apply_polygons([polygon.copy().reshape(-1, 2)]) for polygon in polygons]
     left = masks.PolygonMasks([[part.reshape(-1) for part in parts] for parts in moved])
-    want = [b for b in left.get_bounding_boxes().tensor.tolist() if np.isfinite(b).all()]
+    expected = [b for b in left.get_bounding_boxes().tensor.tolist() if np.isfinite(b).all()]
 
     generator = SimpleNamespace(uniform=lambda low, high: scale, random=lambda: share)
     targets = {
@@ -115,9 +112,9 @@ def test_large_scale_jitter(original, monkeypatch, scale):
         "labels": np.arange(2),
         "masks": [[p] for p in polygons],
     }
-    picture = Image.fromarray(pixels)
+    resized = Image.fromarray(pixels)
     for augment in (ResizeScale(0.1, 2.0, 128, 128), FixedSizeCrop((128, 128))):
-        picture, targets = augment(picture, targets, generator)
-    np.testing.assert_array_equal(np.asarray(picture), given.image)
+        resized, targets = augment(resized, targets, generator)
+    np.testing.assert_array_equal(np.asarray(resized), aug_input.image)
     kept = clip_targets(targets, 128, 128)
-    np.testing.assert_allclose(mask_boxes(kept["masks"]), want, atol=1e-4)
+    np.testing.assert_allclose(mask_boxes(kept["masks"]), expected, atol=1e-4)

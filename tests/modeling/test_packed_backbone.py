@@ -1,9 +1,10 @@
-"""Packed batches: each picture gets exactly the features it would get alone."""
+"""Packed batches: each image has the features that it has alone."""
 
 import pytest
 import torch
-from support.packed_images import STRIDES, batch, cells, relative
-from support.small import pictures, small_config, small_model, target
+from support.packed_images import STRIDES, batch, cells
+from support.relative_error import relative_error
+from support.small_mimdet import make_images, small_config, small_model, target
 from timm.models.vision_transformer import Block
 from torch import nn
 
@@ -17,7 +18,7 @@ from mimdet.pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from mimdet.testing import fixed_noise
 
 PACKED = "model.backbone.bottom_up.batch_mode=packed"
-# Multiples of 32, odd ones, one that is a single token, one that needs the whole canvas.
+# Multiples of 32, odd sides, a single token, the full size of the padded batch.
 SIZES = [(96, 128), (75, 141), (5, 9), (160, 160), (128, 96)]
 
 
@@ -26,7 +27,7 @@ def backbone(*overrides):
 
 
 def noise_for(images):
-    """(B, L): each picture's own numbers at its own cells, others that must not matter elsewhere."""
+    """(B, L): noise of each image at its cells, -1 in the padding."""
     rows, columns = (side // 16 for side in images.tensor.shape[2:])
     noise = torch.full((len(images), rows, columns), -1.0)
     for canvas, size in zip(noise, images.image_sizes, strict=True):
@@ -36,30 +37,30 @@ def noise_for(images):
 
 
 def run(model, images, ratio=None):
-    """The model's features of images whose tokens are chosen by ``noise_for``."""
+    """Features with the tokens that ``noise_for`` selects."""
     with fixed_noise(model, noise_for(images)):
         return model(images, sample_ratio=ratio)
 
 
 def step(model, images, ratio, weights=None):
-    """Features cut to each picture, and gradients of each picture's own sum, by size."""
+    """Features cropped to each image, and gradients of a loss per image, by size."""
     features = run(model, images, ratio)
-    found = {}
+    by_size = {}
     for b, size in enumerate(images.image_sizes):
-        own = {
+        cropped = {
             name: f[b, :, : cells(size, s)[0], : cells(size, s)[1]]
             for (name, s), f in zip(STRIDES.items(), features.values(), strict=True)
         }
         draw = torch.Generator().manual_seed(sum(size))
-        loss = sum((f * torch.randn(f.shape, generator=draw)).sum() for f in own.values())
+        loss = sum((f * torch.randn(f.shape, generator=draw)).sum() for f in cropped.values())
         gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], retain_graph=True)
-        found[size] = {name: f.detach() for name, f in own.items()}, torch.cat([g.flatten() for g in gradients])
-    return features, found
+        by_size[size] = {name: f.detach() for name, f in cropped.items()}, torch.cat([g.flatten() for g in gradients])
+    return features, by_size
 
 
 @pytest.fixture(scope="module")
 def alone():
-    """What each picture gets by itself: {ratio: {size: (features, gradient)}}."""
+    """Results of each image alone: {ratio: {size: (features, gradient)}}."""
     model = backbone().train()
     return {r: {size: step(model, batch([size]), r)[1][size] for size in SIZES} for r in (0.5, 1.0)}
 
@@ -69,12 +70,12 @@ def alone():
 def test_batch_mates_and_padding_do_not_matter(alone, ratio, garbage):
     model = backbone().train()
     order = SIZES if garbage == 0.0 else SIZES[::-1]
-    features, found = step(model, batch(order, garbage), ratio)
-    for size, (own, gradient) in found.items():
-        want, want_gradient = alone[ratio][size]
-        for name, value in own.items():
-            assert relative(value, want[name]) <= 3e-6, (size, name)
-        assert relative(gradient, want_gradient) <= 3e-6, size
+    features, by_size = step(model, batch(order, garbage), ratio)
+    for size, (cropped, gradient) in by_size.items():
+        expected, want_gradient = alone[ratio][size]
+        for name, value in cropped.items():
+            assert relative_error(value, expected[name]) <= 3e-6, (size, name)
+        assert relative_error(gradient, want_gradient) <= 3e-6, size
     for name, feature in features.items():
         for value, size in zip(feature, order, strict=True):
             rows, columns = cells(size, STRIDES[name])
@@ -92,7 +93,7 @@ def test_without_padding_the_same_as_on_the_canvas(ratio):
 
 
 def test_alone_on_a_canvas_of_its_own_size_the_same_as_on_the_canvas(alone):
-    """Sides that are multiples of 32 need no padding: there the original's semantics hold."""
+    """Images without padding have the original's features."""
     model, size = small_model().backbone.bottom_up.train(), (96, 128)
     images = batch([size])
     features = run(model, images, 0.5)
@@ -108,36 +109,36 @@ def test_cost_is_that_of_own_tokens(ratio):
     images = batch(SIZES)
     with torch.no_grad():
         run(model, images, ratio)
-    own = [rows * columns for rows, columns in map(cells, SIZES)]
-    assert seen == [sum(max(1, int(n * ratio)) for n in own), sum(own)]
+    cropped = [rows * columns for rows, columns in map(cells, SIZES)]
+    assert seen == [sum(max(1, int(n * ratio)) for n in cropped), sum(cropped)]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize("recompute", ["lean", "none"])
 def test_recomputing_changes_nothing(checkpointing, recompute):
-    """Drop path's numbers included."""
-    found = []
+    """Including drop path's numbers."""
+    by_size = []
     for options in ((), (f"checkpointing={checkpointing}", f"recompute={recompute}")):
         model = backbone("model.backbone.bottom_up.encoder.dpr=0.5",
                          *(f"model.backbone.bottom_up.encoder.{o}" for o in options)).train()  # fmt: skip
         torch.manual_seed(0)
         features = model(batch(SIZES))
         sum(f.square().sum() for f in features.values()).backward()
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
-    # Checkpointed blocks add in another pass, which rounds otherwise.
-    assert relative(*found) <= 1e-6 * checkpointing
+        by_size.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    # Checkpointed blocks add the residual in another kernel, which rounds differently.
+    assert relative_error(*by_size) <= 1e-6 * checkpointing
 
 
 def test_bf16_autocast():
     model = backbone().train()
     images = batch(SIZES)
     with torch.no_grad():
-        want = run(model, images)
+        expected = run(model, images)
         with torch.autocast("cpu", torch.bfloat16):
-            got = run(model, images)
-    for name, value in want.items():
-        assert relative(got[name].float(), value) <= 3e-2, name
-        assert got[name].isfinite().all()
+            actual = run(model, images)
+    for name, value in expected.items():
+        assert relative_error(actual[name].float(), value) <= 3e-2, name
+        assert actual[name].isfinite().all()
 
 
 def test_training_repeats_bitwise():
@@ -148,14 +149,14 @@ def test_training_repeats_bitwise():
         sizes = [(96, 128), (75, 141)]
         targets = [target(3 + i, size, 2) for i, size in enumerate(sizes)]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        found = []
+        history = []
         for _ in range(2):
-            made = model(pictures(sizes), targets)
-            sum(made.values()).backward()
+            step_losses = model(make_images(sizes), targets)
+            sum(step_losses.values()).backward()
             optimizer.step()
             optimizer.zero_grad()
-            found.append(torch.stack(list(made.values())).detach())
-        return torch.stack(found)
+            history.append(torch.stack(list(step_losses.values())).detach())
+        return torch.stack(history)
 
     first = losses()
     assert first.isfinite().all()
@@ -167,7 +168,7 @@ LENGTHS = (1, 2, 31, 32, 33, 0, 127, 128, 129, 1050)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_packed_blocks_against_a_loop_of_plain_ones(dtype):
-    """Against timm's blocks, picture by picture: forward and all gradients."""
+    """Against timm's blocks, image by image: forward and all gradients."""
     torch.manual_seed(0)
     theirs = nn.ModuleList(Block(64, 2, qkv_bias=True, norm_layer=nn.LayerNorm) for _ in range(2))
     ours = make_blocks(64, 2, 4.0, [0.0, 0.0], nn.LayerNorm)
@@ -192,12 +193,12 @@ def test_packed_blocks_against_a_loop_of_plain_ones(dtype):
         y.backward(gradient.to(y.dtype))
         return {"y": y.detach(), "x": rows.grad, **{n: p.grad.clone() for n, p in layers.named_parameters()}}
 
-    exact, same, got = run(theirs, loop, torch.float64), run(theirs, loop, dtype), run(ours, packed, dtype)
+    exact, same, actual = run(theirs, loop, torch.float64), run(theirs, loop, dtype), run(ours, packed, dtype)
     for name, value in exact.items():
-        assert relative(got[name], value) <= 2 * relative(same[name], value) + 1e-6, name
+        assert relative_error(actual[name], value) <= 2 * relative_error(same[name], value) + 1e-6, name
 
 
-def test_drop_path_draws_once_a_picture():
+def test_drop_path_draws_once_an_image():
     drop = DropPath(0.25).train()
     starts = torch.tensor([0, 3, 3, 8, 9], dtype=torch.int32)
     packed, dense = Sequences.packed(starts, 9, 5), Sequences.equal(4, 5, torch.device("cpu"))
@@ -211,9 +212,9 @@ def test_drop_path_draws_once_a_picture():
     # Factors are 0 or 1 / keep, of mean 1; five standard deviations.
     assert (kept / draws - 1).abs().max() < 5 * (0.25 / 0.75 / draws) ** 0.5
     torch.set_rng_state(state)
-    want = drop(torch.empty(4, 5, 2), dense)
+    expected = drop(torch.empty(4, 5, 2), dense)
     torch.set_rng_state(state)
-    assert torch.equal(drop(torch.empty(9, 1, 2), packed), want[packed.owner])
+    assert torch.equal(drop(torch.empty(9, 1, 2), packed), expected[packed.owner])
 
 
 @pytest.mark.parametrize("mode", ["canvas", "packed"])
@@ -233,12 +234,12 @@ def test_grid_sampling_is_a_checkerboard(mode):
 
 def test_seed_decides_and_full_ratio_draws_nothing():
     model = backbone().train()
-    found = []
+    by_size = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        found.append(model(batch(SIZES))["c4"])
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
+        by_size.append(model(batch(SIZES))["c4"])
+    assert torch.equal(by_size[0], by_size[1])
+    assert not torch.equal(by_size[0], by_size[2])
     state = torch.get_rng_state()
     model(batch(SIZES), sample_ratio=1.0)
     assert torch.equal(state, torch.get_rng_state())
@@ -281,6 +282,6 @@ def test_grid_sampling_with_noise():
 
 
 @pytest.mark.parametrize("size", [(0, 64), (64, 0), (65, 64), (64, 97)], ids=str)
-def test_picture_without_tokens_or_beyond_the_canvas(size):
+def test_image_without_tokens_or_beyond_the_canvas(size):
     with pytest.raises(ValueError, match=rf"image_sizes\[1\] is {size[0]}x{size[1]}, not within 1x1 .. 64x96"):
         ImageList(torch.zeros(2, 3, 64, 96), [(64, 96), size])

@@ -1,4 +1,4 @@
-"""Layers that make their input again in backward, whatever it was made of."""
+"""Layers that recompute their input in backward."""
 
 import copy
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from support.kernels import kept_bytes, quantised
+from support.kernels import activation_bytes, quantized
 
 from mimdet.kernels import use
 from mimdet.kernels.dispatch import requested
@@ -19,18 +19,18 @@ BF16 = torch.bfloat16
 
 
 def linear():
-    return RecomputeLinear(6, 4), quantised(3, 5, 6)
+    return RecomputeLinear(6, 4), quantized(3, 5, 6)
 
 
 def stem():
-    """A convolution whose weight's gradient is a sum of products."""
-    x = quantised(2, 16, 9, 7).contiguous(memory_format=torch.channels_last)
+    """A convolution whose weight gradient is a matrix product."""
+    x = quantized(2, 16, 9, 7).contiguous(memory_format=torch.channels_last)
     return RecomputeConv2d(16, 8, 3, stride=2, padding=1), x
 
 
 def narrow():
-    """A convolution of too few channels for that."""
-    return RecomputeConv2d(3, 8, 3, stride=2, padding=1), quantised(2, 3, 9, 7)
+    """A convolution with too few channels for a matrix product."""
+    return RecomputeConv2d(3, 8, 3, stride=2, padding=1), quantized(2, 3, 9, 7)
 
 
 LAYERS = pytest.mark.parametrize("make_layer", [linear, stem, narrow], ids=lambda f: f.__name__)
@@ -44,7 +44,7 @@ def gradients(layer, x, function, autocast=False, dtype=torch.float32):
     layer, x = copy.deepcopy(layer).to(dtype), x.to(dtype, copy=True).requires_grad_()
     with torch.autocast("cpu", BF16, enabled=autocast):
         y = function(layer, x)
-    y.backward(quantised(*y.shape, seed=9).to(y.dtype))
+    y.backward(quantized(*y.shape, seed=9).to(y.dtype))
     return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in layer.named_parameters()}}
 
 
@@ -58,20 +58,20 @@ def test_budget(make_layer, autocast):
     def plain(layer, x, dtype=dtype):
         return operation(torch.tanh(x.to(dtype)), *layer.parameters())
 
-    got = gradients(layer, x, lambda layer, x: layer(recomputed(x.to(dtype))), autocast)
+    actual = gradients(layer, x, lambda layer, x: layer(recomputed(x.to(dtype))), autocast)
     same = gradients(layer, x, plain, autocast)
     exact = gradients(layer, x, partial(plain, dtype=torch.float64), dtype=torch.float64)
     for name, value in exact.items():
-        assert_within_budget(got[name], same[name], value, x.numel() // x.shape[1], name)
+        assert_within_budget(actual[name], same[name], value, x.numel() // x.shape[1], name)
 
 
 @LAYERS
 def test_keeps_the_source_alone(make_layer):
     layer, x = make_layer()
     x.requires_grad_()
-    # tanh would keep its result for a backward of its own
-    assert kept_bytes(layer, lambda: layer(Recomputed(x * 1, lambda x: x * 1, (x,)))) == x.nbytes
-    assert kept_bytes(layer.requires_grad_(False), lambda: layer(recomputed(x.detach()))) == 0
+    # tanh would save its output for backward
+    assert activation_bytes(lambda: layer(Recomputed(x * 1, lambda x: x * 1, (x,))), layer) == x.nbytes
+    assert activation_bytes(lambda: layer(recomputed(x.detach())), layer.requires_grad_(False)) == 0
 
 
 @LAYERS
@@ -123,11 +123,11 @@ def test_the_kernels_of_forward_serve_backward(how):
 def test_weight_gradient(monkeypatch, band, kernel, stride, padding):
     monkeypatch.setattr(convolution, "_BAND", band)
     for height, width in ((12, 9), (11, 10), (kernel, kernel)):
-        x = quantised(2, 5, height, width, dtype=torch.float64)
-        weight = quantised(4, 5, kernel, kernel, dtype=torch.float64)
-        grad = quantised(*F.conv2d(x, weight, None, stride, padding).shape, dtype=torch.float64, seed=2)
-        want = torch.nn.grad.conv2d_weight(x, weight.shape, grad, stride, padding)
-        torch.testing.assert_close(weight_gradient(grad, x, kernel, stride, padding), want)
+        x = quantized(2, 5, height, width, dtype=torch.float64)
+        weight = quantized(4, 5, kernel, kernel, dtype=torch.float64)
+        grad = quantized(*F.conv2d(x, weight, None, stride, padding).shape, dtype=torch.float64, seed=2)
+        expected = torch.nn.grad.conv2d_weight(x, weight.shape, grad, stride, padding)
+        torch.testing.assert_close(weight_gradient(grad, x, kernel, stride, padding), expected)
 
 
 def test_convolution_repeats_bitwise():

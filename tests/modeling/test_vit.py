@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.kernels import kept_bytes
+from support.kernels import activation_bytes
+from support.relative_error import relative_error
 from timm.models.vision_transformer import Block
 from torch import nn
 
@@ -11,7 +12,7 @@ from mimdet.modeling.sequences import Sequences
 from mimdet.modeling.vit import TransformerBlock, make_blocks, run_layers
 
 
-def twins(depth=3, rate=0.5, eps=1e-6, recompute="lean"):
+def make_pair(depth=3, rate=0.5, eps=1e-6, recompute="lean"):
     """timm's blocks and norm, and ours with the same weights."""
     torch.manual_seed(0)
 
@@ -50,92 +51,88 @@ def step(layers, run, autocast=False):
     return {"y": y.detach().float(), "x": x.grad, **{n: p.grad for n, p in layers.named_parameters()}}, state
 
 
-def distance(got, want):
-    return float((got - want).double().norm() / want.double().norm().clamp(min=1e-30))
-
-
 @pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
 def test_same_as_timm(rate, train):
-    """Also the same draws from the generator: seeds mean what they meant."""
-    theirs, ours = twins(rate=rate)
-    (want, state), (got, own_state) = step(theirs.train(train), run_theirs), step(ours.train(train), run_ours)
+    """Also the same draws from the generator."""
+    theirs, ours = make_pair(rate=rate)
+    (expected, state), (actual, own_state) = step(theirs.train(train), run_theirs), step(ours.train(train), run_ours)
     assert torch.equal(state, own_state)
-    for name, value in want.items():
+    for name, value in expected.items():
         if value is not None and value.norm() > 0:
-            assert distance(got[name], value) <= 5e-6, name
+            assert relative_error(actual[name], value) <= 5e-6, name
 
 
 def test_same_as_timm_under_autocast():
-    theirs, ours = twins()
-    (exact, _), (want, _), (got, _) = (
+    theirs, ours = make_pair()
+    (exact, _), (expected, _), (actual, _) = (
         step(theirs, run_theirs),
         step(theirs, run_theirs, True),
         step(ours, run_ours, True),
     )
     for name, value in exact.items():
-        assert distance(got[name], value) <= 2 * distance(want[name], value) + 1e-3, name
+        assert relative_error(actual[name], value) <= 2 * relative_error(expected[name], value) + 1e-3, name
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_checkpointing_draws_the_same_paths_again(autocast):
-    _, ours = twins()
+    _, ours = make_pair()
     plain, state = step(ours, run_ours, autocast)
     again, state_again = step(ours, lambda layers, x: run_ours(layers, x, checkpointing=True), autocast)
     assert torch.equal(state, state_again)
     for name, value in plain.items():
-        assert distance(again[name], value) <= (5e-2 if autocast else 1e-5), name
+        assert relative_error(again[name], value) <= (5e-2 if autocast else 1e-5), name
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["alone", "checkpointing"])
-def test_lean_changes_nothing(checkpointing, autocast):
-    """Neither a number nor a draw: what is made again in backward has the bits that it had."""
+def test_selective_recomputation_changes_nothing(checkpointing, autocast):
+    """Bitwise equal numbers and equal draws: backward recomputes the same activations."""
     results = []
     for recompute in ("lean", "none"):
-        _, ours = twins(recompute=recompute)
+        _, ours = make_pair(recompute=recompute)
         results.append(step(ours, lambda layers, x: run_ours(layers, x, checkpointing), autocast))
-    (lean, state), (none, other_state) = results
+    (selective, state), (none, other_state) = results
     assert torch.equal(state, other_state)
     for name, value in none.items():
-        assert torch.equal(lean[name], value), name
+        assert torch.equal(selective[name], value), name
 
 
-def test_lean_keeps_ten_of_sixteen_widths():
+def test_selective_recomputation_saves_ten_of_sixteen_widths():
     if build.cpp_unavailable():
         pytest.skip("needs the C++ kernels")
-    theirs, lean = twins()
-    _, none = twins(recompute="none")
+    theirs, selective = make_pair()
+    _, none = make_pair(recompute="none")
     x = torch.randn(2, 40, 48, requires_grad=True)
     with use("cpp"):
-        plain = kept_bytes(theirs, lambda: run_theirs(theirs, x))
-        assert kept_bytes(lean, lambda: run_ours(lean, x)) <= 0.66 * plain
-        sequences = 4 * (len(x) + 1)  # where they begin
-        assert 0.9 * plain <= kept_bytes(none, lambda: run_ours(none, x)) <= plain + sequences
+        plain = activation_bytes(lambda: run_theirs(theirs, x), theirs)
+        assert activation_bytes(lambda: run_ours(selective, x), selective) <= 0.66 * plain
+        sequences = 4 * (len(x) + 1)  # cu_seqlens
+        assert 0.9 * plain <= activation_bytes(lambda: run_ours(none, x), none) <= plain + sequences
 
 
 def test_frozen_parameters():
-    _, ours = twins()
-    want, _ = step(ours, run_ours)
+    _, ours = make_pair()
+    expected, _ = step(ours, run_ours)
     frozen = ["0.attn.qkv.weight", "0.mlp.fc2.bias", "1.mlp.fc1.weight", "1.norm2.weight", "2.mlp.fc2.weight"]
     for name in frozen:
         ours.get_parameter(name).requires_grad_(False).grad = None
-    got, _ = step(ours, run_ours)
-    for name, value in want.items():
-        assert (got[name] is None) if name in frozen else torch.equal(got[name], value), name
+    actual, _ = step(ours, run_ours)
+    for name, value in expected.items():
+        assert (actual[name] is None) if name in frozen else torch.equal(actual[name], value), name
 
 
 def test_unknown_recomputation():
-    with pytest.raises(ValueError, match="'full' is unknown; choose from lean, none"):
+    with pytest.raises(ValueError, match="'full' is unknown; choose from "):
         make_blocks(8, 2, 4.0, [0.0], nn.LayerNorm, "full")
 
 
 def test_blocks_compile_whole():
-    _, ours = twins(depth=1, rate=0.0)
+    _, ours = make_pair(depth=1, rate=0.0)
     compiled = torch.compile(run_ours, fullgraph=True, backend="aot_eager")
-    (got, _), (want, _) = step(ours, compiled), step(ours, run_ours)
-    for name, value in want.items():
-        assert distance(got[name], value) <= 1e-6, name
+    (actual, _), (expected, _) = step(ours, compiled), step(ours, run_ours)
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) <= 1e-6, name
 
 
 def test_each_sample_is_dropped_alone_and_kept_ones_are_scaled():

@@ -19,14 +19,14 @@ HAS_COMPILER = any(map(shutil.which, ("g++", "c++", "clang++")))
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of what is packaged: building leaves files beside the sources, and other tests may build too."""
+    """A copy of the packaged files: building leaves files beside the sources."""
     folder = tmp_path_factory.mktemp("source")
     for name in ("mimdet", "kernels", "csrc", "bench", "configs"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    # What other tests compiled need not be compiled again.
+    # Reuses what other tests compiled.
     (folder / "setup.cfg").write_text(f"[build]\nbuild_temp = {build._cache_folder()}\n")
     return folder
 
@@ -54,7 +54,7 @@ def wheel(archives):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The wheel's content alone, as site-packages would have it."""
+    """The unpacked wheel, as in site-packages."""
     folder = tmp_path_factory.mktemp("site")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)

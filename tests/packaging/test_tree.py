@@ -1,4 +1,4 @@
-"""The package is one tree: a static analyser finds all of it, and nothing else is in it."""
+"""The package is one tree: a static analyzer finds all of it, and nothing else is in it."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""Cascade and RetinaNet heads on made-up features, ours and Detectron2's, and what the latter answered.
+"""Cascade and RetinaNet heads on random features, ours and Detectron2's, and recordings of the latter.
 
 ``PYTHONPATH=tests python -m support.detectron2_heads``, where Detectron2 can be imported, records its answers in
 ``recordings/detectron2_heads.npz``. Weights and inputs follow from names and seeds (``fill_weights.py``). Wherever
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from support.fill_weights import fill_module, image
 from support.paths import RECORDINGS
-from support.small import target
+from support.small_mimdet import target
 from torch import nn
 
 from mimdet import detection
@@ -22,7 +22,7 @@ from mimdet.testing import tiny_config
 
 DATA = RECORDINGS / "detectron2_heads.npz"
 CLASSES = 5
-# The second picture is smaller than its padded batch.
+# The second image is smaller than its padded batch.
 SIZES = [(96, 128), (70, 100)]
 OUTPUT_SIZES = [(96, 128), (105, 150)]
 CHANNELS = 16
@@ -43,16 +43,16 @@ def first_candidates():
 
 
 def truth(case):
-    """Ground truth of two pictures; the second's is missing in the case ``one_empty``, both in ``all_empty``."""
-    made = [target(31 + i, size, count) for i, (size, count) in enumerate(zip(SIZES, (3, 4), strict=True))]
-    for each in made:
+    """Ground truth of two images; the second's is missing in the case ``one_empty``, both in ``all_empty``."""
+    values = [target(31 + i, size, count) for i, (size, count) in enumerate(zip(SIZES, (3, 4), strict=True))]
+    for each in values:
         each["labels"] %= CLASSES
     empty = {"full": 0, "one_empty": 1, "all_empty": 2}[case]
-    return made[: 2 - empty] + [NO_TRUTH] * empty
+    return values[: 2 - empty] + [NO_TRUTH] * empty
 
 
 def roi_inputs():
-    """Pyramid levels that want a gradient, and proposals about the ground truth and elsewhere."""
+    """Pyramid levels that require gradients, and proposals near the ground truth and elsewhere."""
     rng = np.random.default_rng(5)
     features = {
         name: torch.from_numpy(rng.standard_normal((2, CHANNELS, 96 // s, 128 // s), dtype=np.float32)).requires_grad_()
@@ -127,14 +127,14 @@ def their_cascade():
 def run_our_cascade(case):
     """Losses and gradients of a training step, or, in the case ``eval``, detections."""
     features, proposals = roi_inputs()
-    given = [Proposals(boxes, torch.zeros(len(boxes))) for boxes in proposals]
+    wrapped = [Proposals(boxes, torch.zeros(len(boxes))) for boxes in proposals]
     heads = our_cascade()
     if case == "eval":
         with torch.no_grad():
-            detections, _ = heads.eval()(features, given, SIZES)
+            detections, _ = heads.eval()(features, wrapped, SIZES)
         return _detections([(d["boxes"], d["scores"], d["labels"], d["mask_probabilities"]) for d in detections])
     with first_candidates():
-        _, losses = heads.train()(features, given, SIZES, truth(case))
+        _, losses = heads.train()(features, wrapped, SIZES, truth(case))
     return _losses(losses, features, heads)
 
 
@@ -143,7 +143,7 @@ def run_their_cascade(case):
     from detectron2.utils.events import EventStorage
 
     features, proposals = roi_inputs()
-    given = [
+    wrapped = [
         Instances(size, proposal_boxes=Boxes(boxes.clone()), objectness_logits=torch.zeros(len(boxes)))
         for size, boxes in zip(SIZES, proposals, strict=True)
     ]
@@ -151,10 +151,10 @@ def run_their_cascade(case):
     images = ImageList(torch.zeros(2, 3, 96, 128), SIZES)
     if case == "eval":
         with torch.no_grad():
-            found, _ = heads.eval()(images, features, given)
-        return _detections([(d.pred_boxes.tensor, d.scores, d.pred_classes, d.pred_masks[:, 0]) for d in found])
+            detections, _ = heads.eval()(images, features, wrapped)
+        return _detections([(d.pred_boxes.tensor, d.scores, d.pred_classes, d.pred_masks[:, 0]) for d in detections])
     with first_candidates(), EventStorage():
-        _, losses = heads.train()(images, features, given, their_truth(case))
+        _, losses = heads.train()(images, features, wrapped, their_truth(case))
     return _losses(losses, features, heads)
 
 
@@ -171,7 +171,7 @@ class Stem(nn.Module):
     """A backbone with c3, c4 and c5 that takes a tensor or an ImageList."""
 
     size_divisibility = 32
-    padding_constraints: dict = {}  # noqa: RUF012 - as Detectron2 wants it
+    padding_constraints: dict = {}  # noqa: RUF012 - as Detectron2 requires
 
     def __init__(self):
         super().__init__()
@@ -240,19 +240,19 @@ def their_retinanet():
     return model
 
 
-def dense_pictures():
+def dense_images():
     return [torch.from_numpy(image(41 + i, *size)) for i, size in enumerate(SIZES)]
 
 
 def run_our_retinanet(case):
-    """As :func:`run_our_cascade`; losses are of the second of two steps, whose normaliser has moved twice."""
-    model, pictures = our_retinanet(), dense_pictures()
+    """As :func:`run_our_cascade`; losses are of the second of two steps."""
+    model, images = our_retinanet(), dense_images()
     if case == "eval":
         with torch.no_grad():
-            found = model.eval()(pictures, output_sizes=OUTPUT_SIZES)
-        return _detections([(d["boxes"], d["scores"], d["labels"]) for d in found])
-    model.train()(pictures, truth("full"))
-    return _losses(model(pictures, truth(case)), {}, model)
+            detections = model.eval()(images, output_sizes=OUTPUT_SIZES)
+        return _detections([(d["boxes"], d["scores"], d["labels"]) for d in detections])
+    model.train()(images, truth("full"))
+    return _losses(model(images, truth(case)), {}, model)
 
 
 def run_their_retinanet(case):
@@ -260,13 +260,13 @@ def run_their_retinanet(case):
 
     model = their_retinanet()
     inputs = [
-        {"image": picture, "height": size[0], "width": size[1]}
-        for picture, size in zip(dense_pictures(), OUTPUT_SIZES, strict=True)
+        {"image": image, "height": size[0], "width": size[1]}
+        for image, size in zip(dense_images(), OUTPUT_SIZES, strict=True)
     ]
     if case == "eval":
         with torch.no_grad():
-            found = [result["instances"] for result in model.eval()(inputs)]
-        return _detections([(d.pred_boxes.tensor, d.scores, d.pred_classes) for d in found])
+            detections = [result["instances"] for result in model.eval()(inputs)]
+        return _detections([(d.pred_boxes.tensor, d.scores, d.pred_classes) for d in detections])
 
     def step(case):
         with EventStorage():
@@ -277,18 +277,18 @@ def run_their_retinanet(case):
     return _losses(step(case), {}, model)
 
 
-def _detections(found):
+def _detections(detections):
     names = ("boxes", "scores", "labels", "masks")
-    made = {f"{i}.{n}": v.numpy() for i, row in enumerate(found) for n, v in zip(names, row, strict=False)}
-    return {name: value[:, ::9, ::9] if name.endswith("masks") else value for name, value in made.items()}
+    values = {f"{i}.{n}": v.numpy() for i, row in enumerate(detections) for n, v in zip(names, row, strict=False)}
+    return {name: value[:, ::9, ::9] if name.endswith("masks") else value for name, value in values.items()}
 
 
 def _losses(losses, features, model):
     """Losses by name, and norms of the gradients of features and parameters."""
     sum(losses.values()).backward()
-    made = {name: loss.detach().numpy() for name, loss in losses.items()}
-    made |= {f"grad.{name}": feature.grad.norm().numpy() for name, feature in features.items()}
-    return made | {f"grad.{name}": p.grad.norm().numpy() for name, p in model.named_parameters()}
+    values = {name: loss.detach().numpy() for name, loss in losses.items()}
+    values |= {f"grad.{name}": feature.grad.norm().numpy() for name, feature in features.items()}
+    return values | {f"grad.{name}": p.grad.norm().numpy() for name, p in model.named_parameters()}
 
 
 TRAINING = ("full", "one_empty", "all_empty")
@@ -310,6 +310,8 @@ if __name__ == "__main__":
     answers = {}
     for kind, run in THEIRS.items():
         for case in (*TRAINING, "eval"):
-            got = run(case)
-            answers[f"{kind}.{case}"] = np.concatenate([got[name].ravel() for name in sorted(got)]).astype(np.float32)
+            actual = run(case)
+            answers[f"{kind}.{case}"] = np.concatenate([actual[name].ravel() for name in sorted(actual)]).astype(
+                np.float32
+            )
     np.savez_compressed(DATA, **answers)

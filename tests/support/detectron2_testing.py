@@ -1,4 +1,4 @@
-"""What the tests of the Detectron2 form share. Detectron2 is not a dependency: without it they are skipped.
+"""Helpers of the tests with Detectron2, which is not a dependency: without it they are skipped.
 
 ``MIMDET_ORIGINAL`` names a checkout of the original MIMDet, and ``MIMDET_COCO_SAMPLE`` a folder in COCO's layout
 (annotations/, train2017/, val2017/); tests that need one are skipped without it.
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support.fill_weights import fill_module, noise
-from support.small import SIZES, SMALL, pictures, target
+from support.small_mimdet import SIZES, SMALL, make_images, target
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
@@ -62,7 +62,7 @@ def switched_config(scratch, size="base"):
 
 
 def small(cfg, overrides=SMALL):
-    """A config's model at the size of ``small.py`` and with its weights."""
+    """A config's model at the size of ``small_mimdet.py`` and with its weights."""
     cfg = LazyConfig.apply_overrides(cfg, [o.replace("=false", "=False") for o in overrides])
     model = instantiate(cfg.model)
     fill_module(model)
@@ -70,15 +70,15 @@ def small(cfg, overrides=SMALL):
 
 
 def inputs(sizes=SIZES, counts=(3, 5)):
-    """A batch of pictures with ground truth in Detectron2's form."""
+    """A batch of images with ground truth in Detectron2's format."""
     batch = []
-    for i, (size, picture) in enumerate(zip(sizes, pictures(sizes, seed=11), strict=True)):
+    for i, (size, image) in enumerate(zip(sizes, make_images(sizes, seed=11), strict=True)):
         truth = target(21 + i, size, counts[i])
         instances = Instances(size)
         instances.gt_boxes = Boxes(truth["boxes"])
         instances.gt_classes = truth["labels"]
         instances.gt_masks = PolygonMasks([[np.asarray(q, np.float64) for q in m] for m in truth["masks"]])
-        batch.append({"image": picture, "height": size[0], "width": size[1], "instances": instances})
+        batch.append({"image": image, "height": size[0], "width": size[1], "instances": instances})
     return batch
 
 
@@ -103,11 +103,11 @@ def equal_noise(seed=0):
         torch.rand = real
 
 
-def outcome(model, batch, given=None):
+def outputs(model, batch, proposals=None):
     """Features, proposals and results in eval mode, then losses in train mode and their proposals; equal noise.
 
-    In training the ROI heads see the proposals ``given`` instead of the model's own: where two lie so close that
-    rounding decides their order, other candidates would be drawn from them.
+    In training the ROI heads see ``proposals`` instead of the model's: the order of nearly equal scores depends on
+    rounding, and so would the candidates drawn from them.
     """
     seen = {}
     hooks = [
@@ -117,8 +117,8 @@ def outcome(model, batch, given=None):
     with equal_noise(), torch.no_grad():
         results = model.eval()(batch)
     evaluated = seen["features"], seen["proposals"], [r["instances"] for r in results]
-    if given is not None:
-        hooks.append(model.proposal_generator.register_forward_hook(lambda m, a, out: (given, out[1])))
+    if proposals is not None:
+        hooks.append(model.proposal_generator.register_forward_hook(lambda m, a, out: (proposals, out[1])))
     with equal_noise(), torch.no_grad(), EventStorage(0):
         losses = model.train()(batch)
     for hook in hooks:
@@ -126,16 +126,11 @@ def outcome(model, batch, given=None):
     return *evaluated, losses, seen["proposals"]
 
 
-def relative(got, want):
-    """Relative L2 distance."""
-    return (torch.linalg.vector_norm(got.double() - want.double()) / torch.linalg.vector_norm(want.double())).item()
-
-
-def matched(got, want, tolerance):
-    """For boxes that are the same but for the order of near-equal scores: where each wanted one stands in ``got``."""
-    assert got.shape == want.shape
-    gaps = (got[None] - want[:, None]).abs().amax(2)
+def matched(actual, expected, tolerance):
+    """Index in ``actual`` of each expected box; boxes with nearly equal scores may change places."""
+    assert actual.shape == expected.shape
+    gaps = (actual[None] - expected[:, None]).abs().amax(2)
     order = gaps.argmin(1)
     assert gaps.amin(1).max() <= tolerance
-    assert sorted(order.tolist()) == list(range(len(got)))
+    assert sorted(order.tolist()) == list(range(len(actual)))
     return order

@@ -17,7 +17,7 @@ LOSSES = ("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask
 
 
 class FakeDataset:
-    """Records of random pictures; every image has one box."""
+    """Records of random images; every image has one box."""
 
     def __init__(self, size=16, classes=("cat", "dog")):
         self.classes = list(classes)
@@ -28,7 +28,7 @@ class FakeDataset:
         return len(self.sizes)
 
     def __getitem__(self, index):
-        return {"image_id": 100 + index, "file_name": f"picture_{index}.jpg", "height": 8, "width": 10}
+        return {"image_id": 100 + index, "file_name": f"image_{index}.jpg", "height": 8, "width": 10}
 
 
 def fake_mapper(record, rng):

@@ -141,13 +141,13 @@ EXPECT = {
 
 
 def self_check():
-    got = {
+    actual = {
         "a.weight": tensor_for("a.weight", (2, 3)).reshape(-1)[:3].tolist(),
         "a.running_var": tensor_for("a.running_var", (3,)).tolist(),
         "image": image(1, 5, 5)[0, 0, :3].tolist(),
         "noise": noise(1, 1, 10)[0, :3].tolist(),
     }
-    assert got == EXPECT, (got, EXPECT)
+    assert actual == EXPECT, (actual, EXPECT)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
 """Images of several sizes in one batch, and how far features are from those of each image alone."""
 
 import torch
-from support.small import normalised, pictures
+from support.small_mimdet import make_images, normalized
 
 from mimdet.modeling import ImageList
 
 STRIDES = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
-
-
-def relative(got, want):
-    return float((got - want).double().norm() / want.double().norm().clamp(min=1e-30))
 
 
 def cells(size, stride=16):
@@ -17,9 +13,9 @@ def cells(size, stride=16):
 
 
 def batch(sizes, garbage=0.0):
-    """Pictures of seeds that go with their sizes, and ``garbage`` around them."""
-    own = {size: normalised(pictures([size], seed=10 * sum(size)))[0] for size in sizes}
-    images = ImageList.from_tensors([own[size] for size in sizes], 32)
+    """Images of seeds that go with their sizes, and ``garbage`` around them."""
+    by_size = {size: normalized(make_images([size], seed=10 * sum(size)))[0] for size in sizes}
+    images = ImageList.from_tensors([by_size[size] for size in sizes], 32)
     for image, (height, width) in zip(images.tensor, images.image_sizes, strict=True):
         image[:, height:], image[:, :, width:] = garbage, garbage
     images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)

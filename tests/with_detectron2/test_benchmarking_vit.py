@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from support.benchmarking_small import SMALL
 from support.paths import RECORDINGS
+from support.relative_error import relative_error
+from support.small_benchmarking import SMALL
 
 d2 = pytest.importorskip("detectron2_testing")
 
@@ -20,7 +21,7 @@ from mimdet.detectron2.config import load_config
 
 EPOCHS = (25, 50, 100)
 SIZES = [(128, 128), (128, 128)]
-# Without stochastic depth: the original draws its numbers otherwise.
+# Without stochastic depth, whose numbers the original draws in another order.
 SHRUNKEN = [f"model.backbone.bottom_up.{key}={value}" for key, value in {**SMALL, "drop_path_rate": 0.0}.items()]
 
 
@@ -64,13 +65,13 @@ def test_native_weights_give_the_same_detections(model):
     for entry, (height, width) in zip(batch, sizes, strict=True):
         entry.update(height=height, width=width)
     with torch.no_grad():
-        wanted = native.eval()([x["image"] for x in batch], output_sizes=sizes)
-        found = model.eval()(batch)
-    for want, got in zip(wanted, (x["instances"] for x in found), strict=True):
-        order = d2.matched(got.pred_boxes.tensor, want["boxes"], 5e-3)
+        expected = native.eval()([x["image"] for x in batch], output_sizes=sizes)
+        results = model.eval()(batch)
+    for theirs, actual in zip(expected, (x["instances"] for x in results), strict=True):
+        order = d2.matched(actual.pred_boxes.tensor, theirs["boxes"], 5e-3)
         assert len(order) > 20
-        assert torch.equal(got.pred_classes[order], want["labels"])
-        assert (got.pred_masks[order] != want["masks"]).flatten(1).sum(1).max() <= 10
+        assert torch.equal(actual.pred_classes[order], theirs["labels"])
+        assert (actual.pred_masks[order] != theirs["masks"]).flatten(1).sum(1).max() <= 10
 
 
 def test_augmentations_give_squares():
@@ -105,32 +106,32 @@ def test_settings_are_the_originals(epochs):
         "lr_multiplier",
         "model",
     ):
-        got, want = (_plain(OmegaConf.select(cfg, key)) for cfg in (ours, theirs))
-        if isinstance(want, dict):
-            shared = {name: value for name, value in got.items() if name in want}
-            assert shared == want, key
+        actual, expected = (_plain(OmegaConf.select(cfg, key)) for cfg in (ours, theirs))
+        if isinstance(expected, dict):
+            shared = {name: value for name, value in actual.items() if name in expected}
+            assert shared == expected, key
         else:
-            assert got == pytest.approx(want), key
+            assert actual == pytest.approx(expected), key
 
 
 def test_whole_detector_of_the_original(model):
     theirs = d2.small(original_config(25), [*SHRUNKEN, "model.backbone.bottom_up.pretrained=''"])
     model.load_state_dict(theirs.state_dict(), strict=True)
     batch = d2.inputs(SIZES)
-    want_features, _, want_results, want_losses, proposals = d2.outcome(theirs, batch)
-    features, _, results, losses, _ = d2.outcome(model, batch, proposals)
-    for name, want in want_losses.items():
-        assert losses[name].item() == pytest.approx(want.item(), rel=1e-5), name
-    for name, want in want_features.items():
-        assert d2.relative(features[name], want) <= 3e-6, name
-    for got, want in zip(results, want_results, strict=True):
-        order = d2.matched(got.pred_boxes.tensor, want.pred_boxes.tensor, 5e-3)
+    want_features, _, want_results, want_losses, proposals = d2.outputs(theirs, batch)
+    features, _, results, losses, _ = d2.outputs(model, batch, proposals)
+    for name, expected in want_losses.items():
+        assert losses[name].item() == pytest.approx(expected.item(), rel=1e-5), name
+    for name, expected in want_features.items():
+        assert relative_error(features[name], expected) <= 3e-6, name
+    for actual, expected in zip(results, want_results, strict=True):
+        order = d2.matched(actual.pred_boxes.tensor, expected.pred_boxes.tensor, 5e-3)
         assert len(order) > 20
-        torch.testing.assert_close(got.scores[order], want.scores, atol=1e-4, rtol=0)
+        torch.testing.assert_close(actual.scores[order], expected.scores, atol=1e-4, rtol=0)
 
 
 def _plain(node):
-    """A config's values: calls by their class's name, what only one side can say left out."""
+    """A config's values: calls by class name, without keys that only one side has."""
     if OmegaConf.is_config(node):
         node = OmegaConf.to_container(node, resolve=True)
     if isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""Ground-truth boxes against Detectron2's own code, from the annotation to the tensor, to the last bit."""
+"""Ground-truth boxes bitwise against Detectron2's, from the annotation to the tensor."""
 
 import numpy as np
 import pytest
@@ -21,15 +21,15 @@ from mimdet.data.transforms import clip_targets, mask_boxes
 
 def annotations(rng, height, width, count):
     """Boxes in COCO's two decimals, some over the edge, some very small, and their outlines."""
-    found = []
+    records = []
     for number in range(count):
         x, y = rng.uniform(-20, (width - 1, height - 1))
         # the smallest vanish in float32 far from the origin
         w, h = rng.uniform(1, 200, 2) if number % 4 else 10.0 ** rng.uniform(-7, 0, 2)
         x, y, w, h = (round(float(v), 2 if number % 4 else 9) for v in (x, y, w, h))
         outline = [x, y, x + w, y, x + w, y + h, x, y + h]
-        found.append({"id": number, "image_id": 1, "category_id": 1, "bbox": [x, y, w, h], "segmentation": [outline]})
-    return [a for a in found if min(a["bbox"][2:]) > 0]
+        records.append({"id": number, "image_id": 1, "category_id": 1, "bbox": [x, y, w, h], "segmentation": [outline]})
+    return [a for a in records if min(a["bbox"][2:]) > 0]
 
 
 def ours_and_theirs(kind, seed):
@@ -99,9 +99,9 @@ def test_boxes_are_those_of_detectron2(kind, recompute):
     compared = 0
     for seed in range(8):
         height, width, augmentations, transforms = ours_and_theirs(kind, seed)
-        given = annotations(np.random.default_rng(seed), height, width, 40)
+        records = annotations(np.random.default_rng(seed), height, width, 40)
         image = {"id": 1, "file_name": "a.jpg", "height": height, "width": width}
-        (record,), _ = make_records({"images": [image], "annotations": given}, "", [1])
+        (record,), _ = make_records({"images": [image], "annotations": records}, "", [1])
 
         rng, pixels = np.random.default_rng(seed), Image.new("RGB", (width, height))
         targets = {key: record[key] for key in ("boxes", "labels", "masks")}
@@ -117,7 +117,7 @@ def test_boxes_are_those_of_detectron2(kind, recompute):
             transform_instance_annotations(
                 {**a, "category_id": number, "bbox_mode": BoxMode.XYWH_ABS}, transforms, size
             )
-            for number, a in enumerate(given)
+            for number, a in enumerate(records)
         ]  # fmt: skip
         instances = annotations_to_instances(theirs, size)
         if recompute:

@@ -1,4 +1,4 @@
-"""The Detectron2 form of the model beside the native one: the same weights, numbers and kernels."""
+"""The model in Detectron2 against the native one: the same weights, numbers and kernels."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.paths import CONFIGS, RECORDINGS
-from support.small import small_model
+from support.small_mimdet import small_model
 
 from mimdet.kernels import library, table
 
@@ -68,7 +68,7 @@ def test_keys_and_shapes_of_the_full_size(size):
 
 
 def test_native_weights_give_the_same_detections(model):
-    """Weights go over as they are, and back."""
+    """The state_dict loads in both directions."""
     native = small_model().eval()
     native.load_state_dict(model.state_dict(), strict=True)
     model.load_state_dict(native.state_dict(), strict=True)
@@ -77,15 +77,15 @@ def test_native_weights_give_the_same_detections(model):
     batch = d2.inputs()
     with torch.no_grad():
         with d2.equal_noise():
-            wanted = native([x["image"] for x in batch])
+            expected = native([x["image"] for x in batch])
         with d2.equal_noise():
-            found = model.eval()(batch)
-    for want, got in zip(wanted, (x["instances"] for x in found), strict=True):
-        order = d2.matched(got.pred_boxes.tensor, want["boxes"], 5e-3)
+            results = model.eval()(batch)
+    for theirs, actual in zip(expected, (x["instances"] for x in results), strict=True):
+        order = d2.matched(actual.pred_boxes.tensor, theirs["boxes"], 5e-3)
         assert len(order) > 20
-        assert torch.equal(got.pred_classes[order], want["labels"])
-        torch.testing.assert_close(got.scores[order], want["scores"], atol=1e-4, rtol=0)
-        assert (got.pred_masks[order] != want["masks"]).flatten(1).sum(1).max() <= 10
+        assert torch.equal(actual.pred_classes[order], theirs["labels"])
+        torch.testing.assert_close(actual.scores[order], theirs["scores"], atol=1e-4, rtol=0)
+        assert (actual.pred_masks[order] != theirs["masks"]).flatten(1).sum(1).max() <= 10
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("[!b]*.py")), ids=lambda f: f.stem)
@@ -108,8 +108,8 @@ def test_native_config_built_by_detectron2_detects_alike():
     theirs = d2.small(cfg).eval()
     images = [x["image"] for x in d2.inputs()]
     with torch.no_grad():
-        for got, want in zip(theirs(images), small_model().eval()(images), strict=True):
-            assert torch.equal(got["boxes"], want["boxes"])
+        for actual, expected in zip(theirs(images), small_model().eval()(images), strict=True):
+            assert torch.equal(actual["boxes"], expected["boxes"])
 
 
 def test_channels_last_throughout(model):
@@ -135,7 +135,7 @@ def test_channels_last_throughout(model):
 
 
 def test_every_operation_takes_the_implementation_of_the_table(model, monkeypatch):
-    """A training step inside Detectron2 runs what ``mimdet info`` names; where C++ is chosen, C++ is called."""
+    """A training step inside Detectron2 runs the implementations that ``mimdet info`` names."""
     called, original = set(), library.launch
 
     def launch(name, impl, *arguments, **options):
@@ -175,15 +175,15 @@ def test_plain_tensor_counts_as_unpadded_and_says_so(model, caplog):
     images = ImageList.from_tensors([x["image"] for x in d2.inputs()[:1]], 32)
     bottom_up = model.eval().backbone.bottom_up
     with torch.no_grad(), caplog.at_level(logging.WARNING):
-        got, want = bottom_up(images.tensor), bottom_up(images)
-    assert all(torch.equal(got[name], want[name]) for name in want)
+        actual, expected = bottom_up(images.tensor), bottom_up(images)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert "got a plain tensor instead of an ImageList" in caplog.text
     with pytest.raises(TypeError, match=r"takes an ImageList, not list"):
         bottom_up([images.tensor])
 
 
 def test_detectron2s_own_rcnn_takes_the_backbone():
-    """Whose R-CNN hands on the plain tensor."""
+    """Its R-CNN passes the plain tensor to the backbone."""
     cfg = load_config(d2.BASE)
     cfg.model._target_ = GeneralizedRCNN
     model = d2.small(cfg).eval()
@@ -202,16 +202,16 @@ def test_five_lines_in_a_config_of_detectron2(tmp_path):
     )
     cfg = LazyConfig.load(str(tmp_path / "mine.py"))
     assert cfg.dataloader.test.mapper.image_format == "RGB"
-    found = d2.small(cfg).eval()(d2.inputs()[:1])
-    assert len(found[0]["instances"]) > 0
+    results = d2.small(cfg).eval()(d2.inputs()[:1])
+    assert len(results[0]["instances"]) > 0
 
 
 def test_inference_from_given_boxes_and_without_postprocessing(model):
     batch = d2.inputs()
     with torch.no_grad():
         raw = model.eval().inference(batch, do_postprocess=False)
-        given = [Instances(r.image_size, pred_boxes=r.pred_boxes, pred_classes=r.pred_classes) for r in raw]
-        again = model.inference(batch, given, do_postprocess=False)
+        boxes_only = [Instances(r.image_size, pred_boxes=r.pred_boxes, pred_classes=r.pred_classes) for r in raw]
+        again = model.inference(batch, boxes_only, do_postprocess=False)
     for one, other in zip(raw, again, strict=True):
         torch.testing.assert_close(one.pred_masks, other.pred_masks)
     with pytest.raises(RuntimeError, match="eval mode"):
@@ -219,19 +219,19 @@ def test_inference_from_given_boxes_and_without_postprocessing(model):
 
 
 def test_large_scale_jitter_postprocess():
-    """One factor for both axes; what lies in the square's empty part is dropped."""
+    """One factor for both axes; what is in the square's padding is dropped."""
     from detectron2.structures import Boxes
 
     boxes = torch.tensor([[10.0, 10, 50, 40], [0, 70, 40, 90], [60, 10, 120, 70]])
-    found = Instances((100, 100), pred_boxes=Boxes(boxes), scores=torch.tensor([0.9, 0.8, 0.7]))
-    found.pred_masks = torch.ones(3, 1, 28, 28)
-    (result,) = ours._postprocess([found], [{"height": 120, "width": 200}], [(100, 100)])
+    results = Instances((100, 100), pred_boxes=Boxes(boxes), scores=torch.tensor([0.9, 0.8, 0.7]))
+    results.pred_masks = torch.ones(3, 1, 28, 28)
+    (result,) = ours._postprocess([results], [{"height": 120, "width": 200}], [(100, 100)])
     result = result["instances"]
     assert result.image_size == (120, 200)
     assert result.pred_boxes.tensor.tolist() == [[20, 20, 100, 80], [120, 20, 200, 120]]
     assert result.pred_masks.shape == (2, 120, 200)
     assert result.pred_masks[0].sum() == pytest.approx(80 * 60, rel=0.05)
-    assert torch.equal(found.pred_boxes.tensor, boxes)
+    assert torch.equal(results.pred_boxes.tensor, boxes)
 
 
 def test_overridden_mae_path_is_read(tmp_path):

@@ -1,4 +1,4 @@
-"""The original MIMDet itself, run beside the Detectron2 form: same weights, same pictures, same random numbers.
+"""The original MIMDet, run beside ours in Detectron2: same weights, same images, same random numbers.
 
 Skipped without Detectron2 or without ``MIMDET_ORIGINAL``; ``test_parity.py`` compares with recordings everywhere.
 """
@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from support.paths import RECORDINGS
+from support.relative_error import relative_error
 
 d2 = pytest.importorskip("detectron2_testing")
 
@@ -49,7 +50,7 @@ def test_keys_shapes_and_order_are_the_originals(original, switched):
 
 
 def test_weights_go_both_ways(original, switched):
-    """After ``fill_module`` both hold the same numbers: also what the model computes itself, the position tables."""
+    """After ``fill_module`` all tensors are equal, also the computed position embeddings."""
     for (name, a), b in zip(original.state_dict().items(), switched.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
     original.load_state_dict(switched.state_dict(), strict=True)
@@ -61,8 +62,8 @@ def test_optimizer_groups_are_the_originals(original, switched):
     for cfg, model in ((d2.original_config(), original), (load_config(d2.BASE), switched)):
         cfg.optimizer.params.model = model
         names = {id(p): n for n, p in model.named_parameters()}
-        found = instantiate(cfg.optimizer).param_groups
-        groups.append([(g["lr"], g["weight_decay"], sorted(names[id(p)] for p in g["params"])) for g in found])
+        of_model = instantiate(cfg.optimizer).param_groups
+        groups.append([(g["lr"], g["weight_decay"], sorted(names[id(p)] for p in g["params"])) for g in of_model])
     assert groups[0] == groups[1]
 
 
@@ -73,13 +74,13 @@ def test_schedule_is_the_originals():
         assert first(where) == pytest.approx(second(where))
     for key in ("max_iter", "eval_period", "checkpointer.period", "ddp"):
         values = [LazyConfig.apply_overrides(cfg, []).train for cfg in cfgs]
-        got = [value[key.split(".")[0]] for value in values]
-        got = [g[key.split(".")[1]] if "." in key else g for g in got]
-        assert got[0] == got[1], key
+        actual = [value[key.split(".")[0]] for value in values]
+        actual = [g[key.split(".")[1]] if "." in key else g for g in actual]
+        assert actual[0] == actual[1], key
 
 
 def real_batch(names=("000000000790.jpg", "000000041888.jpg")):
-    """Real pictures, resized as in ``RECIPE`` of the recordings, with their own ground truth."""
+    """Real images, resized as in ``RECIPE`` of the recordings, with their own ground truth."""
     root = d2.folder("MIMDET_COCO_SAMPLE")
     records = load_coco_json(
         str(root / "annotations" / "instances_val2017.json"), str(root / "val2017"), "coco_2017_val"
@@ -94,39 +95,39 @@ def real_batch(names=("000000000790.jpg", "000000041888.jpg")):
     ]
 
 
-@pytest.mark.parametrize("pictures", ["synthetic", "coco"])
+@pytest.mark.parametrize("images", ["synthetic", "coco"])
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
-def test_outputs_are_the_originals(original, switched, ratio, pictures):
-    batch = d2.inputs() if pictures == "synthetic" else real_batch()
+def test_outputs_are_the_originals(original, switched, ratio, images):
+    batch = d2.inputs() if images == "synthetic" else real_batch()
     for model in (original, switched):
         d2.fill_module(model)  # statistics of norms that training moved
         d2.set_ratio(model, ratio)
-    wanted = d2.outcome(original, batch)
-    report = compare(wanted, d2.outcome(switched, batch, given=wanted[-1]))
-    print(ratio, pictures, {k: f"{v:.2g}" for k, v in report.items()})
+    expected = d2.outputs(original, batch)
+    report = compare(expected, d2.outputs(switched, batch, proposals=expected[-1]))
+    print(ratio, images, {k: f"{v:.2g}" for k, v in report.items()})
     limits = {"loss": 1e-5, "features": 3e-6, "proposals": 5e-3, "boxes": 5e-3, "scores": 1e-4, "masks": 10}
     for name, value in report.items():
         assert value <= limits[name.split()[0]], (name, value)
 
 
-def compare(wanted, got):
-    """Distances of two outcomes, by what they are of."""
-    features, proposals, results, losses, training = zip(wanted, got, strict=True)
+def compare(expected, actual):
+    """Distances of two models' outputs, by name."""
+    features, proposals, results, losses, training = zip(expected, actual, strict=True)
     assert losses[0].keys() == losses[1].keys()
     report = {f"loss {k}": abs(losses[1][k] / losses[0][k] - 1).item() for k in losses[0]}
-    report |= {f"features {k}": d2.relative(features[1][k], features[0][k]) for k in features[0]}
+    report |= {f"features {k}": relative_error(features[1][k], features[0][k]) for k in features[0]}
     pairs = [*zip(*proposals, strict=True), *zip(*training, strict=True)]
-    for i, (want, have) in enumerate(pairs):
-        a, b = want.proposal_boxes.tensor, have.proposal_boxes.tensor
+    for i, (theirs, ours) in enumerate(pairs):
+        a, b = theirs.proposal_boxes.tensor, ours.proposal_boxes.tensor
         assert a.shape == b.shape
-        # Two proposals with nearly equal scores may change places, or NMS keep the other: for one in a hundred.
+        # One proposal in a hundred may differ: nearly equal scores change places, or NMS keeps the other.
         nearest = (a[:, None] - b[None]).abs().amax(2).amin(1)
         report[f"proposals {i}"] = nearest.quantile(0.99).item()
-    for i, (want, have) in enumerate(zip(*results, strict=True)):
-        order = d2.matched(have.pred_boxes.tensor, want.pred_boxes.tensor, 5e-3)
+    for i, (theirs, ours) in enumerate(zip(*results, strict=True)):
+        order = d2.matched(ours.pred_boxes.tensor, theirs.pred_boxes.tensor, 5e-3)
         assert len(order) > 10
-        assert torch.equal(have.pred_classes[order], want.pred_classes)
-        report[f"boxes {i}"] = (have.pred_boxes.tensor[order] - want.pred_boxes.tensor).abs().max().item()
-        report[f"scores {i}"] = (have.scores[order] - want.scores).abs().max().item()
-        report[f"masks {i}"] = (have.pred_masks[order] != want.pred_masks).flatten(1).sum(1).max().item()
+        assert torch.equal(ours.pred_classes[order], theirs.pred_classes)
+        report[f"boxes {i}"] = (ours.pred_boxes.tensor[order] - theirs.pred_boxes.tensor).abs().max().item()
+        report[f"scores {i}"] = (ours.scores[order] - theirs.scores).abs().max().item()
+        report[f"masks {i}"] = (ours.pred_masks[order] != theirs.pred_masks).flatten(1).sum(1).max().item()
     return report

@@ -1,9 +1,9 @@
-"""The Detectron2 forms of the Cascade and RetinaNet configs beside the native ones: same weights, same answers."""
+"""The Detectron2 configs of Cascade and RetinaNet against the native ones: same weights, same results."""
 
 import pytest
 import torch
 from support.paths import CONFIGS
-from support.small import SIZES, target
+from support.small_mimdet import SIZES, target
 
 from mimdet.config import instantiate, load
 from mimdet.testing import tiny_config, tiny_overrides
@@ -21,7 +21,7 @@ CONFIGS = CONFIGS
 ABLATIONS = [f"ablations/{path.stem}" for path in sorted((CONFIGS / "detectron2" / "ablations").glob("*.py"))]
 
 
-def test_every_ablation_has_a_twin_but_the_passes_which_are_native_alone():
+def test_every_ablation_has_a_counterpart_but_the_passes_which_are_native_alone():
     native = {f"ablations/{path.stem}" for path in (CONFIGS / "ablations").glob("*.py")}
     assert native - set(ABLATIONS) == {"ablations/table4_ensemble"}
 
@@ -46,19 +46,19 @@ def test_both_forms_agree(name):
     theirs.load_state_dict(native.state_dict(), strict=True)
     batch = d2.inputs()
     with torch.no_grad():
-        wanted = native.eval()([x["image"] for x in batch])
-        found = [x["instances"] for x in theirs.eval()(batch)]
-    for want, got in zip(wanted, found, strict=True):
-        assert len(want["boxes"]) > 10
-        assert torch.equal(got.pred_classes, want["labels"])
-        torch.testing.assert_close(got.pred_boxes.tensor, want["boxes"], atol=5e-3, rtol=0)
-        torch.testing.assert_close(got.scores, want["scores"], atol=1e-4, rtol=0)
-        assert got.has("pred_masks") == ("masks" in want)
+        expected = native.eval()([x["image"] for x in batch])
+        results = [x["instances"] for x in theirs.eval()(batch)]
+    for ours, actual in zip(expected, results, strict=True):
+        assert len(ours["boxes"]) > 10
+        assert torch.equal(actual.pred_classes, ours["labels"])
+        torch.testing.assert_close(actual.pred_boxes.tensor, ours["boxes"], atol=5e-3, rtol=0)
+        torch.testing.assert_close(actual.scores, ours["scores"], atol=1e-4, rtol=0)
+        assert actual.has("pred_masks") == ("masks" in ours)
 
 
 @pytest.mark.parametrize("name", OTHER_DETECTORS)
 def test_losses_of_a_training_step(name):
-    """By Detectron2's own draws of proposals, so the names and their being finite are what can be compared."""
+    """Detectron2 draws other proposals, so only names and finiteness are compared."""
     overrides = [o.replace("=false", "=False") for o in tiny_overrides(name)]
     model = their_instantiate(load_config(f"configs/detectron2/{name}.py", overrides).model)
     with EventStorage(0):

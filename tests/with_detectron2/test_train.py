@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.paths import ROOT
-from support.small import SMALL
+from support.small_mimdet import SMALL
 
 d2 = pytest.importorskip("detectron2_testing")
 
@@ -40,25 +40,25 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    """A folder as Detectron2 expects it, with COCO's categories: the sample where there is one, else drawn shapes."""
+    """A folder in Detectron2's layout, with COCO's categories: the COCO sample, or else generated shapes."""
     root = tmp_path_factory.mktemp("datasets") / "coco"
     if "MIMDET_COCO_SAMPLE" in os.environ:
         root.symlink_to(d2.folder("MIMDET_COCO_SAMPLE"))
         return root.parent
-    made = generate_shapes(root.parent / "shapes", 6, 2, image_size=(96, 128), seed=3)
+    shapes = generate_shapes(root.parent / "shapes", 6, 2, image_size=(96, 128), seed=3)
     (root / "annotations").mkdir(parents=True)
     for split in ("train", "val"):
-        content = json.loads((made / "annotations" / f"instances_{split}.json").read_text())
+        content = json.loads((shapes / "annotations" / f"instances_{split}.json").read_text())
         content["categories"] = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
         (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
-        (root / f"{split}2017").symlink_to(made / split)
+        (root / f"{split}2017").symlink_to(shapes / split)
     return root.parent
 
 
 @pytest.fixture(scope="module")
 def run(datasets):
     def run(*command, **variables):
-        """In a folder that is no checkout: our configs are found by name there too."""
+        """Outside of the checkout, where our configs are found by name."""
         env = {**os.environ, "DETECTRON2_DATASETS": str(datasets), "PYTHONPATH": os.pathsep.join(sys.path), **variables}
         done = subprocess.run(
             [sys.executable, *map(str, command)], cwd=datasets, env=env, capture_output=True, text=True, timeout=1500
@@ -105,7 +105,7 @@ def test_ours_resumes_what_detectron2s_script_began(run, trained):
 
 
 def test_ours_evaluates_only(run, trained):
-    """By the original's documented command, on the weights of another run, in the native form."""
+    """With the original's documented command, on weights in the native format."""
     output, _ = trained
     weights = output / "native.pth"
     torch.save({"model": checkpoint(output / "model_final.pth")["model"]}, weights)
@@ -117,7 +117,7 @@ def test_ours_evaluates_only(run, trained):
 
 
 def test_two_processes(run, tmp_path):
-    """Gradients travel compressed, weights stay the same in both; without GPUs these are CPU processes."""
+    """Gradients are compressed, and weights equal in both processes, which use the CPU without GPUs."""
     options = [f"train.output_dir='{tmp_path}'", "train.eval_period=0", "train.ddp.fp16_compression=True"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -22,7 +22,7 @@ SIZES = [(224, 320), (150, 300)]
 
 
 def small_config(*overrides):
-    """The Base config at the size of the recordings in ``data/original_small.npz``."""
+    """The Base config at the size of the recordings in ``recordings/original_small.npz``."""
     return load("configs/mimdet_b_mask_rcnn.py", [*SMALL, *overrides])
 
 
@@ -33,15 +33,15 @@ def small_model(*overrides):
     return model
 
 
-def normalised(images):
-    """Pictures as the backbone takes them."""
+def normalized(images):
+    """Images as the backbone takes them."""
     mean = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
     std = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
     return [(i - mean) / std for i in images]
 
 
-def pictures(sizes=SIZES, seed=1):
-    """Float pictures of 0..255, seeds counting up."""
+def make_images(sizes=SIZES, seed=1):
+    """Float images of 0..255, seeds counting up."""
     return [torch.from_numpy(image(seed + i, h, w)) for i, (h, w) in enumerate(sizes)]
 
 

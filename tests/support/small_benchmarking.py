@@ -2,7 +2,7 @@
 
 import torch
 from support.fill_weights import fill_module, gradient, image
-from support.small import normalised
+from support.small_mimdet import normalized
 
 from mimdet.modeling import BenchmarkingViTDet
 
@@ -10,15 +10,15 @@ SMALL = {"window_size": 4, "img_size": 128, "embed_dim": 64, "depth": 8, "num_he
 
 
 def small_backbone(**changes):
-    """The backbone of the recordings in ``data/benchmarking_small.npz``, in eval mode."""
+    """The backbone of the recordings in ``recordings/benchmarking_small.npz``, in eval mode."""
     model = BenchmarkingViTDet(**{**SMALL, **changes})
     fill_module(model)
     return model.eval()
 
 
 def small_input(count=2, side=SMALL["img_size"]):
-    """Normalised pictures (count, 3, side, side)."""
-    return torch.stack(normalised([torch.from_numpy(image(11 + i, side, side)) for i in range(count)]))
+    """Normalized images (count, 3, side, side)."""
+    return torch.stack(normalized([torch.from_numpy(image(11 + i, side, side)) for i in range(count)]))
 
 
 def loss(features):
