@@ -69,6 +69,7 @@ class MIMDetEncoder(nn.Module):
         recompute: selective recomputation in backward: "lean" of the outputs of LayerNorm and GELU, also in the
             ConvStem's first stage; "none" of nothing.
         stem: "conv", or "convnext" for the first two stages of ConvNeXt (paper, Table 5).
+        stem_norm: norm of stem "conv": "group", as the original, or "layer"; see ``ConvStem``.
         stem_pretrained: path of ConvNeXt weights as timm names them, or None for random ones.
         window: side, in tokens, of the windows of attention, which needs all tokens; None for global attention
             (paper, Table 8).
@@ -93,6 +94,7 @@ class MIMDetEncoder(nn.Module):
         checkpointing: bool = False,
         recompute: str = "lean",
         stem: str = "conv",
+        stem_norm: str = "group",
         stem_pretrained: str | None = None,
         window: int | None = None,
         taps: Sequence[int] = (),
@@ -106,7 +108,7 @@ class MIMDetEncoder(nn.Module):
             raise ValueError(f"encoder: taps must rise within 1 .. {depth - 1}, got {list(taps)}")
         self.checkpointing = checkpointing
         sizes = img_size, patch_size, in_chans, embed_dim
-        self.patch_embed = _make_stem(stem, *sizes, checkpointing, recompute, stem_pretrained)
+        self.patch_embed = _make_stem(stem, *sizes, checkpointing, recompute, stem_norm, stem_pretrained)
         rows = self.patch_embed.grid_size[0]
         self.pos_embed = nn.Parameter(torch.empty(1, rows * rows + 1, embed_dim), requires_grad=False)
         rates = torch.linspace(0, dpr, depth, device="cpu").tolist()
@@ -183,19 +185,22 @@ def _make_stem(
     embed_dim: int,
     checkpointing: bool,
     recompute: str,
+    norm: str = "group",
     pretrained: str | None = None,
 ) -> nn.Module:
     """The stem ``stem``, with attributes ``grid_size`` and ``patch_size``; it returns features of strides 4, 8, 16.
 
     Raises:
-        ValueError: an unknown name, or pre-trained weights for "conv", which has none.
+        ValueError: an unknown name, a norm for "convnext", or pre-trained weights for "conv", which has none.
     """
     if stem not in _STEMS:
         raise ValueError(f"encoder: stem {stem!r} is unknown; choose from {', '.join(_STEMS)}")
     sizes = {"img_size": img_size, "patch_size": patch_size, "in_chans": in_chans, "embed_dim": embed_dim}
     memory = {"checkpointing": checkpointing, "recompute": recompute}
     if stem == "convnext":
+        if norm != "group":
+            raise ValueError(f"encoder: stem_norm {norm!r} needs stem 'conv'; the norms of ConvNeXt are LayerNorm")
         return ConvNeXtStem(**sizes, **memory, pretrained=pretrained)
     if pretrained:
         raise ValueError("encoder: stem_pretrained needs stem 'convnext': the ConvStem is never pre-trained")
-    return ConvStem(**sizes, **memory)
+    return ConvStem(**sizes, **memory, norm=norm)

@@ -28,6 +28,7 @@ def parameters(name, *overrides):
     [
         ("mimdet_b_mask_rcnn", [], 127_954_768, 127),
         ("mimdet_l_mask_rcnn", [], 349_332_080, 349),
+        ("ablations/stem_layer_norm", [], 127_954_768, 127),
         ("ablations/table5_convnext", [], 129_492_400, None),
         ("ablations/table6_mask_token", [], 127_561_552, 127),
         ("ablations/table7_decoder_1", [CONV_FILL], 118_497_616, 118),
@@ -60,10 +61,12 @@ def test_second_stage_is_a_sixth_of_the_first():
 def test_every_ablation_is_named_by_its_table_and_writes_to_its_own_folder():
     for name in ABLATIONS:
         cfg = load(f"configs/ablations/{name}.py")
-        assert name.startswith("table")
+        assert name.startswith(("table", "stem"))
         assert cfg.train.output_dir == f"output/ablations/{name}"
         decoder = cfg.model.backbone.bottom_up.decoder
-        assert decoder is None or decoder.fill == "mask_token"
+        assert decoder is None or decoder.get("fill", "conv_stem") == (
+            "conv_stem" if name.startswith("stem") else "mask_token"
+        )
 
 
 @pytest.fixture(scope="module")

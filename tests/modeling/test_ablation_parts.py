@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.fake_mae import fake_mae, saved
 from support.packed_images import STRIDES, batch, cells
 from support.relative_error import relative_error
-from test_mae import fake_mae, saved
 from timm.models.convnext import ConvNeXt
 
 from mimdet.checkpoint.read import CheckpointError
@@ -16,7 +16,7 @@ from mimdet.modeling.window_sequences import split_windows, window_order
 from mimdet.testing import fixed_noise, tiny_config
 
 BOTTOM_UP = "model.backbone.bottom_up"
-MODELS = ["table5_convnext", "table6_mask_token", "table8_window", "table8_window_vit_fpn"]
+MODELS = ["stem_layer_norm", "table5_convnext", "table6_mask_token", "table8_window", "table8_window_vit_fpn"]
 # Odd sides, a single token, the full size of the padded batch.
 SIZES = [(75, 141), (5, 9), (160, 96)]
 
@@ -124,7 +124,7 @@ def _masked(encoder, encoded, b, size):
     return encoder.norm(x)[0].t().unflatten(1, (rows, columns))
 
 
-def test_drop_path_is_of_whole_make_images():
+def test_drop_path_is_of_whole_images():
     split = split_windows([(4, 5), (2, 2)], (4, 6), 2, True, torch.device("cpu"))
     assert split.encoder.batch == split.decoder.batch == 2
     assert split.encoder.owner.tolist() == [0] * 20 + [1] * 4
@@ -179,6 +179,27 @@ def baseline_of(stem):
     assert not unexpected
     assert all(key.startswith(("stages.2.blocks.", "stages.3.", "head.")) for key in missing)
     return baseline
+
+
+@pytest.mark.parametrize("recompute", ["lean", "none"])
+def test_layer_norm_stem_is_its_eager_counterpart(recompute):
+    torch.manual_seed(0)
+    stem = ConvStem(img_size=64, embed_dim=64, norm="layer", recompute=recompute).double()
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64, requires_grad=True)
+    y, expected = x, []
+    for stage in stem.proj:
+        y = F.conv2d(y, stage[0].weight, stage[0].bias, stride=2, padding=1).permute(0, 2, 3, 1)
+        y = F.gelu(F.layer_norm(y, y.shape[-1:], stage[1].weight, stage[1].bias, 1e-6)).permute(0, 3, 1, 2)
+        for module in stage[3:]:
+            y = module(y)
+        expected.append(y)
+    features = stem(x)
+    for ours, theirs in zip(features, expected[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    inputs = (x, *stem.parameters())
+    gradients = (torch.autograd.grad(sum(f.square().sum() for f in maps), inputs) for maps in (features, expected[1:]))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("recompute", ["lean", "none"])
