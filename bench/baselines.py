@@ -1,9 +1,8 @@
-"""Baselines: the backbone as others write it, with our weights and our features.
+"""Baselines of the backbone, with our weights and equal features.
 
-``OriginalBackbone`` follows the released MIMDet step by step; two switches take it to what the same code does with
-today's timm (fused attention) and without checkpointing. ``CompiledBackbone`` is the same model as one would write it
-now for ``torch.compile``. Both share the parameters of a ``MIMDetBackbone`` under its names, but for the weights of
-``OriginalBackbone``'s convolutions: copies in the release's memory layout.
+``OriginalBackbone`` follows the released MIMDet step by step; two switches add timm's fused attention and remove
+checkpointing. ``CompiledBackbone`` is the same model written for ``torch.compile``. Both share the parameters of a
+``MIMDetBackbone`` under its names, except that ``OriginalBackbone`` copies the weights of convolutions into NCHW.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ class _Baseline(nn.Module):
 
     @staticmethod
     def convolution(ours: nn.Conv2d) -> nn.Conv2d:
-        """The stem's convolutions as this baseline has them."""
+        """A convolution of the stem in this baseline's memory layout."""
         return ours
 
     def forward(
@@ -107,8 +106,8 @@ class OriginalBackbone(_Baseline):
     Args:
         ours: backbone whose parameters it uses.
         fused_attention: False as with timm 0.4.12, which the release asks for; True as with today's timm.
-        checkpointing: recompute the ConvStem's stages, every block and the last norm in backward, as released. (The
-            non-reentrant form: the release's own is no longer recommended by PyTorch, and recomputes the same.)
+        checkpointing: recompute the ConvStem's stages, every block and the last norm in backward, as released,
+            but with ``use_reentrant=False``, which PyTorch recommends and which recomputes the same.
     """
 
     def __init__(self, ours: MIMDetBackbone, fused_attention: bool, checkpointing: bool):
@@ -117,7 +116,7 @@ class OriginalBackbone(_Baseline):
 
     @staticmethod
     def convolution(ours: nn.Conv2d) -> nn.Conv2d:
-        """A copy with weights in NCHW: weights in channels_last would make its output so, whatever its input."""
+        """A copy with weights in NCHW: channels_last weights would make its output channels_last."""
         copied = copy.copy(ours)
         weight = torch.empty(ours.weight.shape, dtype=ours.weight.dtype, device=ours.weight.device)
         copied._parameters = {**ours._parameters, "weight": nn.Parameter(weight.copy_(ours.weight.detach()))}
@@ -170,7 +169,7 @@ class OriginalBackbone(_Baseline):
 
 
 class CompiledBackbone(_Baseline):
-    """Channels-last, fused attention, one sort, the position embedding interpolated once; made to be compiled.
+    """sdpa + torch.compile: channels_last, one sort, the position embedding interpolated once.
 
     Images must be unpadded.
     """
@@ -219,7 +218,7 @@ class CompiledBackbone(_Baseline):
 
 
 def _position(table: torch.Tensor, grid: torch.Size) -> torch.Tensor:
-    """(1, L, C): the table interpolated anew in float32, its cls row left out."""
+    """(1, L, C): the table without its cls row, interpolated in float32."""
     side = round((table.shape[1] - 1) ** 0.5)
     square = table[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     return (
@@ -228,8 +227,8 @@ def _position(table: torch.Tensor, grid: torch.Size) -> torch.Tensor:
 
 
 _BOTTOM_UP = "backbone.bottom_up"
-# Name -> the backbone for one of ours. "original" is the release, which recomputes activations
-# (checkpointing) and has unfused attention; "sdpa" is fused attention, which today's timm gives the original too.
+# Name -> baseline of our backbone. "original" is the release: checkpointing and unfused attention. "sdpa" is fused
+# attention, which today's timm gives the original too.
 IMPLEMENTATIONS: dict[str, Callable[[MIMDetBackbone], nn.Module]] = {
     "ours": lambda ours: ours,
     "ours-checkpointed": lambda ours: checkpointed(ours),
@@ -244,7 +243,7 @@ IMPLEMENTATIONS: dict[str, Callable[[MIMDetBackbone], nn.Module]] = {
 def variant(detector: nn.Module, implementation: str, ratio: float, depth: int) -> nn.Module:
     """``detector`` with another backbone, a keep ratio for every mode and the first ``depth`` decoder blocks.
 
-    Nothing is copied but the modules' own dictionaries: all variants share their weights.
+    Only the modules' dictionaries are copied: all variants share their weights.
 
     Args:
         implementation: word of ``IMPLEMENTATIONS``.
@@ -262,7 +261,7 @@ def bottom_up(detector: nn.Module) -> nn.Module:
 
 
 def with_child(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
-    """``module`` with another module at ``path``; what is not on the path is shared."""
+    """``module`` with another module at ``path``; modules off the path are shared."""
     copied = _shallow(module)
     head, _, rest = path.partition(".")
     copied._modules[head] = with_child(module._modules[head], rest, child) if rest else child
@@ -270,7 +269,7 @@ def with_child(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
 
 
 def checkpointed(ours: MIMDetBackbone) -> MIMDetBackbone:
-    """The same backbone with checkpointing as the configs have it."""
+    """The same backbone with the configs' checkpointing."""
     for path in ("encoder", "encoder.patch_embed", "decoder"):
         part = _shallow(ours.get_submodule(path))
         part.checkpointing = True

@@ -1,4 +1,4 @@
-"""Inputs of every operation as MIMDet-Base has them, its baselines, and the fewest bytes that any of them must move."""
+"""Inputs of every operation in MIMDet-Base, its baselines, and the fewest bytes that it must move."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Case:
     """One operation on one shape.
 
     Attributes:
-        op: name; ``kernels_op`` is the registered operation whose implementations it has.
-        name: its place in the model.
+        op: name; ``kernels_op`` is the registered operation that implements it.
+        name: where the model uses it.
         shape: of the main input.
         dtype: word of ``session.DTYPES``: of the main input. The residual stream and the position embedding are
             float32, as they are under autocast.
@@ -47,10 +47,10 @@ class Case:
         differentiable: inputs that get a gradient; empty for an operation without.
         moved: direction -> fewest bytes read and written.
         flops: direction -> multiplications and additions of its matrix products.
-        baselines: how others write it, by name.
+        baselines: other code for it, by name.
         terms: see ``equality.mismatch``.
-        comparable: what of the outputs must be equal in all implementations.
-        reference: what all are compared with, where that is not "eager".
+        comparable: outputs -> those that all implementations must agree on.
+        reference: correct outputs, if not those of "eager".
     """
 
     op: str
@@ -70,7 +70,7 @@ class Case:
 
 
 def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) -> list[Case]:
-    """The operation at each place it has in MIMDet-Base for images of this size, for each batch.
+    """The operation wherever MIMDet-Base uses it, for images of this size and each batch.
 
     Raises:
         ValueError: an unknown operation.
@@ -139,25 +139,25 @@ def _add_layer_norm(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     def make(device: str) -> Tensors:
         scale = (torch.arange(shape[0], device=device) % 8 != 7).float() / 0.9
         return {
-            "r": _normal(shape, device, 0),
-            "branch": _normal(shape, device, 1, DTYPES[dtype]),
+            "residual": _normal(shape, device, 0),
+            "x": _normal(shape, device, 1, DTYPES[dtype]),
             "scale": scale,
             "weight": 1 + 0.1 * _normal(channels, device, 2),
             "bias": _normal(channels, device, 3),
         }
 
     def run(t: Tensors, impl: str) -> Outputs:
-        return add_layer_norm(*t.values(), _EPS, dtype=t["branch"].dtype, impl=impl)
+        return add_layer_norm(*t.values(), _EPS, dtype=t["x"].dtype, impl=impl)
 
-    # Forward: r, branch in; their sum, y out. Backward: the sum, both gradients in; both gradients out.
+    # Forward: residual, x in; their sum, y out. Backward: the sum, both gradients in; both gradients out.
     moved = {"forward": count * (4 + size + 4 + size), "backward": count * (4 + 4 + size + 4 + size)}
     terms = dict.fromkeys(("gradient of weight", "gradient of bias"), rows)
-    names = ("r", "branch", "weight", "bias")
+    names = ("residual", "x", "weight", "bias")
     return Case("add_layer_norm", "add_layer_norm", name, shape, dtype, make, run, names, moved, terms=terms)
 
 
 def _attention_varlen(name: str, shape: tuple[int, ...], dtype: str) -> Case:
-    """Sequences of one length, packed as the linear layer before it gives them."""
+    """Sequences of one length, packed as the linear layer's output."""
     batch, length, heads, head_dim = shape
     size, count = DTYPES[dtype].itemsize, prod(shape)
 
@@ -237,10 +237,9 @@ def _image_norm(op: str, function: Callable) -> Callable[[str, tuple[int, ...], 
 def _layer_norm_2d(t: Tensors) -> Outputs:
     """The channel-wise LayerNorm of ConvNeXt and of Detectron2's models, step by step, and GELU."""
     x = t["x"]
-    center = x.mean(1, keepdim=True)
-    variance = (x - center).pow(2).mean(1, keepdim=True)
-    x = (x - center) / torch.sqrt(variance + _EPS)
-    return (F.gelu(t["weight"][:, None, None] * x + t["bias"][:, None, None]),)
+    x_centered = x - x.mean(1, keepdim=True)
+    x_hat = x_centered / torch.sqrt(x_centered.pow(2).mean(1, keepdim=True) + _EPS)
+    return (F.gelu(t["weight"][:, None, None] * x_hat + t["bias"][:, None, None]),)
 
 
 def _rasterize_polygons(name: str, shape: tuple[int, ...], dtype: str) -> Case:
@@ -258,14 +257,14 @@ def _rasterize_polygons(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         boxes = torch.cat([centers - radii, centers + radii], dim=1).float()
         index = torch.arange(batch * count) % instances
         jitter = 0.2 * (shift - 0.5) * radii
-        made = {
+        tensors = {
             "points": (centers[:, None] + radii[:, None] * circle * wobble).flatten(0, 1),
             "polygon_starts": torch.arange(0, instances * corners + 1, corners, dtype=torch.int32),
             "instance_starts": torch.arange(instances + 1, dtype=torch.int32),
             "index": index,
             "boxes": (boxes + jitter.repeat(1, 2))[index],
         }
-        return {key: tensor.to(device) for key, tensor in made.items()}
+        return {key: tensor.to(device) for key, tensor in tensors.items()}
 
     def run(t: Tensors, impl: str) -> Outputs:
         return (rasterize_polygons(**t, size=size, impl=impl),)
@@ -292,14 +291,14 @@ def _sample_tokens(name: str, shape: tuple[int, ...], dtype: str) -> Case:
 
     def make(device: str) -> Tensors:
         noise = torch.rand(*shape, generator=torch.Generator().manual_seed(0)).to(device)
-        return {"noise": noise, "valid": torch.ones_like(noise, dtype=torch.bool)}
+        return {"noise": noise, "valid_mask": torch.ones_like(noise, dtype=torch.bool)}
 
     def run(t: Tensors, impl: str) -> Outputs:
-        return tuple(sample_tokens(t["noise"], t["valid"], _RATIO, impl=impl))
+        return tuple(sample_tokens(t["noise"], t["valid_mask"], _RATIO, impl=impl))
 
     def original(t: Tensors) -> Outputs:
-        # The encoder sorts twice, and the decoder once more to invert the inverse.
-        order = torch.argsort(t["noise"].masked_fill(~t["valid"], 100), dim=1)
+        # The original sorts twice in the encoder, and once more in the decoder to invert ids_restore.
+        order = torch.argsort(t["noise"].masked_fill(~t["valid_mask"], 100), dim=1)
         restore = torch.argsort(order, dim=1)
         kept = int(shape[1] * _RATIO)
         return order[:, :kept], torch.argsort(restore, dim=1)[:, kept:], restore

@@ -29,9 +29,7 @@ class Device(str, Enum):
 
 
 DeviceOption = Annotated[Device, typer.Option(help="auto takes the GPU where there is one.")]
-Rounds = Annotated[
-    int, typer.Option(min=0, help="Interleaved rounds; 15 or more for figures to publish, 0 to count memory alone.")
-]
+Rounds = Annotated[int, typer.Option(min=0, help="Interleaved rounds; 15 or more to publish, 0 measures memory only.")]
 Output = Annotated[
     Path | None, typer.Option(help="File of results, .json or .csv; default: output/bench/.", show_default=False)
 ]
@@ -58,7 +56,7 @@ def setting(
     opts: Overrides = None,
     part: Part = "backbone",
     impl: Implementations = None,
-    peers: FormerImplementations = None,
+    former_impl: FormerImplementations = None,
     size: Size = None,
     batch: Batch = 1,
     dtype: Dtype = None,
@@ -73,7 +71,7 @@ def setting(
     if rounds in (1, 2):
         raise ValueError(f"--rounds: an interval needs at least 3 rounds, and 0 counts memory alone; got {rounds}")
     where = _device(device)
-    names = [ALIASES.get(name, name) for name in (*(impl or ()), *(peers or ()))]
+    names = [ALIASES.get(name, name) for name in (*(impl or ()), *(former_impl or ()))]
     return {
         "part": part,
         "size": _size(size, where),
@@ -101,18 +99,18 @@ def experiment(name: str, without: tuple[str, ...] = (), **defaults: Any) -> Cal
     def register(function: Callable[..., tuple[ModuleType, Any]]) -> Callable:
         shared = inspect.signature(setting, eval_str=True).parameters.values()
         common = [p.replace(default=defaults.get(p.name, p.default)) for p in shared if p.name not in without]
-        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        specific = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
 
         @functools.wraps(function)
-        def command(**given) -> None:
-            values = setting(**{parameter.name: given.pop(parameter.name) for parameter in common})
+        def command(**options) -> None:
+            values = setting(**{parameter.name: options.pop(parameter.name) for parameter in common})
             usual = values["part"] == defaults.get("part", "backbone")
             values["output"] = _output(values["output"], name if usual else f"{name}_{values['part']}")
-            module, options = function({k: v for k, v in values.items() if k not in without}, **given)
-            module.run(options)
-            typer.echo(f"results in {options.output}")
+            module, chosen = function({k: v for k, v in values.items() if k not in without}, **options)
+            module.run(chosen)
+            typer.echo(f"results in {chosen.output}")
 
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*common[:1], *own, *common[1:])]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*common[:1], *specific, *common[1:])]
         command.__signature__ = inspect.Signature(parameters)
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         return app.command(name)(command)
@@ -122,8 +120,8 @@ def experiment(name: str, without: tuple[str, ...] = (), **defaults: Any) -> Cal
 
 @app.callback()
 def prepare() -> None:
-    """Measure speed and memory: always beside baselines and the machine's limit, checked equal first."""
-    # The profiler that counts memory on a CPU writes two lines a use; it reads this when torch is imported.
+    """Measure speed and memory beside baselines and the machine's limit, after a check that all are equal."""
+    # torch.profiler, which counts memory on a CPU, logs two lines per use; it reads this when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
@@ -138,14 +136,14 @@ def ops(
     direction: Annotated[list[str] | None, typer.Option(help="forward or backward. Default: both.")] = None,
     size: Size = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Of the model's shapes; may be repeated.")] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds; 15 or more for figures to publish.")] = 15,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds; 15 or more to publish.")] = 15,
     device: DeviceOption = Device.auto,
     output: Output = None,
 ) -> None:
     """Each operation, forward and backward: every implementation, torch.compile, and the original's code.
 
-    An implementation is timed only if its outputs and gradients are right. A speed-up whose 95% interval includes 1 is
-    written "no difference"; A/A in a title is the first implementation against itself.
+    An implementation is timed only if its outputs and gradients are correct. A speed-up whose 95% interval includes 1
+    is shown as "no difference"; A/A in a title is the first implementation against itself.
     """
     from .experiments.ops import DIRECTIONS, Options, run
 
@@ -185,24 +183,24 @@ def backbone(
     depth: Annotated[list[int] | None, typer.Option(min=1, help="Decoder blocks; may be repeated.")] = None,
     mode: Modes = None,
 ):
-    """Time and memory of chosen ratios and depths; the row of ratio 0.5 and the config's depth is always there."""
+    """Time and memory of chosen ratios and depths; ratio 0.5 with the config's depth is always measured too."""
     modes = {"modes": tuple(mode)} if mode else {}
     return _tables(setting, ratios=tuple(map(_ratio, ratio or ())), depths=tuple(depth or ()), **modes)
 
 
-@experiment("table8", without=("impl", "peers", "config"))
+@experiment("table8", without=("impl", "former_impl", "config"))
 def table8(setting: dict, mode: Modes = ("train",)):
     """Time and memory of the paper's Table 8, beside it: sampled tokens with decoders of 4 and 1 blocks, windows.
 
-    Each model is timed only if its features and gradients are those of the same weights in plain PyTorch. Overrides are
-    of all four configs.
+    Each model is timed only if its features and gradients equal those of plain PyTorch with the same weights. Overrides
+    apply to all four configs.
     """
     from .experiments import table8
 
     return table8, table8.Options(modes=tuple(mode), **setting)
 
 
-@experiment("packed", without=("part", "impl", "peers", "size", "batch"))
+@experiment("packed", without=("part", "impl", "former_impl", "size", "batch"))
 def packed(
     setting: dict,
     size: Annotated[list[str] | None, typer.Option(metavar="HxW", help="One image; may be repeated.")] = (
@@ -213,9 +211,9 @@ def packed(
     ratio: Ratio = 0.5,
     mode: Modes = ("train", "inference"),
 ):
-    """A batch of images of different sizes through the backbone: on one canvas, packed, and one by one.
+    """A batch of images of different sizes through the backbone: padded (canvas), packed, and one by one.
 
-    Packed is timed only if each image's features and gradients are those that it has alone.
+    Packed is timed only if each image's features and gradients equal those of the image alone.
     """
     from .experiments import packed
 
@@ -223,7 +221,7 @@ def packed(
     return packed, packed.Options(sizes=sizes, ratio=_ratio(ratio), modes=tuple(mode), **setting)
 
 
-@experiment("roofline", part="detector", without=("impl", "peers"), rounds=5)
+@experiment("roofline", part="detector", without=("impl", "former_impl"), rounds=5)
 def roofline(
     setting: dict,
     ratio: Ratio = 0.5,
@@ -232,7 +230,7 @@ def roofline(
     impl: Annotated[str, typer.Option(help="Implementation, as in the tables.")] = "ours",
     model: Annotated[str | None, typer.Option(hidden=True)] = None,
 ):
-    """What a step computes and moves by component, the machine's floor for it, and where the time goes.
+    """FLOPs, bytes and time of a step by component, and the machine's floor for each.
 
     Floors come from the copy bandwidth and the GEMM rate measured in the same run: an operation needs at least the
     longer of computing its FLOPs and moving each of its tensors once. Operations are timed one at a time.
@@ -256,7 +254,7 @@ def detectron2(
 ):
     """A training step of the backbone inside Detectron2's pyramid, beside the original MIMDet's own code.
 
-    Detectron2 must be installed. Overrides are of both configs, and as Detectron2 writes them.
+    Detectron2 must be installed. Overrides apply to both configs, in Detectron2's syntax.
     """
     from .experiments import detectron2
 
@@ -266,7 +264,7 @@ def detectron2(
 @app.command("gpu")
 def gpu(
     part: Annotated[list[str] | None, typer.Option(help="Part to run; may be repeated. Default: all.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Measure again what is there already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what has a result already.")] = False,
     minutes: Annotated[float, typer.Option(min=1, help="Of the whole run; its parts' budgets grow with it.")] = MINUTES,
     output: Annotated[
         Path | None, typer.Option(help="Folder; default: bench/results/<name of the GPU>.", show_default=False)
@@ -274,8 +272,8 @@ def gpu(
 ) -> None:
     """Everything worth measuring on a GPU, in parts: the tables, every operation, the roofline, the whole step.
 
-    A part whose result is there is skipped, so that the same command goes on where the last run ended: after Ctrl-C,
-    after a failed part, or when the time was up. Exit status 1 means that some part is still missing.
+    Parts that have a result are skipped, so the same command continues a run after Ctrl-C, a failed part or the end of
+    its time. Exit status 1 means that some part is still missing.
     """
     import torch
 
@@ -299,12 +297,12 @@ def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Results of one run.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Results of another.")],
 ) -> None:
-    """How fast B is over A, for every row that both files have, with 95% intervals.
+    """Speed-up of B over A with 95% intervals, for every row in both files.
 
     `mimdet bench compare before.json after.json`
 
-    Two runs can differ by more than their intervals say, in load or clocks: what one run measured side by side is
-    the better evidence.
+    Load and clocks differ between two runs by more than the intervals show: speed-ups measured within one run are
+    better evidence.
     """
     from .compare import show
 
@@ -335,7 +333,7 @@ def readme(
         typer.Argument(help="Markdown pages; default: README.md and docs/*.md that have markers.", show_default=False),
     ] = None,
 ) -> None:
-    """Generate the tables of Markdown pages from the files of results, and the folders of configs, that they name."""
+    """Generate the tables of Markdown pages from the results and configs that their markers name."""
     from .readme import pages, update
 
     for path in paths or pages(Path()):

@@ -1,4 +1,4 @@
-"""``mimdet bench compare``: what changed between two files of results."""
+"""``mimdet bench compare``: changes between two files of results."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from . import views
 from .measure import Ratio, unpaired_ratio
 from .row import Results, key
 
-# Speed-ups that two runs can agree on are over these.
+# Baselines of the speed-ups that ``agreement`` compares.
 _BASELINES = ("eager", "inductor", "original", "original-sdpa", "sdpa-compile", "canvas")
 
 
 def compare(before: Results, after: Results) -> list[dict]:
     """Every row that both files have, in the order of the first: its name, both times, and the second's speed-up.
 
-    The intervals know nothing of what differs between two runs as such: load, clocks, temperature.
+    The intervals do not cover differences between runs: load, clocks, temperature.
 
     Raises:
         ValueError: no row in common.

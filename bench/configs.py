@@ -1,4 +1,4 @@
-"""The table of configs: what each is, its parameters, the AP that others claim for it, and its command."""
+"""The table of configs: title, parameters, the AP claimed for it, and the command."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ COLUMNS: list[Column] = [
     ("command", "command", ""),
 ]
 # Folders with parts of configs, and with the same configs for Detectron2.
-_LEFT_OUT = ("common", "detectron2")
+_EXCLUDED = ("common", "detectron2")
 
 
 def names(folder: Path) -> list[str]:
     """The configs below a folder, as ``--config-file`` takes them: its own before those of its folders."""
     files = (path.relative_to(folder).with_suffix("") for path in folder.rglob("*.py"))
-    return [str(path) for path in sorted(files, key=lambda p: (len(p.parts), p)) if path.parts[0] not in _LEFT_OUT]
+    return [str(path) for path in sorted(files, key=lambda p: (len(p.parts), p)) if path.parts[0] not in _EXCLUDED]
 
 
 def rows(folder: Path, page: Path) -> list[dict]:

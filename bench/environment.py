@@ -1,4 +1,4 @@
-"""Where and when figures were measured: enough to judge them, nothing that names the machine or its owner."""
+"""Device, versions, load and date of a measurement; nothing that names the machine or its owner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing is timed before its outputs and gradients are right."""
+"""Checks of outputs and gradients; nothing is timed before it passes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-# Slack beside twice the reference's error, in units of the dtype's last place at the largest magnitude.
+# Added to twice the reference's error: ulps of the dtype at the largest magnitude.
 _ULPS = 4
 # Relative L2 distance allowed between two models: features, gradients.
 _MODEL_TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (3e-2, 1e-1), "fp16": (4e-3, 2e-2)}
@@ -19,7 +19,7 @@ def differentiate(
     gradients: Sequence[torch.Tensor],
     comparable: Callable[[tuple], Sequence[torch.Tensor]] = tuple,
 ) -> dict[str, torch.Tensor]:
-    """Outputs of ``function(inputs)``, as ``comparable`` shows them, and gradients of ``differentiable`` inputs."""
+    """``comparable`` outputs of ``function(inputs)``, and gradients of ``differentiable`` inputs."""
     leaves = {k: v.detach().requires_grad_(k in differentiable) for k, v in inputs.items()}
     outputs = function(leaves)
     tensors = {f"output {i}": output.detach() for i, output in enumerate(comparable(outputs))}
@@ -62,7 +62,7 @@ def mismatch(
 
 
 def _budget(plain: torch.Tensor, exact: torch.Tensor, terms: int) -> float:
-    """Largest error allowed: twice the reference's in the same dtype, and slack that grows with the root of terms."""
+    """Largest error allowed: twice the reference's in the same dtype, plus ulps that grow with the root of terms."""
     reference = (plain.double() - exact).abs().max().item()
     return 2 * reference + _ULPS * torch.finfo(plain.dtype).eps * exact.abs().max().item() * terms**0.5
 
@@ -84,6 +84,6 @@ def model_mismatch(actual: Mapping[str, torch.Tensor], expected: Mapping[str, to
 
 
 def reason(error: Exception) -> str:
-    """The status of what raised ``error``: out of memory, a missing compiler, ...; the others go on."""
+    """Status of a row that raised ``error``: out of memory, a missing compiler, ..."""
     first, *_ = str(error).strip().splitlines() or [""]
     return f"cannot run: {type(error).__name__}: {first[:120]}"

@@ -1,8 +1,8 @@
-"""``mimdet bench gpu``: all that is worth measuring on a GPU, in independent parts.
+"""``mimdet bench gpu``: all measurements on a GPU, in independent parts.
 
-Each part is a process, so that a crash or a lack of memory in one leaves the others alone, and has a budget of time.
-``<part>.error.txt`` is beside its result from its start until it has succeeded: a part without that file is done,
-whatever ended the run.
+Each part is a process, so a crash or lack of memory in one does not stop the others, and has a budget of time.
+``<part>.error.txt`` exists from the part's start until it succeeds: a part with a result and without that file is done,
+however the run ended.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MINUTES = 8.8  # of a run: under nine with the start of Python
 _GRACE = 5.0  # seconds that an interrupted part has to end by itself
 _LARGEST = 400_000  # bytes of a result: they are committed
-_TAIL = 60  # lines of a failed part's output that are kept
+_TAIL = 60  # last lines of a failed part's output in its error file
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ def _impl(*names: str) -> tuple[str, ...]:
     return tuple(word for name in names for word in ("--impl", name))
 
 
-# The compiled baseline takes a minute for every row of a table: it is measured at the default row.
+# torch.compile takes a minute for every row of a table: only the default row has it.
 _EAGER = _impl("ours", "original", "original-no-checkpoint", "original-sdpa")
 _STEP = (*_impl("ours", "original", "original-sdpa", "sdpa-compile"), "--part", "detector", "--mode", "train")
-# The most telling first: a run on a slow machine may not come to the last.
+# Most important first: a run on a slow machine may not reach the last.
 PARTS = (
     Part("environment", 90, ("mimdet", "info"), ".txt"),  # builds what is in csrc
     _parity(),
@@ -112,8 +112,8 @@ def default_folder() -> Path:
 def run_gpu(parts: Sequence[Part], folder: Path, minutes: float = MINUTES, force: bool = False) -> bool:
     """Run the parts whose results are not there yet, in order; True if all are there at the end.
 
-    A part begins only where its whole budget is left, so that the run ends in time; later, smaller ones still may.
-    Ctrl-C, like SIGTERM, ends the part that runs and then the run; results stay.
+    A part starts only if its whole budget is left, so that the run ends in time; later, smaller parts may still start.
+    Ctrl-C or SIGTERM ends the current part and the run; results stay.
     """
     from . import views  # imports torch
 
@@ -145,11 +145,11 @@ def run_gpu(parts: Sequence[Part], folder: Path, minutes: float = MINUTES, force
 
 
 def run_part(part: Part, folder: Path, seconds: float) -> str | None:
-    """Run one part; None, or what went wrong, which ``<part>.error.txt`` says too."""
+    """Run one part; None, or the error, which is in ``<part>.error.txt`` too."""
     marker, result = part.error(folder), folder / part.file
     write_bytes(marker, b"did not end: the machine or the run was stopped\n")
     command = [sys.executable, "-m", *part.words, *(() if part.text else ("--output", str(result)))]
-    # Full tracebacks, and lines of text that are as wide as tables are.
+    # Full tracebacks, and lines as wide as the tables.
     variables = {**os.environ, "MIMDET_DEBUG": "1", "COLUMNS": "160"}
     with tempfile.TemporaryFile() as printed:
         error = "interrupted"
@@ -170,7 +170,7 @@ def run_part(part: Part, folder: Path, seconds: float) -> str | None:
 
 
 def _run(command: Sequence[str], variables: dict[str, str], printed, seconds: float) -> str | None:
-    # In a session of its own: Ctrl-C in the terminal reaches this process alone, which passes it on.
+    # start_new_session: Ctrl-C in the terminal reaches only this process, which forwards it.
     process = subprocess.Popen(
         command, env=variables, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True
     )
@@ -178,12 +178,12 @@ def _run(command: Sequence[str], variables: dict[str, str], printed, seconds: fl
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:
         _interrupt(process)
-        return f"stopped after its budget of {seconds:.0f} s; what it had finished is kept"
+        return f"stopped after its budget of {seconds:.0f} s; its finished rows are in the file"
     except KeyboardInterrupt:
         _interrupt(process)
         raise
     finally:
-        # Whatever it started goes with it: compilers, test workers.
+        # killpg ends its children too: compilers, test workers.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -191,7 +191,7 @@ def _run(command: Sequence[str], variables: dict[str, str], printed, seconds: fl
 
 
 def _interrupt(process: subprocess.Popen) -> None:
-    """Let it keep what it has finished."""
+    """SIGINT, with time to write finished rows."""
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_GRACE)
@@ -205,7 +205,7 @@ def _problem(result: Path) -> str | None:
 
 
 def _without_folders(text: str) -> str:
-    """Without the folders of whoever ran it."""
+    """Without the user's folders."""
     for folder, name in ((ROOT, "."), (Path.home(), "~")):
         if folder != Path(folder.anchor):
             text = text.replace(str(folder), name)
@@ -214,7 +214,7 @@ def _without_folders(text: str) -> str:
 
 @contextlib.contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, what ``timeout`` and schedulers send, becomes KeyboardInterrupt: no part outlives the run."""
+    """SIGTERM, which ``timeout`` and schedulers send, raises KeyboardInterrupt: no part outlives the run."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

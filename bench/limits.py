@@ -1,4 +1,4 @@
-"""What this machine can do at best: copy bandwidth and GEMM rate, measured in the run that is compared with them."""
+"""The machine's limits, copy bandwidth and GEMM rate, measured in the same run as everything else."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def gemm_key(dtype: torch.dtype) -> str:
 
 
 def floor_seconds(limits: Mapping[str, float], dtype: torch.dtype | None, flops: float, moved: float) -> float:
-    """Seconds that the machine needs at best: all of it computing in ``dtype``, or all of it moving bytes."""
+    """Least seconds for this work: the longer of computing in ``dtype`` and of moving bytes."""
     computing = flops / limits[gemm_key(dtype)] / 1e12 if flops else 0.0
     return max(computing, moved / limits["copy_gb_s"] / 1e9)
 
@@ -64,7 +64,7 @@ def _is_gpu(device: str) -> bool:
 
 
 def _least(run, device: str) -> float:
-    """Seconds of the fastest round: other programs on the machine only ever add to them."""
+    """Seconds of the fastest round: other programs on the machine only add time."""
     with torch.no_grad():
         timings = measure({"run": run}, _ROUNDS, timer=timer_for(device))
     return min(timings.samples["run"])

@@ -1,4 +1,4 @@
-"""How time and memory are measured: interleaved rounds, an A/A control, medians of per-round ratios, peaks."""
+"""Measures time and memory: interleaved rounds, an A/A control, medians of per-round ratios, peaks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_CALLS = 100
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast one thing is as another: the median over rounds and its 95% interval."""
+    """Speed-up: the median over rounds and its 95% interval."""
 
     median: float
     low: float
@@ -28,11 +28,11 @@ class Ratio:
 
     @property
     def differs(self) -> bool:
-        """Whether the interval leaves 1 out."""
+        """Whether the interval excludes 1."""
         return self.low > 1 or self.high < 1
 
     def __format__(self, spec: str) -> str:
-        """A claim only where the interval allows one; ``spec`` is that of a number."""
+        """ "no difference" if the interval includes 1; ``spec`` formats the numbers."""
         spec = spec or ".2f"
         interval = f"[{self.low:{spec}}, {self.high:{spec}}]"
         return f"{self.median:{spec}}x {interval}" if self.differs else f"no difference {interval}"
@@ -63,19 +63,19 @@ class Timings:
         return paired_ratio(self.samples[over], self.samples[name])
 
     def control_ratio(self) -> Ratio:
-        """The first name against itself: what this machine shows where there is nothing to see."""
+        """The first name against itself: the machine's noise."""
         return paired_ratio(next(iter(self.samples.values())), self.control)
 
     def columns(self, name: Hashable) -> dict[str, int | float | list[float]]:
-        """What a row says of its rounds; nothing where ``name`` was not timed."""
+        """Columns of a row from its rounds; empty if ``name`` was not timed."""
         if not self.samples.get(name):
             return {}
         control = self.control_ratio()
-        figures = zip(("p20_ms", "p50_ms", "p80_ms"), (1e3 * s for s in self.percentiles(name)), strict=True)
+        times = zip(("p20_ms", "p50_ms", "p80_ms"), (1e3 * s for s in self.percentiles(name)), strict=True)
         intervals = {"control": control.median, "control_low": control.low, "control_high": control.high}
         return {
             "rounds": self.rounds,
-            **{column: rounded(figure) for column, figure in (*figures, *intervals.items())},
+            **{column: rounded(value) for column, value in (*times, *intervals.items())},
             "samples_ms": [rounded(1e3 * s) for s in self.samples[name]],
         }
 
@@ -91,8 +91,8 @@ def measure(
 ) -> Timings:
     """Time every run in turn, forwards and then backwards (A B B A), ``rounds`` times.
 
-    A slow drift of the machine falls on all alike. The first run is measured twice: its second place is the
-    control. One figure is the mean of both passes of a round, and a pass repeats short runs until ``least`` seconds.
+    The order spreads slow drifts of the machine evenly. The first run is timed twice: the second is the control.
+    A sample is the mean of both passes of a round, and a pass repeats short runs until ``least`` seconds.
 
     Args:
         runs: what to time, by name.
@@ -141,7 +141,7 @@ def wall_timer(run: Run, calls: int) -> float:
 
 
 class CudaTimer:
-    """Time on the GPU between events, without the launches: the GPU is kept busy until all are queued.
+    """Time between CUDA events, without launch overhead: ``_sleep`` keeps the GPU busy until all calls are queued.
 
     Args:
         cold: write a buffer of three times the L2 cache before each call.
@@ -171,18 +171,18 @@ class CudaTimer:
 
 
 def timer_for(device: str, cold: bool = False) -> Timer:
-    """What times one operation on ``device``; whole models are timed by ``wall_timer`` everywhere."""
+    """Timer of single operations on ``device``; whole models always use ``wall_timer``."""
     return CudaTimer(cold) if torch.device(device).type == "cuda" else wall_timer
 
 
 def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
-    """Median of ``slow / fast`` over rounds measured together, rounds drawn anew for the interval."""
+    """Median of ``slow / fast`` over rounds measured together, with a bootstrap interval."""
     ratios = np.asarray(slow, float) / np.asarray(fast, float)
     return _interval(np.median(ratios), np.median(ratios[_draws(len(ratios), 0)], axis=1))
 
 
 def unpaired_ratio(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
-    """Ratio of the medians of two separate measurements, each drawn anew for the interval."""
+    """Ratio of the medians of two separate measurements, with a bootstrap interval."""
     a, b = np.asarray(slow, float), np.asarray(fast, float)
     drawn = np.median(a[_draws(len(a), 0)], axis=1) / np.median(b[_draws(len(b), 1)], axis=1)
     return _interval(np.median(a) / np.median(b), drawn)
@@ -208,15 +208,15 @@ def peak_bytes(run: Run, device: str) -> int:
     return most
 
 
-def saved_bytes(forward: Run, parameters: Iterable[torch.Tensor]) -> int:
-    """Activation memory: bytes of the tensors that autograd saves for backward, each storage once, no parameters."""
+def activation_bytes(forward: Run, parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors that autograd saves for backward: each storage once, parameters excluded."""
     weights = {p.untyped_storage().data_ptr() for p in parameters}
     saved: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         address = tensor.untyped_storage().data_ptr()
         if address and address not in weights:
-            saved[address] = tensor.detach()  # alive, so that no other tensor gets the same address
+            saved[address] = tensor.detach()  # keeps the storage alive: its address is not used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -227,7 +227,7 @@ def saved_bytes(forward: Run, parameters: Iterable[torch.Tensor]) -> int:
 
 
 def rounded(value: float, digits: int = 5) -> float:
-    """To significant digits: files stay small."""
+    """To significant digits, for small files."""
     return float(f"{value:.{digits}g}")
 
 

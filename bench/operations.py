@@ -1,4 +1,4 @@
-"""What a step computes and moves: FLOPs, bytes and seconds of each operation, by component and direction."""
+"""FLOPs, bytes and seconds of each operation of a step, by component and direction."""
 
 from __future__ import annotations
 
@@ -48,14 +48,13 @@ Key = tuple[str, str, str, str]
 class Counter(TorchDispatchMode):
     """Counts and times every operation that runs inside ``with``.
 
-    An operation belongs to the component whose module called it; in backward, to the one whose forward made the
-    autograd node that runs. Operations are run one at a time, so their seconds add up to more than those of a step.
+    An operation belongs to the component whose module called it; in backward, to the one whose forward created
+    the autograd node. Operations run one at a time, so their seconds add up to more than a step's.
 
     Args:
         model: whose modules name the components.
         components: component -> prefixes of module names; the longest match wins, and "" matches all.
-        optimizer: its steps are ``UPDATE``. What belongs nowhere, above all the sums of parameters' gradients, is
-            ``OTHER``.
+        optimizer: its steps are ``UPDATE``. The rest, above all sums of parameters' gradients, is ``OTHER``.
     """
 
     def __init__(self, model: nn.Module, components: Mapping[str, Iterable[str]], optimizer: torch.optim.Optimizer):
@@ -63,7 +62,7 @@ class Counter(TorchDispatchMode):
         register_flops()
         self.work: dict[Key, Work] = defaultdict(Work)
         self._stack = [OTHER]
-        # Autograd nodes carry increasing numbers: from which number on which component's forward ran.
+        # Autograd nodes have increasing sequence numbers: the first number of each component's forward.
         self._numbers: list[int] = []
         self._components: list[str] = []
         owner = {prefix: name for name, prefixes in components.items() for prefix in prefixes}
@@ -99,7 +98,7 @@ class Counter(TorchDispatchMode):
         self._numbers.append(number)
         self._components.append(self._stack[-1])
 
-    def _place(self) -> tuple[str, str]:
+    def _owner(self) -> tuple[str, str]:
         node = torch._C._current_autograd_node()
         if node is None:
             return self._stack[-1], "forward"
@@ -118,7 +117,7 @@ class Counter(TorchDispatchMode):
             return result
         tensors = _tensors((args, kwargs))
         shapes = " ".join("x".join(map(str, t.shape)) for t in tensors if t.dim())
-        work = self.work[(*self._place(), function.name(), shapes)]
+        work = self.work[(*self._owner(), function.name(), shapes)]
         work.calls += 1
         work.flops += flops(function, args, kwargs, result)
         work.bytes += moved(function, args, kwargs, result)
@@ -135,7 +134,7 @@ def flops(function, args: tuple, kwargs: dict, result) -> int:
 
 
 def moved(function, args: tuple, kwargs: dict, result) -> int:
-    """Bytes of one call: each tensor read once, each written once; what is written in place counts for both."""
+    """Bytes of one call: inputs read once, outputs written once; tensors changed in place count twice."""
     total = 0
     arguments = function._schema.arguments
     values = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
@@ -157,7 +156,7 @@ def _tensors(tree) -> list[torch.Tensor]:
 
 
 def _size(tensor: torch.Tensor) -> int:
-    """Bytes of memory behind a tensor; what is expanded is read once."""
+    """Bytes of a tensor's memory; expanded dimensions count once."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride or not size else 1
@@ -182,9 +181,9 @@ def _wait(result) -> None:
 
 @cache
 def register_flops() -> None:
-    """Teach ``torch.utils.flop_counter`` packed attention, ours and PyTorch's, and products that are added in place.
+    """Give ``torch.utils.flop_counter`` formulas of packed attention, ours and PyTorch's, and of in-place products.
 
-    It takes formulas for operations that exist: those of packed attention are registered by the modules that use them.
+    It accepts only registered operations, so the modules that register packed attention are imported first.
     """
     import_module("torch.nn.attention.varlen")
     import_module("mimdet.kernels.attention_varlen.api")
@@ -214,5 +213,5 @@ def register_flops() -> None:
         aten.addmm_: flop_registry[aten.addmm],
         aten.baddbmm_: flop_registry[aten.baddbmm],
     }.items():
-        if target not in flop_registry:  # later versions of PyTorch know its own attention
+        if target not in flop_registry:  # later versions of PyTorch have a formula of varlen_attn
             register_flop_formula(target, get_raw=True)(formula)

@@ -42,7 +42,7 @@ def fill(text: str, folder: Path) -> str:
     """
     if not has_markers(text):
         raise ValueError(
-            "no place for results: <!-- results: FILE --> and <!-- end of results --> on lines of their own"
+            "no markers for results: <!-- results: FILE --> and <!-- end of results --> on lines of their own"
         )
 
     def locate(name: str) -> Path:

@@ -1,9 +1,9 @@
 """Rows of results and their files: JSON or CSV with the same content, checked when written and when read.
 
-A row is a flat dict about one measured thing. ``KEYS`` say what it is: two rows with equal keys are comparable, in one
-file or in two. ``VALUES`` are what came out: the status, the time with its samples, memory, FLOPs and bytes. A column
-that does not apply is absent, so a new experiment adds a column here and nothing else. What follows from other rows or
-columns, above all speed-ups, is not stored: tables and plots compute it from the samples.
+A row is a flat dict about one measurement. ``KEYS`` identify it: rows with equal keys are comparable, in one file or in
+two. ``VALUES`` are its results: the status, the time with its samples, memory, FLOPs and bytes. A column that does not
+apply is absent, so a new experiment only adds columns here. Speed-ups and the like are not stored: tables and plots
+compute them from the samples.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KEYS = {
     "implementation": str,
 }
 VALUES = {
-    "status": str,  # "ok", or why there are no figures
+    "status": str,  # "ok", or why there are no values
     "rounds": int,
     **dict.fromkeys(("p20_ms", "p50_ms", "p80_ms"), float),
     "samples_ms": list,  # one a round
@@ -45,7 +45,7 @@ VALUES = {
     "parameters": int,
     "trainable": int,
     "paper_parameters_m": float,
-    "peak_mib": float,  # beyond what was allocated before
+    "peak_mib": float,  # beyond the memory allocated before
     "allocated_mib": float,  # with weights, gradients and the optimizer's state
     "reserved_mib": float,
     "activation_mib": float,  # saved tensors
@@ -83,7 +83,7 @@ class ResultsError(ValueError):
 
 @dataclass
 class Results:
-    """Rows of one run, and where they come from.
+    """Rows of one run, and their origin.
 
     Attributes:
         command: that measured them.
@@ -128,7 +128,7 @@ class Results:
 
 
 def key(row: dict[str, Any], *without: str) -> tuple[tuple[str, Any], ...]:
-    """What the row is about: its key columns but for those in ``without``."""
+    """Identity of the row: its key columns except ``without``."""
     return tuple((name, row[name]) for name in KEYS if name in row and name not in without)
 
 
@@ -163,14 +163,14 @@ def _fits(value: Any, kind: type) -> bool:
 
 
 def _from_schema_1(content: dict) -> dict:
-    """Schema 1 named the experiment once a file, stored None, and repeated speed-ups that samples give."""
+    """Schema 1 named the experiment once per file, stored None, and stored speed-ups."""
     kind = content.pop("kind")
     renamed = _RENAMED | ({"form": "case"} if kind == "forms" else {})
     defaults = {"experiment": "table8" if kind == "forms" else kind, "implementation": "ours", "status": "ok"}
     rows = []
     for old in content["rows"]:
-        kept = {k: v for k, v in old.items() if v not in (None, "", []) and not k.startswith("vs_")}
-        row = defaults | {renamed.get(k, k): v for k, v in kept.items()}
+        values = {k: v for k, v in old.items() if v not in (None, "", []) and not k.startswith("vs_")}
+        row = defaults | {renamed.get(k, k): v for k, v in values.items()}
         row["implementation"] = ALIASES.get(row["implementation"], row["implementation"])
         rows.append(row)
     return content | {"schema": SCHEMA, "rows": rows}

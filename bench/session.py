@@ -23,7 +23,7 @@ class Candidate:
     Attributes:
         keys: key columns of its row.
         step: what is timed.
-        error: why it must not be; None where its outputs are right.
+        error: why it is not timed; None if its outputs are correct.
         values: other columns of its row, such as its memory.
     """
 
@@ -38,7 +38,7 @@ class Candidate:
 
 
 def begin(device: str, dtypes: Iterable[str], limits: Mapping[str, float] | None = None) -> Results:
-    """Results without rows yet; the machine and its limits, measured now unless given, are printed."""
+    """Results without rows yet; the machine and its limits, measured now if None, are printed."""
     limits = limits or measure_limits(device, [DTYPES[dtype] for dtype in dict.fromkeys(dtypes)])
     results = Results(environment.command(), environment.describe(device), dict(limits))
     gemms = [f"GEMM {k.split('_')[1]} {v:.3g} TFLOP/s" for k, v in limits.items() if k.startswith("gemm")]
@@ -65,17 +65,17 @@ def interleave(
     earlier = list(results.rows)
     rows: list[dict] = []
 
-    def keep(timings: Timings) -> None:
+    def write(timings: Timings) -> None:
         rows[:] = finish([candidate.row(timings, i) for i, candidate in enumerate(candidates)])
         results.rows = [*earlier, *rows]
         results.write(output)
 
-    keep(Timings({}))
+    write(Timings({}))
     runs = {i: candidate.step for i, candidate in enumerate(candidates) if candidate.error is None}
     if runs and rounds:
         with views.progress("rounds", rounds) as advance:
             measure(
                 runs, rounds, timer=wall_timer, warmup=1, least=0.0,
-                on_round=lambda timings: (keep(timings), advance()),
+                on_round=lambda timings: (write(timings), advance()),
             )  # fmt: skip
     return rows

@@ -1,7 +1,7 @@
-"""Tables are views of rows, the same for a terminal and for Markdown; plots share their figure and colours.
+"""Tables are views of rows, the same for a terminal and for Markdown; plots share their figure and colors.
 
 A column is (header, key, format): the key is a row's column or a function of the row, the format a format
-specification. An empty format is for text, on the left; figures are on the right.
+specification. An empty format means text, aligned left; numbers are aligned right.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ BARS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#9999
 
 
 def console() -> Console:
-    """Standard output; wide enough for the tables where it is a file."""
+    """Standard output; 200 columns wide if it is a file."""
     return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 @contextlib.contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar in a terminal, nothing elsewhere; what is yielded advances it by one."""
+    """A bar in a terminal, nothing elsewhere; yields a function that advances it by one."""
     screen = Console(stderr=True)
     text = TextColumn("{task.description}")
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), text)
@@ -68,7 +68,7 @@ def markdown(columns: Sequence[Column], rows: Sequence[dict]) -> str:
 
 
 def cells(columns: Sequence[Column], rows: Sequence[dict]) -> tuple[list[Column], list[list[str]]]:
-    """The columns in which some row has something, and their cells; a row that failed has its status for figures."""
+    """Columns that are not empty, and their cells; a row that failed shows its status instead of numbers."""
     lines = []
     for row in rows:
         failed = row.get("status", "ok") != "ok"
@@ -104,7 +104,7 @@ def speedup_over(name: str, rows: Sequence[dict]) -> Callable[[dict], Ratio | No
 
 
 def title(rows: Sequence[dict], *names: str) -> str:
-    """The values of these columns, and the run's A/A control: what the machine shows where there is nothing to see."""
+    """The values of these columns, and the run's A/A control: the ratio of two equal measurements."""
     words = ", ".join(f"{name} {rows[0][name]}" if name in ("batch", "ratio") else rows[0][name] for name in names)
     control = next((row for row in rows if "control" in row), None)
     if control is None:
@@ -113,7 +113,7 @@ def title(rows: Sequence[dict], *names: str) -> str:
 
 
 def figure(width: float, height: float):
-    """A matplotlib figure of these inches, without a window, with room for a caption below."""
+    """A matplotlib figure of these inches, without a window, with space for a caption below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

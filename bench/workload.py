@@ -1,4 +1,4 @@
-"""A model, its data and one step of it: what experiments on models check, time and count."""
+"""A model, its data and one step of it, for the experiments on models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..polygons import PackedPolygons
 from ..testing import fixed_noise
 from .baselines import bottom_up
 from .equality import model_mismatch, reason
-from .measure import peak_bytes, rounded, saved_bytes
+from .measure import activation_bytes, peak_bytes, rounded
 from .session import DTYPES, Candidate
 
 MODES = ("train", "inference")
@@ -52,7 +52,7 @@ class Setting:
 
     @property
     def gpu(self) -> bool:
-        """Whether the device is one."""
+        """Whether the device is a GPU."""
         return torch.device(self.device).type == "cuda"
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -102,7 +102,7 @@ def build_detector(config: str, overrides: Sequence[str], depth: int | None, dev
 
 
 def idle_optimizer(detector: nn.Module) -> torch.optim.Optimizer:
-    """AdamW that does the work of an update and leaves the weights as they are: its learning rate is zero."""
+    """AdamW with learning rate zero: it does the work of an update and changes no weight."""
     return torch.optim.AdamW((p for p in detector.parameters() if p.requires_grad), lr=0.0)
 
 
@@ -146,7 +146,7 @@ def candidate(
     mode: str,
     setting: Setting,
 ) -> Candidate:
-    """A workload with its memory, or with the reason why it must not be timed: outputs that are not ``expected``."""
+    """A workload with its memory, or with the error that excludes it: outputs that are not ``expected``."""
     error = None
     try:
         actual = outputs_of(work.model if setting.part == "backbone" else bottom_up(work.model), mode, setting)
@@ -183,7 +183,7 @@ def outputs_of(backbone: nn.Module, mode: str, setting: Setting) -> dict[str, to
 
 
 def smooth_features(features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """All but c5: its pooling hands a gradient to the larger of two cells that may differ by rounding alone."""
+    """All but c5: max pooling sends the gradient to the larger of two cells, which may differ only by rounding."""
     return [feature for name, feature in features.items() if name != "c5"]
 
 
@@ -205,7 +205,7 @@ def memory_of(work: Workload, mode: str, setting: Setting) -> dict[str, float]:
     if setting.gpu:
         memory["reserved_mib"] = torch.cuda.max_memory_reserved()
     if mode == "train":
-        memory["activation_mib"] = saved_bytes(work.forward, work.model.parameters())
+        memory["activation_mib"] = activation_bytes(work.forward, work.model.parameters())
     return {name: rounded(size / 2**20) for name, size in memory.items()}
 
 
@@ -217,7 +217,7 @@ def forget_gradients(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """Convolutions without TF32, for a comparison."""
+    """Convolutions without TF32."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

@@ -1,24 +1,21 @@
-// torch.ops.mimdet_cpu.add_layer_norm_*: shared out among torch's threads. Shapes and dtypes are checked in Python.
+// torch.ops.mimdet_cpu.add_layer_norm_*: torch's threads share the rows. Python has checked shapes and dtypes.
 #include "AddLayerNorm.h"
-
-#include <optional>
 
 #include "binding.h"
 
 namespace mimdet {
 namespace {
 
-using Maybe = std::optional<Tensor>;
+void* rows(const OptionalTensor& t) { return t ? mimdet::rows(*t) : nullptr; }
+float* floats(const OptionalTensor& t) { return t ? mimdet::floats(*t) : nullptr; }
 
-void* rows(const Maybe& t) { return t ? mimdet::rows(*t) : nullptr; }
-float* floats(const Maybe& t) { return t ? mimdet::floats(*t) : nullptr; }
-
-void fwd(const Tensor& residual, const Maybe& x, const Maybe& scale, const Tensor& weight, const Tensor& bias,
-         double eps, const Tensor& residual_out, const Tensor& y, const Tensor& mean, const Tensor& rstd) {
+void fwd(const Tensor& residual, const OptionalTensor& x, const OptionalTensor& scale, const Tensor& weight,
+         const Tensor& bias, double eps, const Tensor& residual_out, const Tensor& y, const Tensor& mean,
+         const Tensor& rstd) {
   const int64_t count = residual.size(0) * residual.size(1), N = residual.size(1), C = residual.size(2);
   const auto kernel = MIMDET_PICK_ISA(add_layer_norm_fwd);
   const void* pr = mimdet::rows(residual);
-  const void* pb = rows(x);
+  const void* px = rows(x);
   const float* ps = floats(scale);
   const float* pw = mimdet::floats(weight);
   const float* pbias = mimdet::floats(bias);
@@ -28,14 +25,14 @@ void fwd(const Tensor& residual, const Maybe& x, const Maybe& scale, const Tenso
   float* pd = mimdet::floats(rstd);
   const bool bf16_r = is_bfloat16(residual), bf16_x = x && is_bfloat16(*x), bf16_y = is_bfloat16(y);
   torch::stable::parallel_for(0, count, kGrain / C + 1, [&](int64_t first, int64_t last) {
-    kernel(pr, pb, ps, pw, pbias, pn, py, pm, pd, first, last, N, C, static_cast<float>(eps), bf16_r, bf16_x,
+    kernel(pr, px, ps, pw, pbias, pn, py, pm, pd, first, last, N, C, static_cast<float>(eps), bf16_r, bf16_x,
            bf16_y);
   });
 }
 
-void bwd(const Maybe& dresidual_out, const Tensor& dy, const Tensor& residual_out, const Tensor& mean,
-         const Tensor& rstd, const Maybe& scale, const Tensor& weight, int64_t step, const Tensor& dresidual,
-         const Maybe& dx, const Tensor& dw_partial, const Tensor& db_partial) {
+void bwd(const OptionalTensor& dresidual_out, const Tensor& dy, const Tensor& residual_out, const Tensor& mean,
+         const Tensor& rstd, const OptionalTensor& scale, const Tensor& weight, int64_t step, const Tensor& dresidual,
+         const OptionalTensor& dx, const Tensor& dw_partial, const Tensor& db_partial) {
   const int64_t count = residual_out.size(0) * residual_out.size(1), N = residual_out.size(1), C = residual_out.size(2);
   const auto kernel = MIMDET_PICK_ISA(add_layer_norm_bwd);
   const void* pg = rows(dresidual_out);
@@ -45,15 +42,15 @@ void bwd(const Maybe& dresidual_out, const Tensor& dy, const Tensor& residual_ou
   const float* pd = mimdet::floats(rstd);
   const float* ps = floats(scale);
   const float* pw = mimdet::floats(weight);
-  void* to_r = mimdet::rows(dresidual);
-  void* to_branch = rows(dx);
-  float* to_w = mimdet::floats(dw_partial);
-  float* to_b = mimdet::floats(db_partial);
+  void* pdr = mimdet::rows(dresidual);
+  void* pdx = rows(dx);
+  float* pdw = mimdet::floats(dw_partial);
+  float* pdb = mimdet::floats(db_partial);
   const bool bf16_r = is_bfloat16(residual_out), bf16_y = is_bfloat16(dy);
-  const bool bf16_branch = dx && is_bfloat16(*dx);
+  const bool bf16_x = dx && is_bfloat16(*dx);
   torch::stable::parallel_for(0, dw_partial.size(0), kGrain / (step * C) + 1, [&](int64_t first, int64_t last) {
-    kernel(pg, py, pr, pm, pd, ps, pw, to_r, to_branch, to_w, to_b, first, last, step, count, N, C, bf16_r,
-           bf16_branch, bf16_y);
+    kernel(pg, py, pr, pm, pd, ps, pw, pdr, pdx, pdw, pdb, first, last, step, count, N, C, bf16_r,
+           bf16_x, bf16_y);
   });
 }
 

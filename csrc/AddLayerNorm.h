@@ -5,17 +5,17 @@
 
 #include "isa.h"
 
-// r, branch, r_new, y (rows, C); scale (rows / N,); weight, bias (C,) float32; mean, rstd (rows,) float32.
-// branch and scale may be null; r_new is written only if there is a branch. r_new is of r's dtype.
-MIMDET_DECLARE_ISA(void add_layer_norm_fwd(const void* r, const void* branch, const float* scale, const float* weight,
-                                           const float* bias, void* r_new, void* y, float* mean, float* rstd,
+// residual, x, residual_out, y (rows, C); scale (rows / N,); weight, bias (C,), mean, rstd (rows,) float32.
+// x and scale may be null; residual_out, in residual's dtype, is written only with x.
+MIMDET_DECLARE_ISA(void add_layer_norm_fwd(const void* residual, const void* x, const float* scale, const float* weight,
+                                           const float* bias, void* residual_out, void* y, float* mean, float* rstd,
                                            int64_t first, int64_t last, int64_t N, int64_t C, float eps, bool bf16_r,
-                                           bool bf16_branch, bool bf16_y))
+                                           bool bf16_x, bool bf16_y))
 
-// Chunks of `step` rows; each sums its rows' gradients of the parameters into its own rows of partial_* (chunks, C).
-// grad_r_new, scale and grad_branch may be null. grad_r_new, r_new and grad_r are of one dtype.
-MIMDET_DECLARE_ISA(void add_layer_norm_bwd(const void* grad_r_new, const void* grad_y, const void* r_new,
+// Each chunk of `step` rows sums its gradients of the parameters into its own rows of d*_partial (chunks, C).
+// dresidual_out, scale and dx may be null; dresidual_out, residual_out and dresidual have one dtype.
+MIMDET_DECLARE_ISA(void add_layer_norm_bwd(const void* dresidual_out, const void* dy, const void* residual_out,
                                            const float* mean, const float* rstd, const float* scale,
-                                           const float* weight, void* grad_r, void* grad_branch, float* partial_w,
-                                           float* partial_b, int64_t first, int64_t last, int64_t step, int64_t rows,
-                                           int64_t N, int64_t C, bool bf16_r, bool bf16_branch, bool bf16_y))
+                                           const float* weight, void* dresidual, void* dx, float* dw_partial,
+                                           float* db_partial, int64_t first, int64_t last, int64_t step, int64_t rows,
+                                           int64_t N, int64_t C, bool bf16_r, bool bf16_x, bool bf16_y))

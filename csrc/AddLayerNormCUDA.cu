@@ -28,7 +28,7 @@ struct Backward {
 
 // residual, x, residual_out, y (rows, C); scale (rows / N,); weight, bias (C,); mean, rstd (rows,). A block takes one
 // row.
-template <class R, class B, class Y, int V>
+template <class R, class X, class Y, int V>
 __global__ void __launch_bounds__(1024) fwd(const Forward p) {
   const int64_t row = blockIdx.x, at = row * p.C;
   float x[kItems<V>][V];
@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(1024) fwd(const Forward p) {
     load<V>(static_cast<const R*>(p.residual) + at + c, x[k]);
     if (p.x) {
       float added[V];
-      load<V>(static_cast<const B*>(p.x) + at + c, added);
+      load<V>(static_cast<const X*>(p.x) + at + c, added);
 #pragma unroll
-      // Backward knows only the rounded sum, so the statistics are those of the rounded sum.
+      // Backward sees only the rounded sum, so the statistics are those of the rounded sum.
       for (int i = 0; i < V; ++i) x[k][i] = to_float(from_float<R>(x[k][i] + s * added[i]));
       store<V>(static_cast<R*>(p.residual_out) + at + c, x[k]);
     }
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(1024) fwd(const Forward p) {
 }
 
 // d*, residual_out (rows, C); mean, rstd (rows,); weight (C,); *_partial (gridDim.x, C). A block takes `step` rows.
-template <class R, class B, class Y, int V>
+template <class R, class X, class Y, int V>
 __global__ void __launch_bounds__(1024) bwd(const Backward p) {
   float dw[kItems<V>][V] = {}, db[kItems<V>][V] = {};
   const int64_t first = blockIdx.x * p.step;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(1024) bwd(const Backward p) {
       if (p.dx) {
 #pragma unroll
         for (int i = 0; i < V; ++i) passed[i] *= s;
-        store<V>(static_cast<B*>(p.dx) + at + c, passed);
+        store<V>(static_cast<X*>(p.dx) + at + c, passed);
       }
     }
   }
@@ -137,52 +137,52 @@ __global__ void __launch_bounds__(1024) bwd(const Backward p) {
 
 // Whole warps, at most 1024 threads.
 unsigned threads(int64_t C, int V) {
-  const int64_t wanted = (C + V * 32 - 1) / (V * 32) * 32;
-  return static_cast<unsigned>(wanted < 1024 ? wanted : 1024);
+  const int64_t count = (C + V * 32 - 1) / (V * 32) * 32;
+  return static_cast<unsigned>(count < 1024 ? count : 1024);
 }
 
-template <class R, class B, class Y>
+template <class R, class X, class Y>
 int launch(const Forward& p, int64_t rows, bool wide, cudaStream_t stream) {
   if (wide) {
-    fwd<R, B, Y, 4><<<static_cast<unsigned>(rows), threads(p.C, 4), 0, stream>>>(p);
+    fwd<R, X, Y, 4><<<static_cast<unsigned>(rows), threads(p.C, 4), 0, stream>>>(p);
   } else {
-    fwd<R, B, Y, 1><<<static_cast<unsigned>(rows), threads(p.C, 1), 0, stream>>>(p);
+    fwd<R, X, Y, 1><<<static_cast<unsigned>(rows), threads(p.C, 1), 0, stream>>>(p);
   }
   return cudaGetLastError();
 }
 
-template <class R, class B, class Y>
+template <class R, class X, class Y>
 int launch(const Backward& p, int64_t, bool wide, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>((p.rows + p.step - 1) / p.step);
   if (wide) {
-    bwd<R, B, Y, 4><<<blocks, threads(p.C, 4), 0, stream>>>(p);
+    bwd<R, X, Y, 4><<<blocks, threads(p.C, 4), 0, stream>>>(p);
   } else {
-    bwd<R, B, Y, 1><<<blocks, threads(p.C, 1), 0, stream>>>(p);
+    bwd<R, X, Y, 1><<<blocks, threads(p.C, 1), 0, stream>>>(p);
   }
   return cudaGetLastError();
 }
 
-// One 16-bit type L beside float: everything L, or a float stream with branch and y of either type.
+// One 16-bit type L beside float: everything L, or a float residual with x and y of either type.
 template <class L, class P>
-int with_types(const P& p, int64_t rows, bool wide, int64_t r, int64_t branch, int64_t y, cudaStream_t stream) {
+int with_types(const P& p, int64_t rows, bool wide, int64_t r, int64_t x, int64_t y, cudaStream_t stream) {
   if (r == kFloat) {
-    if (branch == kFloat) {
+    if (x == kFloat) {
       return y == kFloat ? launch<float, float, float>(p, rows, wide, stream)
                          : launch<float, float, L>(p, rows, wide, stream);
     }
     return y == kFloat ? launch<float, L, float>(p, rows, wide, stream) : launch<float, L, L>(p, rows, wide, stream);
   }
-  if (branch == kFloat || y == kFloat) return cudaErrorInvalidValue;
+  if (x == kFloat || y == kFloat) return cudaErrorInvalidValue;
   return launch<L, L, L>(p, rows, wide, stream);
 }
 
 template <class P>
-int dispatch(const P& p, int64_t rows, bool wide, int64_t r, int64_t branch, int64_t y, cudaStream_t stream) {
-  const bool has_half = r == kHalf || branch == kHalf || y == kHalf;
-  const bool has_bfloat16 = r == kBfloat16 || branch == kBfloat16 || y == kBfloat16;
+int dispatch(const P& p, int64_t rows, bool wide, int64_t r, int64_t x, int64_t y, cudaStream_t stream) {
+  const bool has_half = r == kHalf || x == kHalf || y == kHalf;
+  const bool has_bfloat16 = r == kBfloat16 || x == kBfloat16 || y == kBfloat16;
   if (p.C > kWidest || (has_half && has_bfloat16)) return cudaErrorInvalidValue;
-  return has_half ? with_types<__half>(p, rows, wide, r, branch, y, stream)
-                  : with_types<__nv_bfloat16>(p, rows, wide, r, branch, y, stream);
+  return has_half ? with_types<__half>(p, rows, wide, r, x, y, stream)
+                  : with_types<__nv_bfloat16>(p, rows, wide, r, x, y, stream);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// torch.ops.mimdet_cpu.bias_gelu_*: shared out among torch's threads. Shapes and dtypes are checked in Python.
+// torch.ops.mimdet_cpu.bias_gelu_*: torch's threads share the rows. Python has checked shapes and dtypes.
 #include "BiasGelu.h"
 
 #include "binding.h"
@@ -22,14 +22,14 @@ void bwd(const Tensor& dy, const Tensor& x, const Tensor& bias, int64_t step, co
          const Tensor& db_partial) {
   const int64_t count = x.size(0), C = x.size(1);
   const auto kernel = MIMDET_PICK_ISA(bias_gelu_bwd);
-  const void* pg = rows(dy);
+  const void* pdy = rows(dy);
   const void* px = rows(x);
   const float* pb = floats(bias);
-  void* pgx = rows(dx);
-  float* pp = floats(db_partial);
+  void* pdx = rows(dx);
+  float* pdb = floats(db_partial);
   const bool bf16_x = is_bfloat16(x);
   torch::stable::parallel_for(0, db_partial.size(0), kGrain / (step * C) + 1, [&](int64_t first, int64_t last) {
-    kernel(pg, px, pb, pgx, pp, first, last, step, count, C, bf16_x);
+    kernel(pdy, px, pb, pdx, pdb, first, last, step, count, C, bf16_x);
   });
 }
 

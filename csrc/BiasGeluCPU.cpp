@@ -20,23 +20,23 @@ void forward(const T* x, const float* __restrict bias, T* __restrict y, int64_t 
 }
 
 template <class T>
-void backward(const T* grad_y, const T* x, const float* __restrict bias, T* __restrict grad_x,
-              float* __restrict partial, int64_t first, int64_t last, int64_t step, int64_t rows, int64_t C) {
+void backward(const T* dy, const T* x, const float* __restrict bias, T* __restrict dx,
+              float* __restrict db_partial, int64_t first, int64_t last, int64_t step, int64_t rows, int64_t C) {
   for (int64_t chunk = first; chunk < last; ++chunk) {
-    float* __restrict total = partial + chunk * C;
+    float* __restrict db = db_partial + chunk * C;
     for (int64_t c = 0; c < C; ++c) {
-      total[c] = 0.0f;
+      db[c] = 0.0f;
     }
     const int64_t end = (chunk + 1) * step < rows ? (chunk + 1) * step : rows;
     for (int64_t row = chunk * step; row < end; ++row) {
-      const T* dy = grad_y + row * C;
+      const T* grad = dy + row * C;
       const T* from = x + row * C;
-      T* to = grad_x + row * C;
+      T* to = dx + row * C;
 #pragma omp simd
       for (int64_t c = 0; c < C; ++c) {
-        const float g = load(dy + c) * gelu_derivative(load(from + c) + bias[c]);
+        const float g = load(grad + c) * gelu_derivative(load(from + c) + bias[c]);
         store(to + c, g);
-        total[c] += g;
+        db[c] += g;
       }
     }
   }
@@ -52,14 +52,14 @@ void bias_gelu_fwd(const void* x, const float* bias, void* y, int64_t first, int
   }
 }
 
-void bias_gelu_bwd(const void* grad_y, const void* x, const float* bias, void* grad_x, float* partial, int64_t first,
+void bias_gelu_bwd(const void* dy, const void* x, const float* bias, void* dx, float* db_partial, int64_t first,
                    int64_t last, int64_t step, int64_t rows, int64_t C, bool bf16_x) {
   if (bf16_x) {
-    backward(static_cast<const bf16*>(grad_y), static_cast<const bf16*>(x), bias, static_cast<bf16*>(grad_x), partial,
+    backward(static_cast<const bf16*>(dy), static_cast<const bf16*>(x), bias, static_cast<bf16*>(dx), db_partial,
              first, last, step, rows, C);
   } else {
-    backward(static_cast<const float*>(grad_y), static_cast<const float*>(x), bias, static_cast<float*>(grad_x),
-             partial, first, last, step, rows, C);
+    backward(static_cast<const float*>(dy), static_cast<const float*>(x), bias, static_cast<float*>(dx),
+             db_partial, first, last, step, rows, C);
   }
 }
 

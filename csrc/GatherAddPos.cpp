@@ -1,14 +1,13 @@
 #include "GatherAddPos.h"
 
 #include <memory>
-#include <optional>
 
 #include "binding.h"
 
 namespace mimdet {
 namespace {
 
-// Reading outside of a tensor is worse than the few microseconds that this takes.
+// An index out of range would read outside of the tensor; the check costs microseconds.
 void check_index(const int64_t* index, int64_t n, int64_t length) {
   for (int64_t i = 0; i < n; ++i) {
     STD_TORCH_CHECK(index[i] >= 0 && index[i] < length, "gather_add_pos: index holds ", index[i],
@@ -17,7 +16,7 @@ void check_index(const int64_t* index, int64_t n, int64_t length) {
 }
 
 // x (B, L, C) with contiguous rows, pos (L, C) in y's dtype or none, index (B, K) int64 -> y (B, K, C).
-void fwd(const Tensor& x, std::optional<Tensor> pos, const Tensor& index, Tensor y) {
+void fwd(const Tensor& x, OptionalTensor pos, const Tensor& index, Tensor y) {
   const int64_t count = index.size(1), channels = x.size(2);
   const int64_t batch_stride = x.stride(0), row_stride = x.stride(1);
   const auto* index_at = static_cast<const int64_t*>(index.data_ptr());
@@ -36,7 +35,7 @@ void bwd(const Tensor& dy, const Tensor& index, Tensor dx) {
   const int64_t batch = dx.size(0), length = dx.size(1), channels = dx.size(2), count = index.size(1);
   const auto* index_at = static_cast<const int64_t*>(index.data_ptr());
   check_index(index_at, index.numel(), length);
-  // With the row that each token's gradient comes from, every row of the result is written once.
+  // Inverted index, so that threads write each row of dx once.
   const std::unique_ptr<int64_t[]> source(new int64_t[batch * length]);
   for (int64_t i = 0; i < batch * length; ++i) source[i] = -1;
   for (int64_t i = 0; i < batch * count; ++i) source[i / count * length + index_at[i]] = i;

@@ -12,6 +12,6 @@ MIMDET_DECLARE_ISA(void gather_add_pos_rows(const void* x, bool x_bf16, int64_t 
                                             const void* pos, const int64_t* index, void* out, bool out_bf16,
                                             int64_t count, int64_t channels, int64_t begin, int64_t end))
 
-// out[r] = grad[source[r]], zero where source[r] is negative, for rows begin <= r < end.
-MIMDET_DECLARE_ISA(void gather_add_pos_backward_rows(const void* grad, bool grad_bf16, const int64_t* source, void* out,
+// out[r] = dy[source[r]], zero where source[r] is negative, for rows begin <= r < end.
+MIMDET_DECLARE_ISA(void gather_add_pos_backward_rows(const void* dy, bool dy_bf16, const int64_t* source, void* out,
                                                      bool out_bf16, int64_t channels, int64_t begin, int64_t end))

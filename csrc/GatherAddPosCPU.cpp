@@ -24,13 +24,13 @@ void gather(const In* x, int64_t batch_stride, int64_t row_stride, const Out* po
 }
 
 template <typename In, typename Out>
-void scatter(const In* grad, const int64_t* source, Out* out, int64_t channels, int64_t begin, int64_t end) {
+void scatter(const In* dy, const int64_t* source, Out* out, int64_t channels, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     Out* to = out + r * channels;
     if (source[r] < 0) {
       __builtin_memset(to, 0, sizeof(Out) * channels);
     } else {
-      const In* from = grad + source[r] * channels;
+      const In* from = dy + source[r] * channels;
 #pragma omp simd
       for (int64_t c = 0; c < channels; ++c) store(to + c, load(from + c));
     }
@@ -54,16 +54,16 @@ void gather_add_pos_rows(const void* x, bool x_bf16, int64_t batch_stride, int64
   }
 }
 
-void gather_add_pos_backward_rows(const void* grad, bool grad_bf16, const int64_t* source, void* out, bool out_bf16,
+void gather_add_pos_backward_rows(const void* dy, bool dy_bf16, const int64_t* source, void* out, bool out_bf16,
                                   int64_t channels, int64_t begin, int64_t end) {
-  if (grad_bf16 && out_bf16) {
-    scatter(static_cast<const bf16*>(grad), source, static_cast<bf16*>(out), channels, begin, end);
+  if (dy_bf16 && out_bf16) {
+    scatter(static_cast<const bf16*>(dy), source, static_cast<bf16*>(out), channels, begin, end);
   } else if (out_bf16) {
-    scatter(static_cast<const float*>(grad), source, static_cast<bf16*>(out), channels, begin, end);
-  } else if (grad_bf16) {
-    scatter(static_cast<const bf16*>(grad), source, static_cast<float*>(out), channels, begin, end);
+    scatter(static_cast<const float*>(dy), source, static_cast<bf16*>(out), channels, begin, end);
+  } else if (dy_bf16) {
+    scatter(static_cast<const bf16*>(dy), source, static_cast<float*>(out), channels, begin, end);
   } else {
-    scatter(static_cast<const float*>(grad), source, static_cast<float*>(out), channels, begin, end);
+    scatter(static_cast<const float*>(dy), source, static_cast<float*>(out), channels, begin, end);
   }
 }
 

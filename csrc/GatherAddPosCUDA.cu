@@ -14,11 +14,11 @@ __global__ void gather_add_pos_kernel(const In* x, int64_t batch_stride, int64_t
 }
 
 template <int V, class In, class Out>
-__global__ void gather_add_pos_backward_kernel(const In* grad, const int64_t* index, Out* out, int64_t rows,
+__global__ void gather_add_pos_backward_kernel(const In* dy, const int64_t* index, Out* out, int64_t rows,
                                                int64_t count, int64_t length, int64_t channels) {
   const int64_t r = warp_row();
   if (r >= rows) return;
-  move_row<V>(grad + r * channels, static_cast<const Out*>(nullptr),
+  move_row<V>(dy + r * channels, static_cast<const Out*>(nullptr),
               out + (r / count * length + index[r]) * channels, channels);
 }
 

@@ -1,7 +1,5 @@
-// Registration of GroupNorm + GELU for the CPU, and how its work is spread over threads.
-//
-// Work is cut into tasks of a fixed size, whatever the number of threads, and partial results are added in the order of
-// the tasks: the numbers are the same on one core and on many.
+// torch.ops.mimdet_cpu.group_norm_gelu_*: torch's threads share tasks of a fixed size, and partial results are added in
+// the order of the tasks, so the numbers do not depend on the number of threads.
 #include "GroupNormGelu.h"
 
 #include <algorithm>
@@ -14,8 +12,6 @@
 namespace mimdet {
 namespace {
 
-using Maybe = std::optional<Tensor>;
-
 const char* at(const void* p, int64_t elements, bool bf16) {
   return static_cast<const char*>(p) + elements * (bf16 ? 2 : 4);
 }
@@ -27,7 +23,7 @@ struct Tasks {
   int64_t B, C, S, rows, width, length, per_sample;
   Areas areas;
 
-  Tasks(const Tensor& x, const Maybe& sizes, bool nhwc)
+  Tasks(const Tensor& x, const OptionalTensor& sizes, bool nhwc)
       : nhwc(nhwc),
         B(x.size(0)),
         C(x.size(1)),
@@ -49,32 +45,32 @@ struct Tasks {
     });
   }
 
-  // Calls f(start, n, channel, valid) for the stretches of a task: n positions whose elements begin at start, of all
-  // channels (nhwc) or of one. Without sizes, a task is one stretch, or one a channel.
+  // Calls f(start, n, channel, is_valid) for the runs of a task: n positions whose elements begin at start, of all
+  // channels (nhwc) or of one. Without sizes, a task is one run, or one per channel.
   template <class F>
-  void stretches(int64_t task, F f) const {
+  void each_run(int64_t task, F f) const {
     const int64_t sample = task / per_sample, first = task % per_sample * length, N = C * S;
     const int64_t last = std::min(first + length, rows);
     if (nhwc) {
-      areas.stretches(sample, first, last - first, [&](int64_t position, int64_t n, bool valid) {
-        f(sample * N + position * C, n, int64_t(0), valid);
+      areas.each_run(sample, first, last - first, [&](int64_t position, int64_t n, bool is_valid) {
+        f(sample * N + position * C, n, int64_t(0), is_valid);
       });
       return;
     }
     for (int64_t c = first; c < last; ++c) {
-      areas.stretches(sample, 0, S, [&](int64_t position, int64_t n, bool valid) {
-        f(sample * N + c * S + position, n, c, valid);
+      areas.each_run(sample, 0, S, [&](int64_t position, int64_t n, bool is_valid) {
+        f(sample * N + c * S + position, n, c, is_valid);
       });
     }
   }
 
-  // Writes zeros over a stretch.
+  // Writes zeros over a run.
   void clear(void* p, bool bf16, int64_t start, int64_t n) const {
     std::memset(at(p, start, bf16), 0, n * (nhwc ? C : 1) * (bf16 ? 2 : 4));
   }
 };
 
-// Count, mean and sum of squared deviations.
+// Count, mean and sum of squared x_centered.
 struct Moments {
   double count = 0.0, mean = 0.0, m2 = 0.0;
 
@@ -89,7 +85,7 @@ struct Moments {
 };
 
 void group_norm_gelu(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& sizes, double eps, bool nhwc,
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& sizes, double eps, bool nhwc,
     const Tensor& y, const Tensor& mean, const Tensor& rstd) {
   const bool bf16 = is_bfloat16(x);
   const Tasks tasks(x, sizes, nhwc);
@@ -101,8 +97,8 @@ void group_norm_gelu(
   const auto moments = MIMDET_PICK_ISA(gng_moments);
   std::vector<Moments> partial(tasks.count());
   tasks.each([&](int64_t task, int64_t) {
-    tasks.stretches(task, [&](int64_t start, int64_t n, int64_t, bool valid) {
-      if (!valid) return;
+    tasks.each_run(task, [&](int64_t start, int64_t n, int64_t, bool is_valid) {
+      if (!is_valid) return;
       const int64_t elements = n * (nhwc ? tasks.C : 1);
       Moments part{static_cast<double>(elements)};
       moments(at(xs, start, bf16), bf16, elements, &part.mean, &part.m2);
@@ -119,10 +115,10 @@ void group_norm_gelu(
   const auto by_position = MIMDET_PICK_ISA(gng_forward_nhwc);
   const auto by_channel = MIMDET_PICK_ISA(gng_forward_nchw);
   tasks.each([&](int64_t task, int64_t s) {
-    tasks.stretches(task, [&](int64_t start, int64_t n, int64_t c, bool valid) {
+    tasks.each_run(task, [&](int64_t start, int64_t n, int64_t c, bool is_valid) {
       const char* from = at(xs, start, bf16);
       char* to = at(ys, start, bf16);
-      if (!valid) {
+      if (!is_valid) {
         tasks.clear(ys, bf16, start, n);
       } else if (nhwc) {
         by_position(from, to, bf16, n, tasks.C, means[s], rstds[s], w, b);
@@ -134,7 +130,7 @@ void group_norm_gelu(
 }
 
 void group_norm_gelu_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& sizes,
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& sizes,
     const Tensor& mean, const Tensor& rstd, bool nhwc, const Tensor& dx, const Tensor& dweight, const Tensor& dbias) {
   const bool bf16 = is_bfloat16(x);
   const Tasks tasks(x, sizes, nhwc);
@@ -143,14 +139,14 @@ void group_norm_gelu_backward(
   void* dxs = rows(dx);
   const float *w = floats(weight), *b = floats(bias), *means = floats(mean), *rstds = floats(rstd);
 
-  // channel_sums[sample][0][c] = sum of dz, [1][c] = sum of dz * xhat.
+  // channel_sums[sample][0][c] = sum of dz, [1][c] = sum of dz * x_hat.
   std::vector<double> channel_sums(B * 2 * C, 0.0);
   if (nhwc) {
     const auto sums = MIMDET_PICK_ISA(gng_backward_sums_nhwc);
     std::vector<float> partial(tasks.count() * 2 * C, 0.0f);
     tasks.each([&](int64_t task, int64_t s) {
-      tasks.stretches(task, [&](int64_t start, int64_t n, int64_t, bool valid) {
-        if (!valid) return;
+      tasks.each_run(task, [&](int64_t start, int64_t n, int64_t, bool is_valid) {
+        if (!is_valid) return;
         sums(
             at(dys, start, bf16), at(xs, start, bf16), at(dxs, start, bf16), bf16, n, C, means[s], rstds[s], w, b,
             &partial[task * 2 * C]);
@@ -165,10 +161,10 @@ void group_norm_gelu_backward(
     tasks.each([&](int64_t task, int64_t s) {
       double pair[2] = {};
       int64_t channel = -1;
-      tasks.stretches(task, [&](int64_t start, int64_t n, int64_t c, bool valid) {
+      tasks.each_run(task, [&](int64_t start, int64_t n, int64_t c, bool is_valid) {
         if (c != channel) pair[0] = pair[1] = 0.0;
         channel = c;
-        if (valid) {
+        if (is_valid) {
           sums(
               at(dys, start, bf16), at(xs, start, bf16), at(dxs, start, bf16), bf16, n, means[s], rstds[s], w[c], b[c],
               pair);
@@ -182,13 +178,13 @@ void group_norm_gelu_backward(
   std::vector<float> a(B), k(B);
   std::vector<double> total(2 * C, 0.0);
   for (int64_t sample = 0; sample < B; ++sample) {
-    const double *dz = &channel_sums[sample * 2 * C], *dz_xhat = dz + C;
+    const double *dz = &channel_sums[sample * 2 * C], *dz_x_hat = dz + C;
     double a_sum = 0.0, k_sum = 0.0;
     for (int64_t c = 0; c < C; ++c) {
       a_sum += w[c] * dz[c];
-      k_sum += w[c] * dz_xhat[c];
+      k_sum += w[c] * dz_x_hat[c];
       total[c] += dz[c];
-      total[C + c] += dz_xhat[c];
+      total[C + c] += dz_x_hat[c];
     }
     a[sample] = static_cast<float>(a_sum / tasks.elements(sample));
     k[sample] = static_cast<float>(k_sum / tasks.elements(sample));
@@ -199,10 +195,10 @@ void group_norm_gelu_backward(
   const auto by_position = MIMDET_PICK_ISA(gng_backward_dx_nhwc);
   const auto by_channel = MIMDET_PICK_ISA(gng_backward_dx_nchw);
   tasks.each([&](int64_t task, int64_t s) {
-    tasks.stretches(task, [&](int64_t start, int64_t n, int64_t c, bool valid) {
+    tasks.each_run(task, [&](int64_t start, int64_t n, int64_t c, bool is_valid) {
       const char* from = at(xs, start, bf16);
       char* to = at(dxs, start, bf16);
-      if (!valid) {
+      if (!is_valid) {
         tasks.clear(dxs, bf16, start, n);
       } else if (nhwc) {
         by_position(from, to, bf16, n, C, means[s], rstds[s], w, a[s], k[s]);

@@ -26,14 +26,14 @@ void moments(const T* x, int64_t n, double* mean, double* m2) {
     float sum = 0.0f, off = 0.0f;
 #pragma omp simd reduction(+ : sum, off)
     for (int64_t j = i; j < end; ++j) {
-      const float d = load(x + j) - center;
-      sum += d * d;
-      off += d;
+      const float x_centered = load(x + j) - center;
+      sum += x_centered * x_centered;
+      off += x_centered;
     }
     squares += sum;
     rest += off;
   }
-  // center is the mean rounded to float; what the rounding left is taken out of both moments.
+  // center is the mean rounded to float; shift corrects both moments for that rounding.
   const double shift = rest / n;
   *mean = center + shift;
   *m2 = squares - n * shift * shift;
@@ -62,11 +62,11 @@ void backward_sums_rows(
   for (int64_t c = 0; c < C; ++c) {
     float total = sum[c], dot = product[c];
     for (int r = 0; r < R; ++r) {
-      const float xhat = (load(x + r * C + c) - mean) * rstd;
-      const float dz = load(dy + r * C + c) * gelu_derivative(xhat * w[c] + b[c]);
+      const float x_hat = (load(x + r * C + c) - mean) * rstd;
+      const float dz = load(dy + r * C + c) * gelu_derivative(x_hat * w[c] + b[c]);
       store(dx + r * C + c, dz);
       total += dz;
-      dot += dz * xhat;
+      dot += dz * x_hat;
     }
     sum[c] = total;
     product[c] = dot;
@@ -93,11 +93,11 @@ void backward_sums_nchw(
     float sum = 0.0f, product = 0.0f;
 #pragma omp simd reduction(+ : sum, product)
     for (int64_t j = i; j < end; ++j) {
-      const float xhat = (load(x + j) - mean) * rstd;
-      const float dz = load(dy + j) * gelu_derivative(xhat * w + b);
+      const float x_hat = (load(x + j) - mean) * rstd;
+      const float dz = load(dy + j) * gelu_derivative(x_hat * w + b);
       store(dx + j, dz);
       sum += dz;
-      product += dz * xhat;
+      product += dz * x_hat;
     }
     sums[0] += sum;
     sums[1] += product;
@@ -105,7 +105,8 @@ void backward_sums_nchw(
 }
 
 template <typename T>
-void backward_dx_nhwc(const T* x, T* dx, int64_t n, int64_t C, float mean, float rstd, const float* w, float a, float k) {
+void backward_dx_nhwc(
+    const T* x, T* dx, int64_t n, int64_t C, float mean, float rstd, const float* w, float a, float k) {
   for (int64_t r = 0; r < n; ++r, x += C, dx += C) {
 #pragma omp simd
     for (int64_t c = 0; c < C; ++c) {
@@ -161,7 +162,8 @@ void gng_backward_dx_nhwc(
       bf16, backward_dx_nhwc(static_cast<const T*>(x), static_cast<T*>(dx), n, C, mean, rstd, weight, a, k))
 }
 
-void gng_backward_dx_nchw(In x, void* dx, bool bf16, int64_t n, float mean, float rstd, float weight, float a, float k) {
+void gng_backward_dx_nchw(
+    In x, void* dx, bool bf16, int64_t n, float mean, float rstd, float weight, float a, float k) {
   MIMDET_BY_TYPE(bf16, backward_dx_nchw(static_cast<const T*>(x), static_cast<T*>(dx), n, mean, rstd, weight, a, k))
 }
 

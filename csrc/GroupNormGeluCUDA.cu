@@ -1,7 +1,7 @@
 // GroupNorm over whole samples and exact GELU for CUDA, without torch.
 //
-// Many blocks share a sample: each leaves the moments of its part, which one block a sample combines (Chan, Golub,
-// LeVeque 1979); the gradients' sums go the same way. No atomics: results repeat bitwise.
+// Many blocks share a sample: each writes the moments of its part, and one block per sample combines them (Chan,
+// Golub, LeVeque 1979); so it is with the gradients' sums. No atomics: results repeat bitwise.
 #include "cuda_image_norm.h"
 
 namespace mimdet {
@@ -13,12 +13,12 @@ constexpr int kHeld = V == 8 ? 2 : 4;
 template <int V>
 constexpr int64_t kChunk = kThreads * V * kHeld<V>;
 
-// Where elements of one sample lie, counted from the first one of a block.
-struct Place {
+// Channel and position of a sample's elements, counted from the first one of a block.
+struct Location {
   unsigned inner, outer, rest;
   bool nhwc;
 
-  __device__ Place(const Maps& maps, int64_t begin) : nhwc(maps.nhwc) {
+  __device__ Location(const Maps& maps, int64_t begin) : nhwc(maps.nhwc) {
     inner = static_cast<unsigned>(nhwc ? maps.C : maps.positions());
     outer = static_cast<unsigned>(static_cast<uint64_t>(begin) / inner);
     rest = static_cast<unsigned>(begin - static_cast<int64_t>(outer) * inner);
@@ -31,7 +31,7 @@ struct Place {
   }
 };
 
-// The mean is mean + rest: what rounding took from it would be large beside small deviations from a large mean.
+// The mean is mean + rest: rounding a large mean to float would lose as much as small values of x_centered.
 struct Moments {
   float count, mean, rest, m2;
 };
@@ -67,27 +67,27 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t sample = blockIdx.x / count, begin = blockIdx.x % count * per_part;
   const int64_t left = maps.size() - begin;
   const unsigned end = static_cast<unsigned>(left < per_part ? left : per_part);
-  const Place place(maps, begin);
+  const Location location(maps, begin);
   x += sample * maps.size() + begin;
   Moments all{};
   for (unsigned first = threadIdx.x * V; first < end; first += kChunk<V>) {
     float value[kHeld<V>][V];
-    bool inside[kHeld<V>];
+    bool use[kHeld<V>];
     float n = 0.0f, sum = 0.0f, rest = 0.0f, m2 = 0.0f;
 #pragma unroll
     for (int k = 0; k < kHeld<V>; ++k) {
       const unsigned at = first + k * kThreads * V;
-      inside[k] = at < end;
-      if (inside[k] && maps.sizes != nullptr) {
+      use[k] = at < end;
+      if (use[k] && maps.sizes != nullptr) {
         unsigned channel, position;
-        place.find(at, channel, position);
-        inside[k] = maps.valid(sample, position);
+        location.find(at, channel, position);
+        use[k] = maps.is_valid(sample, position);
       }
-      if (inside[k]) load<V>(x + at, value[k]);
+      if (use[k]) load<V>(x + at, value[k]);
     }
 #pragma unroll
     for (int k = 0; k < kHeld<V>; ++k) {
-      if (!inside[k]) continue;
+      if (!use[k]) continue;
       n += V;
 #pragma unroll
       for (int i = 0; i < V; ++i) sum += value[k][i];
@@ -95,12 +95,12 @@ __global__ void __launch_bounds__(kThreads)
     const float mean = n > 0.0f ? sum / n : 0.0f;
 #pragma unroll
     for (int k = 0; k < kHeld<V>; ++k) {
-      if (!inside[k]) continue;
+      if (!use[k]) continue;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float d = value[k][i] - mean;
-        rest += d;
-        m2 += d * d;
+        const float x_centered = value[k][i] - mean;
+        rest += x_centered;
+        m2 += x_centered * x_centered;
       }
     }
     rest = n > 0.0f ? rest / n : 0.0f;
@@ -139,7 +139,7 @@ __device__ __forceinline__ void parameters(const float* weight, const float* bia
   }
 }
 
-// A block takes kChunk elements of a sample; blocks such make a sample.
+// A block takes kChunk elements of a sample; a sample has `blocks` of them.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
     forward(const T* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,
@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(kThreads)
             unsigned blocks) {
   const int64_t sample = blockIdx.x / blocks, begin = blockIdx.x % blocks * kChunk<V>;
   const int64_t left = maps.size() - begin;
-  const Place place(maps, begin);
-  const float center = mean[sample], scale = rstd[sample];
+  const Location location(maps, begin);
+  const float x_mean = mean[sample], x_rstd = rstd[sample];
   x += sample * maps.size() + begin;
   y += sample * maps.size() + begin;
 #pragma unroll
@@ -156,20 +156,20 @@ __global__ void __launch_bounds__(kThreads)
     const unsigned at = (k * kThreads + threadIdx.x) * V;
     if (at >= left) break;
     unsigned channel, position;
-    place.find(at, channel, position);
+    location.find(at, channel, position);
     float value[V] = {};
-    if (maps.valid(sample, position)) {
+    if (maps.is_valid(sample, position)) {
       float w[V], b[V];
       load<V>(x + at, value);
       parameters<V>(weight, bias, maps.nhwc, channel, w, b);
 #pragma unroll
-      for (int i = 0; i < V; ++i) value[i] = gelu((value[i] - center) * scale * w[i] + b[i]);
+      for (int i = 0; i < V; ++i) value[i] = gelu((value[i] - x_mean) * x_rstd * w[i] + b[i]);
     }
     store<V>(y + at, value);
   }
 }
 
-// Sums of dz = dy * gelu'(z) and of dz * xhat -> sums (B, parts, 2, C), for nhwc maps. A block takes step positions,
+// Sums of dz = dy * gelu'(z) and of dz * x_hat -> sums (B, parts, 2, C), for nhwc maps. A block takes step positions,
 // blockDim.y at once, and blockDim.x vectors of channels.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
@@ -182,23 +182,23 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t channel = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * V;
   float total[V] = {}, product[V] = {};
   if (channel < maps.C) {
-    const float center = mean[sample], scale = rstd[sample];
+    const float x_mean = mean[sample], x_rstd = rstd[sample];
     const int64_t base = sample * maps.size() + channel;
     float w[V], b[V];
     load_floats<V>(weight + channel, w);
     load_floats<V>(bias + channel, b);
 #pragma unroll 2
     for (int64_t position = first + threadIdx.y; position < last; position += blockDim.y) {
-      if (!maps.valid(sample, static_cast<unsigned>(position))) continue;
-      float xhat[V], dz[V];
-      load<V>(x + base + position * maps.C, xhat);
+      if (!maps.is_valid(sample, static_cast<unsigned>(position))) continue;
+      float x_hat[V], dz[V];
+      load<V>(x + base + position * maps.C, x_hat);
       load<V>(dy + base + position * maps.C, dz);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        xhat[i] = (xhat[i] - center) * scale;
-        dz[i] *= gelu_derivative(xhat[i] * w[i] + b[i]);
+        x_hat[i] = (x_hat[i] - x_mean) * x_rstd;
+        dz[i] *= gelu_derivative(x_hat[i] * w[i] + b[i]);
         total[i] += dz[i];
-        product[i] += dz[i] * xhat[i];
+        product[i] += dz[i] * x_hat[i];
       }
     }
   }
@@ -231,21 +231,21 @@ __global__ void __launch_bounds__(kThreads)
   const unsigned plane = blockIdx.x / parts, channels = static_cast<unsigned>(maps.C);
   const int64_t part = blockIdx.x % parts, sample = plane / channels, channel = plane % channels;
   const int64_t last = (part + 1) * step < maps.positions() ? (part + 1) * step : maps.positions();
-  const float center = mean[sample], scale = rstd[sample], w = weight[channel], b = bias[channel];
+  const float x_mean = mean[sample], x_rstd = rstd[sample], w = weight[channel], b = bias[channel];
   x += static_cast<int64_t>(plane) * maps.positions();
   dy += static_cast<int64_t>(plane) * maps.positions();
   float total = 0.0f, product = 0.0f;
   for (int64_t position = part * step + threadIdx.x * V; position < last; position += kThreads * V) {
-    if (!maps.valid(sample, static_cast<unsigned>(position))) continue;
-    float xhat[V], dz[V];
-    load<V>(x + position, xhat);
+    if (!maps.is_valid(sample, static_cast<unsigned>(position))) continue;
+    float x_hat[V], dz[V];
+    load<V>(x + position, x_hat);
     load<V>(dy + position, dz);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      xhat[i] = (xhat[i] - center) * scale;
-      dz[i] *= gelu_derivative(xhat[i] * w + b);
+      x_hat[i] = (x_hat[i] - x_mean) * x_rstd;
+      dz[i] *= gelu_derivative(x_hat[i] * w + b);
       total += dz[i];
-      product += dz[i] * xhat[i];
+      product += dz[i] * x_hat[i];
     }
   }
   total = block_sum(total);
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// totals (B, 2, C) -> means (B, 2) of weight * dz and of weight * dz * xhat. A block takes a sample.
+// totals (B, 2, C) -> means (B, 2) of weight * dz and of weight * dz * x_hat. A block takes a sample.
 __global__ void __launch_bounds__(kThreads)
     gradient_means(const float* __restrict__ totals, const float* __restrict__ weight, float* __restrict__ means,
                    const Maps maps) {
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// dx = rstd * (weight * dz - mean(weight * dz) - xhat * mean(weight * dz * xhat)). Blocks as in forward.
+// dx = rstd * (weight * dz - mean(weight * dz) - x_hat * mean(weight * dz * x_hat)). Blocks as in forward.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
     gradient(const T* __restrict__ dy, const T* __restrict__ x, const float* __restrict__ weight,
@@ -284,8 +284,8 @@ __global__ void __launch_bounds__(kThreads)
              const float* __restrict__ means, T* __restrict__ dx, const Maps maps, unsigned blocks) {
   const int64_t sample = blockIdx.x / blocks, begin = blockIdx.x % blocks * kChunk<V>;
   const int64_t left = maps.size() - begin;
-  const Place place(maps, begin);
-  const float center = mean[sample], scale = rstd[sample], a = means[2 * sample], k = means[2 * sample + 1];
+  const Location location(maps, begin);
+  const float x_mean = mean[sample], x_rstd = rstd[sample], a = means[2 * sample], k = means[2 * sample + 1];
   dy += sample * maps.size() + begin;
   x += sample * maps.size() + begin;
   dx += sample * maps.size() + begin;
@@ -294,17 +294,17 @@ __global__ void __launch_bounds__(kThreads)
     const unsigned at = (n * kThreads + threadIdx.x) * V;
     if (at >= left) break;
     unsigned channel, position;
-    place.find(at, channel, position);
+    location.find(at, channel, position);
     float out[V] = {};
-    if (maps.valid(sample, position)) {
+    if (maps.is_valid(sample, position)) {
       float value[V], w[V], b[V];
       load<V>(dy + at, out);
       load<V>(x + at, value);
       parameters<V>(weight, bias, maps.nhwc, channel, w, b);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float xhat = (value[i] - center) * scale;
-        out[i] = scale * (out[i] * gelu_derivative(xhat * w[i] + b[i]) * w[i] - a - xhat * k);
+        const float x_hat = (value[i] - x_mean) * x_rstd;
+        out[i] = x_rstd * (out[i] * gelu_derivative(x_hat * w[i] + b[i]) * w[i] - a - x_hat * k);
       }
     }
     store<V>(dx + at, out);
@@ -349,7 +349,8 @@ MIMDET_CUDA_API int mimdet_group_norm_gelu_bwd(const void* dy, const void* x, co
                                                const int32_t* sizes, const float* mean, const float* rstd,
                                                int64_t nhwc, float* sums, float* totals, float* means, void* dx,
                                                float* dweight, float* dbias, int64_t B, int64_t C, int64_t H,
-                                               int64_t W, int64_t parts, int64_t step, int64_t dtype, cudaStream_t stream) {
+                                               int64_t W, int64_t parts, int64_t step, int64_t dtype,
+                                               cudaStream_t stream) {
   using namespace mimdet;
   const Maps maps{B, C, H, W, nhwc != 0, sizes};
   const auto wide = [&](int lanes) {

@@ -1,5 +1,5 @@
-// Registration of channel-wise LayerNorm + GELU for the CPU, and how its work is spread over threads: in tasks of a
-// fixed size whose partial sums are added in order, so that the numbers do not depend on the number of threads.
+// torch.ops.mimdet_cpu.layer_norm_gelu_*: torch's threads share tasks of a fixed size, and partial sums are added in
+// their order, so the numbers do not depend on the number of threads.
 #include "LayerNormGelu.h"
 
 #include <algorithm>
@@ -11,15 +11,13 @@
 namespace mimdet {
 namespace {
 
-using Maybe = std::optional<Tensor>;
-
 // Tasks of consecutive positions, none of which spans two samples.
 struct Tasks {
   bool nhwc;
   int64_t bytes, B, C, S, length, per_sample;
   Areas areas;
 
-  Tasks(const Tensor& x, const Maybe& sizes, bool nhwc)
+  Tasks(const Tensor& x, const OptionalTensor& sizes, bool nhwc)
       : nhwc(nhwc),
         bytes(is_bfloat16(x) ? 2 : 4),
         B(x.size(0)),
@@ -31,13 +29,13 @@ struct Tasks {
 
   int64_t count() const { return B * per_sample; }
 
-  // Calls f(start, position, n, valid) for the stretches of a task: n positions, the first at byte start, and number
-  // position among those of all samples. Without sizes, a task is one stretch.
+  // Calls f(start, position, n, is_valid) for the runs of a task: n positions, the first at byte start and with this
+  // number among the positions of all samples. Without sizes, a task is one run.
   template <class F>
-  void stretches(int64_t task, F f) const {
+  void each_run(int64_t task, F f) const {
     const int64_t sample = task / per_sample, first = task % per_sample * length;
-    areas.stretches(sample, first, std::min(length, S - first), [&](int64_t position, int64_t n, bool valid) {
-      f((sample * C * S + position * (nhwc ? C : 1)) * bytes, sample * S + position, n, valid);
+    areas.each_run(sample, first, std::min(length, S - first), [&](int64_t position, int64_t n, bool is_valid) {
+      f((sample * C * S + position * (nhwc ? C : 1)) * bytes, sample * S + position, n, is_valid);
     });
   }
 
@@ -52,7 +50,7 @@ struct Tasks {
 };
 
 void layer_norm_gelu(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& sizes, double eps, bool nhwc,
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& sizes, double eps, bool nhwc,
     const Tensor& y, const Tensor& mean, const Tensor& rstd) {
   const bool bf16 = is_bfloat16(x);
   const Tasks tasks(x, sizes, nhwc);
@@ -65,8 +63,8 @@ void layer_norm_gelu(
   const auto by_channel = MIMDET_PICK_ISA(lng_forward_nchw);
   torch::stable::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      tasks.stretches(i, [&](int64_t start, int64_t p, int64_t n, bool valid) {
-        if (!valid) {
+      tasks.each_run(i, [&](int64_t start, int64_t p, int64_t n, bool is_valid) {
+        if (!is_valid) {
           tasks.clear(ys + start, n);
           std::fill_n(means + p, n, 0.0f);
           std::fill_n(rstds + p, n, 0.0f);
@@ -81,7 +79,7 @@ void layer_norm_gelu(
 }
 
 void layer_norm_gelu_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& sizes,
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& sizes,
     const Tensor& mean, const Tensor& rstd, bool nhwc, const Tensor& dx, const Tensor& dweight, const Tensor& dbias) {
   const bool bf16 = is_bfloat16(x);
   const Tasks tasks(x, sizes, nhwc);
@@ -96,10 +94,10 @@ void layer_norm_gelu_backward(
     std::vector<float> scratch(C * (nhwc ? 1 : kPositions));
     for (int64_t i = begin; i < end; ++i) {
       float* sum = &sums[i * 2 * C];
-      tasks.stretches(i, [&](int64_t start, int64_t p, int64_t n, bool valid) {
+      tasks.each_run(i, [&](int64_t start, int64_t p, int64_t n, bool is_valid) {
         const char *grad = dys + start, *from = xs + start;
         char* to = dxs + start;
-        if (!valid) {
+        if (!is_valid) {
           tasks.clear(to, n);
         } else if (nhwc) {
           by_position(grad, from, to, bf16, n, C, w, b, means + p, rstds + p, scratch.data(), sum);

@@ -22,7 +22,7 @@ MIMDET_DECLARE_ISA(void lng_forward_nchw(
     const void* x, void* y, bool bf16, int64_t n, int64_t C, int64_t S, const float* weight, const float* bias,
     float eps, float* mean, float* rstd))
 
-// dx; adds the n positions' share of the gradients to sums[0..C) for the bias and sums[C..2C) for the weight.
+// Writes dx; adds the n positions' gradients of the bias to sums[0..C) and of the weight to sums[C..2C).
 MIMDET_DECLARE_ISA(void lng_backward_nhwc(
     const void* dy, const void* x, void* dx, bool bf16, int64_t n, int64_t C, const float* weight, const float* bias,
     const float* mean, const float* rstd, float* scratch, float* sums))

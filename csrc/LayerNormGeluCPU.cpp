@@ -8,9 +8,9 @@ namespace {
 
 using In = const void*;
 
-static inline float inverse_root(float x) { return 1.0f / __builtin_sqrtf(x); }
+static inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 
-// Rows whose moments are taken before any of them is normed: the sums of one wait while those of others go on.
+// Rows whose moments are summed before any of them is normalized: sums of several rows overlap in the pipeline.
 constexpr int64_t kRows = 16;
 
 template <typename T>
@@ -30,24 +30,24 @@ void forward_rows(
     float square = 0.0f, off = 0.0f;
 #pragma omp simd reduction(+ : square, off)
     for (int64_t c = 0; c < C; ++c) {
-      const float d = load(row + c) - center;
-      square += d * d;
-      off += d;
+      const float x_centered = load(row + c) - center;
+      square += x_centered * x_centered;
+      off += x_centered;
     }
     squares[r] = square;
     rest[r] = off;
   }
 #pragma omp simd
   for (int64_t r = 0; r < n; ++r) {
-    // rest is what rounding left in the sum: it corrects both moments.
+    // shift corrects both moments for the rounding of the sum.
     const float shift = rest[r] / C;
     mean[r] += shift;
-    rstd[r] = inverse_root((squares[r] - rest[r] * shift) / C + eps);
+    rstd[r] = rsqrt((squares[r] - rest[r] * shift) / C + eps);
   }
   for (int64_t r = 0; r < n; ++r, x += C, y += C) {
-    const float m = mean[r], s = rstd[r];
+    const float row_mean = mean[r], row_rstd = rstd[r];
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c) store(y + c, gelu((load(x + c) - m) * s * w[c] + b[c]));
+    for (int64_t c = 0; c < C; ++c) store(y + c, gelu((load(x + c) - row_mean) * row_rstd * w[c] + b[c]));
   }
 }
 
@@ -59,7 +59,7 @@ void forward_nhwc(
   }
 }
 
-// One tile of P <= kPositions positions; channels lie S apart.
+// One tile of P <= kPositions positions; channels are S elements apart.
 template <typename T>
 void forward_tile(
     const T* x, T* y, int64_t P, int64_t C, int64_t S, const float* w, const float* b, float eps, float* mean,
@@ -73,16 +73,16 @@ void forward_tile(
   for (int64_t c = 0; c < C; ++c) {
 #pragma omp simd
     for (int64_t p = 0; p < P; ++p) {
-      const float d = load(x + c * S + p) - center[p];
-      squares[p] += d * d;
-      rest[p] += d;
+      const float x_centered = load(x + c * S + p) - center[p];
+      squares[p] += x_centered * x_centered;
+      rest[p] += x_centered;
     }
   }
 #pragma omp simd
   for (int64_t p = 0; p < P; ++p) {
     const float shift = rest[p] / C;
     mean[p] = center[p] + shift;
-    rstd[p] = inverse_root((squares[p] - rest[p] * shift) / C + eps);
+    rstd[p] = rsqrt((squares[p] - rest[p] * shift) / C + eps);
   }
   for (int64_t c = 0; c < C; ++c) {
 #pragma omp simd
@@ -108,23 +108,25 @@ void backward_nhwc(
   float* db = sums;
   float* dw = sums + C;
   for (int64_t r = 0; r < n; ++r, x += C, dy += C, dx += C) {
-    const float m = mean[r], s = rstd[r];
+    const float row_mean = mean[r], row_rstd = rstd[r];
     float a = 0.0f, k = 0.0f;
 #pragma omp simd reduction(+ : a, k)
     for (int64_t c = 0; c < C; ++c) {
-      const float xhat = (load(x + c) - m) * s;
-      const float g = load(dy + c) * gelu_derivative(xhat * w[c] + b[c]);
+      const float x_hat = (load(x + c) - row_mean) * row_rstd;
+      const float g = load(dy + c) * gelu_derivative(x_hat * w[c] + b[c]);
       db[c] += g;
-      dw[c] += g * xhat;
+      dw[c] += g * x_hat;
       const float scaled = g * w[c];
       dz[c] = scaled;
       a += scaled;
-      k += scaled * xhat;
+      k += scaled * x_hat;
     }
     a /= C;
     k /= C;
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c) store(dx + c, s * (dz[c] - a - (load(x + c) - m) * s * k));
+    for (int64_t c = 0; c < C; ++c) {
+      store(dx + c, row_rstd * (dz[c] - a - (load(x + c) - row_mean) * row_rstd * k));
+    }
   }
 }
 
@@ -137,14 +139,14 @@ void backward_tile(
     float sum = 0.0f, product = 0.0f;
 #pragma omp simd reduction(+ : sum, product)
     for (int64_t p = 0; p < P; ++p) {
-      const float xhat = (load(x + c * S + p) - mean[p]) * rstd[p];
-      const float g = load(dy + c * S + p) * gelu_derivative(xhat * w[c] + b[c]);
+      const float x_hat = (load(x + c * S + p) - mean[p]) * rstd[p];
+      const float g = load(dy + c * S + p) * gelu_derivative(x_hat * w[c] + b[c]);
       sum += g;
-      product += g * xhat;
+      product += g * x_hat;
       const float scaled = g * w[c];
       dz[c * kPositions + p] = scaled;
       a[p] += scaled;
-      k[p] += scaled * xhat;
+      k[p] += scaled * x_hat;
     }
     db[c] += sum;
     dw[c] += product;
@@ -156,8 +158,8 @@ void backward_tile(
   for (int64_t c = 0; c < C; ++c) {
 #pragma omp simd
     for (int64_t p = 0; p < P; ++p) {
-      const float xhat = (load(x + c * S + p) - mean[p]) * rstd[p];
-      store(dx + c * S + p, rstd[p] * (dz[c * kPositions + p] - a[p] - xhat * k[p]));
+      const float x_hat = (load(x + c * S + p) - mean[p]) * rstd[p];
+      store(dx + c * S + p, rstd[p] * (dz[c * kPositions + p] - a[p] - x_hat * k[p]));
     }
   }
 }

@@ -1,8 +1,7 @@
 // LayerNorm over the channels of each position and exact GELU for CUDA, without torch.
 //
-// Position-major maps: a group of threads holds a row of channels in registers. Channel-major maps: a block goes over
-// the channels of a run of positions, again for each of the moments and for the result. No atomics: results repeat
-// bitwise.
+// nhwc maps: a group of threads holds a row of channels in registers. nchw maps: a block reads the channels of a run of
+// positions three times, for the mean, the variance and the result. No atomics: results repeat bitwise.
 #include "cuda_image_norm.h"
 
 namespace mimdet {
@@ -20,7 +19,7 @@ __device__ __forceinline__ float row_sum(float x) {
 
 __device__ __forceinline__ bool valid_row(const Maps& maps, int64_t row) {
   if (maps.sizes == nullptr) return true;
-  return maps.valid(row / maps.positions(), static_cast<unsigned>(row % maps.positions()));
+  return maps.is_valid(row / maps.positions(), static_cast<unsigned>(row % maps.positions()));
 }
 
 // x, y (rows, C); weight, bias (C,); mean, rstd (rows,). A block takes blockDim.y rows.
@@ -43,24 +42,24 @@ __global__ void __launch_bounds__(kLimit, 1)
 #pragma unroll
     for (int i = 0; i < V; ++i) sum += value[k][i];
   }
-  float center = row_sum(sum) / C;
+  float x_mean = row_sum(sum) / C;
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
     const int64_t c = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * V;
     if (!use || c >= C) break;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const float d = value[k][i] - center;
-      squares += d * d;
-      rest += d;
+      const float x_centered = value[k][i] - x_mean;
+      squares += x_centered * x_centered;
+      rest += x_centered;
     }
   }
   squares = row_sum(squares);
   rest = row_sum(rest);
-  // What rounding left in the mean corrects both moments.
+  // shift corrects both moments for the rounding of the mean.
   const float shift = rest / C;
-  center += shift;
-  const float scale = 1.0f / sqrtf((squares - rest * shift) / C + eps);
+  x_mean += shift;
+  const float x_rstd = 1.0f / sqrtf((squares - rest * shift) / C + eps);
   if (!here) return;
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
@@ -70,16 +69,16 @@ __global__ void __launch_bounds__(kLimit, 1)
     load_floats<V>(weight + c, w);
     load_floats<V>(bias + c, b);
 #pragma unroll
-    for (int i = 0; i < V; ++i) w[i] = use ? gelu((value[k][i] - center) * scale * w[i] + b[i]) : 0.0f;
+    for (int i = 0; i < V; ++i) w[i] = use ? gelu((value[k][i] - x_mean) * x_rstd * w[i] + b[i]) : 0.0f;
     store<V>(to + c, w);
   }
   if (threadIdx.x == 0) {
-    mean[row] = center;
-    rstd[row] = use ? scale : 0.0f;
+    mean[row] = x_mean;
+    rstd[row] = use ? x_rstd : 0.0f;
   }
 }
 
-// dy, x, dx (rows, C); mean, rstd (rows,); sums (gridDim.x, 2, C), of dz = dy * gelu'(z) and of dz * xhat. A block
+// dy, x, dx (rows, C); mean, rstd (rows,); sums (gridDim.x, 2, C), of dz = dy * gelu'(z) and of dz * x_hat. A block
 // takes step rows, blockDim.y at once.
 template <class T, int V, int kLimit>
 __global__ void __launch_bounds__(kLimit, 1)
@@ -89,41 +88,41 @@ __global__ void __launch_bounds__(kLimit, 1)
   constexpr int kItems = kHeld / V;
   const int64_t first = blockIdx.x * step, last = first + step < rows ? first + step : rows, C = maps.C;
   float total[kItems][V] = {}, product[kItems][V] = {};
-  // All threads of a warp go round together, those without a row too: they take part in the sums.
+  // Warp shuffles need all threads of a warp, those without a row too.
   for (int64_t begin = first; begin < last; begin += blockDim.y) {
     const int64_t row = begin + threadIdx.y;
     const bool here = row < last, use = here && valid_row(maps, row);
-    const float center = use ? mean[row] : 0.0f, scale = use ? rstd[row] : 0.0f;
-    float xhat[kItems][V] = {}, g[kItems][V] = {};
-    float a = 0.0f, d = 0.0f;
+    const float x_mean = use ? mean[row] : 0.0f, x_rstd = use ? rstd[row] : 0.0f;
+    float x_hat[kItems][V] = {}, g[kItems][V] = {};
+    float a = 0.0f, dot = 0.0f;
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       const int64_t c = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * V;
       if (!use || c >= C) break;
       float w[V], b[V];
-      load<V>(x + row * C + c, xhat[k]);
+      load<V>(x + row * C + c, x_hat[k]);
       load<V>(dy + row * C + c, g[k]);
       load_floats<V>(weight + c, w);
       load_floats<V>(bias + c, b);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        xhat[k][i] = (xhat[k][i] - center) * scale;
-        g[k][i] *= gelu_derivative(xhat[k][i] * w[i] + b[i]);
+        x_hat[k][i] = (x_hat[k][i] - x_mean) * x_rstd;
+        g[k][i] *= gelu_derivative(x_hat[k][i] * w[i] + b[i]);
         total[k][i] += g[k][i];
-        product[k][i] += g[k][i] * xhat[k][i];
+        product[k][i] += g[k][i] * x_hat[k][i];
         g[k][i] *= w[i];
         a += g[k][i];
-        d += g[k][i] * xhat[k][i];
+        dot += g[k][i] * x_hat[k][i];
       }
     }
     a = row_sum(a) / C;
-    d = row_sum(d) / C;
+    dot = row_sum(dot) / C;
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       const int64_t c = (static_cast<int64_t>(k) * blockDim.x + threadIdx.x) * V;
       if (!here || c >= C) break;
 #pragma unroll
-      for (int i = 0; i < V; ++i) g[k][i] = scale * (g[k][i] - a - xhat[k][i] * d);
+      for (int i = 0; i < V; ++i) g[k][i] = x_rstd * (g[k][i] - a - x_hat[k][i] * dot);
       store<V>(dx + row * C + c, g[k]);
     }
   }
@@ -188,7 +187,7 @@ __device__ __forceinline__ void column_sum(float (&x)[V]) {
   __syncthreads();
 }
 
-// x, y (B, C, S); mean, rstd (B, S). A block takes kPositions of one sample; blocks such make a sample.
+// x, y (B, C, S); mean, rstd (B, S). A block takes kPositions of one sample; a sample has `blocks` of them.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
     forward_nchw(const T* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,
@@ -199,33 +198,33 @@ __global__ void __launch_bounds__(kThreads)
   const bool here = position < S;
   const int64_t base = sample * maps.size() + position;
   bool use[V];
-  float value[V], center[V] = {}, squares[V] = {}, rest[V] = {};
+  float value[V], x_mean[V] = {}, squares[V] = {}, rest[V] = {};
 #pragma unroll
-  for (int i = 0; i < V; ++i) use[i] = here && maps.valid(sample, static_cast<unsigned>(position + i));
+  for (int i = 0; i < V; ++i) use[i] = here && maps.is_valid(sample, static_cast<unsigned>(position + i));
   for (int64_t c = threadIdx.y; here && c < C; c += blockDim.y) {
     load<V>(x + base + c * S, value);
 #pragma unroll
-    for (int i = 0; i < V; ++i) center[i] += use[i] ? value[i] : 0.0f;
+    for (int i = 0; i < V; ++i) x_mean[i] += use[i] ? value[i] : 0.0f;
   }
-  column_sum<V>(center);
+  column_sum<V>(x_mean);
 #pragma unroll
-  for (int i = 0; i < V; ++i) center[i] /= C;
+  for (int i = 0; i < V; ++i) x_mean[i] /= C;
   for (int64_t c = threadIdx.y; here && c < C; c += blockDim.y) {
     load<V>(x + base + c * S, value);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const float d = use[i] ? value[i] - center[i] : 0.0f;
-      squares[i] += d * d;
-      rest[i] += d;
+      const float x_centered = use[i] ? value[i] - x_mean[i] : 0.0f;
+      squares[i] += x_centered * x_centered;
+      rest[i] += x_centered;
     }
   }
   column_sum<V>(squares);
   column_sum<V>(rest);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    // What rounding left in the mean corrects both moments.
+    // shift corrects both moments for the rounding of the mean.
     const float shift = rest[i] / C;
-    center[i] += shift;
+    x_mean[i] += shift;
     squares[i] = use[i] ? 1.0f / sqrtf((squares[i] - rest[i] * shift) / C + eps) : 0.0f;
   }
   if (!here) return;
@@ -233,18 +232,18 @@ __global__ void __launch_bounds__(kThreads)
     load<V>(x + base + c * S, value);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      value[i] = use[i] ? gelu((value[i] - center[i]) * squares[i] * weight[c] + bias[c]) : 0.0f;
+      value[i] = use[i] ? gelu((value[i] - x_mean[i]) * squares[i] * weight[c] + bias[c]) : 0.0f;
     }
     store<V>(y + base + c * S, value);
   }
   if (threadIdx.y == 0) {
-    store_floats<V>(mean + sample * S + position, center);
+    store_floats<V>(mean + sample * S + position, x_mean);
     store_floats<V>(rstd + sample * S + position, squares);
   }
 }
 
-// dy, x, dx (B, C, S); mean, rstd (B, S); sums (gridDim.x, 2, C), of dz = dy * gelu'(z) and of dz * xhat. A block takes
-// step runs of kPositions, of which blocks make a sample and tiles the batch.
+// dy, x, dx (B, C, S); mean, rstd (B, S); sums (gridDim.x, 2, C), of dz = dy * gelu'(z) and of dz * x_hat. A block
+// takes step runs of kPositions; a sample has `blocks` of them, the batch `tiles`.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
     backward_nchw(const T* __restrict__ dy, const T* __restrict__ x, const float* __restrict__ weight,
@@ -258,30 +257,30 @@ __global__ void __launch_bounds__(kThreads)
     const bool here = position < S;
     const int64_t base = sample * maps.size() + position;
     bool use[V];
-    float center[V] = {}, scale[V] = {}, a[V] = {}, k[V] = {}, xhat[V], g[V];
+    float x_mean[V] = {}, x_rstd[V] = {}, a[V] = {}, k[V] = {}, x_hat[V], g[V];
     if (here) {
-      load_floats<V>(mean + sample * S + position, center);
-      load_floats<V>(rstd + sample * S + position, scale);
+      load_floats<V>(mean + sample * S + position, x_mean);
+      load_floats<V>(rstd + sample * S + position, x_rstd);
     }
 #pragma unroll
-    for (int i = 0; i < V; ++i) use[i] = here && maps.valid(sample, static_cast<unsigned>(position + i));
-    // All threads of a warp go round together: they take part in its sums.
+    for (int i = 0; i < V; ++i) use[i] = here && maps.is_valid(sample, static_cast<unsigned>(position + i));
+    // Warp shuffles need all threads of a warp.
     for (int64_t begin = 0; begin < C; begin += blockDim.y) {
       const int64_t c = begin + threadIdx.y;
       float total = 0.0f, product = 0.0f;
       if (here && c < C) {
         const float w = weight[c], b = bias[c];
-        load<V>(x + base + c * S, xhat);
+        load<V>(x + base + c * S, x_hat);
         load<V>(dy + base + c * S, g);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          xhat[i] = use[i] ? (xhat[i] - center[i]) * scale[i] : 0.0f;
-          g[i] = use[i] ? g[i] * gelu_derivative(xhat[i] * w + b) : 0.0f;
+          x_hat[i] = use[i] ? (x_hat[i] - x_mean[i]) * x_rstd[i] : 0.0f;
+          g[i] = use[i] ? g[i] * gelu_derivative(x_hat[i] * w + b) : 0.0f;
           total += g[i];
-          product += g[i] * xhat[i];
+          product += g[i] * x_hat[i];
           g[i] *= w;
           a[i] += g[i];
-          k[i] += g[i] * xhat[i];
+          k[i] += g[i] * x_hat[i];
         }
       }
 #pragma unroll
@@ -289,7 +288,7 @@ __global__ void __launch_bounds__(kThreads)
         total += __shfl_xor_sync(0xffffffffu, total, offset);
         product += __shfl_xor_sync(0xffffffffu, product, offset);
       }
-      // A channel's sums are always this thread's.
+      // One thread owns a channel's sums.
       if (threadIdx.x == 0 && c < C) {
         sums[c] = tile == first ? total : sums[c] + total;
         sums[C + c] = tile == first ? product : sums[C + c] + product;
@@ -299,13 +298,13 @@ __global__ void __launch_bounds__(kThreads)
     column_sum<V>(k);
     for (int64_t c = threadIdx.y; here && c < C; c += blockDim.y) {
       const float w = weight[c], b = bias[c];
-      load<V>(x + base + c * S, xhat);
+      load<V>(x + base + c * S, x_hat);
       load<V>(dy + base + c * S, g);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        xhat[i] = (xhat[i] - center[i]) * scale[i];
-        g[i] = g[i] * gelu_derivative(xhat[i] * w + b) * w;
-        g[i] = use[i] ? scale[i] * (g[i] - a[i] / C - xhat[i] * (k[i] / C)) : 0.0f;
+        x_hat[i] = (x_hat[i] - x_mean[i]) * x_rstd[i];
+        g[i] = g[i] * gelu_derivative(x_hat[i] * w + b) * w;
+        g[i] = use[i] ? x_rstd[i] * (g[i] - a[i] / C - x_hat[i] * (k[i] / C)) : 0.0f;
       }
       store<V>(dx + base + c * S, g);
     }
@@ -314,10 +313,10 @@ __global__ void __launch_bounds__(kThreads)
 
 // Threads of a row and rows of a block.
 dim3 row_block(int64_t C) {
-  const int64_t wanted = (C + kHeld - 1) / kHeld;
-  if (wanted > 32) return dim3(static_cast<unsigned>((wanted + 31) / 32 * 32));
+  const int64_t threads = (C + kHeld - 1) / kHeld;
+  if (threads > 32) return dim3(static_cast<unsigned>((threads + 31) / 32 * 32));
   unsigned across = 1;
-  while (across < wanted) across *= 2;
+  while (across < threads) across *= 2;
   return dim3(across, kThreads / across);
 }
 

@@ -1,6 +1,5 @@
 #include <cstring>
 #include <memory>
-#include <optional>
 
 #include "binding.h"
 
@@ -32,7 +31,7 @@ uint32_t kth_smallest(uint32_t* keys, int64_t n, int64_t k, int64_t* below) {
     for (int64_t i = 0; i < n; ++i) ++counts[(keys[i] >> kShifts[pass]) & mask];
     uint32_t digit = 0;
     while (*below + counts[digit] < k) *below += counts[digit++];
-    // Keys of other digits are settled; the rest goes on.
+    // Only keys with this digit go on to the next pass.
     int64_t left = 0;
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t key = keys[i];
@@ -45,17 +44,17 @@ uint32_t kth_smallest(uint32_t* keys, int64_t n, int64_t k, int64_t* below) {
   return prefix;
 }
 
-// Where one image's results go, and how tokens and rows are numbered.
+// Outputs of one image, and the numbers of its tokens and rows.
 struct Part {
   int64_t count;  // tokens to keep
   int64_t *ids_keep, *ids_mask, *ids_restore;
   int64_t token, kept_row, masked_row;  // numbers of its first token, kept row and masked row
 };
 
-// noise, valid: length; scratch: 2 * length.
-void sample_image(const float* noise, const bool* valid, int64_t length, uint32_t padding, const Part& to,
-                    uint32_t* keys) {
-  for (int64_t i = 0; i < length; ++i) keys[i] = valid[i] ? sort_key(noise[i]) : padding;
+// noise, valid_mask: (length,); keys: scratch of 2 * length.
+void sample_image(const float* noise, const bool* valid_mask, int64_t length, uint32_t padding, const Part& to,
+                  uint32_t* keys) {
+  for (int64_t i = 0; i < length; ++i) keys[i] = valid_mask[i] ? sort_key(noise[i]) : padding;
   uint32_t last = 0;  // no key is 0
   int64_t ties = 0;   // how many keys equal to the last one are kept: the first ones
   if (to.count > 0) {
@@ -66,23 +65,23 @@ void sample_image(const float* noise, const bool* valid, int64_t length, uint32_
   }
   int64_t kept = 0, masked = 0, nowhere;
   for (int64_t i = 0; i < length; ++i) {
-    const bool equal = keys[i] == last, inside = keys[i] != kOutside;
+    const bool equal = keys[i] == last, member = keys[i] != kOutside;
     const bool take = keys[i] < last || (equal && ties > 0);
     ties -= equal;
-    *(take ? to.ids_keep + kept : inside ? to.ids_mask + masked : &nowhere) = to.token + i;
-    to.ids_restore[i] = take ? to.kept_row + kept : inside ? to.masked_row + masked : -1;
+    *(take ? to.ids_keep + kept : member ? to.ids_mask + masked : &nowhere) = to.token + i;
+    to.ids_restore[i] = take ? to.kept_row + kept : member ? to.masked_row + masked : -1;
     kept += take;
-    masked += inside && !take;
+    masked += member && !take;
   }
 }
 
-// noise (B, L) float32, valid (B, L) bool -> ids_restore (B, L), and ids_keep (B, K) and ids_mask (B, L - K), or with
-// offsets (2, B + 1) int32 ids_keep (T) and ids_mask (D), int64; all contiguous.
-void fwd(const Tensor& noise, const Tensor& valid, std::optional<Tensor> offsets, Tensor ids_keep, Tensor ids_mask,
+// noise (B, L) float32, valid_mask (B, L) bool -> ids_restore (B, L); without offsets ids_keep (B, K), ids_mask
+// (B, L - K), with offsets (2, B + 1) int32 ids_keep (T,), ids_mask (D,); outputs int64, all contiguous.
+void fwd(const Tensor& noise, const Tensor& valid_mask, OptionalTensor offsets, Tensor ids_keep, Tensor ids_mask,
          Tensor ids_restore) {
   const int64_t batch = noise.size(0), length = noise.size(1), kept = ids_keep.size(-1), masked = ids_mask.size(-1);
   const float* noise_at = floats(noise);
-  const auto* valid_at = static_cast<const bool*>(valid.data_ptr());
+  const auto* valid_mask_at = static_cast<const bool*>(valid_mask.data_ptr());
   const auto* starts = offsets ? static_cast<const int32_t*>(offsets->data_ptr()) : nullptr;
   auto* ids_keep_at = static_cast<int64_t*>(ids_keep.data_ptr());
   auto* ids_mask_at = static_cast<int64_t*>(ids_mask.data_ptr());
@@ -101,8 +100,8 @@ void fwd(const Tensor& noise, const Tensor& valid, std::optional<Tensor> offsets
               kept + second};
       }
       to.ids_restore = ids_restore_at + b * length;
-      sample_image(noise_at + b * length, valid_at + b * length, length, starts ? kOutside : kInfinity, to,
-                     keys.get());
+      sample_image(noise_at + b * length, valid_mask_at + b * length, length, starts ? kOutside : kInfinity, to,
+                   keys.get());
     }
   });
 }
@@ -111,7 +110,7 @@ void fwd(const Tensor& noise, const Tensor& valid, std::optional<Tensor> offsets
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mimdet_cpu, m) {
   m.def(
-      "sample_tokens_fwd(Tensor noise, Tensor valid, Tensor? offsets, Tensor(a!) ids_keep, Tensor(b!) ids_mask, "
+      "sample_tokens_fwd(Tensor noise, Tensor valid_mask, Tensor? offsets, Tensor(a!) ids_keep, Tensor(b!) ids_mask, "
       "Tensor(c!) ids_restore) -> ()");
 }
 

@@ -1,5 +1,5 @@
-// Token sampling, one block a image: the k-th smallest key by radix selection, then a prefix sum in raster order.
-// The shared counters are integers, so the order of their updates does not show.
+// Token sampling, one block an image: the k-th smallest key by radix selection, then a prefix sum in raster order.
+// The shared counters are integers, so the order of their updates does not matter.
 #include "cuda_rows.h"
 
 namespace mimdet {
@@ -42,7 +42,7 @@ __device__ inline uint64_t earlier(bool a, bool b, bool c, uint64_t* warps, uint
 
 template <bool Cached>
 __global__ void __launch_bounds__(kThreads)
-    sample_tokens_kernel(const float* noise, const bool* valid, const int32_t* offsets, int64_t* ids_keep,
+    sample_tokens_kernel(const float* noise, const bool* valid_mask, const int32_t* offsets, int64_t* ids_keep,
                          int64_t* ids_mask, int64_t* ids_restore, int64_t length, int64_t kept, int64_t masked) {
   __shared__ uint32_t cache[Cached ? kCached : 1];
   __shared__ int histogram[kBins + 1];
@@ -51,9 +51,9 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ int64_t shared_below;
   const int64_t b = blockIdx.x;
   noise += b * length;
-  valid += b * length;
+  valid_mask += b * length;
   ids_restore += b * length;
-  // Where the results go, and the numbers of the first token, kept row and masked row.
+  // Outputs of this image, and the numbers of its first token, kept row and masked row.
   int64_t count = kept, token = 0, kept_row = 0, masked_row = kept;
   if (offsets == nullptr) {
     ids_keep += b * kept;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const uint32_t padding = offsets == nullptr ? kInfinity : kOutside;
 
-  const auto read = [=](int64_t i) { return i >= length ? kOutside : valid[i] ? sort_key(noise[i]) : padding; };
+  const auto read = [=](int64_t i) { return i >= length ? kOutside : valid_mask[i] ? sort_key(noise[i]) : padding; };
   if (Cached) {
     for (int64_t i = threadIdx.x; i < length; i += kThreads) cache[i] = read(i);  // read by the same thread alone
   }
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t i = start + threadIdx.x;
       const uint32_t k = key(i);
       const int bin = i < length && (k & settled) == last ? k >> shift & (kBins - 1) : kBins;
-      // Noise is uniform: its first digits are almost all the same.
+      // One atomic per distinct bin of a warp: the first digits of uniform noise are almost all the same.
       const unsigned same = __match_any_sync(~0u, bin);
       if ((same & ((1u << lane) - 1)) == 0 && bin < kBins) atomicAdd(histogram + bin, __popc(same));
     }
@@ -118,16 +118,16 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t start = 0; start < length; start += kThreads) {
     const int64_t i = start + threadIdx.x;
     const uint32_t k = key(i);
-    const bool inside = k != kOutside;
+    const bool member = k != kOutside;
     uint64_t all;
-    const uint64_t before = earlier(k < last, k == last, inside, warps, &all);
+    const uint64_t before = earlier(k < last, k == last, member, warps, &all);
     const int64_t tie = equal + part(before, 1);
     const int64_t place = smaller + part(before, 0) + (tie < ties ? tie : ties);
     const int64_t other = members + part(before, 2) - place;
     const bool take = k < last || (k == last && tie < ties);
     if (take) ids_keep[place] = token + i;
-    else if (inside) ids_mask[other] = token + i;
-    if (i < length) ids_restore[i] = take ? kept_row + place : inside ? masked_row + other : -1;
+    else if (member) ids_mask[other] = token + i;
+    if (i < length) ids_restore[i] = take ? kept_row + place : member ? masked_row + other : -1;
     smaller += part(all, 0);
     equal += part(all, 1);
     members += part(all, 2);
@@ -137,14 +137,14 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 }  // namespace mimdet
 
-// noise (B, L) float32, valid (B, L) bool -> ids_restore (B, L), and ids_keep (B, kept) and ids_mask (B, masked), or with
-// offsets (2, B + 1) ids_keep (kept) and ids_mask (masked).
+// noise (B, L) float32, valid_mask (B, L) bool -> ids_restore (B, L); without offsets ids_keep (B, kept), ids_mask
+// (B, masked), with offsets (2, B + 1) ids_keep (kept,), ids_mask (masked,).
 MIMDET_CUDA_API int mimdet_sample_tokens_fwd(
-    const float* noise, const bool* valid, const int32_t* offsets, int64_t* ids_keep, int64_t* ids_mask,
+    const float* noise, const bool* valid_mask, const int32_t* offsets, int64_t* ids_keep, int64_t* ids_mask,
     int64_t* ids_restore, int64_t batch, int64_t length, int64_t kept, int64_t masked, cudaStream_t stream) {
   const auto kernel =
       length <= mimdet::kCached ? mimdet::sample_tokens_kernel<true> : mimdet::sample_tokens_kernel<false>;
-  kernel<<<static_cast<unsigned>(batch), mimdet::kThreads, 0, stream>>>(noise, valid, offsets, ids_keep, ids_mask,
+  kernel<<<static_cast<unsigned>(batch), mimdet::kThreads, 0, stream>>>(noise, valid_mask, offsets, ids_keep, ids_mask,
                                                                        ids_restore, length, kept, masked);
   return cudaGetLastError();
 }

@@ -5,7 +5,7 @@
 namespace mimdet {
 namespace {
 
-// Writing outside of a tensor is worse than the few microseconds that this takes.
+// A row out of range would write outside of the tensor; the check costs microseconds.
 void check_ids_restore(const Tensor& ids_restore, int64_t rows) {
   const auto* at = static_cast<const int64_t*>(ids_restore.data_ptr());
   const int64_t least = ids_restore.size(1) > rows ? -1 : 0;  // padding

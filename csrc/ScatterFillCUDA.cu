@@ -18,7 +18,7 @@ __global__ void scatter_fill_kernel(const In* kept, int64_t kept_batch_stride, i
 }
 
 template <int V, class In, class Out>
-__global__ void scatter_fill_backward_kernel(const In* grad, const int64_t* ids_restore, Out* kept, Out* fill,
+__global__ void scatter_fill_backward_kernel(const In* dy, const int64_t* ids_restore, Out* kept, Out* fill,
                                              int64_t rows, int64_t kept_rows, int64_t fill_rows, int64_t length,
                                              int64_t channels) {
   const int64_t r = warp_row();
@@ -27,7 +27,7 @@ __global__ void scatter_fill_backward_kernel(const In* grad, const int64_t* ids_
   if (row < 0) return;
   Out* to = row < kept_rows ? kept + (b * kept_rows + row) * channels
                             : fill + (b * fill_rows + row - kept_rows) * channels;
-  move_row<V>(grad + r * channels, static_cast<const Out*>(nullptr), to, channels);
+  move_row<V>(dy + r * channels, static_cast<const Out*>(nullptr), to, channels);
 }
 
 }  // namespace
@@ -35,8 +35,8 @@ __global__ void scatter_fill_backward_kernel(const In* grad, const int64_t* ids_
 
 using namespace mimdet;
 
-// kept: kept_rows rows a image, fill: the others, each at two strides; ids_restore: (rows), -1 for zeros; pos: (length,
-// channels).
+// kept: kept_rows rows an image, fill: the others, each at two strides; ids_restore: (rows,), -1 for zeros; pos:
+// (length, channels).
 MIMDET_CUDA_API int mimdet_scatter_fill_fwd(
     const void* kept, const void* fill, const int64_t* ids_restore, const void* pos, void* y, int64_t kept_batch_stride,
     int64_t kept_row_stride, int64_t fill_batch_stride, int64_t fill_row_stride, int64_t rows, int64_t kept_rows,

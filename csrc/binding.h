@@ -1,4 +1,4 @@
-// What every binding of a CPU kernel needs of torch's stable ABI.
+// Includes and helpers of every CPU binding through torch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -7,11 +7,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 
 namespace mimdet {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 inline bool is_bfloat16(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
 
@@ -27,7 +29,7 @@ inline void* rows(const Tensor& t) {
   return t.data_ptr();
 }
 
-// Elements that are worth a task of their own.
+// Elements of one task: fewer are not worth a thread.
 constexpr int64_t kGrain = 32768;
 
 }  // namespace mimdet

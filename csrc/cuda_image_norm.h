@@ -1,4 +1,4 @@
-// What the CUDA kernels of the feature map norms share: valid areas, sums of partial gradients. No torch.
+// Valid areas and sums of partial gradients, for the CUDA norms of feature maps. No torch.
 #pragma once
 
 #include "cuda_gelu.h"
@@ -19,7 +19,7 @@ struct Maps {
   __host__ __device__ int64_t positions() const { return H * W; }
   __host__ __device__ int64_t size() const { return C * H * W; }
 
-  __device__ __forceinline__ bool valid(int64_t sample, unsigned position) const {
+  __device__ __forceinline__ bool is_valid(int64_t sample, unsigned position) const {
     if (sizes == nullptr) return true;
     const unsigned w = static_cast<unsigned>(W), row = position / w;
     return row < static_cast<unsigned>(sizes[2 * sample]) &&
@@ -34,7 +34,7 @@ struct Maps {
   }
 };
 
-// V neighbours of an array of floats that is aligned to 16 bytes.
+// V consecutive elements of an array of floats that is aligned to 16 bytes.
 template <int V>
 __device__ __forceinline__ void load_floats(const float* p, float (&x)[V]) {
   if constexpr (V == 1) {

@@ -1,4 +1,4 @@
-// Moving rows of tokens on the GPU, one warp a row.
+// Copies of token rows on the GPU, one warp per row.
 #pragma once
 
 #include "cuda_rows.h"
@@ -7,7 +7,7 @@ namespace mimdet {
 
 constexpr int kRowsPerBlock = 8;
 
-// This warp's row; may lie past the last one.
+// This warp's row; may be past the last one.
 __device__ __forceinline__ int64_t warp_row() { return int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y; }
 
 // to = from + shift over one row by the lanes of a warp, V elements at a time; no shift where it is null.

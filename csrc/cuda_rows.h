@@ -1,4 +1,4 @@
-// What the row-wise CUDA kernels share: element types, vectors of them, sums over a block. No torch.
+// Element types, vectors of elements and sums over a block, for all CUDA kernels. No torch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,7 +9,7 @@
 
 namespace mimdet {
 
-// Codes of dtypes, as the Python side passes them.
+// Dtype codes of kernels/library.py.
 enum Dtype : int64_t { kFloat = 0, kBfloat16 = 1, kHalf = 2 };
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -36,7 +36,7 @@ struct alignas(sizeof(T) * V) Pack {
   T at[V];
 };
 
-// V neighbours at p, in one access.
+// V consecutive elements at p, in one access.
 template <int V, class T>
 __device__ __forceinline__ void load(const T* p, float (&x)[V]) {
   const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(p);

@@ -1,5 +1,5 @@
-// Exact GELU for the CPU kernels, written for auto-vectorisation: odd rational functions of the argument, without an
-// exponential. Minimax fits; what they and float arithmetic err by together is below 3e-7 of the larger of 1 and |h|.
+// Exact GELU for the CPU kernels, written for auto-vectorization: minimax fits by odd rational functions, without an
+// exponential. Their error, with that of float arithmetic, is below 3e-7 of the larger of 1 and |h|.
 #pragma once
 
 #include "vec.h"
@@ -7,15 +7,15 @@
 namespace mimdet {
 namespace MIMDET_ISA {
 
-// A NaN stays one.
-static inline float within(float h, float bound) {
+// h clamped to -bound .. bound; NaN stays NaN.
+static inline float clamp(float h, float bound) {
   h = h < -bound ? -bound : h;
   return h > bound ? bound : h;
 }
 
 // h * Phi(h), Phi being the cumulative function of the normal distribution.
 static inline float gelu(float h) {
-  const float x = within(h, 5.6f), u = x * x;
+  const float x = clamp(h, 5.6f), u = x * x;
   float p = 2.170691364e-08f;
   p = p * u + 6.525740109e-06f;
   p = p * u + 1.867777635e-04f;
@@ -29,13 +29,13 @@ static inline float gelu(float h) {
   q = q * u + 2.557926053e-01f;
   q = q * u + 1.0f;
   const float y = h * (0.5f + x * p / q);
-  // Beyond, |y| < 6e-8, but for the last bit of 0.5 - 0.5, which h would magnify.
+  // Below -5.6, |y| < 6e-8; h would magnify the rounding error of 0.5 - 0.5.
   return h < -5.6f ? 0.0f : y;
 }
 
 // Phi(h) + h * phi(h).
 static inline float gelu_derivative(float h) {
-  const float x = within(h, 6.0f), u = x * x;
+  const float x = clamp(h, 6.0f), u = x * x;
   float p = 1.704629447e-08f;
   p = p * u + 9.225212206e-07f;
   p = p * u + 3.409189270e-05f;

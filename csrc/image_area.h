@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <optional>
 
 #include "binding.h"
 
@@ -12,10 +11,10 @@ namespace mimdet {
 class Areas {
  public:
   // x (B, C, H, W), sizes (B, 2) int32 or none.
-  Areas(const Tensor& x, const std::optional<Tensor>& sizes)
+  Areas(const Tensor& x, const OptionalTensor& sizes)
       : H_(x.size(2)), W_(x.size(3)), sizes_(sizes ? static_cast<const int32_t*>(sizes->data_ptr()) : nullptr) {
     for (int64_t i = 0; sizes_ && i < x.size(0); ++i) {
-      // Reading outside of a tensor is worse than what this takes.
+      // A size out of range would read outside of the tensor.
       STD_TORCH_CHECK(rows(i) >= 1 && rows(i) <= H_ && columns(i) >= 1 && columns(i) <= W_, "mimdet: sizes[", i,
                       "] is ", rows(i), ", ", columns(i), ", outside of 1 .. ", H_, " and 1 .. ", W_);
     }
@@ -25,22 +24,22 @@ class Areas {
   int64_t columns(int64_t sample) const { return sizes_ ? sizes_[2 * sample + 1] : W_; }
   int64_t positions(int64_t sample) const { return rows(sample) * columns(sample); }
 
-  // Calls f(first, n, valid) for neighbouring positions that are all valid or all not, over n positions from first.
+  // Cuts n positions from first into runs that are all valid or all padding; calls f(first, n, is_valid) for each.
   template <class F>
-  void stretches(int64_t sample, int64_t first, int64_t n, F f) const {
+  void each_run(int64_t sample, int64_t first, int64_t n, F f) const {
     const int64_t last = first + n, rows = this->rows(sample), columns = this->columns(sample);
     for (int64_t end; first < last; first = end) {
       const int64_t row = first / W_;
-      const bool valid = row < rows && first % W_ < columns;
+      const bool is_valid = row < rows && first % W_ < columns;
       if (row >= rows) {
         end = last;
       } else if (columns == W_) {
         end = rows * W_;
       } else {
-        end = row * W_ + (valid ? columns : W_);
+        end = row * W_ + (is_valid ? columns : W_);
       }
       end = std::min(end, last);
-      f(first, end - first, valid);
+      f(first, end - first, is_valid);
     }
   }
 

@@ -13,10 +13,10 @@ namespace mimdet {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// MIMDET_CPU_ISA=baseline or avx2 in the environment asks for less than the best.
+// The best set, or what MIMDET_CPU_ISA=baseline or avx2 in the environment asks for.
 inline Isa isa() {
 #if defined(__x86_64__)
-  static const Isa found = [] {
+  static const Isa best = [] {
     const char* asked = std::getenv("MIMDET_CPU_ISA");
     const bool baseline = asked && !std::strcmp(asked, "baseline"), avx2 = asked && !std::strcmp(asked, "avx2");
     __builtin_cpu_init();
@@ -30,7 +30,7 @@ inline Isa isa() {
     }
     return Isa::baseline;
   }();
-  return found;
+  return best;
 #else
   return Isa::baseline;
 #endif

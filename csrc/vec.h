@@ -1,4 +1,4 @@
-// Loads and stores shared by the CPU kernels, bfloat16 <-> float32, written for auto-vectorisation.
+// Loads and stores shared by the CPU kernels, bfloat16 <-> float32, written for auto-vectorization.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ static inline void store(float* p, float f) { *p = f; }
 static inline void store(bf16* p, float f) {
   uint32_t u;
   __builtin_memcpy(&u, &f, 4);
-  // Round to nearest, ties to even; a NaN stays one.
+  // Round to nearest, ties to even; NaN stays NaN.
   u = f != f ? 0x7fc00000u : u + 0x7fffu + ((u >> 16) & 1u);
   p->bits = static_cast<uint16_t>(u >> 16);
 }

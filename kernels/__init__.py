@@ -4,7 +4,7 @@ Every operation takes ``impl="auto" | "triton" | "cuda" | "cpp" | "eager"``, see
 """
 
 if __name__ != "mimdet.kernels":
-    # From a checkout's root this folder would shadow the package of that name on PyPI.
+    # sys.path of a checkout's root would find this folder instead of PyPI's package 'kernels'.
     raise ImportError(
         "this folder is mimdet.kernels; import it by that name, or run from outside the mimdet checkout "
         "to reach another package called 'kernels'"
@@ -24,8 +24,9 @@ if TYPE_CHECKING:  # the lazy names below, for static tools
     from .group_norm_gelu.api import group_norm_gelu
     from .layer_norm_gelu.api import layer_norm_gelu
     from .rasterize_polygons.api import rasterize_polygons
-    from .sample_tokens.api import sample_packed_tokens, sample_tokens, valid_tokens
+    from .sample_tokens.api import sample_packed_tokens, sample_tokens
     from .scatter_fill.api import scatter_fill
+    from .tensors import valid_mask
 
 OPS = (
     "add_layer_norm",
@@ -45,7 +46,7 @@ _EXPORTS = {op: f"{op}.api" for op in OPS} | {
     "sample_packed_tokens": "sample_tokens.api",
     "table": "dispatch",
     "use": "dispatch",
-    "valid_tokens": "sample_tokens.api",
+    "valid_mask": "tensors",
 }
 
 __all__ = [
@@ -64,12 +65,12 @@ __all__ = [
     "scatter_fill",
     "table",
     "use",
-    "valid_tokens",
+    "valid_mask",
 ]
 
 
 class _Package(_ModuleType):
-    """An operation and its folder share a name. Importing the folder does not take the name from the function."""
+    """Importing an operation's folder sets an attribute of its name here: keep the function, which shares the name."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in OPS and isinstance(value, _ModuleType)):

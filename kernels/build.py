@@ -1,15 +1,13 @@
-"""Compiling and loading what is in ``csrc``.
-
-Two libraries, neither tied to a Python version:
+"""Compile and load the libraries of ``csrc``. Neither depends on the Python version:
 
 ``mimdet_cpu``
-    The CPU loops, compiled once for each instruction set, and their registration through torch's stable ABI: built
-    against torch 2.11 or newer, it runs on any torch from 2.11 on.
+    CPU loops, compiled once for each instruction set, registered through torch's stable ABI: a build for torch 2.11
+    runs with every later torch.
 ``mimdet_cuda``
-    CUDA kernels with C entry points, without torch; called with pointers.
+    CUDA kernels with C entry points that take pointers, without torch.
 
-A library is taken from beside this file if it was built at installation, else compiled at first use into torch's
-extension cache. This module is also what ``setup.py`` runs, so it imports nothing but the standard library at the top.
+A library built at installation is beside this file; else it is compiled at first use into torch's extension cache.
+``setup.py`` runs this module too, so its top imports only the standard library.
 """
 
 from __future__ import annotations
@@ -86,7 +84,6 @@ def cuda_unavailable() -> str | None:
 @cache
 def cuda_library() -> ctypes.CDLL:
     """The CUDA library; BuildError or OSError if there is none."""
-
     return _load(CUDA_LIBRARY, compile_cuda, ctypes.CDLL)
 
 
@@ -110,7 +107,7 @@ def _find(name: str, compile_library) -> Path:
 
 
 def _cache_folder() -> Path:
-    # torch.utils.cpp_extension would tell the same folder, and print a warning where there is no GPU.
+    # torch.utils.cpp_extension uses the same folder, but importing it prints a warning where there is no GPU.
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions") / "mimdet"
 
@@ -118,9 +115,9 @@ def _cache_folder() -> Path:
 def compile_cpu(folder: Path) -> Path:
     """Compile ``csrc/*.cpp`` into ``folder``; files ending in ``CPU.cpp`` once for each instruction set.
 
-    Objects and the library are named by the hash of all they depend on, wherever the sources lie, so that nothing is
-    compiled twice and nothing stale is loaded. A file beside each, written last, has the hash of its content: what a
-    crash or a full disk cut short, or something else overwrote, is compiled again.
+    Names of objects and of the library are hashes of all that they depend on but the sources' folder: nothing is
+    compiled twice, nothing stale is loaded. A digest of the content is written beside each, last: a file that a crash
+    or a full disk truncated, or that something overwrote, is compiled again.
 
     Raises:
         BuildError: no compiler, it failed, or ``folder`` cannot be written.
@@ -140,7 +137,7 @@ def compile_cpu(folder: Path) -> Path:
             for isa, flags in isas.items():
                 jobs.append((source, [*_COMMON, "-fopenmp-simd", *flags, f"-DMIMDET_ISA={isa}"]))
         else:
-            # Nothing here gains by a * b + c in one rounding, and the rasteriser must round twice.
+            # Nothing here gains by a * b + c in one rounding, and the rasterizer must round twice.
             jobs.append(
                 (source, [*_COMMON, "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020b000000000000", *includes])
             )
@@ -163,8 +160,8 @@ def compile_cuda(folder: Path) -> Path:
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError("no nvcc found (install the CUDA toolkit, or set CUDA_HOME)")
-    wanted = os.environ.get("MIMDET_CUDA_ARCHS") or _found_architectures() or _CUDA_ARCHITECTURES
-    arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted.replace(".", "").split(";")]
+    names = os.environ.get("MIMDET_CUDA_ARCHS") or _gpu_architectures() or _CUDA_ARCHITECTURES
+    arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in names.replace(".", "").split(";")]
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *arch]
     commands = [[nvcc, *flags, "-I.", "-c", source.name] for source in sorted(CSRC.glob("*.cu"))]
     return _compile(folder, CUDA_LIBRARY, commands, [nvcc, "-shared"], _digest(_version([nvcc])))
@@ -178,12 +175,12 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
-def _found_architectures() -> str:
+def _gpu_architectures() -> str:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return ""
-    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return ";".join(f"{major}{minor}" for major, minor in sorted(found))
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}{minor}" for major, minor in sorted(capabilities))
 
 
 def _compile(folder: Path, name: str, commands: list[list[str]], link: list[str], identity: str) -> Path:
@@ -192,18 +189,18 @@ def _compile(folder: Path, name: str, commands: list[list[str]], link: list[str]
     headers = _digest(*(path.read_bytes() for path in sorted(CSRC.glob("*.h"))))
     folder = folder.resolve()
     objects = [folder / f"{_digest(identity, headers, *c, (CSRC / c[-1]).read_bytes())}.o" for c in commands]
-    library = folder / _digest(identity, *link, *(made.name for made in objects)) / name
+    library = folder / _digest(identity, *link, *(path.name for path in objects)) / name
     if _is_intact(library):
         return library
     workers = _workers()
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        with _locked(folder), concurrent.futures.ThreadPoolExecutor(workers) as pool:
             if _is_intact(library):
                 return library
             missing = [(c, o) for c, o in zip(commands, objects, strict=True) if not _is_intact(o)]
             list(pool.map(lambda job: _run_to(*job), missing))
-            # Libraries follow what they are linked from.
+            # The linker wants libraries after the objects that use them.
             _run_to([*link[:1], *map(str, objects), *link[1:]], library)
     except OSError as error:
         raise BuildError(f"cannot build in {folder}: {error} (set TORCH_EXTENSIONS_DIR to another folder)") from error
@@ -211,10 +208,10 @@ def _compile(folder: Path, name: str, commands: list[list[str]], link: list[str]
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One build at a time in ``folder``: the processes of a training job start together, and one of them is enough."""
+def _locked(folder: Path) -> Iterator[None]:
+    """flock: one build at a time in ``folder``, for the processes of a training job start together."""
     with open(folder / "lock", "w") as file:
-        # Without locks (some network file systems, Windows) several build the same; each result still appears whole.
+        # Without flock (some network file systems, Windows) several build the same; os.replace keeps each file whole.
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
@@ -224,7 +221,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _remove_scratch(folder: Path) -> None:
-    """Delete what killed builds left; the lock says that no other build is at work."""
+    """Delete temporary folders of killed builds; under the lock no other build runs."""
     for scratch in (*folder.glob("tmp*"), *folder.glob("*/tmp*")):
         if re.fullmatch(r"tmp[a-z0-9_]{8}", scratch.name) and scratch.is_dir():
             shutil.rmtree(scratch, ignore_errors=True)
@@ -239,26 +236,26 @@ def _workers() -> int:
 
 
 def _run_to(command: list[str], output: Path) -> None:
-    """Run a compiler among the sources so that ``output`` appears whole or not at all, whoever else builds it."""
+    """Run a compiler in ``csrc``; os.replace lets ``output`` appear whole or not at all."""
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-        made = Path(scratch) / output.name
+        built = Path(scratch) / output.name
         try:
-            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, cwd=CSRC)
+            done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, cwd=CSRC)
         except OSError as error:
             raise BuildError(f"{command[0]} cannot be run: {error}") from error
         if done.returncode:
             errors = (done.stderr + done.stdout)[-2000:]
             raise BuildError(f"{Path(command[0]).name} failed (exit {done.returncode}) on {command[-1]}:\n{errors}")
         digest = Path(scratch) / "digest"
-        digest.write_text(_content_digest(made))
-        for file, place in ((made, output), (digest, _digest_file(output))):
-            with open(file, "rb+") as written:
-                os.fsync(written.fileno())
-            os.replace(file, place)
+        digest.write_text(_content_digest(built))
+        for file, target in ((built, output), (digest, _digest_file(output))):
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+            os.replace(file, target)
 
 
 def _is_intact(file: Path) -> bool:
-    """Whether a file has the content that it was built with: loading a library that was cut short kills the process."""
+    """Whether a file has the content of its digest: loading a truncated library kills the process."""
     try:
         return _digest_file(file).read_bytes() == _content_digest(file).encode()
     except OSError:

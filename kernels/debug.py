@@ -1,4 +1,4 @@
-"""Checks of values. They cost a wait for the GPU, and are made there only when MIMDET_DEBUG_KERNELS=1."""
+"""Checks of values. They wait for the GPU, so they run there only with MIMDET_DEBUG_KERNELS=1."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ ENVIRONMENT = "MIMDET_DEBUG_KERNELS"
 
 
 def enabled() -> bool:
-    """Whether the environment asks for checks; never inside compiled code, which cannot look at values."""
+    """Whether the environment asks for checks; never inside torch.compile, which has no values."""
     return not torch.compiler.is_compiling() and os.environ.get(ENVIRONMENT) == "1"
 
 
 def check_unique_index(index: torch.Tensor, length: int, name: str, padding: int = 0) -> None:
-    """``index`` (B, K) must hold numbers of 0 .. length - 1, none twice in a row of it.
+    """``index`` (B, K) must hold numbers of 0 .. length - 1, none twice in one row.
 
-    With ``padding``, K is length + padding: every number must be there, and -1 in the places left.
+    With ``padding``, K is length + padding: every number must occur, and -1 elsewhere.
 
     Raises:
         IndexError: a number outside of the range.
@@ -28,11 +28,11 @@ def check_unique_index(index: torch.Tensor, length: int, name: str, padding: int
     if outside.any():
         b, k = outside.nonzero()[0].tolist()
         raise IndexError(f"{name}[{b}, {k}] is {index[b, k].item()}, outside of 0 .. {length - 1}")
-    # One of the -1 stays in, so that it is found twice if there are too many.
+    # Sorted, padding - 1 of the -1 drop out: a second one left over means too many.
     ordered = index.sort(dim=1).values[:, max(0, padding - 1) :]
-    twice = ordered[:, 1:] == ordered[:, :-1]
-    if twice.any():
-        b, k = twice.nonzero()[0].tolist()
+    duplicate = ordered[:, 1:] == ordered[:, :-1]
+    if duplicate.any():
+        b, k = duplicate.nonzero()[0].tolist()
         value = ordered[b, k].item()
         raise ValueError(f"{name}[{b}] holds {value} more than {'once' if value >= 0 else f'{padding} times'}")
 

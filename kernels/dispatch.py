@@ -1,7 +1,7 @@
-"""Which implementation of an operation runs: what is asked for, what supports the call, and the choice.
+"""Which implementation of an operation runs: the request, the implementations that support the call, the choice.
 
-Each operation registers its implementations, best first. ``auto`` takes the first that supports the call and asks no
-further: nothing slower is looked for, loaded or compiled. A named implementation runs or raises with the reason.
+Each operation registers its implementations, best first. ``auto`` takes the first that supports the call and probes no
+others: nothing slower is searched for, loaded or compiled. A named implementation runs or raises with the reason.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class KernelUnavailableError(RuntimeError):
 
 
 class Call(NamedTuple):
-    """What decides which implementations support a call. It is hashed at every call, so it is small.
+    """Properties of a call that decide which implementations support it. It is hashed at every call, so it is small.
 
     Attributes:
         device: of the tensors, with its index.
         dtypes: of the tensors whose dtypes kernels depend on, the main input's first.
-        too_large: what is larger than the GPU kernels take, as a reason; None if they take it.
+        too_large: why the tensors exceed the GPU kernels' limits; None if they do not.
         head_dim: of attention.
-        equal_lengths: whether the sequences of attention are known to have one length.
+        equal_lengths: whether attention's sequences are known to have one length.
     """
 
     device: torch.device
@@ -121,12 +121,12 @@ def supports_cpp(call: Call) -> str | None:
 
 
 def interpreting() -> bool:
-    """Whether Triton's kernels run under its interpreter: thousands of times slower than eager, so only by name."""
+    """Whether Triton's kernels run under its interpreter: thousands of times slower than eager, so auto skips it."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def no_gpu(kernels: str, device: torch.device, *, rocm: bool = True) -> str | None:
-    """The reason if ``kernels``, a plural, find their tensors not on a GPU; on AMD's only with ``rocm``."""
+    """The reason if the tensors of ``kernels``, a plural, are not on a GPU; an AMD GPU counts only with ``rocm``."""
     if device.type != "cuda":
         return f"{kernels} take tensors on a GPU, not on {device.type} (move them, or use cpp or eager)"
     if not torch.cuda.is_available():
@@ -135,7 +135,7 @@ def no_gpu(kernels: str, device: torch.device, *, rocm: bool = True) -> str | No
 
 
 def too_old(need: str, device: torch.device, instead: str) -> str | None:
-    """The reason if an NVIDIA GPU is older than what ``need`` begins to say."""
+    """The reason if an NVIDIA GPU is too old; ``need`` begins the sentence."""
     if torch.cuda.get_device_capability(device) >= (8, 0):
         return None
     return f"{need} a GPU of compute capability 8.0 or newer (use {instead})"
@@ -166,13 +166,13 @@ def register(
         op: its name.
         implementations: by name, in auto's order of preference.
         order: call -> names in auto's order, where that depends on the call.
-        aliases: general word -> name, for implementations that have a name of their own.
+        aliases: general word -> name of the implementation here.
     """
     _operations[op] = _Operation(implementations, order or (lambda call: tuple(implementations)), aliases or {})
 
 
 def standard(limits: str = "", **changed: Callable[[Call], str | None]) -> dict[str, Implementation]:
-    """Triton, CUDA C++, C++ and eager; ``limits`` are those of the first two, ``changed`` says what else supports."""
+    """Triton, CUDA C++, C++ and eager; ``limits`` are of the first two, ``changed`` replaces their ``supports``."""
     gpu = {"triton": TRITON, "cuda": CUDA}
     gpu = {name: impl._replace(limits=limits, supports=changed.get(name, impl.supports)) for name, impl in gpu.items()}
     return {**gpu, "cpp": CPP, "eager": EAGER}
@@ -183,7 +183,7 @@ def use(word: str) -> Iterator[None]:
     """Choose the implementation of every operation inside the block.
 
     The choice belongs to the current thread or task (a ``ContextVar``). Code compiled with ``torch.compile`` keeps
-    what was chosen when it was traced: open the block around the first call.
+    the choice of its tracing: open the block around the first call.
 
     Raises:
         ValueError: not one of ``WORDS``.
@@ -213,7 +213,7 @@ def resolve(
     """The implementation that runs a call.
 
     Args:
-        op: name given to ``register``.
+        op: name in ``register``.
         impl: the caller's argument; None asks the context and the environment.
         device, dtypes, too_large, head_dim, equal_lengths: see ``Call``.
 
@@ -222,22 +222,20 @@ def resolve(
         KernelUnavailableError: a named implementation cannot run; says why. Only "auto" falls back.
     """
     key = (op, requested(impl), device, dtypes, too_large, head_dim, equal_lengths)
-    found = _resolved.get(key)
-    if found is None:
-        found = _resolve(op, impl, key[1], Call(*key[2:]))
-        _resolved[key] = found
-    return found
+    if key not in _resolved:
+        _resolved[key] = _resolve(op, impl, key[1], Call(*key[2:]))
+    return _resolved[key]
 
 
 def forget() -> None:
-    """Resolve every call anew; for tests that change what can run."""
+    """Clear the cache of choices; for tests that change what can run."""
     _resolved.clear()
 
 
 def _resolve(op: str, impl: str | None, word: str, call: Call) -> str:
     implementations, _, aliases = _operations[op]
-    own = () if impl is None else tuple(implementations)
-    _checked(word, ENVIRONMENT if impl is None else "impl", tuple(dict.fromkeys(WORDS + own)))
+    names = WORDS if impl is None else tuple(dict.fromkeys((*WORDS, *implementations)))
+    _checked(word, ENVIRONMENT if impl is None else "impl", names)
     word = aliases.get(word, word)
     if word == "auto":
         return _auto(op, call)
@@ -266,7 +264,7 @@ def _checked(word: str, source: str, words: Sequence[str]) -> str:
 def table(device: str | None = None, dtype: torch.dtype = torch.float32) -> list[Row]:
     """Every operation and implementation: usable here or why not, and which one auto chooses.
 
-    Attention is shown at head dim 64; auto's choice is that for sequences of different lengths.
+    Attention is shown for head dim 64; auto's choice there is for sequences of different lengths.
 
     Args:
         device: "cpu" or "cuda"; by default both are shown where there is a GPU, else "cpu".

@@ -1,4 +1,4 @@
-"""What the fused norms of feature maps share: (B, C, H, W) in, the same out, one weight and bias a channel."""
+"""Checks, allocation and registration of the fused norms of feature maps (B, C, H, W), with one weight per channel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from . import checks, debug, dispatch, library
 
-# The most channels that the GPU kernels hold in registers, and positions whose numbers fit their int32.
+# Limits of the GPU kernels: channels that fit into registers, positions that fit into int32.
 WIDEST, LONGEST = 8192, 2**30
 _runs: dict[str, Callable] = {}
 
@@ -23,7 +23,7 @@ def run(
     sizes: torch.Tensor | None,
     impl: str | None,
 ) -> torch.Tensor:
-    """What ``mimdet.kernels.<op>.api.<op>`` does: checks, choice of the implementation, call."""
+    """Body of ``mimdet.kernels.<op>``: checks, choice of the implementation, call."""
     _check(op, x, weight, bias, sizes)
     impl = dispatch.resolve(op, impl, x.device, (x.dtype,), _too_large(x))
     if impl == "eager":
@@ -31,19 +31,11 @@ def run(
     return _runs[op](x, weight, bias, sizes, eps, impl)[0]
 
 
-def valid(x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """(B, 1, H, W) bool: which positions of x are in the top left ``sizes`` of their sample."""
-    row, column = (torch.arange(length, device=x.device) for length in x.shape[2:])
-    rows, columns = sizes.unbind(1)
-    return (row < rows[:, None])[:, None, :, None] & (column < columns[:, None])[:, None, None, :]
-
-
 def register(op: str, statistics: Callable[[torch.Tensor], tuple[int, ...]]) -> None:
     """Register ``mimdet::<op>`` and ``mimdet::<op>_backward``.
 
-    The first gives (y, mean, rstd), the second (dx, dweight, dbias) from (dy, x, weight, bias, sizes, mean, rstd). Mean
-    and rstd are float32, as are the gradients of weight and bias before they are cast. Launchers of every
-    implementation fill outputs that are allocated here.
+    The first returns (y, mean, rstd), the second (dx, dweight, dbias). Mean, rstd, dweight and dbias are float32.
+    Launchers of every implementation fill outputs that are allocated here.
 
     Args:
         op: the operation's name, and that of its folder.
@@ -146,5 +138,5 @@ def _dense(x):
 
 
 def _parameters(weight, bias, sizes):
-    """As the launchers take them: float32, sizes int32."""
+    """Contiguous float32, sizes int32: what launchers take."""
     return weight.float().contiguous(), bias.float().contiguous(), None if sizes is None else sizes.int().contiguous()

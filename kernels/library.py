@@ -1,4 +1,4 @@
-"""Registration of operations under ``torch.ops.mimdet``, the short way to them, and the one way to their kernels."""
+"""Registers operations under ``torch.ops.mimdet``, calls them, and launches their kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from . import build
 
-# How the CUDA kernels are told a dtype: Dtype in csrc/cuda_rows.h.
+# Dtype codes of csrc/cuda_rows.h.
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _library = torch.library.Library("mimdet", "FRAGMENT")
@@ -23,14 +23,14 @@ _functions: dict[str, type[torch.autograd.Function]] = {}
 def define(name: str, schema: str, run: Callable, fake: Callable) -> Callable:
     """Register ``mimdet::<name>`` and return what calls it.
 
-    The dispatcher and the gradient formulas of registered operations cost tens of microseconds a call, as much as a
-    small kernel. Where nothing looks at what is called (no compiler, no dispatch mode, no transform, no tensor
-    subclass), the call goes to ``run`` directly, through an ``autograd.Function`` where gradients are wanted.
+    torch's dispatcher and ``register_autograd`` cost tens of microseconds a call, as much as a small kernel. Where
+    nothing observes the call (no compiler, dispatch mode, functorch transform or tensor subclass), it goes to ``run``
+    directly, through an ``autograd.Function`` if an input requires a gradient.
 
     Args:
         name: of the operation.
         schema: "(Tensor x, ...) -> Tensor"; functional, outputs never alias inputs.
-        run: the implementation on CPU and GPU tensors.
+        run: implementation for CPU and GPU tensors.
         fake: shapes, dtypes and strides of the outputs, for meta and fake tensors.
     """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -67,7 +67,7 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
 
 
 def _on_its_device(run: Callable) -> Callable:
-    """``run`` with the first tensor's GPU as the current one: Triton launches on that."""
+    """``run`` with the first tensor's GPU as torch's current device, where Triton launches."""
 
     @wraps(run)
     def guarded(*arguments):
@@ -96,15 +96,15 @@ def _want_gradients(arguments: tuple) -> bool:
 
 
 def launch(name: str, impl: str, *arguments, sizes: tuple[int, ...] = (), typed: tuple[torch.Tensor, ...] = ()) -> None:
-    """Run one of an operation's kernels; whatever it is written in, it takes its inputs, then outputs that it fills.
+    """Launch one of an operation's kernels, which takes its inputs, then outputs that it fills.
 
-    That is ``launch_<name>`` in the operation's triton.py or cuda.py, else what ``csrc`` has under that name.
+    It is ``launch_<name>`` of the operation's triton.py, cuda.py or aten_cpu.py, else the function of csrc.
 
     Args:
         name: "<op>_fwd" or "<op>_bwd".
         impl: "triton", "cuda" or "cpp".
         arguments: tensors, None and numbers.
-        sizes, typed: what C functions without torch cannot see in pointers; see ``call_cuda``.
+        sizes, typed: shapes and dtypes for C functions, which get bare pointers; see ``call_cuda``.
     """
     kernel = _kernel(name, impl)
     if kernel is None:
@@ -149,7 +149,7 @@ def call_cuda(name: str, *arguments, sizes: tuple[int, ...] = (), typed: tuple[t
 
 
 def dense(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Each contiguous; None stays None."""
+    """``contiguous()`` of each; None stays None."""
     return tuple(tensor if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
@@ -159,13 +159,13 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def index_for(impl: str, index: torch.Tensor) -> torch.Tensor:
-    """``index`` as the kernels take it: Triton's any integers, the others int64."""
+    """int64 ``index`` for C++ and CUDA; Triton takes int32 too."""
     return index if impl == "triton" else index.long()
 
 
 def rows_per_partial(rows: int, least: int, most: int) -> int:
-    """How many rows' gradients one partial sum takes: ``least``, or more where there would be over ``most`` sums.
+    """Rows per partial sum of gradients: ``least``, or more where there would be over ``most`` sums.
 
-    It depends on the number of rows alone: any number of threads or programs sums in the same order.
+    It depends only on the number of rows, so any number of threads sums in the same order.
     """
     return max(least, -(-rows // most))

@@ -1,16 +1,16 @@
-"""What several operations' Triton kernels share."""
+"""Triton functions and tile sizes of several operations."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# Tiles of kernels that move rows of channels. Rows are on the grid's first axis: the others end at 65535.
+# Tiles of kernels that copy rows. Rows are on the grid's first axis: CUDA limits the others to 65535.
 ROW_BLOCKS = {"BLOCK_M": 4, "BLOCK_C": 256, "num_warps": 4}
 
 
 def row_grid(rows: int, channels: int) -> tuple[int, int]:
-    """Programs of kernels that move rows in tiles of ``ROW_BLOCKS``."""
+    """Grid of kernels that copy rows in tiles of ``ROW_BLOCKS``."""
     return triton.cdiv(rows, ROW_BLOCKS["BLOCK_M"]), triton.cdiv(channels, ROW_BLOCKS["BLOCK_C"])
 
 
@@ -27,8 +27,8 @@ def gelu_derivative(z):
 
 
 @triton.jit
-def valid(position, size, width):
-    """Whether positions of a map of width columns are in its top left rows and columns; size: (2,) int32."""
+def valid_mask(position, size, width):
+    """Whether positions of a map of ``width`` columns are in its top left rows and columns, size: (2,) int32."""
     position = position.to(tl.int32)
     row = position // width
     return (row < tl.load(size)) & (position - row * width < tl.load(size + 1))
@@ -36,8 +36,8 @@ def valid(position, size, width):
 
 @triton.jit
 def start(block, size):
-    """``block * size``, a position of one map (or one past its end by less than its length), and so an int32.
+    """``block * size``, a position of one map (or past its end by less than its length), in int32.
 
-    The sum of positions over a batch is not: offsets of samples are int64.
+    Positions over a whole batch need int64.
     """
     return (block.to(tl.int64) * size).to(tl.int32)

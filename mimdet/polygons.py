@@ -38,12 +38,12 @@ class PackedPolygons:
         sizes = np.array([polygon.size for polygon in polygons], dtype=np.int64)
         numbers = np.concatenate([np.zeros(0), *polygons])
         instance_starts = np.cumsum([0, *map(len, instances)], dtype=np.int32)
-        flawed = (sizes < 6) | (sizes % 2 == 1)
-        if not flawed.any() and np.isfinite(numbers).all():
+        malformed = (sizes < 6) | (sizes % 2 == 1)
+        if not malformed.any() and np.isfinite(numbers).all():
             return cls(numbers.reshape(-1, 2), np.cumsum([0, *sizes // 2], dtype=np.int32), instance_starts)
-        number = next(q for q, polygon in enumerate(polygons) if flawed[q] or not np.isfinite(polygon).all())
+        number = next(q for q, polygon in enumerate(polygons) if malformed[q] or not np.isfinite(polygon).all())
         instance = int(np.searchsorted(instance_starts, number, side="right")) - 1
-        if flawed[number]:
+        if malformed[number]:
             problem = f"has {sizes[number]} numbers: give x and y of at least 3 points"
         else:
             problem = "holds NaN or infinity"

@@ -129,7 +129,7 @@ def title(rows: Sequence[dict]) -> str:
 
 
 def columns(rows: Sequence[dict]) -> list[views.Column]:
-    """Time, memory and speed-ups, and beside the paper's what is relative to the default row, if there are more."""
+    """Time, memory and speed-ups, and beside the paper's ratios to the default row, if there are other rows."""
     varied = len({(row["mode"], row["ratio"], row["depth"]) for row in rows}) > len({row["mode"] for row in rows})
     relative = [
         ("time, relative", "relative_time", ".2f"),

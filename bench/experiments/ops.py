@@ -22,9 +22,9 @@ from ..session import DTYPES
 from ..workload import check_words
 
 DIRECTIONS = ("forward", "backward")
-# Seconds of a pass: the GPU's events resolve half a microsecond, and each of their calls waits to be queued first.
+# Seconds of a pass: CUDA events resolve half a microsecond, and all calls of a pass are queued first.
 _LEAST = {"cpu": 5e-3, "cuda": 5e-4}
-# Of a published table; what is neither these nor plain PyTorch is a baseline that others ship.
+# Rows of a published table; implementations in neither tuple are baselines of other libraries.
 _OURS = ("triton", "cuda", "cpp", "aten_cpu")
 _PLAIN = ("eager", "inductor")
 Implementation = Callable[[Tensors], Outputs]
@@ -94,7 +94,7 @@ def run(options: Options, limits: Mapping[str, float] | None = None) -> Results:
 
 
 def measure_case(one: Case, options: Options, limits: Mapping[str, float]) -> Iterator[list[dict]]:
-    """Rows of each direction and cache state. What is wrong or cannot run has a row that says why instead."""
+    """Rows of each direction and cache state. A wrong or failed implementation has a row with its status instead."""
     inputs = one.make(options.device)
     implementations = implementations_of(one, options)
     with settings():
@@ -159,7 +159,7 @@ def _with_impl(one: Case, impl: str) -> Implementation:
 
 @contextlib.contextmanager
 def settings() -> Iterator[None]:
-    """Full float32 everywhere, and compiled graphs that can be walked backward more than once."""
+    """Full float32 everywhere, and compiled graphs whose backward can run more than once."""
     torch._dynamo.reset()
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -173,7 +173,7 @@ def settings() -> Iterator[None]:
 def check(
     one: Case, implementations: Mapping[str, Implementation], inputs: Tensors
 ) -> tuple[list[torch.Tensor], dict[str, str]]:
-    """Random gradients of the outputs, and the status of what is wrong or cannot run, by name."""
+    """Random gradients of the outputs, and the status of implementations that are wrong or fail, by name."""
     reference = one.reference or _with_impl(one, "eager")
     with torch.no_grad():
         outputs = reference(inputs)
@@ -199,7 +199,7 @@ def check(
 
 
 def run_of(function: Implementation, inputs: Tensors, one: Case, gradients: list[torch.Tensor], direction: str) -> Run:
-    """What is timed; the backward's graph is built here, once."""
+    """The timed function; the graph of backward is built once, here."""
     leaves = {k: v.detach().requires_grad_(k in one.differentiable) for k, v in inputs.items()}
     if direction == "forward":
         return lambda: function(leaves)
@@ -208,7 +208,7 @@ def run_of(function: Implementation, inputs: Tensors, one: Case, gradients: list
 
 
 def published(rows: Sequence[dict]) -> list[dict]:
-    """Our implementations; what they are compared with is in their columns."""
+    """Rows of our implementations; their columns compare them with the baselines."""
     return [row for row in rows if row["implementation"] in _OURS]
 
 

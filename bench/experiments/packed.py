@@ -1,4 +1,4 @@
-"""``mimdet bench packed``: a batch of images of different sizes, padded on one canvas, packed, and one by one."""
+"""``mimdet bench packed``: a batch of images of different sizes, padded (canvas), packed, and one by one."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def run(options: Options) -> Results:
 
 
 class _Batch:
-    """Images of noise, the numbers that choose their tokens, and the backbone that they go through.
+    """Random images, their sampling noise, and the backbone.
 
-    Without stochastic depth: the layouts would draw its numbers in different orders.
+    Stochastic depth is off: the layouts would draw its random numbers in different orders.
     """
 
     def __init__(self, options: Options):
@@ -112,7 +112,7 @@ class _Batch:
         workload.forget_gradients(self.model)
 
     def mismatch(self, mode: str) -> str | None:
-        """Why packed must not be timed: features or gradients that are not those of the images alone."""
+        """Why packed is not timed: features or gradients that differ from those of each image alone."""
         with torch.set_grad_enabled(mode == "train"), workload.exact_convolutions():
             actual, expected = (self._outputs(layout, mode) for layout in ("packed", "one by one"))
         difference = model_mismatch(actual, expected, self.options.dtype)

@@ -1,4 +1,4 @@
-"""``mimdet bench roofline``: what a step computes and moves, and how far it is from what the machine could do."""
+"""``mimdet bench roofline``: FLOPs, bytes and time of a step, and its distance from the machine's limits."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def run(options: Options) -> Results:
 
 
 def _fastest(before: Mapping[Key, Work], now: dict[Key, Work]) -> dict[Key, Work]:
-    """The run with fewer seconds, key by key: another program on the machine only ever adds to them."""
+    """The run with fewer seconds, key by key: other programs on the machine only add time."""
     for key, work in now.items():
         if key in before:
             work.seconds = min(work.seconds, before[key].seconds)
@@ -100,14 +100,14 @@ def rows_of(counted: Mapping[Key, Work], timings: Timings, options: Options, lim
     common = {**options.keys("roofline", options.mode), **model, "status": "ok"}
     rows = []
     for (component, direction, operation, shape), work in counted.items():
-        figures = {
+        values = {
             "gflop": work.flops / 1e9,
             "mib": work.bytes / 2**20,
             "floor_ms": 1e3 * floor_seconds(limits, work.dtype, work.flops, work.bytes),
             "p50_ms": 1e3 * work.seconds,
         }
         keys = {"component": component, "direction": direction, "operation": operation, "shape": shape}
-        rows.append({**common, **keys, "calls": work.calls, **{k: rounded(v) for k, v in figures.items()}})
+        rows.append({**common, **keys, "calls": work.calls, **{k: rounded(v) for k, v in values.items()}})
     rows.sort(key=lambda row: -row["p50_ms"])
     sums = {column: rounded(value) for column, value in _sum(rows).items() if column != "calls"}
     whole = {**common, "component": STEP, "direction": "both", "calls": _sum(rows)["calls"], **sums}

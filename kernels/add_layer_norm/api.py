@@ -22,20 +22,19 @@ def add_layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``residual_out = residual + scale * x`` and ``y = LayerNorm(residual_out) * weight + bias``.
 
-    The sum is rounded to the residual's dtype, and normalised as rounded; statistics are float32 (float64 for
-    float64). Gradients of first order; sums over rows have one order whatever the number of threads, so they repeat
-    bitwise. Backward keeps residual_out and a mean and rstd for each row. Source: Ba et al., "Layer Normalization",
+    The sum is rounded to the residual's dtype before it is normalized; statistics are float32 (float64 for float64).
+    Gradients of first order, which repeat bitwise: rows are summed in one order, whatever the number of threads.
+    Activation memory is residual_out, and a mean and rstd per row. Source: Ba et al., "Layer Normalization",
     2016; Huang et al., "Deep Networks with Stochastic Depth", 2016.
 
     Args:
         residual: (B, ..., C) residual stream, float; any strides.
         x: output of the branch, like residual, of any float dtype; None adds nothing.
-        scale: (B,) float, what each sample's x is multiplied with (drop path: 0 or 1 / keep); no gradient. None
-            means 1.
+        scale: (B,) float, factor of each sample's x (drop path: 0 or 1 / keep); no gradient. None means 1.
         weight: (C,) float.
         bias: (C,) float.
         eps: added to the variance.
-        dtype: of y; None means the residual's. Under autocast give what the next layer computes in.
+        dtype: of y; None means the residual's. Under autocast: the dtype that the next layer computes in.
         impl: see ``mimdet.kernels.dispatch``.
 
     Returns:
@@ -54,7 +53,7 @@ def add_layer_norm(
     impl = resolve(ops.NAME, impl, residual.device, dtypes, too_large)
     flat = residual
     if residual.dim() != 3:
-        # (B, N, C): the dimensions between the first and the last are one.
+        # Kernels take (B, N, C).
         rows = residual.shape[0], residual.shape[1:-1].numel(), channels
         flat, x = residual.reshape(rows), None if x is None else x.reshape(rows)
     if impl == "eager":

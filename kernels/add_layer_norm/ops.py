@@ -7,9 +7,9 @@ import torch
 from .. import dispatch, library
 
 NAME = "add_layer_norm"
-# The widest row that the GPU kernels hold in registers.
+# Widest row that fits into the GPU kernels' registers.
 WIDEST = 8192
-# Rows a partial sum of the parameters' gradients takes at least, and the most such sums.
+# Rows per partial sum of the parameters' gradients at least, and partial sums at most.
 _PARTIALS = {"triton": (1, 1024), "cuda": (16, 1024), "cpp": (16, 64)}
 
 
@@ -99,7 +99,7 @@ def _differentiate(ctx, dresidual_out, dy, _dmean, _drstd):
     has_x = ctx.x_dtype is not None
     dresidual = dresidual_out if has_x else None
     dx = dweight = dbias = None
-    # Without a scale the gradient of x is the residual's, and need not be written twice.
+    # Without scale dx equals dresidual: one tensor serves both.
     shared = has_x and scale is None and ctx.x_dtype == residual_out.dtype
     if dy is not None:
         x_dtype = None if shared else ctx.x_dtype

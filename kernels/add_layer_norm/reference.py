@@ -7,19 +7,19 @@ import torch.nn.functional as F
 
 
 def add_layer_norm(
-    r: torch.Tensor,
-    branch: torch.Tensor | None,
+    residual: torch.Tensor,
+    x: torch.Tensor | None,
     scale: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``r_new = r + scale * branch`` in r's dtype, ``y = LayerNorm(r_new) * weight + bias`` in ``dtype``."""
-    if branch is not None:
+    """residual_out = residual + scale * x in residual's dtype, and its LayerNorm in ``dtype``."""
+    if x is not None:
         if scale is not None:
-            branch = branch * scale.view(-1, 1, 1)
-        r = (r + branch).to(r.dtype)
-    wide = torch.promote_types(r.dtype, weight.dtype)
-    y = F.layer_norm(r.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
-    return r, y.to(dtype)
+            x = x * scale.view(-1, 1, 1)
+        residual = (residual + x).to(residual.dtype)
+    wide = torch.promote_types(residual.dtype, weight.dtype)
+    y = F.layer_norm(residual.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
+    return residual, y.to(dtype)

@@ -23,7 +23,7 @@ def _add_layer_norm_fwd_kernel(
             added *= tl.load(scale + row // N).to(tl.float32)
         rounded = (total + added).to(residual_out.dtype.element_ty)
         tl.store(residual_out + offs, rounded, mask=mask)
-        # Backward knows only the rounded sum, so the statistics are those of the rounded sum.
+        # Backward sees only the rounded sum, so the statistics are those of the rounded sum.
         total = rounded.to(tl.float32)
     row_mean = tl.sum(total, axis=0) / C
     x_centered = tl.where(mask, total - row_mean, 0.0)

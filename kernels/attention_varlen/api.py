@@ -25,7 +25,7 @@ def attention_varlen_packed(
     Scores and sums are float32 (float64 for float64). Only eager builds the N x N matrix. Gradients of first order;
     of triton and aten_cpu they repeat bitwise.
 
-    What ``impl`` names, beside auto, in auto's order; of the general words cuda is torch_varlen, and cpp aten_cpu:
+    Values of ``impl`` beside auto, in auto's order; cuda means torch_varlen, cpp means aten_cpu:
 
     ============  ======================================================  ========================================
     aten_cpu      PyTorch's C++ attention, sequence by sequence; CPU      first on the CPU
@@ -40,11 +40,11 @@ def attention_varlen_packed(
     "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023.
 
     Args:
-        qkv: (T, 3, heads, head_dim) float, T tokens of all sequences one after the other, as one linear layer gives
-            queries, keys and values; any strides, without a copy where head_dim is dense (and, for sdpa, flash_attn
+        qkv: (T, 3, heads, head_dim) float, T tokens of all sequences one after the other, the output of one
+            linear layer; any strides, without a copy where head_dim is dense (and, for sdpa, flash_attn
             and torch_varlen, rows begin at multiples of 16 bytes).
-        cu_seqlens: (B + 1,) int32 on qkv's device: where each sequence starts, and T. Sequences may be empty. Checked
-            on the CPU; on a GPU, where looking means waiting, only with MIMDET_DEBUG_KERNELS=1.
+        cu_seqlens: (B + 1,) int32 on qkv's device: where each sequence starts, and T. Sequences may be empty. Its
+            values are checked on the CPU; on a GPU, where that would wait for it, only with MIMDET_DEBUG_KERNELS=1.
         max_seqlen: the longest length, or more.
         scale: of the scores, positive; None means head_dim ** -0.5.
         impl: see ``mimdet.kernels.dispatch``, and above.
@@ -69,21 +69,21 @@ def attention_varlen_packed(
         equal_lengths = True
     impl = resolve(ops.NAME, impl, qkv.device, (qkv.dtype,), None, _number(head_dim), equal_lengths)
     kind = qkv.device.type
-    looking = debug.enabled() or (impl != "aten_cpu" and kind == "cpu" and not torch.compiler.is_compiling())
-    if looking and type(cu_seqlens) is torch.Tensor:  # others, fake ones, have no values
+    check_values = debug.enabled() or (impl != "aten_cpu" and kind == "cpu" and not torch.compiler.is_compiling())
+    if check_values and type(cu_seqlens) is torch.Tensor:  # FakeTensor has no values
         debug.check_cu_seqlens(cu_seqlens, total, max_seqlen, ops.NAME)
     scale = head_dim**-0.5 if scale is None else scale
     if impl in ("triton", "aten_cpu"):
         return ops.run(qkv, cu_seqlens, max_seqlen, scale, impl)[0]
     if total == 0:
-        return qkv.sum(1)  # nothing, but with its gradient
+        return qkv.sum(1)  # empty, with a gradient
     if impl != "eager":
         qkv = torch_attention.loadable(qkv)
     if impl == "flash_attn":
         return flash_attn.attention(qkv, cu_seqlens.contiguous(), max_seqlen, scale)
     if impl == "torch_varlen" and qkv.dtype != torch.float32:
         return torch_attention.varlen(qkv, cu_seqlens.contiguous(), max_seqlen, scale)
-    # Autocast would take these two apart and lower their precision.
+    # Autocast would lower the precision of single steps inside these two.
     with torch.autocast(kind, enabled=False) if _has_autocast(kind) else contextlib.nullcontext():
         if impl == "eager":
             return reference.attention_varlen(*qkv.unbind(1), cu_seqlens, max_seqlen, scale)
@@ -100,7 +100,7 @@ def attention_varlen(
     scale: float | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """``attention_varlen_packed`` of q, k and v, each (T, heads, head_dim), which are copied into one tensor."""
+    """``attention_varlen_packed`` of q, k and v, each (T, heads, head_dim), copied into one tensor."""
     checks.tensors(ops.NAME, q=q, k=k, v=v)
     _check_shape("q", q, ())
     for name, tensor in (("k", k), ("v", v)):
@@ -113,7 +113,7 @@ def attention_varlen(
 
 
 def _number(size: int) -> int:
-    """``size``, which torch.compile may have made a symbol, as a number that it guards."""
+    """``size`` as an int: torch.compile's SymInt becomes a number with a guard."""
     if torch.compiler.is_compiling():
         for number in range(1, 1025):
             if number == size:

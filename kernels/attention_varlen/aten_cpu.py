@@ -1,4 +1,4 @@
-"""PyTorch's C++ attention for the CPU, over runs of neighbouring sequences that have one length."""
+"""PyTorch's C++ attention for the CPU, over runs of neighboring sequences that have one length."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def launch_attention_varlen_bwd(
 
 
 def _runs(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> Iterator[tuple[int, int, int]]:
-    """(first token, number of sequences, their length) of neighbours of equal length: one dense batch each."""
+    """(first token, number of sequences, their length) of neighbors of equal length: one dense batch each."""
     first = 0
     bounds = debug.check_cu_seqlens(cu_seqlens, len(qkv), max_seqlen, "attention_varlen")
     for length, group in groupby(end - start for start, end in pairwise(bounds)):

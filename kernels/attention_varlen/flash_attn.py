@@ -1,4 +1,4 @@
-"""The flash-attn packages, of which none is required: version 3 on Hopper, 4 on Hopper and Blackwell, else 2."""
+"""The flash-attn packages, all optional: version 3 on Hopper, 4 on Hopper and Blackwell, else 2."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def attention(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scal
         return function(qkv, cu_seqlens, max_seqlen, **options)
     lengths = {f"cu_seqlens_{side}": cu_seqlens for side in "qk"} | {f"max_seqlen_{side}": max_seqlen for side in "qk"}
     out = function(*qkv.unbind(1), **lengths, **options)
-    # Some releases of 3 and 4 give the logarithm of the softmax's sum as well.
+    # Some releases of 3 and 4 return (out, lse).
     return out[0] if isinstance(out, tuple) else out
 
 

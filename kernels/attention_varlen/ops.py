@@ -1,7 +1,6 @@
-"""``mimdet::attention_varlen``, which triton and aten_cpu share, and its backward; and what can run where.
+"""``mimdet::attention_varlen`` of triton and aten_cpu, its backward, and the conditions of every implementation.
 
-The other implementations (flash_attn, torch_varlen, sdpa) are operations of their libraries, with gradients of their
-own.
+flash_attn, torch_varlen and sdpa are operations of their libraries, which define their gradients.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from ..dispatch import BF16, F16, F32, Implementation
 from . import flash_attn
 
 NAME = "attention_varlen"
-# The general words that have another name here.
+# General names of implementations -> names here.
 ALIASES = {"cuda": "torch_varlen", "cpp": "aten_cpu"}
-# The widest heads for which our own Triton kernel is faster than all others.
+# Widest heads for which our Triton kernel is the fastest, and widest that it takes.
 _NARROW = 32
 _WIDEST = 128
 
@@ -27,7 +26,7 @@ def _supports_triton(call):
 
 
 def _supports_varlen(call):
-    # FlashAttention and cuDNN, which it runs, have 16-bit kernels alone; float32 takes the dense one.
+    # varlen_attn calls FlashAttention or cuDNN, which are 16-bit; float32 goes to sdpa, which needs equal lengths.
     kernels = "kernels of torch's varlen_attn"
     reason = dispatch.no_gpu(kernels, call.device, rocm=False)
     reason = reason or dispatch.too_old("torch's varlen_attn needs", call.device, "sdpa or eager")
@@ -39,7 +38,7 @@ def _supports_varlen(call):
 def _supports_sdpa(call):
     if not call.equal_lengths:
         return "it takes sequences of one length, B * max_seqlen = T (use another, or eager)"
-    # On a GPU PyTorch may build the whole matrix for other head dims.
+    # PyTorch's fused kernels for GPUs take these head dims; for others it may build the N x N matrix.
     return None if call.device.type == "cpu" else _multiple_of_8(call)
 
 
@@ -74,14 +73,14 @@ dispatch.register(NAME, IMPLEMENTATIONS, _order, ALIASES)
 def _outputs(qkv, impl):
     total, _, heads, head_dim = qkv.shape
     out = qkv.new_empty((total, heads, head_dim))
-    if impl == "aten_cpu":  # as PyTorch's kernel makes it
+    if impl == "aten_cpu":  # memory layout of PyTorch's kernel
         return out, qkv.new_empty((total, heads), dtype=torch.float32).t()
     return out, qkv.new_empty((heads, total), dtype=torch.float32)
 
 
 def _forward(qkv, cu_seqlens, max_seqlen, scale, impl):
     outputs = _outputs(qkv, impl)
-    if qkv.numel() or impl == "aten_cpu":  # which checks cu_seqlens
+    if qkv.numel() or impl == "aten_cpu":  # aten_cpu checks cu_seqlens
         qkv, cu_seqlens = library.rows(qkv), cu_seqlens.contiguous()
         library.launch(f"{NAME}_fwd", impl, qkv, cu_seqlens, max_seqlen, scale, *outputs)
     return outputs
@@ -105,7 +104,7 @@ def _fake_backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, scale, impl):
 
 run = library.define(
     NAME,
-    # lse, (heads, T), is in the base that impl's backward takes.
+    # lse (heads, T): base 2 of triton, base e of aten_cpu.
     "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, str impl) -> (Tensor out, Tensor lse)",
     _forward,
     _fake_forward,

@@ -20,7 +20,7 @@ def attention_varlen(
     wide = torch.promote_types(q.dtype, torch.float32)
     padded = (t.to(wide)[index].masked_fill(absent[..., None, None], 0.0) for t in (q, k, v))
     q_rows, k_rows, v_rows = (t.transpose(1, 2) for t in padded)  # (B, heads, N, head_dim)
-    # The least number, not -inf: a row without any key stays finite, and so do its gradients.
+    # finfo.min, not -inf: a row without keys and its gradients stay finite.
     scores = (q_rows @ k_rows.mT * scale).masked_fill(absent[:, None, None], torch.finfo(wide).min)
     out = (scores.softmax(-1) @ v_rows).transpose(1, 2)
     sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)

@@ -1,4 +1,4 @@
-"""PyTorch's own fused attention that has gradients of its own: dense, and varlen on NVIDIA GPUs."""
+"""PyTorch's fused attention with its gradients: dense, and varlen on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 def loadable(qkv: torch.Tensor) -> torch.Tensor:
     """``qkv`` (..., head_dim), copied where kernels could not load it 16 bytes at a time.
 
-    Dense attention then quietly builds the whole matrix; others refuse, or crash. Inductor sees to offsets itself.
+    Of such a tensor sdpa silently builds the N x N matrix; others raise or crash. Inductor aligns storage itself.
     """
     step = 16 // qkv.itemsize
     fits = qkv.stride(-1) == 1 and all(stride % step == 0 for stride in qkv.stride()[:-1])

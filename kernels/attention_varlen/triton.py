@@ -1,6 +1,6 @@
 """Packed attention on a GPU through Triton: FlashAttention-2, backward in two kernels without atomics.
 
-A program works on one tile of one head of one sequence, so what it computes depends on that sequence alone.
+A program takes one tile of one head of one sequence, so its result depends on that sequence alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a tile, and how it is run."""
+    """Queries (M) and keys (N) of a tile, and Triton's launch options."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -22,8 +22,8 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# (bytes of an element, width of a head) -> tiles of the three kernels. Without a GPU to measure on they follow from
-# what fits: no spilled registers, and shared memory below the 99 KiB that consumer GPUs have.
+# (bytes of an element, BLOCK_D) -> tiles of the three kernels. They are not tuned on a GPU but chosen to fit: no
+# spilled registers, and shared memory below the 99 KiB of consumer GPUs.
 _FWD = {
     (2, 32): Tiles(128, 64, 4, 3),
     (2, 64): Tiles(128, 64, 8, 3),
@@ -51,8 +51,8 @@ _BWD_Q = {
 
 
 @triton.jit
-def _place(cu_seqlens, H, tiles, BLOCK: tl.constexpr):
-    """Head, the sequence's first token and length; this program's first token, and how many there are from it on.
+def _locate(cu_seqlens, H, tiles, BLOCK: tl.constexpr):
+    """Head, the sequence's first token and length; this tile's first token, and the tokens left from it on.
 
     cu_seqlens: (B + 1,) int32.
     """
@@ -60,7 +60,7 @@ def _place(cu_seqlens, H, tiles, BLOCK: tl.constexpr):
     sequence = program // tiles // H
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
     length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
-    # Tiles of a head run side by side and share its keys and values in the cache.
+    # Tiles of a head are consecutive programs, which share its keys and values in the L2 cache.
     first = (program % tiles).to(tl.int64) * BLOCK
     return (program // tiles % H).to(tl.int64), start, length, start + first, (length - first).to(tl.int32)
 
@@ -89,7 +89,7 @@ def _store(base, stride, length, D, x, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 
 @triton.jit
 def _load_row(base, first, length, SIZE: tl.constexpr):
-    """(SIZE,) from place ``first`` of a vector (length,) at ``base``; beyond it zeros."""
+    """(SIZE,) from index ``first`` of a vector (length,); zeros beyond its end."""
     offs = first + tl.arange(0, SIZE)
     return tl.load(base + offs, mask=offs < length, other=0.0)
 
@@ -98,9 +98,9 @@ def _load_row(base, first, length, SIZE: tl.constexpr):
 def _dot(a, b, WIDEN: tl.constexpr):
     """a @ b in float32.
 
-    For NVIDIA's tensor cores float32 numbers are split into three of bfloat16, whose 24 bits lose nothing: as FMAs
-    these tiles would spill thousands of registers, and tf32x3 keeps 22 bits. AMD's matrix cores take float32. WIDEN is
-    for the interpreter, which does not know that and multiplies bfloat16 wrongly.
+    bf16x6 splits float32 into three bfloat16 for NVIDIA's tensor cores and loses no bit; FMAs would spill thousands of
+    registers, and tf32x3 has only 22 bits. AMD's matrix cores take float32. WIDEN is for Triton's interpreter, which
+    lacks bf16x6 and multiplies bfloat16 wrongly.
     """
     if WIDEN:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -111,20 +111,20 @@ def _dot(a, b, WIDEN: tl.constexpr):
 
 @triton.jit
 def _fwd_step(
-    q_tile, k, v, stride_k, stride_v, first, length, top, total, acc, scale,
+    q_tile, k, v, stride_k, stride_v, first, length, m_i, total, acc, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: the greatest score so far, the sum of exponentials, and the sum of values (BLOCK_M, ...)."""
+    """Online softmax over one tile of keys: the new maximum, sum of exponentials and sum of values (BLOCK_M, ...)."""
     keys = _load(k, stride_k, first, length, D, BLOCK_N, BLOCK_D, MASK)
     scores = _dot(q_tile, tl.trans(keys), WIDEN)
     if MASK:
         scores = tl.where((first + tl.arange(0, BLOCK_N) < length)[None, :], scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1) * scale)
-    p = tl.exp2(scores * scale - higher[:, None])
-    shrink = tl.exp2(top - higher)
+    m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
+    p = tl.exp2(scores * scale - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
     values = _load(v, stride_v, first, length, D, BLOCK_N, BLOCK_D, MASK)
-    acc = acc * shrink[:, None] + _dot(p.to(values.dtype), values, WIDEN)
-    return higher, total * shrink + tl.sum(p, 1), acc
+    acc = acc * alpha[:, None] + _dot(p.to(values.dtype), values, WIDEN)
+    return m_new, total * alpha + tl.sum(p, 1), acc
 
 
 @triton.jit
@@ -133,31 +133,31 @@ def _attention_varlen_fwd_kernel(
     scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDEN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v, out: (T, H, D), strides of T and H given (of H in out: D); lse: (H, T) float32; exponents in base 2."""
-    head, start, length, own, left = _place(cu_seqlens, H, tiles, BLOCK_M)
+    """q, k, v, out: (T, H, D), with strides of T and H (out's of H is D); lse: (H, T) float32; exponents in base 2."""
+    head, start, length, first, left = _locate(cu_seqlens, H, tiles, BLOCK_M)
     if left <= 0:
         return
     k += start * stride_k + head * stride_kh
     v += start * stride_v + head * stride_vh
-    q_tile = _load(q + own * stride_q + head * stride_qh, stride_q, 0, left, D, BLOCK_M, BLOCK_D, True)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    q_tile = _load(q + first * stride_q + head * stride_qh, stride_q, 0, left, D, BLOCK_M, BLOCK_D, True)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    whole = 0
+    full = 0
     if SPLIT:
-        # Whole tiles need no mask, which at narrow heads costs as much as a tenth of the exponentials.
-        whole = length // BLOCK_N * BLOCK_N
-        for n in range(0, whole, BLOCK_N):
-            top, total, acc = _fwd_step(
-                q_tile, k, v, stride_k, stride_v, n, length, top, total, acc, scale, D, BLOCK_D, BLOCK_N, WIDEN, False
+        # Full tiles need no mask, which for narrow heads costs a tenth of the exponentials' time.
+        full = length // BLOCK_N * BLOCK_N
+        for n in range(0, full, BLOCK_N):
+            m_i, total, acc = _fwd_step(
+                q_tile, k, v, stride_k, stride_v, n, length, m_i, total, acc, scale, D, BLOCK_D, BLOCK_N, WIDEN, False
             )
-    for n in range(whole, length, BLOCK_N):
-        top, total, acc = _fwd_step(
-            q_tile, k, v, stride_k, stride_v, n, length, top, total, acc, scale, D, BLOCK_D, BLOCK_N, WIDEN, True
+    for n in range(full, length, BLOCK_N):
+        m_i, total, acc = _fwd_step(
+            q_tile, k, v, stride_k, stride_v, n, length, m_i, total, acc, scale, D, BLOCK_D, BLOCK_N, WIDEN, True
         )
-    _store(out + own * stride_o + head * D, stride_o, left, D, acc / total[:, None], BLOCK_M, BLOCK_D)
+    _store(out + first * stride_o + head * D, stride_o, left, D, acc / total[:, None], BLOCK_M, BLOCK_D)
     row = tl.arange(0, BLOCK_M)
-    tl.store(lse + head * T + own + row, top + tl.log2(total), mask=row < left)
+    tl.store(lse + head * T + first + row, m_i + tl.log2(total), mask=row < left)
 
 
 @triton.jit
@@ -167,14 +167,14 @@ def _attention_varlen_delta_kernel(
 ):  # fmt: skip
     """delta (H, T) float32 = the sum over D of dout * out, both (T, H, D), strides as in forward."""
     head = (tl.program_id(0) % H).to(tl.int64)
-    own = (tl.program_id(0) // H).to(tl.int64) * BLOCK_M
-    left = (T - own).to(tl.int32)
-    dout += own * stride_g + head * stride_gh
-    out += own * stride_o + head * D
+    first = (tl.program_id(0) // H).to(tl.int64) * BLOCK_M
+    left = (T - first).to(tl.int32)
+    dout += first * stride_g + head * stride_gh
+    out += first * stride_o + head * D
     dy = _load(dout, stride_g, 0, left, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
     y = _load(out, stride_o, 0, left, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
     row = tl.arange(0, BLOCK_M)
-    tl.store(delta + head * T + own + row, tl.sum(dy * y, 1), mask=row < left)
+    tl.store(delta + head * T + first + row, tl.sum(dy * y, 1), mask=row < left)
 
 
 @triton.jit
@@ -183,27 +183,27 @@ def _attention_varlen_bwd_kv_kernel(
     stride_v, stride_vh, stride_d, T, H, tiles, scale, scale_out,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """dout, q, k, v, dk, dv: (T, H, D), strides of T and H given (of H in dk and dv: D); lse, delta: (H, T) float32."""
-    head, start, length, own, left = _place(cu_seqlens, H, tiles, BLOCK_N)
+    """dout, q, k, v, dk, dv: (T, H, D), with strides of T and H (of H in dk, dv: D); lse, delta: (H, T) float32."""
+    head, start, length, first, left = _locate(cu_seqlens, H, tiles, BLOCK_N)
     if left <= 0:
         return
     q += start * stride_q + head * stride_qh
     dout += start * stride_g + head * stride_gh
     lse += head * T + start
     delta += head * T + start
-    k_tile = _load(k + own * stride_k + head * stride_kh, stride_k, 0, left, D, BLOCK_N, BLOCK_D, True)
-    v_tile = _load(v + own * stride_v + head * stride_vh, stride_v, 0, left, D, BLOCK_N, BLOCK_D, True)
+    k_tile = _load(k + first * stride_k + head * stride_kh, stride_k, 0, left, D, BLOCK_N, BLOCK_D, True)
+    v_tile = _load(v + first * stride_v + head * stride_vh, stride_v, 0, left, D, BLOCK_N, BLOCK_D, True)
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for m in range(0, length, BLOCK_M):
-        # Queries beyond the sequence are zeros, as are their gradients: they add nothing.
+        # Queries past the sequence's end load as zeros, so they add nothing.
         q_tile = _load(q, stride_q, m, length, D, BLOCK_M, BLOCK_D, True)
         dy = _load(dout, stride_g, m, length, D, BLOCK_M, BLOCK_D, True)
         p = tl.exp2(_dot(k_tile, tl.trans(q_tile), WIDEN) * scale - _load_row(lse, m, length, BLOCK_M)[None, :])
         dv_tile += _dot(p.to(dy.dtype), dy, WIDEN)
         ds = p * (_dot(v_tile, tl.trans(dy), WIDEN) - _load_row(delta, m, length, BLOCK_M)[None, :])
         dk_tile += _dot(ds.to(q_tile.dtype), q_tile, WIDEN)
-    offs = own * stride_d + head * D
+    offs = first * stride_d + head * D
     _store(dk + offs, stride_d, left, D, dk_tile * scale_out, BLOCK_N, BLOCK_D)
     _store(dv + offs, stride_d, left, D, dv_tile, BLOCK_N, BLOCK_D)
 
@@ -214,26 +214,26 @@ def _attention_varlen_bwd_q_kernel(
     stride_v, stride_vh, stride_d, T, H, tiles, scale, scale_out,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """dout, q, k, v, dq: (T, H, D), strides of T and H given (of H in dq: D); lse, delta: (H, T) float32."""
-    head, start, length, own, left = _place(cu_seqlens, H, tiles, BLOCK_M)
+    """dout, q, k, v, dq: (T, H, D), with strides of T and H (of H in dq: D); lse, delta: (H, T) float32."""
+    head, start, length, first, left = _locate(cu_seqlens, H, tiles, BLOCK_M)
     if left <= 0:
         return
     k += start * stride_k + head * stride_kh
     v += start * stride_v + head * stride_vh
-    q_tile = _load(q + own * stride_q + head * stride_qh, stride_q, 0, left, D, BLOCK_M, BLOCK_D, True)
-    dy = _load(dout + own * stride_g + head * stride_gh, stride_g, 0, left, D, BLOCK_M, BLOCK_D, True)
-    lse_row = _load_row(lse + head * T + own, 0, left, BLOCK_M)
-    delta_row = _load_row(delta + head * T + own, 0, left, BLOCK_M)
+    q_tile = _load(q + first * stride_q + head * stride_qh, stride_q, 0, left, D, BLOCK_M, BLOCK_D, True)
+    dy = _load(dout + first * stride_g + head * stride_gh, stride_g, 0, left, D, BLOCK_M, BLOCK_D, True)
+    lse_row = _load_row(lse + head * T + first, 0, left, BLOCK_M)
+    delta_row = _load_row(delta + head * T + first, 0, left, BLOCK_M)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for n in range(0, length, BLOCK_N):
         keys = _load(k, stride_k, n, length, D, BLOCK_N, BLOCK_D, True)
         values = _load(v, stride_v, n, length, D, BLOCK_N, BLOCK_D, True)
         p = tl.exp2(_dot(q_tile, tl.trans(keys), WIDEN) * scale - lse_row[:, None])
-        # Of a key that is not there p may be infinite, and infinity times its zeros is NaN.
+        # p of keys past the end may be infinite, and infinity times zero is NaN.
         p = tl.where((n + tl.arange(0, BLOCK_N) < length)[None, :], p, 0.0)
         ds = p * (_dot(dy, tl.trans(values), WIDEN) - delta_row[:, None])
         dq_tile += _dot(ds.to(keys.dtype), keys, WIDEN)
-    _store(dq + own * stride_d + head * D, stride_d, left, D, dq_tile * scale_out, BLOCK_M, BLOCK_D)
+    _store(dq + first * stride_d + head * D, stride_d, left, D, dq_tile * scale_out, BLOCK_M, BLOCK_D)
 
 
 def _options(tiles: dict[tuple[int, int], Tiles], dtype: torch.dtype, head_dim: int) -> dict:
@@ -270,7 +270,7 @@ def launch_attention_varlen_bwd(
     dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, cu_seqlens: torch.Tensor,
     max_seqlen: int, scale: float, dqkv: torch.Tensor,
 ) -> None:  # fmt: skip
-    """dout, qkv, the last dimension dense, and what forward gave -> dqkv (T, 3, heads, head_dim)."""
+    """dout and qkv with a dense last dimension, forward's outputs -> dqkv (T, 3, heads, head_dim)."""
     total, _, heads, head_dim = qkv.shape
     delta = torch.empty_like(lse)
     (q, k, v), (dq, dk, dv) = qkv.unbind(1), dqkv.unbind(1)

@@ -12,9 +12,9 @@ from . import ops, reference
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:
     """``GELU(x + bias)`` with the exact (erf) GELU: a linear layer's bias and its activation.
 
-    Computed in float32 (float64 for float64). Gradients of first order; the bias's is a sum of one order whatever the
-    number of threads, so it repeats bitwise. Backward keeps x alone and computes the GELU's derivative anew.
-    Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
+    Computed in float32 (float64 for float64). Gradients of first order, which repeat bitwise: the bias's is summed in
+    one order, whatever the number of threads. Activation memory is x alone. Source: Hendrycks
+    and Gimpel, "Gaussian Error Linear Units", 2016.
 
     Args:
         x: (..., C) float; any strides.

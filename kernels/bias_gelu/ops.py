@@ -5,7 +5,7 @@ from __future__ import annotations
 from .. import dispatch, library
 
 NAME = "bias_gelu"
-# Rows a partial sum of the bias's gradient takes at least, and the most such sums.
+# Rows per partial sum of the bias's gradient at least, and partial sums at most.
 _PARTIALS = {"triton": (64, 2**62), "cuda": (16, 1024), "cpp": (16, 64)}
 
 dispatch.register(NAME, dispatch.standard())

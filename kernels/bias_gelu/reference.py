@@ -7,5 +7,5 @@ import torch.nn.functional as F
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """``0.5 * h * (1 + erf(h / sqrt(2)))`` with ``h = x + bias``, in x's dtype."""
+    """``0.5 * z * (1 + erf(z / sqrt(2)))`` with ``z = x + bias``, in x's dtype."""
     return F.gelu(x + bias).to(x.dtype)

@@ -14,9 +14,9 @@ def _bias_gelu_fwd_kernel(x, bias, y, count, C, BLOCK: tl.constexpr):
     """x, y: (count,) flat rows of C channels; bias: (C,)."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < count
-    h = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32)
-    h += tl.load(bias + offs % C, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + offs, gelu(h).to(y.dtype.element_ty), mask=mask)
+    z = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32)
+    z += tl.load(bias + offs % C, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + offs, gelu(z).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -29,10 +29,10 @@ def _bias_gelu_bwd_kernel(dy, x, bias, dx, db_partial, M, C, step, BLOCK_C: tl.c
     db = tl.zeros((BLOCK_C,), tl.float32)
     for row in range(first, tl.minimum(first + step, M)):
         offs = row * C + channel
-        h = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32) + b
-        dh = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(h)
-        tl.store(dx + offs, dh.to(dx.dtype.element_ty), mask=mask)
-        db += dh
+        z = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32) + b
+        dz = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(z)
+        tl.store(dx + offs, dz.to(dx.dtype.element_ty), mask=mask)
+        db += dz
     tl.store(db_partial + tl.program_id(0).to(tl.int64) * C + channel, db, mask=mask)
 
 

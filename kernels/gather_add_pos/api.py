@@ -14,14 +14,14 @@ def gather_add_pos(
 ) -> torch.Tensor:
     """``x[b, index[b, k]] + pos[index[b, k]]`` in one pass over the gathered rows.
 
-    The sum is rounded once, so every implementation gives the same numbers. Backward writes each row's gradient to its
-    place in zeros, without atomics: it repeats bitwise. Gradients of first order.
+    The sum is rounded once, so every implementation gives the same numbers. Backward writes each row's gradient
+    into zeros, without atomics: it repeats bitwise. Gradients of first order.
 
     Args:
-        x: (B, L, C) tokens, float; any strides, without a copy where C lies densely.
+        x: (B, L, C) tokens, float; any strides, without a copy where C is dense.
         pos: (L, C) or (1, L, C) position embedding, float; None gathers alone.
-        index: (B, K) int32 or int64, tokens of each image: within 0 .. L - 1 and none twice, or results and
-            gradients mean nothing. MIMDET_DEBUG_KERNELS=1 checks both. Packed tokens of several images come as one
+        index: (B, K) int32 or int64, tokens of each image: within 0 .. L - 1, none twice; otherwise results
+            and gradients are undefined. MIMDET_DEBUG_KERNELS=1 checks both. Packed tokens of several images come as one
             image: x (1, B * L, C), pos (B * L, C), index (1, T).
         impl: see ``mimdet.kernels.dispatch``.
 

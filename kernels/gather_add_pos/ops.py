@@ -29,7 +29,7 @@ def _fake_backward(dy, index, length, dtype, impl):
 
 def _backward(dy, index, length, dtype, impl):
     dx = _fake_backward(dy, index, length, dtype, impl)
-    if impl != "cpp" or dy.numel() == 0:  # C++ writes every row, the others those that were gathered
+    if impl != "cpp" or dy.numel() == 0:  # C++ writes every row, the others only gathered rows
         dx.zero_()
     if dy.numel():
         dy, index = library.dense(dy, library.index_for(impl, index))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..image_norm import valid
+from ..tensors import valid_mask
 
 
 def group_norm_gelu(
@@ -13,14 +13,14 @@ def group_norm_gelu(
 ) -> torch.Tensor:
     """``gelu((x - mean) / sqrt(var + eps) * weight + bias)``, mean and variance over (C, H, W) of each sample.
 
-    With ``sizes`` (B, 2), over the top left rows and columns of the sample alone; zero elsewhere.
+    With ``sizes`` (B, 2), over each sample's top left rows and columns; zero elsewhere.
     """
     if sizes is None:
         return F.gelu(F.group_norm(x, 1, weight, bias, eps))
-    outside = ~valid(x, sizes)
+    padding = ~valid_mask(sizes, x.shape[2:])[:, None]
     count = x.shape[1] * sizes.prod(1).view(-1, 1, 1, 1)
-    inner = x.masked_fill(outside, 0).to(torch.promote_types(x.dtype, torch.float32))
-    deviation = (inner - inner.sum((1, 2, 3), keepdim=True) / count).masked_fill(outside, 0)
-    rstd = (deviation.square().sum((1, 2, 3), keepdim=True) / count + eps).rsqrt()
-    normed = deviation * rstd * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
-    return F.gelu(normed.to(x.dtype)).masked_fill(outside, 0)
+    inner = x.masked_fill(padding, 0).to(torch.promote_types(x.dtype, torch.float32))
+    x_centered = (inner - inner.sum((1, 2, 3), keepdim=True) / count).masked_fill(padding, 0)
+    rstd = (x_centered.square().sum((1, 2, 3), keepdim=True) / count + eps).rsqrt()
+    normed = x_centered * rstd * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
+    return F.gelu(normed.to(x.dtype)).masked_fill(padding, 0)

@@ -1,7 +1,7 @@
 """GroupNorm with one group and exact GELU on a GPU through Triton.
 
-A sample is too large for one program, so several share it: each writes the mean and the sum of squared deviations of
-its part, and whoever needs the sample's statistics combines the parts (Chan, Golub, LeVeque 1979).
+Several programs share a sample: each writes count, mean and m2, the sum of squared x - mean, of its part. Every program
+of the next kernel combines them (Chan, Golub, LeVeque 1979).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_common import gelu, gelu_derivative, start, valid
+from ..triton_common import gelu, gelu_derivative, start, valid_mask
 
 # Elements that a program's registers hold at once, and the most programs that share a sample: a power of two.
 _TILE = 4096
@@ -22,9 +22,9 @@ def _group_norm_gelu_moments_kernel(
     x, sizes, moments, rows, width, W, S, parts, per_part, HAS_SIZES: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """x: (B, rows, width); sizes: (B, 2); moments: (B, parts, 3) float32: count, mean, sum of squared deviations.
+    """x: (B, rows, width); sizes: (B, 2); moments: (B, parts, 3) float32: count, mean, m2.
 
-    Rows are what per_part counts; with sizes, row r is of position r % S in a map of W columns.
+    per_part counts rows; with sizes, row r is position r % S of a map of W columns.
     """
     program = tl.program_id(0)
     sample = (program // parts).to(tl.int64)
@@ -38,10 +38,10 @@ def _group_norm_gelu_moments_kernel(
         row = first + lane
         mask = (row < rows) & (column < width)
         if HAS_SIZES:
-            mask &= valid(((first % S).to(tl.int32) + lane) % S, sizes + 2 * sample, W)
+            mask &= valid_mask(((first % S).to(tl.int32) + lane) % S, sizes + 2 * sample, W)
             n = tl.sum(mask.to(tl.float32))
         else:
-            # A part has at least one row, but its last blocks may have none.
+            # The last blocks of a part may have no rows.
             n = (tl.minimum(tl.maximum(rows - first, 0), BLOCK_S) * width).to(tl.float32)
         value = tl.load(x + row * width + column, mask=mask, other=0.0).to(tl.float32)
         block_mean = tl.sum(value) / tl.maximum(n, 1.0)
@@ -66,7 +66,7 @@ def _combine(moments, parts, eps, PARTS: tl.constexpr):
     means = tl.load(moments + 3 * part + 1, mask=mask, other=0.0)
     m2s = tl.load(moments + 3 * part + 2, mask=mask, other=0.0)
     count = tl.sum(counts)
-    # Deviations from the first part's mean: adding up large means would lose what they differ in.
+    # Relative to the first part's mean: the sum of large means would round off their differences.
     first = tl.sum(tl.where(part == 0, means, 0.0))
     mean = first + tl.sum(counts * (means - first)) / count
     x_centered = means - mean
@@ -81,7 +81,7 @@ def _group_norm_gelu_fwd_kernel(
 ):  # fmt: skip
     """x, y: (B, S, C) if NHWC else (B, C, S); weight, bias: (C,); moments: (B, parts, 3); mean, rstd: (B,).
 
-    A program has one tile of a sample: BLOCK_S positions, and all channels (NHWC) or one (BLOCK_C = 1).
+    A program takes one tile of a sample: BLOCK_S positions, and all channels (NHWC) or one (BLOCK_C = 1).
     """
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -95,7 +95,7 @@ def _group_norm_gelu_fwd_kernel(
     offs, mask, position, channel, channel_mask = _tile(tile, C, S, NHWC, BLOCK_S, BLOCK_C)
     use = mask
     if HAS_SIZES:
-        use = mask & valid(position, sizes + 2 * sample, W)
+        use = mask & valid_mask(position, sizes + 2 * sample, W)
     w = tl.load(weight + channel, mask=channel_mask, other=0.0)
     b = tl.load(bias + channel, mask=channel_mask, other=0.0)
     x_hat = (tl.load(x + offs, mask=use, other=0.0).to(tl.float32) - mean) * rstd
@@ -127,7 +127,7 @@ def _group_norm_gelu_bwd_sums_kernel(
 ):  # fmt: skip
     """dy, x: (B, S, C) if NHWC else (B, C, S); sums: (B, parts, 2, C) float32, of dz and of dz * x_hat.
 
-    A program has steps * BLOCK_S positions and all channels (NHWC) or one (BLOCK_C = 1); tiles such make a sample.
+    A program takes steps * BLOCK_S positions and all channels (NHWC) or one (BLOCK_C = 1); `tiles` make a sample.
     """
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -152,7 +152,7 @@ def _group_norm_gelu_bwd_sums_kernel(
         position = start(start(part, steps) + step, BLOCK_S) + tl.arange(0, BLOCK_S)[:, None]
         mask = (position < S) & channel_mask
         if HAS_SIZES:
-            mask &= valid(position, sizes + 2 * sample, W)
+            mask &= valid_mask(position, sizes + 2 * sample, W)
         offs = position.to(tl.int64) * C + column if NHWC else column.to(tl.int64) * S + position
         x_hat = (tl.load(x + offs, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd
         dz = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b)
@@ -218,7 +218,7 @@ def _group_norm_gelu_bwd_dx_kernel(
     offs, mask, position, channel, channel_mask = _tile(tile, C, S, NHWC, BLOCK_S, BLOCK_C)
     use = mask
     if HAS_SIZES:
-        use = mask & valid(position, sizes + 2 * sample, W)
+        use = mask & valid_mask(position, sizes + 2 * sample, W)
     w = tl.load(weight + channel, mask=channel_mask, other=0.0)
     b = tl.load(bias + channel, mask=channel_mask, other=0.0)
     x_hat = (tl.load(x + offs, mask=use, other=0.0).to(tl.float32) - tl.load(mean + sample)) * x_rstd
@@ -241,9 +241,9 @@ def launch_group_norm_gelu_fwd(x, weight, bias, sizes, eps, nhwc, y, mean, rstd)
     """Fill y (as x), mean and rstd (B,) float32 from dense x (B, C, H, W), weight and bias (C,) float32."""
     batch, channels, height, width = x.shape
     positions, has_sizes = height * width, sizes is not None
-    # Without sizes, and channel by channel, the moments are those of one long row of numbers.
+    # Only NHWC with sizes needs (S, C) tiles: else a sample is one long row of numbers.
     by_position = has_sizes and nhwc
-    # To find the position of every number of that row takes registers, so it goes in smaller tiles with sizes.
+    # With sizes, the positions of a tile's numbers take registers too: half the tile.
     block_s, block_c = _blocks(channels, True) if by_position else (_TILE // 2 if has_sizes else _TILE, 1)
     rows, row_width = (positions, channels) if by_position else (positions * channels, 1)
     parts = min(_MOST_PARTS, triton.cdiv(rows, block_s))
@@ -267,7 +267,7 @@ def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx,
     """Fill dx (as x), dweight and dbias (C,) float32; dy and x dense with the same strides."""
     batch, channels, height, width = x.shape
     positions, has_sizes = height * width, sizes is not None
-    # Half as much at once as forward: the sums take registers too.
+    # The sums take registers too: half of forward's tile.
     block_s, block_c = _blocks(channels, nhwc, _TILE // 2)
     blocks = triton.cdiv(positions, block_s)
     steps = triton.cdiv(blocks, _MOST_PARTS if nhwc else 16)

@@ -30,13 +30,13 @@ def layer_norm_gelu(
         eps: added to the variance.
         sizes: (B, 2) int32 or int64 on x's device, rows and columns of each sample's valid area, which begins at its
             top left: 1 .. H and 1 .. W (MIMDET_DEBUG_KERNELS=1 checks). Only positions in the area are normed.
-            Whatever x and the gradient hold outside of it, NaN too, is not looked at; result and gradient are zero
-            there. None: everything is valid.
+            Padding may hold anything, NaN too; the result and the gradient of x are zero there. None: everything is
+            valid.
         impl: see ``mimdet.kernels.dispatch``.
 
     Returns:
-        (B, C, H, W) in x's dtype and memory format. Statistics and arithmetic are float32; only x and the statistics
-        are kept for backward. Results repeat bitwise, whatever the number of threads.
+        (B, C, H, W) in x's dtype and memory format. Statistics and arithmetic are float32; backward needs only x and
+        the statistics. Results repeat bitwise, whatever the number of threads.
 
     Raises:
         TypeError: an argument that is not of a floating point dtype, or sizes that are not int32 or int64.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..image_norm import valid
+from ..tensors import zero_padding
 
 
 def layer_norm_gelu(
@@ -16,7 +16,6 @@ def layer_norm_gelu(
     With ``sizes`` (B, 2), zero outside of the top left rows and columns of each sample.
     """
     if sizes is not None:
-        outside = ~valid(x, sizes)
-        return layer_norm_gelu(x.masked_fill(outside, 0), weight, bias, eps).masked_fill(outside, 0)
+        return zero_padding(layer_norm_gelu(zero_padding(x, sizes), weight, bias, eps), sizes)
     normed = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps)
     return F.gelu(normed).permute(0, 3, 1, 2)

@@ -1,1 +1,1 @@
-"""Rasterisation of polygons inside boxes, as pycocotools does it."""
+"""Rasterization of polygons inside boxes, as pycocotools does it."""

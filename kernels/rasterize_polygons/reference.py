@@ -1,4 +1,4 @@
-"""Rasterisation of polygons in plain PyTorch."""
+"""Rasterization of polygons in plain PyTorch."""
 
 from __future__ import annotations
 

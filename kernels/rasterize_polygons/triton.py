@@ -1,4 +1,4 @@
-"""Rasterisation of polygons on a GPU through Triton, one program a box."""
+"""Rasterization of polygons on a GPU through Triton, one program a box."""
 
 from __future__ import annotations
 

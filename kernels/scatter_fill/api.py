@@ -14,17 +14,17 @@ def scatter_fill(
 ) -> torch.Tensor:
     """``cat([kept, fill], 1)[b, ids_restore[b, i]] + pos[i]`` in one pass, without the concatenation; padding is zeros.
 
-    The sum is rounded once, so every implementation gives the same numbers. Backward copies each row's gradient to the
-    source that the row came from, without atomics: it repeats bitwise. Gradients of first order. Source: He et al.,
+    The sum is rounded once, so every implementation gives the same numbers. Backward copies each row's gradient to
+    its source row, without atomics: it repeats bitwise. Gradients of first order. Source: He et al.,
     "Masked Autoencoders Are Scalable Vision Learners", 2022 (the decoder's input).
 
     Args:
-        kept: (B, K, D) encoded rows, float; any strides, without a copy where D lies densely.
+        kept: (B, K, D) encoded rows, float; any strides, without a copy where D is dense.
         fill: (B, F, D) rows of the other positions, in kept's dtype. One mask token for all of them is
             ``token.expand(B, F, D)``; it is not materialised.
-        ids_restore: (B, L) int32 or int64, for each position its row in ``cat([kept, fill], 1)``. Every row is named
-            once; the L - K - F positions left are padding and hold -1: zeros in the result, no gradient. Otherwise
-            results and gradients mean nothing; MIMDET_DEBUG_KERNELS=1 checks it. Packed rows of several images come as
+        ids_restore: (B, L) int32 or int64, for each position its row in ``cat([kept, fill], 1)``. Every row occurs
+            once; the other L - K - F positions are padding and hold -1: zeros in the result, no gradient. Otherwise
+            results and gradients are undefined; MIMDET_DEBUG_KERNELS=1 checks it. Packed rows of several images come as
             one image: kept (1, T, D), fill (1, F, D), ids_restore (1, B * L), pos (B * L, D).
         pos: (L, D) or (1, L, D) position embedding, float.
         impl: see ``mimdet.kernels.dispatch``.
@@ -33,7 +33,7 @@ def scatter_fill(
         (B, L, D) in the dtype of ``kept + pos``.
 
     Raises:
-        TypeError: a dtype that is not float or differs, or a ids_restore that is not int32 or int64.
+        TypeError: a dtype that is not float or differs, or an ids_restore that is not int32 or int64.
         ValueError: shapes or devices that do not fit together; while debugging, a row twice or padding too often.
         IndexError: while debugging, a row outside of 0 .. K + F - 1 (from cpp always a RuntimeError).
         KernelUnavailableError: ``impl`` names what cannot run.

@@ -36,7 +36,7 @@ def _scatter_fill_fwd_kernel(
 def _scatter_fill_bwd_kernel(
     dy, ids_restore, dkept, dfill, M, K, F, L, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """dy: (M, C); ids_restore: (M,) = (B * L,), rows or -1, none twice in a image; dkept: (B * K, C);
+    """dy: (M, C); ids_restore: (M,) = (B * L,), rows or -1, none twice in an image; dkept: (B * K, C);
     dfill: (B * F, C)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

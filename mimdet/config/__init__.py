@@ -1,9 +1,9 @@
-"""Python configs in Detectron2's lazy form, loaded without Detectron2."""
+"""Python configs in Detectron2's LazyConfig format, loaded without Detectron2."""
 
 from .checks import check_config
 from .lazy import LazyCall, instantiate
 from .loader import find_config, load
-from .overrides import apply_overrides
+from .overrides import apply_overrides, override_keys
 from .serialize import from_yaml, to_yaml
 from .trusted import UntrustedConfigError, from_untrusted_yaml
 
@@ -17,5 +17,6 @@ __all__ = [
     "from_yaml",
     "instantiate",
     "load",
+    "override_keys",
     "to_yaml",
 ]

@@ -1,4 +1,4 @@
-"""A config as YAML text and back: what a run and its checkpoints keep of how they were made."""
+"""A config as YAML text and back; runs and checkpoints save it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .lazy import PARTIAL, TARGET
+from .lazy import PARTIAL, TARGET, dotted_name
 
 
 def to_yaml(cfg: DictConfig) -> str:
     """YAML text of a config; callables become dotted names, so that :func:`from_yaml` can rebuild them.
 
     Raises:
-        ValueError: a value that has no name to import it by, such as a lambda.
+        ValueError: a value that cannot be imported by name, such as a lambda.
     """
     return yaml.safe_dump(_plain(cfg), sort_keys=False, default_flow_style=None, width=110)
 
 
 def from_yaml(text: str) -> DictConfig:
-    """The config behind :func:`to_yaml`'s text.
+    """The config of a text by :func:`to_yaml`.
 
     Raises:
         ValueError: the text is not a YAML mapping, or holds an interpolation that does not parse.
@@ -42,21 +42,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (DictConfig, ListConfig)):
         value = OmegaConf.to_container(value, resolve=False)
     if isinstance(value, dict):
-        named = {TARGET: _dotted(value[TARGET])} if callable(value.get(TARGET)) else {}
+        named = {TARGET: dotted_name(value[TARGET])} if callable(value.get(TARGET)) else {}
         return {str(k): _plain(v) for k, v in value.items()} | named
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     if isinstance(value, functools.partial):
         if value.args:
             raise ValueError(f"config: {value} has positional arguments and cannot be saved; use keywords")
-        return {TARGET: _dotted(value.func), PARTIAL: True, **_plain(value.keywords)}
+        return {TARGET: dotted_name(value.func), PARTIAL: True, **_plain(value.keywords)}
     if callable(value):
-        return {TARGET: _dotted(value), PARTIAL: True}
+        return {TARGET: dotted_name(value), PARTIAL: True}
     return value
-
-
-def _dotted(value: Any) -> str:
-    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
-    if "<" in name or name.startswith((".", "_mimdet_config_")) or name.endswith("."):
-        raise ValueError(f"config: {value!r} cannot be saved by name; define it in an importable module")
-    return name

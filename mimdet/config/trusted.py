@@ -1,8 +1,8 @@
-"""A config that comes out of a file of weights, read so that it can build mimdet's own parts and nothing else.
+"""Configs from checkpoint files, which are not trusted: they can build parts of mimdet and nothing else.
 
-Whoever made the file wrote the config too, and a config can name any function to be called. So only the targets
-listed here are built from such a config: those of the shipped configs, each only in the part of a config where those
-use it. No model part and no transform reads or writes a file, once the paths of pre-trained weights are emptied
+A config can call any function, and the author of a checkpoint wrote its config too. So only the targets listed here
+are built from such a config: those of the shipped configs, each only in the section where they use it. None of these
+model parts and transforms reads or writes a file once the paths of pre-trained weights are cleared
 (:func:`mimdet.engine.model.build_model` with ``pretrained=False``). A config file that the user names is code that the
 user chose, and may name any target.
 """
@@ -17,75 +17,75 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
-from .lazy import PARTIAL, TARGET
+from .lazy import PARTIAL, TARGET, public_target
 
 _TRANSFORMS = frozenset(
     {
-        "mimdet.data.mapper.DatasetMapper",
-        "mimdet.data.transforms.AugmentationList",
-        "mimdet.data.transforms.FixedSizeCrop",
-        "mimdet.data.transforms.RandomApply",
-        "mimdet.data.transforms.RandomCrop",
-        "mimdet.data.transforms.RandomFlip",
-        "mimdet.data.transforms.ResizeScale",
-        "mimdet.data.transforms.ResizeShortestEdge",
+        "mimdet.data.DatasetMapper",
+        "mimdet.data.AugmentationList",
+        "mimdet.data.FixedSizeCrop",
+        "mimdet.data.RandomApply",
+        "mimdet.data.RandomCrop",
+        "mimdet.data.RandomFlip",
+        "mimdet.data.ResizeScale",
+        "mimdet.data.ResizeShortestEdge",
     }
 )
 
-# Part of a config -> targets that may be anywhere in it. Of two parts the longer one counts.
+# Section of a config -> targets that may be anywhere in it. The longest matching section counts.
 TRUSTED: dict[str, frozenset[str]] = {
     "model": frozenset(
         {
-            "mimdet.detection.anchors.DefaultAnchorGenerator",
-            "mimdet.detection.box_head.FastRCNNConvFCHead",
-            "mimdet.detection.box_head.FastRCNNOutputLayers",
-            "mimdet.detection.boxes.Box2BoxTransform",
-            "mimdet.detection.cascade.CascadeROIHeads",
-            "mimdet.detection.fpn.FPN",
-            "mimdet.detection.fpn.LastLevelMaxPool",
-            "mimdet.detection.fpn.LastLevelP6P7",
-            "mimdet.detection.mask_head.MaskRCNNConvUpsampleHead",
-            "mimdet.detection.matcher.Matcher",
-            "mimdet.detection.passes.InferencePasses",
-            "mimdet.detection.pooler.ROIPooler",
-            "mimdet.detection.rcnn.GeneralizedRCNN",
-            "mimdet.detection.retinanet.RetinaNet",
-            "mimdet.detection.retinanet.RetinaNetHead",
-            "mimdet.detection.roi_heads.StandardROIHeads",
-            "mimdet.detection.rpn.RPN",
-            "mimdet.detection.rpn.StandardRPNHead",
-            "mimdet.modeling.backbone.MIMDetBackbone",
-            "mimdet.modeling.benchmarking.backbone.BenchmarkingViTDet",
-            "mimdet.modeling.decoder.MIMDetDecoder",
-            "mimdet.modeling.encoder.MIMDetEncoder",
-            "mimdet.modeling.pyramid.UpsampledTokens",
-            "mimdet.modeling.shapes.ShapeSpec",
+            "mimdet.detection.Box2BoxTransform",
+            "mimdet.detection.CascadeROIHeads",
+            "mimdet.detection.DefaultAnchorGenerator",
+            "mimdet.detection.FPN",
+            "mimdet.detection.FastRCNNConvFCHead",
+            "mimdet.detection.FastRCNNOutputLayers",
+            "mimdet.detection.GeneralizedRCNN",
+            "mimdet.detection.InferencePasses",
+            "mimdet.detection.LastLevelMaxPool",
+            "mimdet.detection.LastLevelP6P7",
+            "mimdet.detection.MaskRCNNConvUpsampleHead",
+            "mimdet.detection.Matcher",
+            "mimdet.detection.ROIPooler",
+            "mimdet.detection.RPN",
+            "mimdet.detection.RetinaNet",
+            "mimdet.detection.RetinaNetHead",
+            "mimdet.detection.StandardROIHeads",
+            "mimdet.detection.StandardRPNHead",
+            "mimdet.modeling.BenchmarkingViTDet",
+            "mimdet.modeling.MIMDetBackbone",
+            "mimdet.modeling.MIMDetDecoder",
+            "mimdet.modeling.MIMDetEncoder",
+            "mimdet.modeling.ShapeSpec",
+            "mimdet.modeling.UpsampledTokens",
             "torch.nn.modules.normalization.LayerNorm",
         }
     ),
     "dataloader.train.mapper": _TRANSFORMS,
     "dataloader.test.mapper": _TRANSFORMS,
-    # The rest is kept in a checkpoint and never built from it.
+    # The sections below are saved in a checkpoint and never built from it.
     "dataloader": frozenset(
         {
-            "mimdet.data.coco.CocoDataset",
-            "mimdet.data.loader.build_detection_test_loader",
-            "mimdet.data.loader.build_detection_train_loader",
-            "mimdet.evaluation.coco_evaluator.COCOEvaluator",
+            "mimdet.data.CocoDataset",
+            "mimdet.data.build_detection_test_loader",
+            "mimdet.data.build_detection_train_loader",
+            "mimdet.evaluation.COCOEvaluator",
         }
     ),
     "optimizer": frozenset(
         {
-            "mimdet.engine.optim.get_default_optimizer_params",
-            "mimdet.engine.optim.get_fpn_model_parameters",
+            "mimdet.engine.get_default_optimizer_params",
+            "mimdet.engine.get_fpn_model_parameters",
             "torch.optim.adamw.AdamW",
         }
     ),
     "lr_multiplier": frozenset(
         {
-            "mimdet.engine.schedule.CosineParamScheduler",
-            "mimdet.engine.schedule.MultiStepParamScheduler",
-            "mimdet.engine.schedule.WarmupParamScheduler",
+            "mimdet.engine.CosineParamScheduler",
+            "mimdet.engine.MultiStepParamScheduler",
+            "mimdet.engine.WarmupParamScheduler",
         }
     ),
 }
@@ -95,11 +95,11 @@ _REFERENCE = re.compile(r"\$\{\.*\w+(?:\.\w+|\[\w+\])*\}")
 
 
 class UntrustedConfigError(ValueError):
-    """A config out of a file of weights that asks for more than mimdet's own parts."""
+    """A config from a checkpoint file that needs more than parts of mimdet."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, by which a short text describes an endless tree."""
+    """YAML without aliases: with them a short text describes an endless tree."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -108,7 +108,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def from_untrusted_yaml(text: Any) -> DictConfig:
-    """The config behind :func:`mimdet.config.to_yaml`'s text, checked as a whole before anything is imported or built.
+    """The config of a text by :func:`mimdet.config.to_yaml`, checked before anything is imported or built.
 
     Raises:
         UntrustedConfigError: a target that is not in :data:`TRUSTED`, an interpolation other than ``${a.b}`` to a
@@ -122,6 +122,7 @@ def from_untrusted_yaml(text: Any) -> DictConfig:
         if not isinstance(content, dict):
             raise UntrustedConfigError("it is not a YAML mapping")
         for path, value in _walk(content, ()):
+            _name_publicly(path, value)
             _check(path, value)
         cfg = OmegaConf.create(content, flags={"allow_objects": True})
         for path, value in _walk(content, ()):
@@ -148,6 +149,13 @@ def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
             yield from _walk(child, (*path, str(index)))
 
 
+def _name_publicly(path: tuple[str, ...], node: Any) -> None:
+    """Replace the target of an allowed part by its public name, so that nothing else is imported."""
+    target = node.get(TARGET) if isinstance(node, dict) else None
+    if isinstance(target, str) and (public := public_target(target)) in _allowed((*path, TARGET)):
+        node[TARGET] = public
+
+
 def _check(path: tuple[str, ...], value: Any) -> None:
     if not (value is None or isinstance(value, (str, bool, int, float, dict, list))):
         raise UntrustedConfigError(f"{_name(path)} is a {type(value).__name__}, which no saved config holds")
@@ -162,7 +170,7 @@ def _check(path: tuple[str, ...], value: Any) -> None:
 
 
 def _check_reference(cfg: DictConfig, path: tuple[str, ...], value: Any) -> None:
-    """A reference to a whole node would put it where its target is not allowed, or double it again and again."""
+    """Refuse a reference to a node: it would put a target where it is not allowed, or grow without end."""
     if not (isinstance(value, str) and "${" in value):
         return
     node: Any = cfg
@@ -170,7 +178,7 @@ def _check_reference(cfg: DictConfig, path: tuple[str, ...], value: Any) -> None
         for key in path:
             node = node[int(key) if isinstance(node, ListConfig) else key]
     except (InterpolationKeyError, InterpolationToMissingValueError):
-        return  # it gets its value from an override, or is never asked for
+        return  # an override sets the value, or nothing reads it
     if isinstance(node, (DictConfig, ListConfig)):
         raise UntrustedConfigError(f"{_name(path)} is {value!r}, which refers to more than a single value")
 

@@ -1,4 +1,4 @@
-"""Reading COCO annotation files, and every check of what is in them."""
+"""Read COCO annotation files and check every entry."""
 
 import json
 import os
@@ -11,24 +11,24 @@ import numpy as np
 
 from .errors import DataError
 
-MAX_SIDE = 1_000_000  # pixels: no image is longer, and mask tools need gigabytes for an outline that is
-MAX_AREA = 2**31 - 1  # pixels of an image: mask tools count them in 32 bits
+MAX_SIDE = 1_000_000  # pixels of an image side; pycocotools needs gigabytes for longer outlines
+MAX_AREA = 2**31 - 1  # pixels of an image: pycocotools counts them in 32 bits
 _FINITE = 1e30  # well inside float32
 _REQUIRED = {
     "categories": ("id", "name"),
     "images": ("id", "file_name", "height", "width"),
     "annotations": ("id", "image_id", "category_id", "bbox"),
 }
-_NUMBERS = frozenset({int, float})  # the types of JSON's numbers; true and false are of another
+_NUMBERS = frozenset({int, float})  # types of JSON's numbers; bool is not among them
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, lone surrogates, separators of lines
 
-_repr = reprlib.Repr()  # cuts what is long or deep
+_repr = reprlib.Repr()  # shortens long and deep values
 _repr.maxstring = _repr.maxother = 100
 _repr.maxdict = 8
 
 
 def refuse(problem: str) -> None:
-    """Raise DataError: what a reader does with a problem unless it collects them."""
+    """Raise DataError: the default of ``report``."""
     raise DataError(problem)
 
 
@@ -40,42 +40,41 @@ def read_annotations(
 ) -> dict[str, list[dict]]:
     """The lists `categories`, `images` and `annotations` of a file, every entry checked.
 
-    Each problem goes to `report` as a sentence that names file, entry and field; if that returns, the entry is left
-    out. Not a problem is what only makes an instance unusable, such as a box without area: COCO's own files have
-    some, and `make_records` leaves them out.
+    Each problem goes to `report` as a sentence that names file, entry and field; if `report` returns, the entry is
+    left out. An unusable instance, such as a box without area, is no problem: COCO's files have some, and
+    `make_records` leaves them out.
 
-    An object whose box is wholly outside its image is a problem although it could be left out too: nothing can learn
-    or detect it, so the file's coordinates, or the image's size in it, are wrong, and as a rule not only there. A box
-    that reaches over an edge is clipped later.
+    A box wholly outside its image is a problem: the file's coordinates or image sizes are wrong, and probably not only
+    there. A box that crosses an edge is clipped later.
 
     Args:
-        use_masks: check the masks; otherwise nothing looks at them.
-        need_polygons: masks of objects must be polygons, for augmentation needs them.
+        use_masks: check the masks; otherwise they are ignored.
+        need_polygons: masks of objects must be polygons, as augmentation needs them.
 
     Raises DataError when the file is missing, empty or not JSON, or one of its lists is missing.
     """
     content = _parse(json_file)
     names: set[str] = set()
-    categories, category_ids = _sift(content, "categories", json_file, report, lambda c: _category_flaw(c, names))
-    images, image_ids = _sift(content, "images", json_file, report, _image_flaw)
+    categories, category_ids = _sift(content, "categories", json_file, report, lambda c: _category_error(c, names))
+    images, image_ids = _sift(content, "images", json_file, report, _image_error)
     sizes = {image["id"]: (image["height"], image["width"]) for image in images}
 
-    def annotation_flaw(annotation: dict) -> str | None:
-        flaw = _reference_flaw(annotation, image_ids, category_ids)
-        flaw = flaw or _box_flaw(annotation, sizes.get(annotation["image_id"]))
-        if flaw is None and use_masks:
-            flaw = _mask_flaw(annotation, sizes.get(annotation["image_id"]), need_polygons)
-        return flaw and f"annotation {annotation['id']} of image {_repr.repr(annotation['image_id'])}{flaw}"
+    def annotation_error(annotation: dict) -> str | None:
+        error = _reference_error(annotation, image_ids, category_ids)
+        error = error or _box_error(annotation, sizes.get(annotation["image_id"]))
+        if error is None and use_masks:
+            error = _mask_error(annotation, sizes.get(annotation["image_id"]), need_polygons)
+        return error and f"annotation {annotation['id']} of image {_repr.repr(annotation['image_id'])}{error}"
 
-    annotations, _ = _sift(content, "annotations", json_file, report, annotation_flaw)
+    annotations, _ = _sift(content, "annotations", json_file, report, annotation_error)
     used = {category["id"] for category in categories}
-    # what refers to an entry that was left out goes with it
+    # annotations of an image or category that was left out are left out too
     annotations = [a for a in annotations if a["image_id"] in sizes and a["category_id"] in used]
     return {"categories": categories, "images": images, "annotations": annotations}
 
 
 def where_to_point() -> str:
-    """What to do about a path that does not exist."""
+    """Advice for an error about a path that does not exist."""
     root = os.environ.get("DETECTRON2_DATASETS")
     now = f"now {root!r}" if root else "not set, so 'datasets' in the current folder is used"
     return (
@@ -87,8 +86,8 @@ def where_to_point() -> str:
 def is_ignored(annotation: dict) -> bool:
     """Whether an annotation marks a region to ignore rather than an object.
 
-    That is `iscrowd`, and as well `ignore`, which some tools write for the same. Detectron2 refuses files with
-    `ignore`; pycocotools overwrites it with `iscrowd`, so that what its author set apart would count as an object.
+    It does with `iscrowd`, or with `ignore`, which some tools write instead. Detectron2 refuses files with `ignore`;
+    pycocotools overwrites it with `iscrowd`, so such a region would count as an object.
     """
     return bool(annotation.get("iscrowd") or annotation.get("ignore"))
 
@@ -99,7 +98,7 @@ def is_box(bbox: list) -> bool:
 
 
 def is_finite(bbox: list) -> bool:
-    """Whether float32 can hold all four numbers; integers of JSON may have any length."""
+    """Whether float32 can hold all four numbers; JSON's integers may be larger."""
     x, y, width, height = bbox
     return (
         -_FINITE < x < _FINITE and -_FINITE < y < _FINITE and -_FINITE < width < _FINITE and -_FINITE < height < _FINITE
@@ -107,14 +106,14 @@ def is_finite(bbox: list) -> bool:
 
 
 def usable_polygons(segmentation: list | None) -> list[np.ndarray]:
-    """The polygons, flat float64, that have three points or more, all within `MAX_SIDE`; a missing mask has none."""
+    """Polygons, flat float64, of at least three points, all within `MAX_SIDE`; none for a missing mask."""
     polygons = []
     for polygon in segmentation or ():
         try:
             points = np.array(polygon, dtype=np.float64)
         except OverflowError:  # an integer beyond all floats
             continue
-        if points.size >= 6 and points.size % 2 == 0 and (np.abs(points) <= MAX_SIDE).all():  # NaN is not
+        if points.size >= 6 and points.size % 2 == 0 and (np.abs(points) <= MAX_SIDE).all():  # False for NaN
             polygons.append(points)
     return polygons
 
@@ -148,32 +147,32 @@ def _parse(json_file: str | os.PathLike) -> dict:
 
 
 def _sift(
-    content: dict, key: str, json_file: str | os.PathLike, report: Callable[[str], None], find_flaw: Callable
+    content: dict, key: str, json_file: str | os.PathLike, report: Callable[[str], None], find_error: Callable
 ) -> tuple[list[dict], set[int]]:
-    """The entries of a list without a flaw, and the ids of all."""
+    """The valid entries of a list, and the ids of all."""
     required = set(_REQUIRED[key])
-    sound, ids = [], set()
+    valid, ids = [], set()
     for position, entry in enumerate(content[key]):
         if type(entry) is not dict or not entry.keys() >= required:
             lacking = [field for field in _REQUIRED[key] if type(entry) is not dict or field not in entry]
-            flaw = f"{key}[{position}] must have {', '.join(lacking)}, is {_repr.repr(entry)}"
+            error = f"{key}[{position}] must have {', '.join(lacking)}, is {_repr.repr(entry)}"
         elif type(entry["id"]) is not int or abs(entry["id"]) >= 2**63 or entry["id"] in ids:
-            flaw = f"id {_repr.repr(entry['id'])} in {key} is not an integer of 64 bits, or occurs twice"
+            error = f"id {_repr.repr(entry['id'])} in {key} is not an integer of 64 bits, or occurs twice"
         else:
             ids.add(entry["id"])
-            flaw = find_flaw(entry)
-        if flaw is None:
-            sound.append(entry)
+            error = find_error(entry)
+        if error is None:
+            valid.append(entry)
         else:
-            report(f"{json_file}: {flaw}")
-    return sound, ids
+            report(f"{json_file}: {error}")
+    return valid, ids
 
 
 def _is_printable(text: str) -> bool:
     return not any(unicodedata.category(character) in _UNPRINTABLE for character in text)
 
 
-def _category_flaw(category: dict, names: set[str]) -> str | None:
+def _category_error(category: dict, names: set[str]) -> str | None:
     where, name = f"category {category['id']}", category["name"]
     if type(name) is not str or not name.strip():
         return f"{where}: name must be a text that is not empty, is {_repr.repr(name)}"
@@ -185,7 +184,7 @@ def _category_flaw(category: dict, names: set[str]) -> str | None:
     return None
 
 
-def _image_flaw(image: dict) -> str | None:
+def _image_error(image: dict) -> str | None:
     where, name, height, width = f"image {image['id']}", image["file_name"], image["height"], image["width"]
     if type(name) is not str or not name or not _is_printable(name):
         return f"{where}: file_name must be the name of a file, is {_repr.repr(name)}"
@@ -197,7 +196,7 @@ def _image_flaw(image: dict) -> str | None:
     return None
 
 
-def _reference_flaw(annotation: dict, image_ids: set[int], category_ids: set[int]) -> str | None:
+def _reference_error(annotation: dict, image_ids: set[int], category_ids: set[int]) -> str | None:
     for field, known, kind in (("image_id", image_ids, "an image"), ("category_id", category_ids, "a category")):
         value = annotation[field]
         if type(value) is not int:
@@ -210,7 +209,7 @@ def _reference_flaw(annotation: dict, image_ids: set[int], category_ids: set[int
     return None
 
 
-def _box_flaw(annotation: dict, size: tuple[int, int] | None) -> str | None:
+def _box_error(annotation: dict, size: tuple[int, int] | None) -> str | None:
     bbox, area = annotation["bbox"], annotation.get("area")
     if not (type(bbox) is list and len(bbox) == 4 and _NUMBERS.issuperset(map(type, bbox))):
         return f": bbox must be [x, y, width, height] in numbers, is {_repr.repr(bbox)}"
@@ -226,12 +225,12 @@ def _box_flaw(annotation: dict, size: tuple[int, int] | None) -> str | None:
     return None
 
 
-def _mask_flaw(annotation: dict, size: tuple[int, int] | None, need_polygons: bool) -> str | None:
+def _mask_error(annotation: dict, size: tuple[int, int] | None, need_polygons: bool) -> str | None:
     segmentation = annotation.get("segmentation")
     if type(segmentation) is dict:
         if need_polygons and not is_ignored(annotation):
             return " has a run-length encoded mask; training needs polygons, convert the masks"
-        return None if size is None else _run_length_flaw(segmentation, size)
+        return None if size is None else _run_length_error(segmentation, size)
     if segmentation is not None and not (
         type(segmentation) is list and all(type(p) is list and _NUMBERS.issuperset(map(type, p)) for p in segmentation)
     ):
@@ -239,11 +238,11 @@ def _mask_flaw(annotation: dict, size: tuple[int, int] | None, need_polygons: bo
     return None
 
 
-def _run_length_flaw(segmentation: dict, size: tuple[int, int]) -> str | None:
-    """Nothing malformed may reach pycocotools, whose C code trusts what it is given."""
-    given, counts = segmentation.get("size"), segmentation.get("counts")
-    if not (type(given) is list and all(type(side) is int for side in given) and tuple(given) == size):
-        return f": size of the run-length encoded mask must be its image's, {list(size)}, is {_repr.repr(given)}"
+def _run_length_error(segmentation: dict, size: tuple[int, int]) -> str | None:
+    """Check a mask before pycocotools reads it: its C code does not."""
+    mask_size, counts = segmentation.get("size"), segmentation.get("counts")
+    if not (type(mask_size) is list and all(type(side) is int for side in mask_size) and tuple(mask_size) == size):
+        return f": size of the run-length encoded mask must be its image's, {list(size)}, is {_repr.repr(mask_size)}"
     runs = _text_runs(counts) if type(counts) is str else counts
     if not (type(runs) is list and all(type(run) is int and run >= 0 for run in runs)):
         return f": counts of the run-length encoded mask are malformed: {_repr.repr(counts)}"
@@ -253,7 +252,7 @@ def _run_length_flaw(segmentation: dict, size: tuple[int, int]) -> str | None:
 
 
 def _text_runs(text: str) -> list[int] | None:
-    """The runs that COCO's compressed text stands for; None when it is malformed.
+    """The run lengths in COCO's compressed text; None when it is malformed.
 
     Each number is written in digits of five bits, lowest first, as characters from "0" on: bit 5 says that more
     follow, bit 4 of the last is the sign. From the fourth on, a number is the difference to the run two before.

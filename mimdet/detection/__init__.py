@@ -1,14 +1,13 @@
-"""The detectors, with the names, arguments and keys of the Detectron2 classes they stand for."""
+"""The detectors, with the names, arguments and keys of their Detectron2 counterparts."""
 
 from .anchors import DefaultAnchorGenerator
+from .assignment import Box2BoxTransform, Matcher
 from .box_head import FastRCNNConvFCHead, FastRCNNOutputLayers
-from .boxes import Box2BoxTransform
 from .cascade import CascadeROIHeads
 from .detector import Detector
 from .fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+from .layers import NaiveSyncBatchNorm
 from .mask_head import MaskRCNNConvUpsampleHead
-from .matcher import Matcher
-from .norm import NaiveSyncBatchNorm
 from .passes import InferencePasses
 from .pooler import ROIPooler
 from .rcnn import GeneralizedRCNN

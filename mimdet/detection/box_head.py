@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import batched_nms
 
 from ..modeling.shapes import ShapeSpec
-from .boxes import Box2BoxTransform, clip_boxes
-from .conv import Conv2d, msra_fill, normal_fill, xavier_fill
-from .norm import get_norm
+from .assignment import Box2BoxTransform, clip_boxes, grouped_nms
+from .layers import Conv2d, get_norm, msra_fill, normal_fill, xavier_fill
 
 
 class FastRCNNConvFCHead(nn.Sequential):
@@ -59,11 +57,11 @@ class FastRCNNOutputLayers(nn.Module):
 
     Args:
         input_shape: channels of the box head's output.
-        box2box_transform: codes boxes about proposals.
+        box2box_transform: codes boxes relative to proposals.
         num_classes: without background, which is the last score.
         test_score_thresh: detections need a higher score.
-        test_nms_thresh: overlap above which the worse of two detections of one class goes.
-        test_topk_per_image: detections kept of each picture.
+        test_nms_thresh: overlap above which the worse of two detections of one class is dropped.
+        test_topk_per_image: detections kept of each image.
         cls_agnostic_bbox_reg: one box for all classes instead of one each.
         smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is plain L1.
     """
@@ -108,7 +106,7 @@ class FastRCNNOutputLayers(nn.Module):
         """Losses of N proposals, both divided by N.
 
         Args:
-            scores, deltas: as :meth:`forward` gives them.
+            scores, deltas: as :meth:`forward` returns them.
             boxes: (N, 4) proposals.
             classes: (N,) int64, ``num_classes`` for background.
             gt_boxes: (N, 4) matched ground truth; any finite box of positive size for background.
@@ -116,10 +114,10 @@ class FastRCNNOutputLayers(nn.Module):
         count = max(len(classes), 1)
         cls = F.cross_entropy(scores.float(), classes, reduction="sum") / count
         foreground = classes < self.num_classes
-        own = classes.clamp(max=self.num_boxes - 1).view(-1, 1, 1).expand(-1, 1, 4)
-        delta = deltas.float().view(-1, self.num_boxes, 4).gather(1, own).squeeze(1)
-        wanted = self.box2box_transform.get_deltas(boxes, gt_boxes)
-        loc = F.smooth_l1_loss(delta, wanted, beta=self.smooth_l1_beta, reduction="none").sum(dim=1)
+        column = classes.clamp(max=self.num_boxes - 1).view(-1, 1, 1).expand(-1, 1, 4)
+        delta = deltas.float().view(-1, self.num_boxes, 4).gather(1, column).squeeze(1)
+        target = self.box2box_transform.get_deltas(boxes, gt_boxes)
+        loc = F.smooth_l1_loss(delta, target, beta=self.smooth_l1_beta, reduction="none").sum(dim=1)
         loc = torch.where(foreground, loc, loc.new_zeros(())).sum() / count
         return {"loss_cls": cls, "loss_box_reg": loc}
 
@@ -131,19 +129,19 @@ class FastRCNNOutputLayers(nn.Module):
         proposals: Sequence[torch.Tensor],
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[dict[str, torch.Tensor]]:
-        """Detections of each picture: boxes (N, 4), scores (N,), labels (N,), best first."""
+        """Detections of each image: boxes (N, 4), scores (N,), labels (N,), best first."""
         return self.select(self.predict_boxes(deltas, proposals), scores.float().softmax(dim=1), image_sizes)
 
     @torch.no_grad()
     def predict_boxes(self, deltas: torch.Tensor, proposals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """(N_i, K * 4) boxes of each picture, neither clipped nor with a gradient."""
+        """(N_i, K * 4) boxes of each image, not clipped, without gradient."""
         boxes = self.box2box_transform.apply_deltas(deltas, torch.cat(list(proposals)))
         return list(boxes.split([len(p) for p in proposals]))
 
     def select(
         self, boxes: Sequence[torch.Tensor], probabilities: torch.Tensor, image_sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, torch.Tensor]]:
-        """Detections among the boxes (N_i, K * 4) of each picture, given (sum N_i, num_classes + 1) probabilities."""
+        """Detections among the boxes (N_i, K * 4) of each image, by probabilities (sum N_i, num_classes + 1)."""
         parts = probabilities[:, :-1].split([len(b) for b in boxes])
         return [
             self._detect(b.view(-1, self.num_boxes, 4), p, size)
@@ -154,5 +152,5 @@ class FastRCNNOutputLayers(nn.Module):
         finite = boxes.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
         row, label = ((scores > self.test_score_thresh) & finite.unsqueeze(1)).nonzero(as_tuple=True)
         boxes, scores = clip_boxes(boxes[row, label.clamp(max=self.num_boxes - 1)], size), scores[row, label]
-        keep = batched_nms(boxes, scores, label, self.test_nms_thresh)[: self.test_topk_per_image]
+        keep = grouped_nms(boxes, scores, label, self.test_nms_thresh)[: self.test_topk_per_image]
         return {"boxes": boxes[keep], "scores": scores[keep], "labels": label[keep]}

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..modeling.shapes import ShapeSpec
-from .conv import Conv2d, msra_fill, normal_fill
-from .norm import get_norm
+from .layers import Conv2d, get_norm, msra_fill, normal_fill
 
 
 class MaskRCNNConvUpsampleHead(nn.Module):
     """3x3 convolutions, a stride 2 deconvolution, and a 1x1 layer with one map for each class.
+
+    Only the map of each row's class is computed: no loss and no detection reads the others.
 
     Args:
         input_shape: channels of the pooled features.
@@ -46,26 +47,23 @@ class MaskRCNNConvUpsampleHead(nn.Module):
         self.predictor = nn.Conv2d(up, num_classes, 1)
         normal_fill(self.predictor, std=0.001)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C, S, S) -> logits (N, num_classes, 2S, 2S)."""
+    def forward(self, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """(N, C, S, S) and the class (N,) int64 of each row -> float32 logits (N, 2S, 2S) of that class."""
         for name in self._convs:
             x = getattr(self, name)(x)
-        return self.predictor(F.relu(self.deconv(x)))
+        x = F.relu(self.deconv(x)).permute(0, 2, 3, 1)
+        # F.embedding, not indexing: its gradient has one order of sums on a GPU too.
+        weight, bias = (
+            F.embedding(classes, p.flatten(1)) for p in (self.predictor.weight, self.predictor.bias[:, None])
+        )
+        return torch.baddbmm(bias.unsqueeze(2), x.flatten(1, 2), weight.unsqueeze(2)).view(x.shape[:3]).float()
 
 
-def class_logits(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """The map of each row's own class: (N, K, S, S), (N,) int64 -> (N, S, S) float32."""
-    return logits[torch.arange(len(classes), device=logits.device), classes].float()
-
-
-def mask_loss(logits: torch.Tensor, classes: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean binary cross entropy of each foreground row's own class map; 0, with gradient, without rows.
+def mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean binary cross entropy of foreground rows; 0, with gradient, without rows.
 
     Args:
-        logits: (N, K, S, S).
-        classes: (N,) int64.
+        logits: (N, S, S), of each row's class.
         targets: (N, S, S) bool.
     """
-    if not len(classes):
-        return logits.sum() * 0.0
-    return F.binary_cross_entropy_with_logits(class_logits(logits, classes), targets.float())
+    return F.binary_cross_entropy_with_logits(logits, targets.float()) if len(logits) else logits.sum() * 0.0

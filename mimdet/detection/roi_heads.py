@@ -11,15 +11,14 @@ from torchvision.ops import box_iou
 
 from ..modeling.areas import areas_of
 from ..modeling.noise import NoiseSource
-from .mask_head import class_logits, mask_loss
+from .assignment import Matcher, matched_truth, subsample_labels
+from .mask_head import mask_loss
 from .masks import mask_targets
-from .matcher import Matcher, matched_truth
 from .rpn import Proposals
-from .subsample import subsample_labels
 
 
 class SampledProposals(NamedTuple):
-    """Training proposals of one picture, foreground first.
+    """Training proposals of one image, foreground first.
 
     Attributes:
         boxes: (N, 4).
@@ -39,7 +38,7 @@ class StandardROIHeads(nn.Module):
 
     Args:
         num_classes: without background.
-        batch_size_per_image: proposals that enter the losses, for each picture.
+        batch_size_per_image: proposals that enter the losses, for each image.
         positive_fraction: upper bound of foreground among them.
         proposal_matcher: labels proposals in training.
         box_in_features, mask_in_features: levels the poolers read.
@@ -90,13 +89,13 @@ class StandardROIHeads(nn.Module):
         """Detections (eval mode) or losses (training), the other one empty.
 
         Args:
-            features: pyramid levels, (B, C, H, W) each; of ``PackedFeatures`` images alone are pooled.
-            proposals: of each picture.
+            features: pyramid levels, (B, C, H, W) each; the padding of ``PackedFeatures`` is not pooled.
+            proposals: of each image.
             image_sizes: B pairs (height, width) before padding.
-            targets: of each picture boxes, labels and masks; needed in training.
+            targets: of each image boxes, labels and masks; needed in training.
 
         Returns:
-            Detections with boxes, scores, labels and ``mask_probabilities`` (N, 28, 28) of each picture; and
+            Detections with boxes, scores, labels and ``mask_probabilities`` (N, 28, 28) of each image; and
             ``loss_cls``, ``loss_box_reg``, ``loss_mask``.
         """
         if self.training:
@@ -110,7 +109,7 @@ class StandardROIHeads(nn.Module):
     def sample_proposals(
         self, proposals: Sequence[Proposals], targets: Sequence[dict[str, Any]]
     ) -> list[SampledProposals]:
-        """Label each picture's proposals and draw the training sample."""
+        """Label each image's proposals and draw the training sample."""
         boxes, matched, labels, counts = [], [], [], []
         for proposal, target in zip(proposals, targets, strict=True):
             candidates = torch.cat([proposal.boxes, target["boxes"]]) if self.proposal_append_gt else proposal.boxes
@@ -119,7 +118,7 @@ class StandardROIHeads(nn.Module):
             matched.append(index)
             labels.append(label)
             counts.append((len(proposal.boxes), len(candidates) - len(proposal.boxes)))
-        # Padding carries label -1, which is never drawn.
+        # pad_sequence gives padding the label -1, which is never drawn.
         padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-1)
         noise = self.noise.draw_candidates(counts, padded.device)
         index, used = subsample_labels(padded, self.batch_size_per_image, self.positive_fraction, noise)
@@ -144,8 +143,11 @@ class StandardROIHeads(nn.Module):
     def _pool_boxes(self, features: dict[str, torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
         return self.box_pooler([features[f] for f in self.box_in_features], boxes, areas_of(features))
 
-    def _mask_logits(self, features: dict[str, torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.mask_head(self.mask_pooler([features[f] for f in self.mask_in_features], boxes, areas_of(features)))
+    def _mask_logits(
+        self, features: dict[str, torch.Tensor], boxes: Sequence[torch.Tensor], classes: torch.Tensor
+    ) -> torch.Tensor:
+        pooled = self.mask_pooler([features[f] for f in self.mask_in_features], boxes, areas_of(features))
+        return self.mask_head(pooled, classes)
 
     @staticmethod
     def _losses_of(
@@ -163,10 +165,10 @@ class StandardROIHeads(nn.Module):
         keep = [s.classes < self.num_classes for s in sampled]
         boxes = [s.boxes[k] for s, k in zip(sampled, keep, strict=True)]
         classes = torch.cat([s.classes[k] for s, k in zip(sampled, keep, strict=True)])
-        logits = self._mask_logits(features, boxes)
+        logits = self._mask_logits(features, boxes, classes)
         index = [s.gt_index[k] for s, k in zip(sampled, keep, strict=True)]
-        wanted = mask_targets([t["masks"] for t in targets], index, boxes, logits.shape[-1])
-        return {"loss_mask": mask_loss(logits, classes, wanted)}
+        expected = mask_targets([t["masks"] for t in targets], index, boxes, logits.shape[-1])
+        return {"loss_mask": mask_loss(logits, expected)}
 
     def _detect(
         self,
@@ -182,8 +184,7 @@ class StandardROIHeads(nn.Module):
         self, features: dict[str, torch.Tensor], detections: list[dict[str, torch.Tensor]]
     ) -> list[dict[str, torch.Tensor]]:
         boxes = [d["boxes"] for d in detections]
-        logits = self._mask_logits(features, boxes)
-        probabilities = class_logits(logits, torch.cat([d["labels"] for d in detections])).sigmoid()
+        probabilities = self._mask_logits(features, boxes, torch.cat([d["labels"] for d in detections])).sigmoid()
         for detection, maps in zip(detections, probabilities.split([len(b) for b in boxes]), strict=True):
             detection["mask_probabilities"] = maps
         return detections

@@ -1,6 +1,6 @@
-"""MIMDet inside Detectron2: what the original's configs import, under the original's names.
+"""MIMDet inside Detectron2: the classes that the original's configs import, under the original's names.
 
-Detectron2 is not a dependency of mimdet; importing this package without it says how to get it.
+Detectron2 is not a dependency of mimdet; without it, importing this package raises an error that says how to get it.
 """
 
 from .require import require_detectron2
@@ -10,7 +10,7 @@ require_detectron2()
 from ..engine.optim import get_fpn_model_parameters
 from ..modeling import MIMDetDecoder, MIMDetEncoder
 from .backbone import BenchmarkingViTDet, MIMDetBackbone
-from .config import use_detectron2
+from .config import from_native, use_detectron2
 from .dense import RetinaNetImageListForward
 from .model import GeneralizedRCNNImageListForward, _postprocess
 
@@ -22,6 +22,7 @@ __all__ = [
     "MIMDetEncoder",
     "RetinaNetImageListForward",
     "_postprocess",
+    "from_native",
     "get_fpn_model_parameters",
     "use_detectron2",
 ]

@@ -2,12 +2,12 @@
 
 from .checkpoint import Checkpointer
 from .evaluate import evaluate, evaluate_only
+from .final_config import scale_to_batch_size
 from .optim import get_default_optimizer_params, get_fpn_model_parameters
 from .schedule import (
     CosineParamScheduler,
     MultiStepParamScheduler,
     WarmupParamScheduler,
-    scale_to_batch_size,
 )
 from .signals import TrainingInterrupted
 from .step import NonFiniteLossError

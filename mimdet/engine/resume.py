@@ -1,11 +1,15 @@
-"""What a checkpoint holds beyond weights, so that a resumed training goes on as if never interrupted."""
+"""State of random generators, optimizer and loss scaling in checkpoints, for a bitwise resumption."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
@@ -15,7 +19,47 @@ from torch.optim import Optimizer
 
 from ..checkpoint.read import CheckpointError
 from ..config import from_yaml
-from .random_state import get_random_state, seed_all, set_random_state
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators, on the CPU and on every GPU."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def get_random_state() -> dict[str, Any]:
+    """The state of all generators as tensors and plain values, for a checkpoint."""
+    version, internal, gauss = random.getstate()
+    algorithm, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [algorithm, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restore all generators from a state of :func:`get_random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    algorithm, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def isolated_random() -> Iterator[None]:
+    """Restore the global generators after the block."""
+    state = get_random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
 
 logger = logging.getLogger(__name__)
 
@@ -60,24 +104,24 @@ def check_resumable(checkpoint: Mapping[str, Any], classes: Sequence[str], sourc
 
 
 def warn_of_changes(checkpoint: Mapping[str, Any], cfg: DictConfig) -> None:
-    """Say which settings that order the data and draw the random numbers are not those of the checkpoint's run."""
+    """Warn of settings that change the order of the data or the random numbers of the checkpoint's run."""
     try:
         before = from_yaml(checkpoint["meta"].get("config") or "")
         for key in ("train.seed", "dataloader.train.total_batch_size"):
             old, new = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
             if old not in (None, new):
                 logger.warning("%s is %s, but %s in the run to resume: its data come in another order", key, new, old)
-    except (ValueError, OmegaConfBaseException):  # a config that YAML could not hold
+    except (ValueError, OmegaConfBaseException):  # the checkpoint has no config, as YAML could not hold it
         return
 
 
 def restore(checkpoint: Mapping[str, Any], fabric: Fabric, optimizer: Optimizer, source: str) -> int:
-    """Put back optimizer and loss scaling; returns the next iteration.
+    """Restore optimizer and loss scaling; returns the next iteration.
 
-    Learning rate, weight decay and the like stay as the config has them: only moments come from the file.
+    Learning rate, weight decay and other options are those of the config; only moments come from the file.
 
     Raises:
-        CheckpointError: the optimizer's state is of other parameters.
+        CheckpointError: the optimizer's state has other parameters.
     """
     configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
@@ -95,7 +139,7 @@ def restore(checkpoint: Mapping[str, Any], fabric: Fabric, optimizer: Optimizer,
 
 
 def restore_random(states: Sequence[Mapping[str, Any]], fabric: Fabric, seed: int) -> None:
-    """Put back this rank's generators, or seed them with ``seed`` when the number of processes changed."""
+    """Restore this rank's generators, or seed them with ``seed`` if the number of processes changed."""
     if len(states) == fabric.world_size:
         set_random_state(states[fabric.global_rank])
         return

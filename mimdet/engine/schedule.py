@@ -5,9 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-
-from omegaconf import DictConfig, OmegaConf
+from collections.abc import Callable, Sequence
 
 Scheduler = Callable[[float], float]
 
@@ -18,8 +16,8 @@ class MultiStepParamScheduler:
     Args:
         values: one more than there are milestones.
         milestones: updates at which the next value begins, increasing.
-        num_updates: length of the schedule in the unit of the milestones. Progress is relative to it, so a
-            shorter or longer training keeps the shape.
+        num_updates: length of the schedule in the unit of the milestones. Milestones are relative to
+            it: a shorter or longer training has them at the same progress.
 
     Raises:
         ValueError: the counts do not fit, or the milestones do not increase within the schedule.
@@ -43,7 +41,7 @@ class MultiStepParamScheduler:
 
     def __call__(self, where: float) -> float:
         """The value at progress ``where`` in [0, 1)."""
-        # iteration / max_iter * num_updates may fall a rounding error short of a milestone.
+        # Rounding: iteration / max_iter * num_updates may be slightly below a milestone.
         update = math.floor(where * self.num_updates + 1e-6)
         return self.values[bisect.bisect_right(self.milestones, update)]
 
@@ -57,19 +55,19 @@ class CosineParamScheduler:
 
     def __call__(self, where: float) -> float:
         """The value at progress ``where`` in [0, 1)."""
-        share = (1 + math.cos(math.pi * where)) / 2
-        return self.end_value + (self.start_value - self.end_value) * share
+        weight = (1 + math.cos(math.pi * where)) / 2
+        return self.end_value + (self.start_value - self.end_value) * weight
 
 
 class WarmupParamScheduler:
-    """A schedule whose beginning is replaced by a linear rise.
+    """A schedule with linear warmup.
 
     It rises from ``warmup_factor * scheduler(0)`` to ``scheduler(warmup_length)``, then follows ``scheduler``.
 
     Args:
         scheduler: the schedule to follow.
-        warmup_length: share of the training, in [0, 1).
-        warmup_factor: share of the first value to start from.
+        warmup_length: fraction of the training, in [0, 1).
+        warmup_factor: first value of the warmup, as a fraction of ``scheduler(0)``.
 
     Raises:
         ValueError: ``warmup_length`` is not in [0, 1).
@@ -77,7 +75,7 @@ class WarmupParamScheduler:
 
     def __init__(self, scheduler: Scheduler, warmup_length: float, warmup_factor: float):
         if not 0 <= warmup_length < 1:
-            raise ValueError(f"lr_multiplier.warmup_length={warmup_length} is a share of the training: in [0, 1)")
+            raise ValueError(f"lr_multiplier.warmup_length={warmup_length} is a fraction of the training: in [0, 1)")
         self.scheduler = scheduler
         self.warmup_length = warmup_length
         self.warmup_factor = warmup_factor
@@ -89,41 +87,3 @@ class WarmupParamScheduler:
         start = self.warmup_factor * self.scheduler(0.0)
         end = self.scheduler(self.warmup_length)
         return start + (end - start) * (where / self.warmup_length)
-
-
-def scale_to_batch_size(cfg: DictConfig, overrides: Iterable[str] = ()) -> list[str]:
-    """Fit the learning rate and the iteration counts to the batch size, in place.
-
-    The values in a config hold for batches of ``train.reference_batch_size``. With k times that batch the
-    learning rate becomes k times as high (linear scaling rule) and ``train.max_iter``,
-    ``train.checkpointer.period`` and ``train.eval_period`` k times as short, so the number of images stays.
-    Keys that the user overrode are left alone. The reference is then set to the actual batch size: calling
-    again, or training from the saved config, scales nothing twice.
-
-    Args:
-        cfg: the whole config.
-        overrides: the user's ``key=value`` strings.
-
-    Returns:
-        Lines that say what was changed from what, empty when the batch size is the reference.
-    """
-    batch = cfg.dataloader.train.total_batch_size
-    reference = cfg.train.get("reference_batch_size") or batch
-    if batch < 1:
-        raise ValueError(f"dataloader.train.total_batch_size={batch} must be at least 1")
-    if batch == reference:
-        return []
-    overridden = {override.partition("=")[0].strip() for override in overrides}
-    lines = [f"batch of {batch} images instead of {reference}: scaling the schedule, override a key to keep it"]
-    for key in ("optimizer.lr", "train.max_iter", "train.checkpointer.period", "train.eval_period"):
-        old = OmegaConf.select(cfg, key)
-        if not old:
-            continue
-        if any(key == given or key.startswith(given + ".") for given in overridden):
-            lines.append(f"  {key} = {old}, as overridden")
-            continue
-        new = old * batch / reference if key == "optimizer.lr" else max(1, round(old * reference / batch))
-        OmegaConf.update(cfg, key, new)
-        lines.append(f"  {key} = {new:g} (was {old:g})" if key == "optimizer.lr" else f"  {key} = {new} (was {old})")
-    cfg.train.reference_batch_size = batch
-    return lines

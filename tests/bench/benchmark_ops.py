@@ -18,7 +18,7 @@ SIZE = (800, 1344) if DEVICE == "cuda" else (480, 640)
 
 
 def parameters():
-    """(case, direction, implementation) for all that the model does on this machine."""
+    """(case, direction, implementation) of every operation on this machine."""
     options = Options(device=DEVICE)
     unique = {(c.op, c.name, c.dtype): c for op in OPS for dtype in DTYPES for c in cases(op, dtype, *SIZE, (1,))}
     return [

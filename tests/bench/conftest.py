@@ -1,4 +1,4 @@
-"""``mimdet bench`` as a fixture, on a machine whose limits need no measuring."""
+"""``mimdet bench`` as a fixture, with fixed machine limits."""
 
 import sys
 

@@ -5,18 +5,18 @@ import torch
 from tiny_model import BOTTOM_UP, CONFIG, OVERRIDES
 
 from mimdet.bench.baselines import IMPLEMENTATIONS, OriginalBackbone, bottom_up, variant
-from mimdet.bench.measure import saved_bytes
+from mimdet.bench.measure import activation_bytes
 from mimdet.bench.workload import build_detector, random_batch
 from mimdet.modeling import ImageList
 from mimdet.testing import fixed_noise
 
-# Inductor takes most of a minute for one model: the compiled one is run uncompiled here.
+# Inductor takes most of a minute per model, so CompiledBackbone runs uncompiled here.
 SIZES = [(96, 128), (64, 100)]
 
 
 @pytest.fixture(scope="module")
 def detector():
-    """Its vectors, such as biases, are random: none is without effect."""
+    """Vectors, such as biases, are random, so that each has an effect."""
     deep = (f"{BOTTOM_UP}.encoder.depth=3", f"{BOTTOM_UP}.encoder.dpr=0.3")
     model = build_detector(CONFIG, (*OVERRIDES, *deep), 2, "cpu")
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_weights_are_shared_under_our_names(detector, name):
 
 
 def test_the_original_runs_in_nchw(detector):
-    """Whatever the memory of our weights."""
+    """For any memory format of our weights."""
     assert bottom_up(detector).encoder.patch_embed.proj[1][0].weight.is_contiguous(memory_format=torch.channels_last)
     baseline = bottom_up(variant(detector, "original-no-checkpoint", 0.5, 2))
     seen = {}
@@ -99,7 +99,7 @@ def test_checkpointing_saves_memory(detector):
     sizes = {}
     for checkpointing in (False, True):
         baseline = OriginalBackbone(bottom_up(detector), fused_attention=False, checkpointing=checkpointing).train()
-        sizes[checkpointing] = saved_bytes(lambda baseline=baseline: baseline(batch), baseline.parameters())
+        sizes[checkpointing] = activation_bytes(lambda baseline=baseline: baseline(batch), baseline.parameters())
     assert 0 < sizes[True] < 0.5 * sizes[False]
 
 

@@ -54,7 +54,7 @@ def test_help_teaches(bench, capsys, command):
 
 
 def test_former_options_and_names_are_accepted(bench, monkeypatch):
-    """Commands in files of results can be given again."""
+    """Commands recorded in files of results still run."""
     asked = []
     for module in (backbone, roofline):
         monkeypatch.setattr(module, "run", asked.append)

@@ -75,7 +75,7 @@ def test_compare_by_command(bench, tmp_path, capsys):
 
 
 def test_a_table_is_the_same_view_everywhere():
-    """Columns without anything are left out; a row that failed says so in place of its figures."""
+    """Empty columns are left out; a failed row shows its status instead of numbers."""
     rows = [
         {"name": "a", "ms": 1.234, "status": "ok"},
         {"name": "b", "status": "wrong: output 0"},

@@ -16,11 +16,11 @@ from mimdet.bench.row import Results
 
 
 def options(tmp_path, **changes):
-    given = {
+    values = {
         "device": "cpu", "output": tmp_path / "figures.json", "size": (64, 64), "rounds": 3, "default": (0.5, 2),
         "config": CONFIG, "overrides": OVERRIDES, "modes": ("train",), "implementations": ("ours", "original"),
     }  # fmt: skip
-    return Options(**given | changes)
+    return Options(**values | changes)
 
 
 def test_table1_by_command(bench, tmp_path, capsys):
@@ -63,7 +63,7 @@ def test_depths_of_the_detector(tmp_path):
     assert all(row["status"] == "ok" and row["p50_ms"] > 0 for row in rows)
 
 
-# All four configs with one set of overrides: blocks for the taps of the last.
+# One set of overrides for all four configs; the last needs a block for each of its out_indices.
 FOUR = (f"{BOTTOM_UP}.encoder.depth=7", f"{BOTTOM_UP}.encoder.embed_dim=64", f"{BOTTOM_UP}.encoder.num_heads=2")
 
 
@@ -96,7 +96,7 @@ def test_a_config_that_differs_is_not_timed(tmp_path, monkeypatch):
     real, calls = workload.outputs_of, itertools.count()
 
     def other(model, mode, options):
-        """The first of two calls gives what is expected."""
+        """Only the first of two calls returns the expected features."""
         outputs, expected = real(model, mode, options), next(calls) % 2 == 0
         return outputs | {"c4": 1.001 * outputs["c4"]} if expected and model.decoder is None else outputs
 

@@ -1,4 +1,4 @@
-"""``mimdet bench ops``: figures for what is right, reasons for what is not."""
+"""``mimdet bench ops``: times of correct implementations, statuses of the others."""
 
 import dataclasses
 
@@ -113,7 +113,7 @@ def test_shapes_are_the_models():
 
 @pytest.mark.parametrize("op", OPS)
 def test_none_moves_less_than_its_inputs_and_outputs(op):
-    """The forward's bytes, from the tensors themselves; indices and the position table as they are read."""
+    """Bytes of the forward, counted from its tensors; indices and position embedding as often as they are read."""
     one = tiny(op)
     inputs = one.make("cpu")
     touched = sum(t.nbytes for t in [*inputs.values(), *one.run(inputs, "eager")])
@@ -133,7 +133,7 @@ def test_command_line(bench, tmp_path, capsys):
 
 
 class Benchmark:
-    """The fixture of pytest-benchmark, without its clock."""
+    """pytest-benchmark's fixture without timing."""
 
     group = None
 
@@ -142,7 +142,7 @@ class Benchmark:
 
 
 def test_developers_benchmark_is_checked_first_too():
-    """pytest tests/bench/benchmark_ops.py: the same cases and implementations, each right before it is timed."""
+    """pytest tests/bench/benchmark_ops.py: the same cases and implementations, each checked before it is timed."""
     parameters = {parameter.id: parameter.values for parameter in benchmark_ops.parameters()}
     assert {case.op for case, *_ in parameters.values()} == set(OPS)
     assert "scatter_fill-decoder-fp32-backward-original" in parameters

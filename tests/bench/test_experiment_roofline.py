@@ -1,4 +1,4 @@
-"""Counted FLOPs and bytes, and whom they belong to."""
+"""Counted FLOPs and bytes, and their components."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def count(model, components, optimizer, step):
 
 @pytest.mark.parametrize("part", ["backbone", "detector"])
 def test_flops_are_those_of_torchs_counter(detector, part):
-    """Which knows packed attention, and products that are added in place: the stem's weight gradients."""
+    """flop_counter with our formulas of packed attention and of in-place products (the stem's weight gradients)."""
     work, optimizer = step_of(detector, part)
     torch.manual_seed(0)
     counted = count(work.model, {}, optimizer, work.step)
@@ -47,7 +47,7 @@ def test_flops_are_those_of_torchs_counter(detector, part):
 
 
 def attention_of(qkv, lengths, impl, backward):
-    """Packed attention of sequences, and with ``backward`` its gradient."""
+    """Packed attention, and with ``backward`` its gradient."""
     leaf = qkv.requires_grad_(backward)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     out = attention_varlen_packed(leaf, cu_seqlens, max(lengths), impl=impl)
@@ -75,13 +75,13 @@ def test_packed_attention(backward):
     forward = packed["mimdet::attention_varlen"]
     assert forward.bytes == 4 * 4 * total * channels + lse + bounds
     if backward:
-        # qkv, out and its gradient in, one gradient out.
+        # reads qkv, out, dout; writes dqkv
         assert packed["mimdet::attention_varlen_backward"].bytes == 8 * 4 * total * channels + lse + bounds
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_packed_attention_of_pytorch(backward):
-    """Its kernels need a GPU, its formula their arguments; ours is for versions of PyTorch without one."""
+    """varlen_attn needs a GPU, its formula only arguments; ours is for versions of PyTorch without one."""
     register_flops()
     packet = getattr(torch.ops.torch_attn, "_varlen_attn_backward" if backward else "_varlen_attn")
     q, bounds = torch.zeros(12, 3, 8), torch.tensor([0, 5, 12], dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""The figures of README.md and docs/*.md are those of the committed files of results."""
+"""Tables of README.md and docs/*.md equal the committed files of results."""
 
 from pathlib import Path
 

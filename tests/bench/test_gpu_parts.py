@@ -1,4 +1,4 @@
-"""``mimdet bench gpu`` with parts that take no GPU: order, resuming, failures, budgets, interruption."""
+"""``mimdet bench gpu`` with parts that need no GPU: order, resuming, failures, budgets, interruption."""
 
 import os
 import signal
@@ -15,14 +15,14 @@ from mimdet.bench.experiments import backbone, ops, roofline
 from mimdet.bench.gpu import MINUTES, PARTS, Part, run_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
-# Whoever started pytest may have told it to ignore Ctrl-C, and children inherit that.
+# SIGINT may be ignored in pytest's parent, and children inherit that.
 HEAR = "import os, signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
 WAIT = "try:\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('kept', flush=True)"
 
 
 @pytest.fixture
 def python(tmp_path, monkeypatch):
-    """Make a part of a few lines of Python."""
+    """A part that runs a few lines of Python."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
     (tmp_path / "modules").mkdir()
 
@@ -79,7 +79,7 @@ def test_a_failed_part_says_why_and_the_others_go_on(python, tmp_path, capsys, c
     out = capsys.readouterr().out
     assert f"bad: {reason}" in out
     assert "failed: bad" in out
-    # The next run tries again, and leaves no trace of the failure.
+    # The next run succeeds and removes the error file.
     mended = python("bad", "import sys; open(sys.argv[2], 'w').write('{}')", suffix=".json")
     assert run_gpu([mended, good], folder)
     assert set(contents(folder)) == {"bad.json", "good.txt"}
@@ -91,11 +91,11 @@ def test_a_budget_ends_a_part_and_its_children(python, tmp_path):
     start = time.monotonic()
     assert not run_gpu([slow, python("next", "print('figures')")], tmp_path / "results")
     assert time.monotonic() - start < 50
-    found = contents(tmp_path / "results")
-    child, kept = found["slow.txt"].split()
+    files = contents(tmp_path / "results")
+    child, kept = files["slow.txt"].split()
     assert kept == "kept"
-    assert found["slow.error.txt"].startswith("stopped after its budget of 3 s")
-    assert found["next.txt"] == "figures\n"
+    assert files["slow.error.txt"].startswith("stopped after its budget of 3 s")
+    assert files["next.txt"] == "figures\n"
     assert ends(int(child))
 
 
@@ -122,13 +122,13 @@ def test_interruption_keeps_what_is_done(python, tmp_path, sent):
     finally:
         signal.signal(signal.SIGINT, before[0])
     assert signal.getsignal(signal.SIGTERM) is before[1]
-    found = contents(folder)
-    assert found == {"a.txt": "figures\n", "b.txt": "rounds\nkept\n", "b.error.txt": "interrupted\n"}
+    files = contents(folder)
+    assert files == {"a.txt": "figures\n", "b.txt": "rounds\nkept\n", "b.error.txt": "interrupted\n"}
     assert [part.done(folder) for part in parts] == [True, False, False]
 
 
 def test_killed_while_measuring_is_not_done(python, tmp_path):
-    """The machine is taken away: what the part had written by then does not pass for all of it."""
+    """SIGKILL: a partly written result does not count as done."""
     folder = tmp_path / "results"
     code = "import os, signal, sys; open(sys.argv[2], 'w').write('half'); os.kill(os.getppid(), signal.SIGKILL)"
     part = python("table", code, suffix=".json")
@@ -161,7 +161,7 @@ def test_every_part_fits_into_a_run():
 
 
 def test_real_parts_are_commands_that_exist(bench, monkeypatch, tmp_path):
-    """Their options are taken by the subcommands, with what is to be measured."""
+    """The subcommands accept the parts' options."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     asked = {}
     for module in (ops, backbone, roofline):
@@ -216,7 +216,7 @@ def test_script_runs_from_a_checkout(tmp_path):
 
 
 def ends(pid):
-    """Whether a process ends within seconds; one that waits to be reaped has."""
+    """Whether a process ends within seconds; a zombie has ended."""
     for _ in range(50):
         try:
             state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]

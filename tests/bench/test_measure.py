@@ -1,4 +1,4 @@
-"""How things are timed, on a clock that the test turns."""
+"""Timing, with a simulated clock."""
 
 import itertools
 import random
@@ -8,11 +8,11 @@ import torch
 
 from mimdet.bench.environment import command, describe
 from mimdet.bench.limits import gemm_key, measure_limits
-from mimdet.bench.measure import Ratio, measure, paired_ratio, peak_bytes, saved_bytes, unpaired_ratio
+from mimdet.bench.measure import Ratio, activation_bytes, measure, paired_ratio, peak_bytes, unpaired_ratio
 
 
 def fake(cost, drift=0.0, noise=0.01, seed=0):
-    """Runs that cost seconds of a clock that only they turn, and the timer that reads it."""
+    """Runs that advance a simulated clock, and the timer that reads it."""
     ticks, shaken, order = itertools.count(), random.Random(seed), []
 
     def timer(run, calls):
@@ -130,7 +130,7 @@ def test_environment_names_no_place(monkeypatch):
 
 
 def test_peak_counts_what_is_alive_at_once():
-    """Up to a few bytes for the numbers in the expressions."""
+    """Up to a few bytes of scalars."""
     x = torch.zeros(1 << 18)
     for run, megabytes in (
         (lambda: x + 1, 1),
@@ -140,8 +140,8 @@ def test_peak_counts_what_is_alive_at_once():
         assert 0 <= peak_bytes(run, "cpu") - megabytes * 2**20 < 1024
 
 
-def test_saved_bytes_count_each_memory_once_and_no_parameters():
+def test_activation_bytes_count_each_memory_once_and_no_parameters():
     layer = torch.nn.Linear(8, 8, bias=False)
     x = torch.randn(4, 8, requires_grad=True)
-    assert saved_bytes(lambda: layer(x), layer.parameters()) == x.nbytes
-    assert saved_bytes(lambda: (x * x.detach()).view(-1) * x.view(-1).detach(), ()) == x.nbytes
+    assert activation_bytes(lambda: layer(x), layer.parameters()) == x.nbytes
+    assert activation_bytes(lambda: (x * x.detach()).view(-1) * x.view(-1).detach(), ()) == x.nbytes

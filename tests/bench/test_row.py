@@ -1,4 +1,4 @@
-"""Files of results: what is written is read, by this version what the last one wrote, and nothing else."""
+"""Files of results: written and read again, also those of schema 1; others are refused."""
 
 import json
 
@@ -10,7 +10,7 @@ VALUES = {str: "a, b", int: 3, float: 0.5, list: [1.5, 2.0]}
 
 
 def results():
-    """A row with every column, and one with those that it must have."""
+    """A row with every column, and one with the required ones."""
     rows = [
         {column: VALUES[kind] for column, kind in COLUMNS.items()},
         {"experiment": "ops", "implementation": "cpp", "status": "wrong: output 0"},

@@ -1,4 +1,4 @@
-"""A detector of one encoder block, for tests of what measures it."""
+"""A detector of one encoder block, for tests of the experiments."""
 
 CONFIG = "mimdet_tiny_mask_rcnn"
 BOTTOM_UP = "model.backbone.bottom_up"

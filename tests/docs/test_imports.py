@@ -20,9 +20,9 @@ def allowed():
 def packages():
     """Package or module of mimdet -> its files."""
     folder = ROOT / "mimdet"
-    found = {path.name: sorted(path.rglob("*.py")) for path in folder.iterdir() if any(path.glob("*.py"))}
-    found |= {name: sorted((ROOT / name).rglob("*.py")) for name in LINKED}
-    return found | {p.stem: [p] for p in folder.glob("*.py") if not p.stem.startswith("__")}
+    files = {path.name: sorted(path.rglob("*.py")) for path in folder.iterdir() if any(path.glob("*.py"))}
+    files |= {name: sorted((ROOT / name).rglob("*.py")) for name in LINKED}
+    return files | {p.stem: [p] for p in folder.glob("*.py") if not p.stem.startswith("__")}
 
 
 def imports(package, file):
@@ -60,7 +60,7 @@ def test_imports_are_allowed(package):
 
 
 def test_an_import_upward_is_noticed(tmp_path, monkeypatch):
-    file = tmp_path / "mimdet" / "modeling" / "odd.py"
+    file = tmp_path / "mimdet" / "modeling" / "upward.py"
     file.parent.mkdir(parents=True)
     file.write_text(
         "from ..engine import train\nfrom mimdet import cli\nimport mimdet.bench.cli\nfrom .vit import Block\n"

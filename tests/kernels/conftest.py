@@ -1,7 +1,7 @@
-"""What the tests of the operations share, and Triton's interpreter, made to behave.
+"""Fixtures of the operations' tests, and patches of Triton's interpreter.
 
 With TRITON_INTERPRET=1 set before Triton is imported, so in a process of its own, ``runner`` is Triton's interpreter
-and only the tests that take it are collected. Else it is whatever can run on this machine.
+and only the tests that take it are collected. Else it is every implementation that runs on this machine.
 """
 
 import pytest
@@ -36,12 +36,12 @@ def interpreter():
 
 @pytest.fixture
 def poisoned():
-    """Memory that nobody wrote is NaN."""
+    """New memory is NaN."""
     with poisoned_allocations():
         yield
 
 
-def _mend():
+def _patch_interpreter():
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -56,7 +56,7 @@ def _mend():
 
     interpreter._patch_lang_tensor = patch_lang_tensor
 
-    # float32 -> bfloat16 is cut off by the interpreter; GPUs round to nearest even.
+    # The interpreter truncates float32 -> bfloat16; GPUs round to nearest even.
     original = interpreter.InterpreterBuilder.create_fp_trunc
 
     def create_fp_trunc(self, src, dst_type):
@@ -71,4 +71,4 @@ def _mend():
 
 
 if INTERPRETED:
-    _mend()
+    _patch_interpreter()

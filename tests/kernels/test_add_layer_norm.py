@@ -17,7 +17,7 @@ SHAPES = here([(3, 7, 17), (2, 33, 96), (3, 5, 192), (2, 9, 768), (1, 3, 1000)],
 @pytest.mark.parametrize("kind", ["scaled", "unscaled", "alone"])
 def test_budget(runner, dtypes, shape, kind):
     impl, device = runner
-    check_add_layer_norm(impl, shape, dtypes, device, branch=kind != "alone", scale=kind == "scaled")
+    check_add_layer_norm(impl, shape, dtypes, device, has_x=kind != "alone", scale=kind == "scaled")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_partial_sums_share_out_rows_unevenly(monkeypatch, runner, rows):
 @pytest.mark.parametrize("kind", ["scaled", "unscaled", "alone"])
 def test_opcheck(runner, dtypes, kind):
     impl, device = runner
-    inputs, (grad_r, grad_y) = add_layer_norm_inputs((2, 3, 16), dtypes, branch=kind != "alone", scale=kind == "scaled")
+    inputs, (grad_r, grad_y) = add_layer_norm_inputs((2, 3, 16), dtypes, has_x=kind != "alone", scale=kind == "scaled")
     residual, x, scale, weight, bias = (t if t is None else t.to(device) for t in inputs.values())
     for tensor in (residual, x, weight, bias):
         if tensor is not None:
@@ -64,8 +64,8 @@ def test_opcheck(runner, dtypes, kind):
 
 def test_meta_tensors():
     inputs, _ = add_layer_norm_inputs((2, 3, 16), DTYPES["amp"])
-    made = ops.run(*(t.to("meta") for t in inputs.values()), 1e-6, torch.bfloat16, "cpp")
-    assert [(tuple(t.shape), t.dtype) for t in made] == [
+    results = ops.run(*(t.to("meta") for t in inputs.values()), 1e-6, torch.bfloat16, "cpp")
+    assert [(tuple(t.shape), t.dtype) for t in results] == [
         ((2, 3, 16), F32), ((2, 3, 16), torch.bfloat16), ((2, 3), F32), ((2, 3), F32)
     ]  # fmt: skip
 
@@ -81,20 +81,20 @@ def test_reference_gradients():
     assert torch.autograd.gradcheck(function, leaves)
 
 
-FAULTS = {
+MUTATIONS = {
     "eps": lambda r, x, scale, weight, bias, eps, dtype: (r, x, scale, weight, bias, eps * 3, dtype),
     "scale forgotten": lambda r, x, scale, *rest: (r, x, None, *rest),
     "weight forgotten": lambda r, x, scale, weight, *rest: (r, x, scale, torch.ones_like(weight), *rest),
 }
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "dropped tail", "first chunk only"])
-def test_faults_are_caught(monkeypatch, fault, cpp):
+@pytest.mark.parametrize("mutation", [*MUTATIONS, "dropped tail", "first chunk only"])
+def test_mutations_are_caught(monkeypatch, mutation, cpp):
     """The comparison itself: each of these wrong kernels must fail it."""
     right, right_backward = ops._forward, ops.run_backward
-    if fault in FAULTS:
-        replacement = lambda *a: right(*FAULTS[fault](*a[:-1]), a[-1])  # noqa: E731
-    elif fault == "dropped tail":
+    if mutation in MUTATIONS:
+        replacement = lambda *a: right(*MUTATIONS[mutation](*a[:-1]), a[-1])  # noqa: E731
+    elif mutation == "dropped tail":
 
         def replacement(*arguments):
             residual_out, y, mean, rstd = right(*arguments)
@@ -108,7 +108,7 @@ def test_faults_are_caught(monkeypatch, fault, cpp):
             lambda gr, gy, *rest: (*right_backward(gr, gy, *rest)[:3], gy[:1].float().sum((0, 1))),
         )  # fmt: skip
 
-    class Faulty(torch.autograd.Function):
+    class Mutated(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             output = replacement(*inputs)
@@ -119,7 +119,7 @@ def test_faults_are_caught(monkeypatch, fault, cpp):
         def backward(ctx, *gradients):
             return ops._differentiate(ctx, *gradients)
 
-    monkeypatch.setattr(ops, "run", Faulty.apply)
+    monkeypatch.setattr(ops, "run", Mutated.apply)
     with pytest.raises(AssertionError, match="budget"):
         check_add_layer_norm("cpp", (4, 5, 33), DTYPES["fp32"], eps=1e-2)
 
@@ -149,14 +149,14 @@ def test_bad_input(error, message, change):
         add_layer_norm(**(good | change))
 
 
-def test_auto_takes_what_no_kernel_takes():
+def test_auto_is_eager_where_no_kernel_runs():
     r = torch.randn(2, 3, 8, dtype=torch.float64)
     residual_out, y = add_layer_norm(r, r.half(), None, torch.ones(8), torch.zeros(8), impl="auto")
     assert residual_out.dtype == y.dtype == torch.float64
 
 
-# Registers a thread may take, of forward and backward, in sizes of the model and in odd ones. A multiprocessor has
-# 65536: at 128 threads a program, 48 leave room for 10 rows at a time and 80 for 6.
+# aligned -> registers per thread of forward and backward. A multiprocessor has 65536: at 128 threads a program, 48
+# allow 10 rows at a time and 80 allow 6.
 REGISTERS = {True: (40, 80), False: (56, 112)}
 
 
@@ -173,8 +173,8 @@ def test_compiles_within_the_budget(capability, channels, dtypes):
         return add_layer_norm(**kw, dtype=DTYPES[dtypes][2], impl="triton")
 
     aligned = channels % 256 == 0
-    made = compile_pair(OP, capability, lambda: differentiate(function, inputs, gradients))
-    for one, registers in zip(made, REGISTERS[aligned], strict=True):
+    results = compile_pair(OP, capability, lambda: differentiate(function, inputs, gradients))
+    for one, registers in zip(results, REGISTERS[aligned], strict=True):
         assert one.stack == 0, one
         assert one.registers <= registers, one
         assert not aligned or (one.loads_16 and one.stores_16), one

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 from support.attention_ops import LENGTHS, check, cumulated, differentiate
-from support.kernels import BF16, F16, F32, INTERPRETED, here, layouts, native, needs_compiler, quantised, usable
+from support.kernels import BF16, F16, F32, INTERPRETED, here, layouts, native, needs_compiler, quantized, usable
 from torch._subclasses import FakeTensorMode
 
 from mimdet.kernels import KernelUnavailableError, attention_varlen, attention_varlen_packed, debug, dispatch, use
@@ -15,7 +15,7 @@ from mimdet.kernels.attention_varlen import aten_cpu, flash_attn, ops, reference
 OP = "attention_varlen"
 DTYPES = {"fp32": F32, "bf16": BF16, "fp16": F16}
 PLACES = {"aten_cpu": "cpu", "triton": "cuda", "flash_attn": "cuda", "torch_varlen": "cuda"}
-OTHERS = ("flash_attn", "torch_varlen")  # which have 16-bit kernels alone, and head dims that are multiples of 8
+OTHERS = ("flash_attn", "torch_varlen")  # 16-bit kernels only, head dims that are multiples of 8
 
 
 @pytest.fixture(params=here(PLACES, {"triton": "cpu"}).items(), ids=here(PLACES, ["triton"]))
@@ -50,25 +50,25 @@ def test_other_head_dims(runner, head_dim, dtype):
 @native
 @pytest.mark.parametrize(("dtype", "head_dim"), [(F32, 64), (BF16, 32)], ids=["fp32-64", "bf16-32"])
 def test_the_models_lengths(runner, dtype, head_dim):
-    """A batch of images of all sizes, one of them without a token."""
+    """A batch of images of all sizes, one without tokens."""
     lengths = (1, 2100, 2, 31, 32, 33, 1050, 0, 127, 4200, 128, 129)
     check(**takes(runner, dtype), lengths=lengths, heads=1, head_dim=head_dim, dtype=dtype)
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["small", "more-than-two-to-the-31"])
 def test_last_sequence(runner, many):
-    """The last of many sequences gives the same alone, 2**31 numbers of q and of the output later too."""
+    """The last of many sequences, 2**31 elements later too, equals the sequence alone."""
     impl, device = runner
     if many and (device == "cpu" or torch.cuda.get_device_properties(0).total_memory < 70 * 2**30):
         pytest.skip("needs a GPU of 80 GB")
     count, length, heads, head_dim = (22_000, 128, 12, 64) if many else (3, 5, 2, 8)
-    last, gradient = (quantised(length, *s, heads, head_dim, dtype=BF16).to(device) for s in ((3,), ()))
+    last, gradient = (quantized(length, *s, heads, head_dim, dtype=BF16).to(device) for s in ((3,), ()))
     alone = differentiate(last, gradient, (length,), impl)
 
     def after_zeros(rows):
-        made = rows.new_zeros(count * length, *rows.shape[1:])
-        made[-length:] = rows
-        return made
+        values = rows.new_zeros(count * length, *rows.shape[1:])
+        values[-length:] = rows
+        return values
 
     among = differentiate(after_zeros(last), after_zeros(gradient), (length,) * count, impl)
     assert all(torch.equal(among[name][-length:], value) for name, value in alone.items())
@@ -85,7 +85,7 @@ def test_smallest(runner, total, heads, head_dim):
 def test_separate_tensors_and_a_second_call_give_the_same_bits(runner):
     impl, device = runner
     lengths = (5, 0, 33)
-    qkv, gradient = (quantised(38, *s, dtype=BF16).to(device) for s in ((3, 2, 32), (2, 32)))
+    qkv, gradient = (quantized(38, *s, dtype=BF16).to(device) for s in ((3, 2, 32), (2, 32)))
     first, second = (differentiate(qkv, gradient, lengths, impl) for _ in range(2))
     leaves = [t.clone().requires_grad_() for t in qkv.unbind(1)]
     out = attention_varlen(*leaves, cumulated(lengths).to(device), 33, impl=impl)
@@ -98,7 +98,7 @@ def test_separate_tensors_and_a_second_call_give_the_same_bits(runner):
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
 def test_layouts(runner, layout):
     def lay_out(t):
-        # Others' backward takes any strides, but loads 16 bytes at a time wherever the gradient, (T, heads, D), begins.
+        # Backward of OTHERS takes any strides of the gradient (T, heads, D), but needs it aligned to 16 bytes.
         if layout == "offset" and t.dim() == 3 and runner[0] in OTHERS:
             return t
         return layouts(t)[layout]
@@ -108,7 +108,7 @@ def test_layouts(runner, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "offset"])
 def test_kernels_of_others_get_what_they_can_load(layout):
-    qkv = layouts(quantised(66, 3, 2, 32, dtype=BF16))[layout]
+    qkv = layouts(quantized(66, 3, 2, 32, dtype=BF16))[layout]
     loadable = torch_attention.loadable(qkv)
     assert torch.equal(loadable, qkv)
     assert loadable.data_ptr() % 16 == 0
@@ -119,7 +119,7 @@ def test_kernels_of_others_get_what_they_can_load(layout):
 
 def test_expanded_gradient(runner):
     impl, device = runner
-    qkv = quantised(40, 3, 2, 32, dtype=BF16).to(device)
+    qkv = quantized(40, 3, 2, 32, dtype=BF16).to(device)
     gradient = torch.ones(1, 1, 1, dtype=BF16, device=device).expand(40, 2, 32)
     dense = differentiate(qkv, gradient.contiguous(), (7, 33), impl)
     assert all(torch.equal(v, dense[n]) for n, v in differentiate(qkv, gradient, (7, 33), impl).items())
@@ -129,31 +129,31 @@ def test_scale_and_a_longer_max_seqlen(runner):
     check(**takes(runner, BF16), lengths=(5, 33), dtype=BF16, scale=0.5, max_seqlen=300)
 
 
-# The interpreter rounds score * scale before it takes lse off, GPUs do not: not too large in float32.
+# The interpreter rounds score * scale before it subtracts lse, GPUs do not: float32 scores stay smaller.
 @pytest.mark.parametrize(("dtype", "std"), here([(BF16, 12.0)], [(F32, 4.0), (BF16, 12.0)]), ids=str)
 def test_large_scores(runner, dtype, std):
-    """Scores of hundreds overflow exp unless the greatest is taken off, and underflow it for other rows."""
+    """Scores of hundreds overflow exp unless the maximum is subtracted, and underflow in other rows."""
     check(**takes(runner, dtype), lengths=(5, 70), heads=1, dtype=dtype, std=std, each=False)
 
 
 def test_rows_whose_exponentials_all_vanish_against_those_of_padding(runner):
-    """Scores near -1000: exp2(0 - lse) of a key that is not there is infinite."""
+    """Scores near -1000: exp2(0 - lse) of a key past the end is infinite."""
     if runner[0] != "triton":
         pytest.skip("of Triton's tiles")
     device = runner[1]
     qkv = torch.ones(35, 3, 1, 32)
     qkv[:, 1] = -30.0
-    qkv[:, 2] = quantised(35, 1, 32)
-    qkv, gradient = qkv.to(device), quantised(35, 1, 32, seed=1).to(device)
-    got, expected = (differentiate(qkv, gradient, (35,), impl) for impl in (runner[0], "eager"))
+    qkv[:, 2] = quantized(35, 1, 32)
+    qkv, gradient = qkv.to(device), quantized(35, 1, 32, seed=1).to(device)
+    actual, expected = (differentiate(qkv, gradient, (35,), impl) for impl in (runner[0], "eager"))
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, msg=name)
+        torch.testing.assert_close(actual[name], value, msg=name)
 
 
 def test_sequences_do_not_meet(runner):
-    """What stands in one sequence, NaN included, changes no bit of another; nor does its place."""
+    """The content of one sequence, NaN included, changes no bit of another; nor does its position."""
     impl, device = runner
-    qkv, gradient = (quantised(80, *s, dtype=BF16).to(device) for s in ((3, 2, 32), (2, 32)))
+    qkv, gradient = (quantized(80, *s, dtype=BF16).to(device) for s in ((3, 2, 32), (2, 32)))
     alone = differentiate(qkv[7:40], gradient[7:40], (33,), impl)
     qkv[:7] = qkv[40:] = float("nan")
     among = differentiate(qkv, gradient, (7, 33, 40), impl)
@@ -163,8 +163,8 @@ def test_sequences_do_not_meet(runner):
 @pytest.mark.parametrize("lengths", [(), (0, 0)], ids=["no-sequences", "empty-ones"])
 @pytest.mark.parametrize("impl", here(["aten_cpu", "sdpa", "eager"], ["triton"]))
 def test_no_tokens(impl, lengths):
-    got = differentiate(torch.zeros(0, 3, 2, 8), torch.zeros(0, 2, 8), lengths, impl, max_seqlen=0)
-    assert got["out"].shape == (0, 2, 8)
+    actual = differentiate(torch.zeros(0, 3, 2, 8), torch.zeros(0, 2, 8), lengths, impl, max_seqlen=0)
+    assert actual["out"].shape == (0, 2, 8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -179,23 +179,23 @@ def test_eager(dtype):
 
 def test_reference_is_a_loop_over_sequences():
     lengths = (3, 0, 1, 4)
-    q, k, v = quantised(8, 3, 2, 5, dtype=torch.float64).unbind(1)
-    want = []
+    q, k, v = quantized(8, 3, 2, 5, dtype=torch.float64).unbind(1)
+    expected = []
     for rows in zip(*(t.split(lengths) for t in (q, k, v)), strict=True):
         a, b, c = (r.transpose(0, 1) for r in rows)
-        want.append(((a @ b.mT * 0.7).softmax(-1) @ c).transpose(0, 1))
-    got = reference.attention_varlen(q, k, v, cumulated(lengths), 6, 0.7)
-    torch.testing.assert_close(got, torch.cat(want))
+        expected.append(((a @ b.mT * 0.7).softmax(-1) @ c).transpose(0, 1))
+    actual = reference.attention_varlen(q, k, v, cumulated(lengths), 6, 0.7)
+    torch.testing.assert_close(actual, torch.cat(expected))
 
 
 def test_reference_gradients():
-    leaves = [quantised(6, 1, 3, dtype=torch.float64, seed=s).requires_grad_() for s in range(3)]
+    leaves = [quantized(6, 1, 3, dtype=torch.float64, seed=s).requires_grad_() for s in range(3)]
     function = lambda *t: reference.attention_varlen(*t, cumulated((2, 0, 4)), 5, 0.7)  # noqa: E731
     assert torch.autograd.gradcheck(function, leaves)
 
 
-def test_writing_into_the_output_is_noticed():
-    qkv = quantised(8, 3, 2, 8).requires_grad_()
+def test_writing_into_the_output_raises():
+    qkv = quantized(8, 3, 2, 8).requires_grad_()
     out = attention_varlen_packed(qkv * 1, cumulated((3, 5)), 5, impl="aten_cpu")
     out.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -206,7 +206,7 @@ def test_opcheck(runner):
     impl, device = runner
     if impl in OTHERS:
         pytest.skip("an operation of its library")
-    qkv, rest = quantised(9, 3, 2, 8).to(device), (cumulated((3, 0, 6)).to(device), 6, 0.5, impl)
+    qkv, rest = quantized(9, 3, 2, 8).to(device), (cumulated((3, 0, 6)).to(device), 6, 0.5, impl)
     out, lse = ops.run(qkv, *rest)
     checks = {"test_utils": ("test_schema", "test_faketensor")} if INTERPRETED else {}
     leaf = qkv.clone().requires_grad_(not INTERPRETED)
@@ -217,13 +217,13 @@ def test_opcheck(runner):
 
 @pytest.mark.skipif(not INTERPRETED, reason="in the CPU's memory")
 def test_offsets_beyond_2_to_31(runner):
-    """Rows of q, k and v 2**30 numbers apart, in memory of which nothing but the rows is ever touched."""
-    stride, rows = 2**30, quantised(3, 3, 1, 16, dtype=F16)
+    """Rows of q, k and v 2**30 elements apart, in memory of which only the rows are ever touched."""
+    stride, rows = 2**30, quantized(3, 3, 1, 16, dtype=F16)
     memory = torch.UntypedStorage(2 * (2 * stride + 48))
     far = torch.tensor([], dtype=F16).set_(memory, 0, rows.shape, (stride, 16, 16, 1))
     far.copy_(rows)
-    got, expected = (ops.run(t, cumulated((3,)), 3, 0.25, runner[0])[0] for t in (far, rows))
-    assert torch.equal(got, expected)
+    actual, expected = (ops.run(t, cumulated((3,)), 3, 0.25, runner[0])[0] for t in (far, rows))
+    assert torch.equal(actual, expected)
 
 
 @native
@@ -231,23 +231,23 @@ def test_offsets_beyond_2_to_31(runner):
 @pytest.mark.parametrize(("impl", "lengths"), [("auto", (5, 0, 33)), ("eager", (5, 33)), ("sdpa", (19, 19))])
 def test_compiled_whole(impl, lengths, dynamic):
     total = sum(lengths)
-    qkv, gradient = quantised(total, 3, 2, 32), quantised(total, 2, 32)
+    qkv, gradient = quantized(total, 3, 2, 32), quantized(total, 2, 32)
     compiled = torch.compile(attention_varlen_packed, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     leaf = qkv.clone().requires_grad_()
     out = compiled(leaf, cumulated(lengths), max(lengths), impl=impl)
     out.backward(gradient)
-    want = differentiate(qkv, gradient, lengths, impl)
-    torch.testing.assert_close(out.detach(), want["out"])
-    torch.testing.assert_close(leaf.grad, torch.stack([want[n] for n in ("dq", "dk", "dv")], 1))
+    expected = differentiate(qkv, gradient, lengths, impl)
+    torch.testing.assert_close(out.detach(), expected["out"])
+    torch.testing.assert_close(leaf.grad, torch.stack([expected[n] for n in ("dq", "dk", "dv")], 1))
 
 
 def test_checkpointing():
-    qkv, gradient = quantised(38, 3, 2, 8), quantised(38, 2, 8)
+    qkv, gradient = quantized(38, 3, 2, 8), quantized(38, 2, 8)
     leaf = qkv.clone().requires_grad_()
     again = torch.utils.checkpoint.checkpoint
     again(attention_varlen_packed, leaf, cumulated((5, 33)), 33, use_reentrant=False).backward(gradient)
-    want = differentiate(qkv, gradient, (5, 33), "auto")
-    assert torch.equal(leaf.grad, torch.stack([want[n] for n in ("dq", "dk", "dv")], 1))
+    expected = differentiate(qkv, gradient, (5, 33), "auto")
+    assert torch.equal(leaf.grad, torch.stack([expected[n] for n in ("dq", "dk", "dv")], 1))
 
 
 def test_meta_tensors():
@@ -257,7 +257,7 @@ def test_meta_tensors():
 
 
 def test_autocast_lowers_nothing():
-    qkv = quantised(12, 3, 2, 8)
+    qkv = quantized(12, 3, 2, 8)
     for impl in ("aten_cpu", "sdpa", "eager"):
         plain = attention_varlen_packed(qkv, cumulated((6, 6)), 6, impl=impl)
         with torch.autocast("cpu", dtype=BF16):
@@ -266,7 +266,7 @@ def test_autocast_lowers_nothing():
 
 @pytest.mark.parametrize("impl", ["aten_cpu", "sdpa", "eager"])
 def test_inference_and_another_default_device(impl):
-    qkv, rest = quantised(12, 3, 2, 8), (cumulated((6, 6)), 6)
+    qkv, rest = quantized(12, 3, 2, 8), (cumulated((6, 6)), 6)
     plain = attention_varlen_packed(qkv, *rest, impl=impl)
     with torch.inference_mode(), torch.device("meta"):
         assert torch.equal(attention_varlen_packed(qkv, *rest, impl=impl), plain)
@@ -276,12 +276,12 @@ def test_inference_and_another_default_device(impl):
 def test_fake_tensors(impl):
     """Their bounds have no values that could be looked at."""
     with FakeTensorMode() as mode:
-        qkv, cu_seqlens = (mode.from_tensor(t) for t in (quantised(12, 3, 2, 8, dtype=BF16), cumulated((6, 6))))
+        qkv, cu_seqlens = (mode.from_tensor(t) for t in (quantized(12, 3, 2, 8, dtype=BF16), cumulated((6, 6))))
         out = attention_varlen_packed(qkv, cu_seqlens, 6, impl=impl)
     assert (out.shape, out.dtype) == ((12, 2, 8), BF16)
 
 
-FAULTS = {
+MUTATIONS = {
     "scale": ("fwd", lambda qkv, cu, longest, scale, *rest: (qkv, cu, longest, scale * 1.1, *rest)),
     "heads mixed up": ("fwd", lambda qkv, *rest: (torch.stack([t.flip(1) if i else t for i, t in
                                                                enumerate(qkv.unbind(1))], 1), *rest)),
@@ -293,12 +293,12 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_caught(monkeypatch, runner, fault):
-    """The comparison itself: kernels that are given something wrong must fail it."""
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutations_are_caught(monkeypatch, runner, mutation):
+    """The comparison itself: kernels with wrong arguments must fail it."""
     if runner not in (("aten_cpu", "cpu"), ("triton", "cpu")):
         pytest.skip("one implementation is enough")
-    direction, change = FAULTS[fault]
+    direction, change = MUTATIONS[mutation]
     right = ops.library.launch
 
     def wrong(name, impl, *arguments):
@@ -323,8 +323,8 @@ def test_small_outputs_of_long_sequences_are_not_lost_beside_large_ones(monkeypa
 
 
 def good(**change):
-    made = {name: torch.zeros(5, 2, 8) for name in "qkv"}
-    return attention_varlen(**(made | {"cu_seqlens": cumulated((2, 3)), "max_seqlen": 3} | change))
+    values = {name: torch.zeros(5, 2, 8) for name in "qkv"}
+    return attention_varlen(**(values | {"cu_seqlens": cumulated((2, 3)), "max_seqlen": 3} | change))
 
 
 def bounds(*numbers):
@@ -418,7 +418,7 @@ def test_own_words_are_the_arguments_alone():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU that all but flash-attn's packages believe in."""
+    """Mocks a GPU, without flash-attn's packages."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: gpu.capability)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -436,7 +436,7 @@ def chosen(head_dim, dtype=BF16, equal=False, impl="auto"):
 
 
 def install(monkeypatch, name, **functions):
-    """A package of flash-attn that records calls and computes the reference."""
+    """Mocks a package of flash-attn: records calls and computes the reference."""
     calls = []
 
     def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, deterministic):
@@ -481,7 +481,7 @@ def test_head_dims_that_are_refused_say_what_takes_them(gpu, monkeypatch):
         chosen(64, impl="flash_attn")
 
 
-def test_nothing_is_looked_for_once_something_better_was_found(gpu, monkeypatch):
+def test_auto_probes_no_slower_implementation(gpu, monkeypatch):
     monkeypatch.setattr(flash_attn, "_usable", lambda device: pytest.fail("looked for flash-attn"))
     assert chosen(32) == "triton"
     assert chosen(64, equal=True) == "sdpa"
@@ -503,9 +503,9 @@ def test_general_words_have_names_of_their_own(gpu):
 def test_flash_attn_is_called_rightly(gpu, monkeypatch, name, capability, call):
     calls, gpu.capability = install(monkeypatch, name), capability
     assert flash_attn.supports(dispatch.Call(torch.device("cuda"), (BF16,))) is None
-    qkv, cu_seqlens = quantised(9, 3, 2, 64), cumulated((3, 6))
-    got = flash_attn.attention(qkv, cu_seqlens, 6, 0.3)
-    assert torch.equal(got, attention_varlen_packed(qkv, cu_seqlens, 6, scale=0.3, impl="eager"))
+    qkv, cu_seqlens = quantized(9, 3, 2, 64), cumulated((3, 6))
+    actual = flash_attn.attention(qkv, cu_seqlens, 6, 0.3)
+    assert torch.equal(actual, attention_varlen_packed(qkv, cu_seqlens, 6, scale=0.3, impl="eager"))
     assert calls == [(call, False)]
 
 
@@ -550,9 +550,9 @@ def test_debugging_checks_bounds_on_any_device(monkeypatch):
     assert len(looked) == 1
 
 
-# What a program may use of shared memory: 99 KiB is what the smallest GPUs of compute capability 8.x have.
+# Shared memory per program: the smallest GPUs of compute capability 8.x have 99 KiB.
 SHARED = 99 * 1024
-# Bytes of spilled registers. float32 at the widest head, which the model has not, cannot do entirely without.
+# Bytes of spilled registers: only float32 at the widest head, which the model does not use.
 SPILLED = {("_attention_varlen_bwd_q_kernel", F32, 128): 24}
 
 
@@ -565,12 +565,12 @@ def test_compiles_within_the_budget(capability, head_dim, dtype):
 
     heads = 768 // head_dim
     qkv, gradient = torch.empty(4200, 3, heads, head_dim, dtype=dtype), torch.empty(4200, heads, head_dim, dtype=dtype)
-    made = compile_pair(OP, capability, lambda: differentiate(qkv, gradient, (2100, 2100), "triton"))
-    assert len(made) == 4
-    for one in made:
+    values = compile_pair(OP, capability, lambda: differentiate(qkv, gradient, (2100, 2100), "triton"))
+    assert len(values) == 4
+    for one in values:
         assert one.stack <= SPILLED.get((one.name, dtype, head_dim), 0), one
         assert one.shared <= SHARED, one
-        # A multiprocessor has 65536 registers; one program at least must find room, of 8 warps at most.
+        # A multiprocessor has 65536 registers, enough for one program of 8 warps.
         assert one.registers <= 255, one
         assert one.loads_16, one
         assert one.stores_16 or "delta" in one.name, one

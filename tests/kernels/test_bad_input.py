@@ -1,4 +1,4 @@
-"""What is no tensor, or none of the right kind, is refused by name; the operations' own tests have the rest."""
+"""Non-tensors, wrong dtypes and wrong devices raise an error with the argument's name, for all operations."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ IDS = [f"{op}-{name}" for op, name in ARGUMENTS]
 
 
 def call(op, **changes):
-    made = case(op)
-    return public(op)(**{**made.inputs, **made.others, **changes}, impl="eager")
+    example = case(op)
+    return public(op)(**{**example.inputs, **example.others, **changes}, impl="eager")
 
 
 @pytest.mark.parametrize(("op", "name"), ARGUMENTS, ids=IDS)
@@ -32,7 +32,7 @@ def test_dtypes(op, name):
 
 @pytest.mark.parametrize(("op", "name"), ARGUMENTS, ids=IDS)
 def test_another_device(op, name):
-    # The first tensor's device is the one that the others are held to.
+    # All tensors must be on the first one's device.
     moved = {**case(op).inputs, **case(op).others}[name].to("meta")
     with pytest.raises(ValueError, match=rf"{op}: \w+ is on (meta|cpu), \w+ on (meta|cpu)"):
         call(op, **{name: moved})

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.block_ops import check_bias_gelu, differentiate
-from support.kernels import BF16, F16, F32, here, native, needs_compiler, quantised
+from support.kernels import BF16, F16, F32, here, native, needs_compiler, quantized
 
 from mimdet.kernels import KernelUnavailableError, bias_gelu
 from mimdet.kernels.bias_gelu import ops, reference
@@ -37,15 +37,15 @@ def test_rows_around_a_program(runner, rows):
 
 @native
 def test_far_out_values(runner):
-    """Where the bell underflows, GELU is 0 or the identity, and its derivative 0 or 1."""
+    """Where exp underflows, GELU is 0 or the identity, and its derivative 0 or 1."""
     impl, device = runner
     x = torch.cat([torch.linspace(-60, 60, 4001), torch.tensor([-1e30, -1e4, 1e4, 1e30])]).to(device).unsqueeze(0)
     inputs = {"x": x, "bias": torch.zeros(x.shape[1], device=device)}
-    got = differentiate(lambda **kw: bias_gelu(**kw, impl=impl), inputs, [torch.ones_like(x)])
-    want = differentiate(lambda x, bias: F.gelu(x + bias), {k: v.double() for k, v in inputs.items()},
+    actual = differentiate(lambda **kw: bias_gelu(**kw, impl=impl), inputs, [torch.ones_like(x)])
+    expected = differentiate(lambda x, bias: F.gelu(x + bias), {k: v.double() for k, v in inputs.items()},
                          [torch.ones_like(x).double()])  # fmt: skip
-    torch.testing.assert_close(got["output0"].double(), want["output0"], rtol=2e-7, atol=5e-7)
-    torch.testing.assert_close(got["grad_x"].double(), want["grad_x"], rtol=2e-7, atol=1e-6)
+    torch.testing.assert_close(actual["output0"].double(), expected["output0"], rtol=2e-7, atol=5e-7)
+    torch.testing.assert_close(actual["grad_x"].double(), expected["grad_x"], rtol=2e-7, atol=1e-6)
 
 
 def test_not_a_number_stays_one(runner):
@@ -56,15 +56,15 @@ def test_not_a_number_stays_one(runner):
 
 def test_bias_in_another_dtype(runner):
     impl, device = runner
-    x, bias = quantised(4, 8, dtype=BF16).to(device), quantised(8, dtype=BF16).to(device)
-    got = differentiate(lambda **kw: bias_gelu(**kw, impl=impl), {"x": x, "bias": bias}, [torch.ones_like(x)])
-    assert got["output0"].dtype == got["grad_x"].dtype == got["grad_bias"].dtype == BF16
+    x, bias = quantized(4, 8, dtype=BF16).to(device), quantized(8, dtype=BF16).to(device)
+    actual = differentiate(lambda **kw: bias_gelu(**kw, impl=impl), {"x": x, "bias": bias}, [torch.ones_like(x)])
+    assert actual["output0"].dtype == actual["grad_x"].dtype == actual["grad_bias"].dtype == BF16
 
 
 @native
 def test_opcheck(runner):
     impl, device = runner
-    x, bias = (t.to(device).requires_grad_() for t in (quantised(6, 16), quantised(16)))
+    x, bias = (t.to(device).requires_grad_() for t in (quantized(6, 16), quantized(16)))
     torch.library.opcheck(torch.ops.mimdet.bias_gelu.default, (x, bias, impl))
     torch.library.opcheck(
         torch.ops.mimdet.bias_gelu_backward.default, (torch.ones_like(x), x.detach(), bias.detach(), impl)
@@ -72,8 +72,8 @@ def test_opcheck(runner):
 
 
 def test_meta_tensors():
-    made = ops.run(torch.zeros(2, 8, dtype=BF16, device="meta"), torch.zeros(8, device="meta"), "cpp")
-    assert (made.shape, made.dtype) == ((2, 8), BF16)
+    y = ops.run(torch.zeros(2, 8, dtype=BF16, device="meta"), torch.zeros(8, device="meta"), "cpp")
+    assert (y.shape, y.dtype) == ((2, 8), BF16)
 
 
 def test_reference_gradients():
@@ -81,18 +81,18 @@ def test_reference_gradients():
     assert torch.autograd.gradcheck(reference.bias_gelu, (x, bias))
 
 
-@pytest.mark.parametrize("fault", ["tanh", "no bias", "dropped tail"])
-def test_faults_are_caught(monkeypatch, fault, cpp):
+@pytest.mark.parametrize("mutation", ["tanh", "no bias", "dropped tail"])
+def test_mutations_are_caught(monkeypatch, mutation, cpp):
     """The comparison itself: each of these wrong kernels must fail it."""
 
     def wrong(x, bias, impl):
-        y = F.gelu(x + (0 if fault == "no bias" else bias), approximate="tanh" if fault == "tanh" else "none")
-        if fault == "dropped tail":
+        y = F.gelu(x + (0 if mutation == "no bias" else bias), approximate="tanh" if mutation == "tanh" else "none")
+        if mutation == "dropped tail":
             y = torch.cat([y[:, :-1], y[:, -1:] * 0], dim=1)
         return y
 
     monkeypatch.setattr(ops, "run", wrong)
-    # Without a bias its gradient does not exist, which is noticed first.
+    # Without bias, the missing gradient raises first.
     with pytest.raises(AssertionError):
         check_bias_gelu("cpp", (40, 33), F32)
 

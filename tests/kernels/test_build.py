@@ -1,4 +1,4 @@
-"""Compiling: in parallel, once, into a cache, and with words that help when it fails."""
+"""Compiling: in parallel, once, into a cache, with errors that name the remedy."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 
 from mimdet.kernels import build
 
-# Writes when it starts and ends into a file beside it, and something where it is told to.
+# Logs its start and end, and writes its output file.
 FAKE = """#!/bin/sh
 case $1 in --version) echo fake; exit 0;; esac
 for output; do :; done
@@ -24,7 +24,7 @@ echo end >> {log}
 
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
-    """A compiler that costs nothing; the file is what it wrote about itself."""
+    """A fake compiler; returns its log."""
     log, script = tmp_path / "log", tmp_path / "cxx"
     script.write_text(FAKE.format(log=log))
     script.chmod(0o755)
@@ -41,7 +41,7 @@ def most_at_once(log):
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_max_jobs_is_honoured(compiler, monkeypatch, tmp_path, jobs):
+def test_max_jobs_is_honored(compiler, monkeypatch, tmp_path, jobs):
     monkeypatch.setenv("MAX_JOBS", str(jobs))
     build.compile_cpu(tmp_path / "objects")
     assert most_at_once(compiler) <= jobs
@@ -85,7 +85,7 @@ def test_a_changed_source_is_compiled_alone(compiler, monkeypatch, tmp_path):
     assert compiled() == 3
 
 
-# The module alone, with no more of torch than is asked: its version and its folder.
+# build.py without the package, and a fake torch with version and folder.
 PROCESS = """
 import runpy, sys, types
 from pathlib import Path

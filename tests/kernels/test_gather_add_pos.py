@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.kernels import BF16, F16, F32, IMPLS, Guarded, here, native, needs_compiler, quantised
+from support.kernels import BF16, F16, F32, IMPLS, Guarded, here, native, needs_compiler, quantized
 
 from mimdet.kernels import KernelUnavailableError, gather_add_pos
 from mimdet.kernels.gather_add_pos import ops, reference
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def inputs(batch, length, count, channels, x_dtype=F32, pos_dtype=F32):
-    x = quantised(batch, length, channels, dtype=x_dtype)
-    pos = quantised(length, channels, dtype=pos_dtype, seed=1) if pos_dtype else None
+    x = quantized(batch, length, channels, dtype=x_dtype)
+    pos = quantized(length, channels, dtype=pos_dtype, seed=1) if pos_dtype else None
     order = torch.rand(batch, length, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
     return x, pos, order[:, :count]
 
@@ -46,18 +46,18 @@ def test_same_bits_as_plain_indexing(runner, shape, x_dtype, pos_dtype):
     out = gather_add_pos(x, pos, index, impl=impl)
     assert torch.equal(out, expected)
     assert out.dtype == (torch.promote_types(x_dtype, pos_dtype) if pos_dtype else x_dtype)
-    grad = quantised(shape[0], shape[2], shape[3], dtype=x_dtype, seed=5).to(device)
-    got = gradients(lambda *a: gather_add_pos(*a, impl=impl), x, pos, index, grad)
+    grad = quantized(shape[0], shape[2], shape[3], dtype=x_dtype, seed=5).to(device)
+    actual = gradients(lambda *a: gather_add_pos(*a, impl=impl), x, pos, index, grad)
     same = gradients(reference.gather_add_pos, x, pos, index, grad)
-    assert torch.equal(got[0], same[0])
+    assert torch.equal(actual[0], same[0])
     if pos is not None:
         exact = gradients(reference.gather_add_pos, x.double(), pos.double(), index, grad)
-        assert_within_budget(got[1], same[1], exact[1], terms=shape[0], name="pos")
+        assert_within_budget(actual[1], same[1], exact[1], terms=shape[0], name="pos")
 
 
 @native
 @pytest.mark.parametrize("which", [(True, False), (False, True), (True, True)], ids=["x", "pos", "both"])
-def test_only_the_wanted_gradients(cpp, which):
+def test_only_the_required_gradients(cpp, which):
     x, pos, index = inputs(2, 30, 10, 8)
     x.requires_grad_(which[0]), pos.requires_grad_(which[1])
     gather_add_pos(x, pos, index, impl="cpp").sum().backward()
@@ -97,9 +97,9 @@ def test_positions_with_a_leading_one_and_int32(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_packed_tokens_of_a_feature_map(impl):
-    # Three images' tokens as one image's, each with a position of its own.
-    feature = quantised(3, 16, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
-    pos = quantised(60, 16, seed=1).requires_grad_()
+    # Tokens of three images as of one, each with its position.
+    feature = quantized(3, 16, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    pos = quantized(60, 16, seed=1).requires_grad_()
     keep = torch.tensor([0, 7, 19, 20, 41, 59])
     tokens = feature.permute(0, 2, 3, 1).reshape(1, 60, 16)
     assert tokens.data_ptr() == feature.data_ptr()
@@ -114,14 +114,14 @@ def test_packed_tokens_of_a_feature_map(impl):
 @pytest.mark.parametrize("channels", [15, 17, 255, 256])
 def test_reads_and_writes_nothing_else(runner, channels):
     impl, device = runner
-    made = [Guarded(t.to(device)) for t in inputs(2, 20, 9, channels)]
-    x, pos, index = (g.tensor for g in made)
+    guards = [Guarded(t.to(device)) for t in inputs(2, 20, 9, channels)]
+    x, pos, index = (g.tensor for g in guards)
     x.requires_grad_(), pos.requires_grad_()
     out = gather_add_pos(x, pos, index, impl=impl)
     assert out.isfinite().all()
     out.sum().backward()
     assert x.grad.isfinite().all()
-    for guarded in made:
+    for guarded in guards:
         guarded.check()
 
 
@@ -150,7 +150,7 @@ def test_opcheck(cpp, with_pos):
     x.requires_grad_(), pos.requires_grad_()
     torch.library.opcheck(torch.ops.mimdet.gather_add_pos.default, (x, pos if with_pos else None, index, "cpp"))
     torch.library.opcheck(
-        torch.ops.mimdet.gather_add_pos_backward.default, (quantised(2, 5, 8), index, 12, BF16, "cpp")
+        torch.ops.mimdet.gather_add_pos_backward.default, (quantized(2, 5, 8), index, 12, BF16, "cpp")
     )
 
 
@@ -161,9 +161,9 @@ def test_autocast_keeps_the_sum_in_float32(impl):
     linear = torch.nn.Linear(24, 24)
     with torch.autocast("cpu", dtype=BF16):
         out = gather_add_pos(linear(x), pos, index, impl=impl)
-        want = plainly(linear(x), pos, index)
+        expected = plainly(linear(x), pos, index)
     assert out.dtype == F32
-    assert torch.equal(out, want)
+    assert torch.equal(out, expected)
     out.sum().backward()
     assert x.grad.isfinite().all()
 
@@ -245,7 +245,7 @@ def test_compiles_within_the_budget(capability, channels, dtypes):
     from support.aot import compile_pair
 
     x, pos, index = inputs(2, 4200, 2100, channels, *dtypes)
-    grad = quantised(2, 2100, channels, dtype=dtypes[0])
+    grad = quantized(2, 2100, channels, dtype=dtypes[0])
     run = lambda: gradients(lambda *a: gather_add_pos(*a, impl="triton"), x, pos, index, grad)  # noqa: E731
     for one in compile_pair(OP, capability, run):
         assert one.stack == 0, one

@@ -1,4 +1,4 @@
-"""The fused norms of feature maps: the same numbers as plain PyTorch, whatever comes in."""
+"""The fused norms of feature maps against plain PyTorch, for any input."""
 
 import pytest
 import torch
@@ -42,11 +42,11 @@ def test_forward_and_backward_stay_within_the_budget(runner, op, shape, dtype, n
     impl, device = runner
     arguments = inputs(shape, dtype, nhwc)
     guards = [Guarded(t.to(device)) for t in arguments]
-    got = [t.cpu() for t in forward_backward(api(op), *(g.tensor for g in guards), impl=impl)]
+    actual = [t.cpu() for t in forward_backward(api(op), *(g.tensor for g in guards), impl=impl)]
     for guard in guards:
         guard.check()
-    judge(op, got, *arguments)
-    assert got[0].stride() == got[1].stride() == arguments[0].stride()
+    judge(op, actual, *arguments)
+    assert actual[0].stride() == actual[1].stride() == arguments[0].stride()
 
 
 @LAYOUTS
@@ -55,10 +55,10 @@ def test_forward_and_backward_stay_within_the_budget(runner, op, shape, dtype, n
 def test_sizes_around_a_tile_touch_nothing_else(cpp, op, positions, nhwc):
     x, weight, bias, dy = inputs((2, 33, 1, positions), nhwc=nhwc)
     guards = [Guarded(t) for t in (x, weight, bias, dy)]
-    got = forward_backward(api(op), *(g.tensor for g in guards), impl="cpp")
+    actual = forward_backward(api(op), *(g.tensor for g in guards), impl="cpp")
     for guard in guards:
         guard.check()
-    judge(op, got, x, weight, bias, dy)
+    judge(op, actual, x, weight, bias, dy)
 
 
 def test_nan_goes_through_and_stays_in_its_sample(runner, op):
@@ -90,7 +90,7 @@ def test_compiles_whole_with_equal_results(cpp, op, impl):
         sizes = x.new_full((x.shape[0], 2), 3, dtype=torch.int64) if "sizes" in impl else None
         return run(x * 2, weight, bias, EPS, sizes=sizes, impl=impl.split()[0]) + 1
 
-    # Inductor decides on the strides that our operation sees; plain PyTorch is its own business.
+    # Inductor chooses the strides of our operation's input; eager has no operation of ours.
     backend = "inductor" if impl == "cpp" else "aot_eager"
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
     for shape in ((2, 6, 4, 5), (3, 6, 7, 5)):
@@ -127,7 +127,7 @@ def test_meta_tensors_keep_shape_and_strides(op):
 def test_reference_gradients(op, sizes):
     x, weight, bias, _ = inputs((2, 5, 3, 3), torch.float64)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    # A large eps: finite differences of one position alone would see 1 / sqrt(eps).
+    # A large eps: for one position alone, gradients grow with 1 / sqrt(eps).
     assert torch.autograd.gradcheck(lambda *a: reference(op)(*a, 1e-2, sizes), leaves)
 
 
@@ -135,12 +135,12 @@ def test_reference_with_sizes_is_the_reference_of_each_crop(op):
     x, weight, bias, dy = inputs((3, 5, 4, 6), torch.float64)
     sizes = torch.tensor([[4, 6], [1, 1], [3, 2]])
     x[1, :, 2:], dy[2, :, :, 2:] = float("nan"), float("nan")
-    got = forward_backward(reference(op), x, weight, bias, dy, sizes=sizes)
-    for g, e in zip(got, cropped(reference(op), x, weight, bias, dy, sizes), strict=True):
+    actual = forward_backward(reference(op), x, weight, bias, dy, sizes=sizes)
+    for g, e in zip(actual, cropped(reference(op), x, weight, bias, dy, sizes), strict=True):
         torch.testing.assert_close(g, e)
 
 
-# Whole, one position, whole rows, part of the rows; the last goes over several tasks, whose bounds cut rows.
+# All of the map, one position, full rows, parts of rows; the last spans several tasks, whose bounds cut rows.
 SIZES = {"small": ((4, 17, 5, 7), [[5, 7], [1, 1], [3, 7], [5, 3]])} | here(
     {"large": ((2, 96, 24, 30), [[23, 29], [11, 30]])}, {"several parts": ((2, 40, 12, 20), [[11, 19], [3, 5]])}
 )
@@ -149,7 +149,7 @@ SIZES = {"small": ((4, 17, 5, 7), [[5, 7], [1, 1], [3, 7], [5, 3]])} | here(
 @LAYOUTS
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("shape", "sizes"), SIZES.values(), ids=SIZES)
-def test_sizes_give_what_the_valid_area_gets_alone(runner, op, shape, sizes, dtype, nhwc):
+def test_sizes_equal_the_valid_area_alone(runner, op, shape, sizes, dtype, nhwc):
     impl, device = runner
     if device != "cpu":
         pytest.skip("judged on the CPU")
@@ -173,50 +173,50 @@ def test_sizes_outside_of_the_map(cpp, op, bad, monkeypatch):
         api(op)(x, weight, bias, EPS, sizes=torch.tensor(bad), impl="eager")
 
 
-def _tail(got):
-    got[0][-1, -1, -1, -1] = 0
-    return got
+def _tail(actual):
+    actual[0][-1, -1, -1, -1] = 0
+    return actual
 
 
-def _one_sample(got, x, weight, bias, dy):
-    return [*got[:2], *forward_backward(api("group_norm_gelu"), x[:1], weight, bias, dy[:1], impl="cpp")[2:]]
+def _one_sample(actual, x, weight, bias, dy):
+    return [*actual[:2], *forward_backward(api("group_norm_gelu"), x[:1], weight, bias, dy[:1], impl="cpp")[2:]]
 
 
-# What a faulty kernel would give, from the function, its inputs and what is right.
-FAULTS = {
-    "eps": lambda f, got, *a: forward_backward(f, *a, eps=3 * EPS),
-    "no bias": lambda f, got, x, w, b, dy: forward_backward(f, x, w, 0 * b, dy),
-    "dropped tail": lambda f, got, *a: _tail(got),
-    "one sample's weight gradient": lambda f, got, *a: _one_sample(got, *a),
-    "no mean in dx": lambda f, got, *a: [got[0], got[1] + got[1].abs().mean() / 10, *got[2:]],
-    "bf16 inside": lambda f, got, *a: [t.bfloat16().float() for t in got],
+# (function, right result, its inputs) -> result of a wrong kernel.
+MUTATIONS = {
+    "eps": lambda f, actual, *a: forward_backward(f, *a, eps=3 * EPS),
+    "no bias": lambda f, actual, x, w, b, dy: forward_backward(f, x, w, 0 * b, dy),
+    "dropped tail": lambda f, actual, *a: _tail(actual),
+    "one sample's weight gradient": lambda f, actual, *a: _one_sample(actual, *a),
+    "no mean in dx": lambda f, actual, *a: [actual[0], actual[1] + actual[1].abs().mean() / 10, *actual[2:]],
+    "bf16 inside": lambda f, actual, *a: [t.bfloat16().float() for t in actual],
 }
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "tanh"])
-def test_faults_are_caught(cpp, op, fault, monkeypatch):
-    """The judgement itself: each of these must fail it, and what they are made from must not."""
+@pytest.mark.parametrize("mutation", [*MUTATIONS, "tanh"])
+def test_mutations_are_caught(cpp, op, mutation, monkeypatch):
+    """The check itself: it must pass the right result and fail each of these."""
     arguments = inputs((2, 17, 5, 7), mean=0.0, std=1e-3)
-    got = forward_backward(reference(op), *arguments)
-    judge(op, got, *arguments)
+    actual = forward_backward(reference(op), *arguments)
+    judge(op, actual, *arguments)
     with monkeypatch.context() as patch:
-        if fault == "tanh":
+        if mutation == "tanh":
             gelu = torch.nn.functional.gelu
             patch.setattr(torch.nn.functional, "gelu", lambda z: gelu(z, approximate="tanh"))
-            got = forward_backward(reference(op), *arguments)
+            actual = forward_backward(reference(op), *arguments)
         else:
-            got = FAULTS[fault](reference(op), got, *arguments)
+            actual = MUTATIONS[mutation](reference(op), actual, *arguments)
     with pytest.raises(AssertionError, match="budget"):
-        judge(op, got, *arguments)
+        judge(op, actual, *arguments)
 
 
 @pytest.mark.parametrize("sizes", [None, [[5, 7], [5, 3]]], ids=["ignored", "off by one"])
 def test_faulty_sizes_are_caught(op, sizes):
     arguments = inputs((2, 17, 5, 7))
     right = torch.tensor([[5, 7], [5, 2]])
-    got = forward_backward(reference(op), *arguments, sizes=None if sizes is None else torch.tensor(sizes))
+    actual = forward_backward(reference(op), *arguments, sizes=None if sizes is None else torch.tensor(sizes))
     with pytest.raises(AssertionError, match="budget"):
-        judge(op, got, *arguments, right)
+        judge(op, actual, *arguments, right)
 
 
 BAD = {
@@ -258,7 +258,7 @@ def test_older_processors(cpp, op, isa):
     run_on_older_processor(isa, __file__, f"{op} and (budget or around_a_tile or alone)")
 
 
-# Registers a thread may take: 128 leaves room for 2 programs of 8 warps (4 of 4 warps) on a multiprocessor.
+# Registers per thread: 128 allow 2 programs of 8 warps (4 of 4 warps) on a multiprocessor.
 REGISTERS = 128
 # dtype, (C, H, W), with sizes, compute capability: the ends of the stem and odd numbers, each dtype on each target.
 TARGETS = {
@@ -282,18 +282,18 @@ def test_compiles_within_the_budget(op, kernels, nhwc, target):
     x, dy = (torch.empty(1, *shape, dtype=dtype).contiguous(memory_format=memory) for _ in range(2))
     affine = torch.empty(shape[0], dtype=dtype)
     sizes = torch.ones(1, 2, dtype=torch.int32) if has_sizes else None
-    made = compile_pair(
+    compiled = compile_pair(
         op, capability, lambda: forward_backward(api(op), x, affine, affine, dy, sizes=sizes, impl="triton")
     )
-    assert len(made) == kernels
-    # Channel-major rows of another length start at any element: no 16-byte accesses there.
+    assert len(compiled) == kernels
+    # NCHW rows of another length start at any element: no 16-byte accesses.
     aligned = (target[1][0] if nhwc else target[1][1] * target[1][2]) % 16 == 0
-    # With sizes, neighbours in a row of positions need not be valid together.
+    # With sizes, neighbors in a row of positions need not be valid together.
     aligned &= nhwc or not target[2]
-    for one in made:
+    for one in compiled:
         assert one.stack == 0, one
         assert one.registers <= REGISTERS, one
         if aligned and "combine" not in one.name:
             assert one.loads_16, one
-            # These write a handful of numbers, not a map.
+            # These kernels write few numbers, no map.
             assert one.stores_16 or "moments" in one.name or "sums" in one.name, one

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-# One process a file, so that they spread over test workers.
+# One process per file, so that test workers share them.
 OPERATIONS = ("add_layer_norm", "attention_varlen", "bias_gelu", "gather_add_pos", "image_norm", "rasterize_polygons",
               "sample_tokens", "scatter_fill")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Every operation's files agree: the same files, and launches of one name, one order and one meaning of arguments."""
+"""Every operation has the same files, and its launchers the same names and arguments."""
 
 import ast
 import re
@@ -10,14 +10,14 @@ from mimdet.kernels import OPS, build, docs
 
 ROOT = Path(__file__).parent.parent.parent
 KERNELS = ROOT / "kernels"
-# Attention is others' beside Triton: nothing of it is in csrc.
+# Attention has no kernel in csrc.
 OURS = [op for op in OPS if op != "attention_varlen"]
 CPP = "\n".join(path.read_text() for path in sorted(build.CSRC.glob("*.cpp")))
 CUDA = "\n".join(path.read_text() for path in sorted(build.CSRC.glob("*.cu")))
 
 
 def python_launches(path):
-    """Function -> names of its arguments, of the launch functions of a file."""
+    """Launch function of a file -> names of its arguments."""
     functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
     return {f.name: [a.arg for a in f.args.args] for f in functions if f.name.startswith("launch_")}
 
@@ -75,6 +75,6 @@ def test_the_documented_table_is_the_dispatchers():
 def test_every_environment_variable_is_documented():
     text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     sources = [*KERNELS.rglob("*.py"), *build.CSRC.glob("*"), ROOT / "setup.py"]
-    found = {name for path in sources for name in re.findall(r'"(MIMDET_[A-Z_]+)"', path.read_text())}
-    assert found
-    assert {name for name in found if f"`{name}`" not in text} == set()
+    names = {name for path in sources for name in re.findall(r'"(MIMDET_[A-Z_]+)"', path.read_text())}
+    assert names
+    assert {name for name in names if f"`{name}`" not in text} == set()

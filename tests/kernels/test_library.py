@@ -1,4 +1,4 @@
-"""The short way to an operation is the operation: same numbers, and left where something looks at what is called."""
+"""Direct calls give the registered operation's numbers, and torch's dispatcher is used wherever it is observed."""
 
 import pytest
 import torch
@@ -25,10 +25,10 @@ class Names(TorchDispatchMode):
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_same_numbers_on_both_ways(op):
-    made = case(op)
-    short = differentiate(made, "cpp")
+    example = case(op)
+    short = differentiate(example, "cpp")
     with Names() as names:
-        registered = differentiate(made, "cpp")
+        registered = differentiate(example, "cpp")
     assert f"mimdet::{op}" in names.seen
     assert any(name == f"mimdet::{op}_backward" for name in names.seen)
     for name, value in short.items():
@@ -37,7 +37,7 @@ def test_same_numbers_on_both_ways(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_nothing_is_dispatched_without_an_observer(op, monkeypatch):
-    made, called = case(op), []
+    example, called = case(op), []
     public(op)  # registers it
     overload = type(getattr(torch.ops.mimdet, op).default)
     original = overload.__call__
@@ -45,7 +45,7 @@ def test_nothing_is_dispatched_without_an_observer(op, monkeypatch):
         overload, "__call__", lambda self, *a, **k: (called.append(self.name()), original(self, *a, **k))[1]
     )
     with torch.no_grad():
-        made("cpp")
+        example("cpp")
     assert not [name for name in called if name.startswith("mimdet::")]
 
 
@@ -55,7 +55,7 @@ def test_fake_tensors_and_transforms_see_the_operation():
         assert public("bias_gelu")(x, bias[0], impl="cpp").shape == (3, 8)
     gradient = torch.func.grad(lambda x: public("bias_gelu")(x, torch.zeros(8), impl="cpp").sum())
     with pytest.raises(RuntimeError, match="functorch transforms"):
-        # Registered operations have no functorch rule: that must be said, not computed wrongly.
+        # Registered operations have no functorch rule: an error, not a wrong result.
         torch.func.vmap(gradient)(torch.ones(2, 3, 8))
 
 
@@ -68,6 +68,6 @@ def test_second_derivatives_are_refused():
 
 
 def test_two_ways_give_one_choice():
-    """An implementation that is not the registered operation's is refused by name."""
+    """The registered operation refuses an unknown implementation."""
     with pytest.raises(ValueError, match="bias_gelu: 'fast' is not an implementation"):
         torch.ops.mimdet.bias_gelu(torch.ones(3, 8), torch.zeros(8), "fast")

@@ -1,4 +1,4 @@
-"""CUDA C++ without a GPU: it compiles, links and loads, and Python calls it with what it takes."""
+"""CUDA C++ without a GPU: it compiles, links and loads, and Python's calls match the declarations."""
 
 import contextlib
 import ctypes
@@ -15,10 +15,10 @@ from support.kernel_cases import BF16, DIFFERENTIABLE, IMAGES, case, differentia
 
 from mimdet.kernels import build, dispatch, library
 
-# Attention's "cuda" is PyTorch's: nothing of it is in csrc.
+# Attention's "cuda" is PyTorch's.
 CUDA_OPS = [op for op, operation in dispatch.operations().items() if "cuda" in operation.implementations]
 _DECLARATION = re.compile(r"MIMDET_CUDA_API\s+int\s+mimdet_(\w+)\((.*?)\)\s*\{", re.DOTALL)
-# What C calls the elements that a tensor points to; void takes any.
+# C types of a tensor's elements; void takes any.
 _POINTEES = {
     "float": torch.float32,
     "double": torch.float64,
@@ -31,11 +31,11 @@ _POINTEES = {
 def declared():
     """Function -> types of its parameters, from the sources."""
     text = "\n".join(path.read_text() for path in sorted(build.CSRC.glob("*.cu")))
-    found = {}
+    functions = {}
     for name, parameters in _DECLARATION.findall(text):
         kinds = [re.sub(r"\s*\w+$", "", p.strip().removeprefix("const ")) for p in parameters.split(",")]
-        found[name] = [kind.replace(" ", "") for kind in kinds]
-    return found
+        functions[name] = [kind.replace(" ", "") for kind in kinds]
+    return functions
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def compiled():
     if build.find_nvcc() is None:
         pytest.skip("no nvcc (install the CUDA toolkit, or set CUDA_HOME)")
     with pytest.MonkeyPatch.context() as patch:
-        # One of the architectures that are shipped: the code is the same.
+        # One architecture is enough: the source is the same.
         patch.setenv("MIMDET_CUDA_ARCHS", "90")
         return build.compile_cuda(build._cache_folder())
 
@@ -78,28 +78,28 @@ def test_kernels_spill_nothing(compiled):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(function, arguments) of every call that would have gone to CUDA; CPU tensors stand for a GPU's."""
-    made = []
+    """Records (function, arguments) of CUDA calls instead of making them; tensors are on the CPU."""
+    example = []
 
     def call_cuda(name, *arguments, sizes=(), typed=()):
-        made.append((name, (*arguments, *sizes, *(library._DTYPE_CODES[tensor.dtype] for tensor in typed))))
+        example.append((name, (*arguments, *sizes, *(library._DTYPE_CODES[tensor.dtype] for tensor in typed))))
 
     for module in (library, *(importlib.import_module(f"mimdet.kernels.{op}.cuda") for op in IMAGES)):
         monkeypatch.setattr(module, "call_cuda", call_cuda)
     with pretend("cuda", *CUDA_OPS):
-        yield made
+        yield example
 
 
 def run(op, variant):
-    made = case(op, dtype=BF16 if variant == "amp" else torch.float32)
+    example = case(op, dtype=BF16 if variant == "amp" else torch.float32)
     if variant == "fewest" and op == "add_layer_norm":
-        # No branch, so nothing to scale.
-        made = made._replace(others=made.others | {"scale": None, "x": None})
-        del made.inputs["x"]
+        # scale needs x.
+        example = example._replace(others=example.others | {"scale": None, "x": None})
+        del example.inputs["x"]
     if variant == "fewest" and op == "gather_add_pos":
-        made = made._replace(others=made.others | {"pos": None})
-        del made.inputs["pos"]
-    differentiate(made, "cuda")
+        example = example._replace(others=example.others | {"pos": None})
+        del example.inputs["pos"]
+    differentiate(example, "cuda")
 
 
 @pytest.mark.parametrize("variant", ["all", "amp", "fewest"])
@@ -115,8 +115,8 @@ def test_calls_match_the_declarations(op, variant, calls):
             where = f"{name}, parameter {i + 1}, {parameter}"
             if parameter.endswith("*"):
                 assert argument is None or isinstance(argument, torch.Tensor), where
-                wanted = _POINTEES.get(parameter.removesuffix("*"))
-                assert parameter == "void*" or argument is None or argument.dtype == wanted, where
+                dtype = _POINTEES.get(parameter.removesuffix("*"))
+                assert parameter == "void*" or argument is None or argument.dtype == dtype, where
             else:
                 assert type(argument) in {"int64_t": (int, bool), "float": (float,)}[parameter], where
 
@@ -140,7 +140,7 @@ extern "C" int mimdet_fail(const float*, void*) { return 700; }
 
 @pytest.fixture
 def probe(monkeypatch, tmp_path):
-    """The library is one of C that looks at its arguments; the current stream is number 7."""
+    """A C library that checks its arguments; the current stream is number 7."""
     compiler = build.shutil.which("c++") or build.shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")

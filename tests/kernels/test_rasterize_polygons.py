@@ -134,9 +134,9 @@ def test_boxes_of_any_dtype_are_taken_as_they_are(dtype, impl, device):
 @on_all
 def test_joins_the_polygons_of_an_instance(impl, device):
     hole = SQUARE / 2 + 4
-    own, whole = (rasterize([[SQUARE, hole]], [0], [[0, 0, 28, 28]], 28, impl, device)), SQUARE
-    assert torch.equal(own, rasterize([[whole]], [0], [[0, 0, 28, 28]], 28, impl, device))
-    assert int(own.sum()) == 20 * 14
+    joined, whole = (rasterize([[SQUARE, hole]], [0], [[0, 0, 28, 28]], 28, impl, device)), SQUARE
+    assert torch.equal(joined, rasterize([[whole]], [0], [[0, 0, 28, 28]], 28, impl, device))
+    assert int(joined.sum()) == 20 * 14
 
 
 @on_all
@@ -171,10 +171,10 @@ def test_any_strides_and_integers(impl):
     points, polygon_starts, instance_starts = packed(instances)
     index, boxes = torch.as_tensor(index), torch.as_tensor(windows)
     want = rasterize_polygons(points, polygon_starts, instance_starts, index, boxes, 14, impl=impl)
-    odd = points.t().contiguous().t(), polygon_starts.long(), instance_starts.repeat_interleave(2)[::2]
+    strided = points.t().contiguous().t(), polygon_starts.long(), instance_starts.repeat_interleave(2)[::2]
     wide = torch.zeros(len(boxes), 8, dtype=boxes.dtype)
     wide[:, ::2] = boxes
-    got = rasterize_polygons(*odd, index.int().repeat_interleave(2)[::2], wide[:, ::2], 14, impl=impl)
+    got = rasterize_polygons(*strided, index.int().repeat_interleave(2)[::2], wide[:, ::2], 14, impl=impl)
     assert torch.equal(got, want)
     assert want.any()
 
@@ -182,10 +182,10 @@ def test_any_strides_and_integers(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_reads_and_writes_nothing_else(impl):
     instances, index, windows = random_case(6, "tenths", *here((24, 30), (3, 12)))
-    made = [Guarded(t) for t in (*packed(instances), torch.as_tensor(index), torch.as_tensor(windows))]
-    out = rasterize_polygons(*(g.tensor for g in made), 14, impl=impl)
+    guards = [Guarded(t) for t in (*packed(instances), torch.as_tensor(index), torch.as_tensor(windows))]
+    out = rasterize_polygons(*(g.tensor for g in guards), 14, impl=impl)
     assert torch.equal(out, pycocotools(instances, index, windows, 14))
-    for guarded in made:
+    for guarded in guards:
         guarded.check()
 
 
@@ -334,10 +334,12 @@ def fused(target_name, assembly, pattern, **changes):
     from support.aot import launches, target
     from support.kernel_cases import pretend
 
-    with pretend("triton", OP), launches() as made:
+    with pretend("triton", OP), launches() as launched:
         rasterize_polygons(*arguments(), 28, impl="triton")
     with target(target_name):
-        one = made[0].kernel.warmup(*made[0].arguments, grid=made[0].grid, **made[0].constants | changes)
+        one = launched[0].kernel.warmup(
+            *launched[0].arguments, grid=launched[0].grid, **launched[0].constants | changes
+        )
     return len(re.findall(pattern, one.asm[assembly]))
 
 
@@ -351,7 +353,7 @@ def test_triton_does_not_fuse_products_with_sums():
 
 def test_cpp_does_not_fuse_products_with_sums(monkeypatch, tmp_path):
     commands = []
-    monkeypatch.setattr(build, "_compile", lambda folder, name, found, *others: commands.extend(found))
+    monkeypatch.setattr(build, "_compile", lambda folder, name, jobs, *others: commands.extend(jobs))
     try:
         build.compile_cpu(tmp_path)
     except build.BuildError as error:

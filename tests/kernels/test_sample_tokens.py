@@ -8,7 +8,7 @@ import torch
 from support.kernels import IMPLS, INTERPRETED, Guarded, native, needs_compiler
 from support.sampling_cases import packed_cases, sampling_cases
 
-from mimdet.kernels import KernelUnavailableError, sample_packed_tokens, sample_tokens, valid_tokens
+from mimdet.kernels import KernelUnavailableError, sample_packed_tokens, sample_tokens, valid_mask
 from mimdet.kernels.sample_tokens import ops, reference
 
 OP = "sample_tokens"
@@ -51,8 +51,8 @@ def test_packed_is_each_image_alone(case, impl):
     keep, drop, lengths = [], [], []
     tokens = torch.arange(noise.numel()).view(-1, *grid)
     for row, mine, (height, width) in zip(noise, tokens, sizes, strict=True):
-        own = row.view(grid)[:height, :width].reshape(1, -1)
-        split = plainly(own, torch.ones_like(own, dtype=torch.bool), ratio)
+        cropped = row.view(grid)[:height, :width].reshape(1, -1)
+        split = plainly(cropped, torch.ones_like(cropped, dtype=torch.bool), ratio)
         numbers = mine[:height, :width].flatten()
         keep.append(numbers[split[0][0]]), drop.append(numbers[split[1][0]])
         lengths.append(len(keep[-1]))
@@ -81,7 +81,7 @@ def test_packed_without_padding_is_the_canvas(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_to_keep(impl):
-    # Never asked for by the functions above; the operation must still not write anywhere.
+    # The public functions never keep nothing; the operation must still write nowhere else.
     noise, valid = torch.rand(2, 9), torch.ones(2, 9, dtype=torch.bool)
     everything = torch.arange(9).expand(2, 9)
     split = reference.sample_tokens(noise, valid, 0) if impl == "eager" else ops.run(noise, valid, None, 0, 9, impl)
@@ -90,18 +90,22 @@ def test_nothing_to_keep(impl):
     assert torch.equal(split[2], everything)
 
 
-def test_valid_tokens():
-    valid = valid_tokens([(2, 1), (1, 3)], (2, 3), "cpu")
-    assert valid.tolist() == [[True, False, False, True, False, False], [True, True, True, False, False, False]]
-    assert valid_tokens([], (2, 3), "cpu").shape == (0, 6)
+def test_valid_mask():
+    sizes, expected = [(2, 1), (1, 3)], [[[True, False, False]] * 2, [[True] * 3, [False] * 3]]
+    assert valid_mask(sizes, (2, 3)).tolist() == valid_mask(torch.tensor(sizes), (2, 3)).tolist() == expected
+    assert valid_mask([], (2, 3)).shape == (0, 2, 3)
+    with pytest.raises(ValueError, match=r"valid_mask: sizes\[1\] is \(0, 3\), not within 1 .. \(2, 3\)"):
+        valid_mask([(1, 1), (0, 3)], (2, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_noise_of_other_dtypes(dtype):
     noise = torch.rand(2, 500).to(dtype)
     valid = torch.rand(2, 500) > 0.2
-    for got, want in zip(sample_tokens(noise, valid, 0.5), sample_tokens(noise, valid, 0.5, impl="eager"), strict=True):
-        assert torch.equal(got, want)
+    for actual, expected in zip(
+        sample_tokens(noise, valid, 0.5), sample_tokens(noise, valid, 0.5, impl="eager"), strict=True
+    ):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -120,8 +124,8 @@ def test_noise_that_wants_a_gradient(impl):
 @pytest.mark.usefixtures("two_threads")
 def test_threads_change_nothing():
     noise, valid = torch.rand(16, 4200), torch.rand(16, 4200) > 0.3
-    got, want = sample_tokens(noise, valid, 0.5), sample_tokens(noise, valid, 0.5, impl="eager")
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    actual, expected = sample_tokens(noise, valid, 0.5), sample_tokens(noise, valid, 0.5, impl="eager")
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.fixture
@@ -157,7 +161,7 @@ def test_opcheck(cpp, count):
 
 
 def test_opcheck_packed(cpp):
-    valid = valid_tokens([(1, 4), (2, 5)], (2, 5), "cpu")
+    valid = valid_mask([(1, 4), (2, 5)], (2, 5)).flatten(1)
     offsets = torch.tensor([[0, 2, 7], [0, 2, 7]], dtype=torch.int32)
     torch.library.opcheck(torch.ops.mimdet.sample_tokens.default, (torch.rand(2, 10), valid, offsets, 7, 7, "cpp"))
 
@@ -169,8 +173,8 @@ def test_packed_compiles_as_one_graph(cpp):
     )
     for sizes in ([(6, 10), (2, 3)], [(4, 4), (5, 9)]):
         noise = torch.rand(2, 60)
-        for got, want in zip(run(noise, sizes), sample_packed_tokens(noise, sizes, (6, 10), 0.3), strict=True):
-            assert torch.equal(torch.as_tensor(got), torch.as_tensor(want))
+        for actual, expected in zip(run(noise, sizes), sample_packed_tokens(noise, sizes, (6, 10), 0.3), strict=True):
+            assert torch.equal(torch.as_tensor(actual), torch.as_tensor(expected))
 
 
 def test_meta_tensors():
@@ -186,10 +190,10 @@ def test_meta_tensors():
     ("noise", "valid", "ratio", "error", "message"),
     [
         (torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool), 0.5, TypeError, "noise must be"),
-        (torch.rand(2, 3), torch.ones(2, 3), 0.5, TypeError, "valid must be bool"),
+        (torch.rand(2, 3), torch.ones(2, 3), 0.5, TypeError, "valid_mask must be bool"),
         (torch.rand(2, 3), torch.ones(2, 4, dtype=torch.bool), 0.5, ValueError, r"\(2, 3\) and \(2, 4\)"),
         (torch.rand(6), torch.ones(6, dtype=torch.bool), 0.5, ValueError, r"noise must be \(B, L\), got \(6,\)"),
-        (torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool, device="meta"), 0.5, ValueError, "valid is on meta"),
+        (torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool, device="meta"), 0.5, ValueError, "valid_mask is on meta"),
         (torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool), 0.0, ValueError, "ratio must be"),
         (torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool), 1.5, ValueError, "ratio must be"),
         (torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool), math.nan, ValueError, "ratio must be"),
@@ -238,5 +242,5 @@ def test_compiles_within_the_budget(capability, length, packed):
         run = lambda: sample_tokens(noise, noise < 0.9, 0.5, impl="triton")  # noqa: E731
     (one,) = compile_pair(OP, capability, run)
     assert one.stack == 0, one
-    # One program an image: how many fit on a multiprocessor does not matter.
+    # One program per image: occupancy does not matter.
     assert one.registers <= 128, one

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support.kernels import BF16, F16, F32, IMPLS, Guarded, here, native, needs_compiler, quantised
+from support.kernels import BF16, F16, F32, IMPLS, Guarded, here, native, needs_compiler, quantized
 
-from mimdet.kernels import KernelUnavailableError, sample_packed_tokens, scatter_fill, valid_tokens
+from mimdet.kernels import KernelUnavailableError, sample_packed_tokens, scatter_fill, valid_mask
 from mimdet.kernels.scatter_fill import ops
 from mimdet.testing import assert_within_budget
 
@@ -20,9 +20,9 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 def inputs(batch, length, count, channels, dtype=F32, pos_dtype=F32, padding=0):
     ids_restore = torch.rand(batch, length + padding, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
     ids_restore = torch.where(ids_restore < length, ids_restore, -1)
-    kept = quantised(batch, count, channels, dtype=dtype)
-    fill = quantised(batch, length - count, channels, dtype=dtype, seed=1)
-    return kept, fill, ids_restore, quantised(length + padding, channels, dtype=pos_dtype, seed=3)
+    kept = quantized(batch, count, channels, dtype=dtype)
+    fill = quantized(batch, length - count, channels, dtype=dtype, seed=1)
+    return kept, fill, ids_restore, quantized(length + padding, channels, dtype=pos_dtype, seed=3)
 
 
 def plainly(kept, fill, ids_restore, pos):
@@ -43,12 +43,12 @@ def check(runner, args, grad):
     args, grad = [t.to(device) for t in args], grad.to(device)
     for word in ("eager", impl):
         assert torch.equal(scatter_fill(*args, impl=word), plainly(*args)), word
-    got = gradients(lambda *a: scatter_fill(*a, impl=impl), *args, grad)
+    actual = gradients(lambda *a: scatter_fill(*a, impl=impl), *args, grad)
     same = gradients(plainly, *args, grad)
     exact = gradients(plainly, *(t if t is args[2] else t.double() for t in args), grad)
-    assert torch.equal(got[0], same[0])
-    assert torch.equal(got[1], same[1])
-    assert_within_budget(got[2], same[2], exact[2], terms=len(args[0]), name="pos")
+    assert torch.equal(actual[0], same[0])
+    assert torch.equal(actual[1], same[1])
+    assert_within_budget(actual[2], same[2], exact[2], terms=len(args[0]), name="pos")
 
 
 @pytest.mark.parametrize("pos_dtype", [F32, BF16], ids=["pos-f32", "pos-bf16"])
@@ -57,34 +57,34 @@ def check(runner, args, grad):
 def test_same_bits_as_concatenation(runner, shape, dtype, pos_dtype):
     args = inputs(*shape, dtype, pos_dtype)
     assert scatter_fill(*args).dtype == torch.promote_types(dtype, pos_dtype)
-    check(runner, args, quantised(shape[0], shape[1], shape[3], dtype=dtype, seed=5))
+    check(runner, args, quantized(shape[0], shape[1], shape[3], dtype=dtype, seed=5))
 
 
 @pytest.mark.parametrize("shape", [(2, 20, 9, 24), (1, 7, 7, 17), (3, 5, 0, 16)], ids=str)
 def test_padding_is_zeros_without_gradient(runner, shape):
-    check(runner, inputs(*shape, padding=6), quantised(shape[0], shape[1] + 6, shape[3], seed=5))
+    check(runner, inputs(*shape, padding=6), quantized(shape[0], shape[1] + 6, shape[3], seed=5))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_packed_rows_as_one_image(impl):
     sizes, grid = [(2, 3), (4, 1)], (4, 3)
     sample = sample_packed_tokens(torch.rand(2, 12), sizes, grid, 0.5)
-    tokens, pos = quantised(24, 8), quantised(24, 8, seed=1)
+    tokens, pos = quantized(24, 8), quantized(24, 8, seed=1)
     kept, fill = tokens[sample.ids_keep][None], tokens[sample.ids_mask][None]
     out = scatter_fill(kept, fill, sample.ids_restore.view(1, -1), pos, impl=impl)
-    valid = valid_tokens(sizes, grid, "cpu").view(1, 24, 1)
+    valid = valid_mask(sizes, grid).view(1, 24, 1)
     assert torch.equal(out, torch.where(valid, tokens + pos, 0))
 
 
 @native
-@pytest.mark.parametrize("wanted", [(0,), (1,), (3,), (0, 1), (0, 1, 3)], ids=str)
-def test_only_the_wanted_gradients(cpp, wanted):
+@pytest.mark.parametrize("differentiable", [(0,), (1,), (3,), (0, 1), (0, 1, 3)], ids=str)
+def test_only_the_required_gradients(cpp, differentiable):
     args = inputs(2, 30, 10, 8)
-    for i in wanted:
+    for i in differentiable:
         args[i].requires_grad_()
     scatter_fill(*args, impl="cpp").sum().backward()
     for i in (0, 1, 3):
-        if i in wanted:
+        if i in differentiable:
             assert torch.equal(args[i].grad, torch.full_like(args[i], 2.0 if i == 3 else 1.0))
         else:
             assert args[i].grad is None
@@ -96,13 +96,13 @@ def test_only_the_wanted_gradients(cpp, wanted):
     ids=["no-images", "all-filled", "all-kept", "no-D"],
 )
 def test_empty_parts(runner, shape):
-    check(runner, inputs(*shape), quantised(shape[0], shape[1], shape[3], seed=5))
+    check(runner, inputs(*shape), quantized(shape[0], shape[1], shape[3], seed=5))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_mask_token_for_all(impl):
     kept, _, ids_restore, pos = inputs(2, 20, 9, 24)
-    token = quantised(1, 1, 24, seed=7).requires_grad_()
+    token = quantized(1, 1, 24, seed=7).requires_grad_()
     fill = token.expand(2, 11, 24)
     out = scatter_fill(kept, fill, ids_restore, pos, impl=impl)
     assert torch.equal(out, plainly(kept, fill, ids_restore, pos))
@@ -120,8 +120,8 @@ def test_positions_with_a_leading_one_and_int32(impl):
 @pytest.mark.parametrize("channels", [15, 17, 255, 256])
 def test_reads_and_writes_nothing_else(runner, channels):
     impl, device = runner
-    made = [Guarded(t.to(device)) for t in inputs(2, 20, 9, channels)]
-    kept, fill, ids_restore, pos = (g.tensor for g in made)
+    guards = [Guarded(t.to(device)) for t in inputs(2, 20, 9, channels)]
+    kept, fill, ids_restore, pos = (g.tensor for g in guards)
     for t in (kept, fill, pos):
         t.requires_grad_()
     out = scatter_fill(kept, fill, ids_restore, pos, impl=impl)
@@ -129,7 +129,7 @@ def test_reads_and_writes_nothing_else(runner, channels):
     out.sum().backward()
     assert kept.grad.isfinite().all()
     assert fill.grad.isfinite().all()
-    for guarded in made:
+    for guarded in guards:
         guarded.check()
 
 
@@ -161,7 +161,7 @@ def test_opcheck(cpp, padding):
         t.requires_grad_()
     torch.library.opcheck(torch.ops.mimdet.scatter_fill.default, (kept, fill, ids_restore, pos, "cpp"))
     torch.library.opcheck(
-        torch.ops.mimdet.scatter_fill_backward.default, (quantised(2, 12 + padding, 8), ids_restore, 5, 7, BF16, "cpp")
+        torch.ops.mimdet.scatter_fill_backward.default, (quantized(2, 12 + padding, 8), ids_restore, 5, 7, BF16, "cpp")
     )
 
 
@@ -171,9 +171,9 @@ def test_autocast_keeps_the_sum_in_float32(impl):
     linear = torch.nn.Linear(24, 24)
     with torch.autocast("cpu", dtype=BF16):
         out = scatter_fill(linear(kept), linear(fill), ids_restore, pos, impl=impl)
-        want = plainly(linear(kept), linear(fill), ids_restore, pos)
+        expected = plainly(linear(kept), linear(fill), ids_restore, pos)
     assert out.dtype == F32
-    assert torch.equal(out, want)
+    assert torch.equal(out, expected)
     out.sum().backward()
     assert linear.weight.grad.isfinite().all()
 
@@ -276,7 +276,7 @@ def test_compiles_within_the_budget(capability, channels, dtypes):
     from support.aot import compile_pair
 
     args = inputs(2, 4200, 2100, channels, *dtypes)
-    grad = quantised(2, 4200, channels, dtype=dtypes[0])
+    grad = quantized(2, 4200, channels, dtype=dtypes[0])
     for one in compile_pair(
         OP, capability, lambda: gradients(lambda *a: scatter_fill(*a, impl="triton"), *args, grad)
     ):  # fmt: skip

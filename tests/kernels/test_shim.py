@@ -1,4 +1,4 @@
-"""The shim itself: without it these fail, or worse, pass."""
+"""conftest's patches of Triton's interpreter: without them these fail."""
 
 import pytest
 import torch

@@ -1,9 +1,9 @@
-"""The judges themselves: each planted fault must be caught, and what is right must pass."""
+"""The checks themselves: they must fail each wrong kernel and pass the right one."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.kernels import Guarded, layouts, poisoned_allocations, quantised
+from support.kernels import Guarded, layouts, poisoned_allocations, quantized
 
 from mimdet.testing import assert_within_budget
 
@@ -12,31 +12,31 @@ def norm(x, eps=1e-6, **kwargs):
     return F.gelu(F.layer_norm(x, x.shape[-1:], eps=eps), **kwargs)
 
 
-FAULTS = {
+MUTATIONS = {
     "eps": lambda x: norm(x, eps=1e-4),
     "dropped tail": lambda x: torch.cat([norm(x)[:, :-1], torch.zeros_like(x[:, :1])], 1),
     "tanh gelu": lambda x: norm(x, approximate="tanh"),
     "unbiased variance": lambda x: F.gelu((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)),
     "padded lanes in the statistics": lambda x: norm(F.pad(x, (0, 1)))[:, :-1],
-    "uninitialised": lambda x: torch.full_like(x, float("nan")),
+    "uninitialized": lambda x: torch.full_like(x, float("nan")),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_reference_passes(dtype):
-    x = quantised(8, 96, dtype=dtype)
+    x = quantized(8, 96, dtype=dtype)
     assert_within_budget(norm(x), norm(x), norm(x.double()))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_budget_catches(fault):
-    x = quantised(8, 96, mean=0.5)
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_budget_catches(mutation):
+    x = quantized(8, 96, mean=0.5)
     with pytest.raises(AssertionError):
-        assert_within_budget(FAULTS[fault](x), norm(x), norm(x.double()), name=fault)
+        assert_within_budget(MUTATIONS[mutation](x), norm(x), norm(x.double()), name=mutation)
 
 
 def test_budget_catches_wrong_dtype_and_shape():
-    x = quantised(4, 4)
+    x = quantized(4, 4)
     with pytest.raises(AssertionError, match=r"expected torch\.float32"):
         assert_within_budget(x.bfloat16(), x, x.double())
     with pytest.raises(AssertionError, match="shape"):
@@ -54,15 +54,15 @@ def test_poison_reaches_every_allocator_and_leaves_no_trace():
     plain = torch.empty
     like = torch.zeros(3)
     with poisoned_allocations():
-        made = [torch.empty(3), torch.empty_like(like), torch.empty_strided((3,), (1,)), like.new_empty(3)]
-        assert all(m.isnan().all() for m in made)
+        tensors = [torch.empty(3), torch.empty_like(like), torch.empty_strided((3,), (1,)), like.new_empty(3)]
+        assert all(m.isnan().all() for m in tensors)
         assert torch.empty(2, dtype=torch.int32).eq(2**31 - 1).all()
     assert torch.empty is plain
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced", "offset"])
 def test_guard_sees_writes_around_and_inside(layout):
-    x = layouts(quantised(2, 3, 4, 5))[layout]
+    x = layouts(quantized(2, 3, 4, 5))[layout]
     guarded = Guarded(x)
     assert torch.equal(guarded.tensor, x)
     assert guarded.tensor.stride() == x.stride()
@@ -78,6 +78,6 @@ def test_guard_sees_writes_around_and_inside(layout):
 
 
 def test_guard_poisons_reads_past_the_end():
-    guarded = Guarded(quantised(4, 8))
+    guarded = Guarded(quantized(4, 8))
     past = guarded.memory[Guarded.BAND + 32 : Guarded.BAND + 33]
     assert past.isnan().all()

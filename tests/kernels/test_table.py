@@ -1,4 +1,4 @@
-"""The table of implementations says what really runs, and the choice among them follows its rules."""
+"""The table of implementations equals what runs, and auto's choice follows its rules."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ CALLS = {
         torch.ones(1, 2, 8), torch.ones(1, 2, 8), torch.tensor([[0, 2, 1, 3]]), torch.ones(4, 8), **k
     ),
 }
-# The C++ of the others is our own; attention's is PyTorch's, which is always there.
+# Attention's C++ is PyTorch's, which is always there.
 OURS = [op for op in CALLS if op != "attention_varlen"]
 
 
@@ -135,7 +135,7 @@ def test_only_auto_falls_back(monkeypatch):
 
 
 @pytest.mark.usefixtures("_fresh")
-def test_nothing_is_looked_for_once_something_better_was_found(monkeypatch):
+def test_auto_probes_no_slower_implementation(monkeypatch):
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(dispatch, "no_gpu", lambda *args, **kwargs: None)
     monkeypatch.setattr(dispatch, "too_old", lambda *args: None)

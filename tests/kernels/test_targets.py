@@ -1,4 +1,4 @@
-"""Every Triton kernel that the launchers launch compiles for GPUs newer than, and other than, those it is tuned for."""
+"""Every launched Triton kernel compiles for newer NVIDIA GPUs and for AMD's."""
 
 import pytest
 from support.kernel_cases import triton_launches
@@ -14,6 +14,6 @@ def test_compiles_without_spilling(op, target):
     from support.aot import compile_for
 
     for launch in triton_launches(op, length=48, channels=768):
-        made = compile_for(target, launch.kernel, *launch.arguments, grid=launch.grid, **launch.constants)
-        print(made)
-        assert made.stack == 0, made
+        compiled = compile_for(target, launch.kernel, *launch.arguments, grid=launch.grid, **launch.constants)
+        print(compiled)
+        assert compiled.stack == 0, compiled

@@ -1,7 +1,7 @@
-"""Compiling Triton kernels for GPUs that are not here.
+"""Compiles Triton kernels ahead of time, without a GPU.
 
-``python tests/support/aot.py`` prints what becomes of every launch that the tests compile; it takes pytest's options,
-``-k gather`` for example.
+``python tests/support/aot.py`` prints a table of every kernel that the tests compile; it takes pytest's options,
+such as ``-k gather``.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Compiled(NamedTuple):
-    """What the compiler made of one kernel for one target; stack, 16-byte loads and stores are None on AMD's."""
+    """Resources of one kernel compiled for one target; 16-byte loads and stores are None for AMD."""
 
     name: str
     target: str
@@ -26,7 +26,7 @@ class Compiled(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A call of a kernel that was not made."""
+    """A recorded launch."""
 
     kernel: object
     grid: tuple[int, ...]
@@ -34,8 +34,8 @@ class Launch(NamedTuple):
     constants: dict
 
 
-# All that compile_for returned in this process, in this order.
-made_so_far: list[Compiled] = []
+# Results of compile_for in this process.
+compiled_so_far: list[Compiled] = []
 
 
 def _driver(capability):
@@ -43,7 +43,7 @@ def _driver(capability):
     from triton.backends.driver import DriverBase
 
     class Absent(DriverBase):
-        """A driver for a GPU that is only compiled for."""
+        """A driver of a GPU that is not here."""
 
         @classmethod
         def is_active(cls):
@@ -60,7 +60,7 @@ def _driver(capability):
             return GPUTarget("hip", capability, 64) if _is_amd(capability) else GPUTarget("cuda", capability, 32)
 
         def get_current_device(self):
-            return capability  # another device for each target, else the first target's kernel is found again
+            return capability  # one device per target, else Triton's cache returns the first target's kernel
 
         def get_current_stream(self, device):
             return 0
@@ -95,27 +95,27 @@ def target(capability):
 
 @contextlib.contextmanager
 def launches():
-    """Inside, Triton kernels are not launched: each call is appended to the list that this gives."""
+    """Inside, Triton kernels are not launched; yields the list of recorded launches."""
     from triton.runtime.jit import JITFunction
 
-    made = []
+    built = []
     run = JITFunction.run
 
     def record(kernel, *arguments, grid, warmup, **constants):
         if warmup:
             return run(kernel, *arguments, grid=grid, warmup=warmup, **constants)
-        made.append(Launch(kernel, grid, arguments, constants))
+        built.append(Launch(kernel, grid, arguments, constants))
         return None
 
     JITFunction.run = record
     try:
-        yield made
+        yield built
     finally:
         JITFunction.run = run
 
 
 def compile_for(capability, kernel, *arguments, grid=(1,), **constants):
-    """Compile one launch for sm_<capability> or "gfx942"; tensors (any CPU tensor will do) stand for pointers.
+    """Compile one launch for sm_<capability> or "gfx942"; tensors may be on the CPU.
 
     Returns:
         ``Compiled``, from the resources and the machine code that cuobjdump or the compiler prints.
@@ -124,55 +124,55 @@ def compile_for(capability, kernel, *arguments, grid=(1,), **constants):
         AssertionError: an address is computed from a product that may wrap in 32 bits.
     """
     with target(capability):
-        made = kernel.warmup(*arguments, grid=grid, **constants)
-    narrow = narrow_products(made.asm["ttir"])
-    assert not narrow, f"{made.metadata.name}: addresses from 32-bit products that may wrap: {narrow}"
+        built = kernel.warmup(*arguments, grid=grid, **constants)
+    narrow = narrow_products(built.asm["ttir"])
+    assert not narrow, f"{built.metadata.name}: addresses from 32-bit products that may wrap: {narrow}"
     measure = _measure_amd if _is_amd(capability) else _measure_nvidia
-    compiled = measure(made, capability)
-    made_so_far.append(compiled)
+    compiled = measure(built, capability)
+    compiled_so_far.append(compiled)
     return compiled
 
 
 def compile_pair(op, capability, run):
-    """``Compiled`` of every Triton kernel that ``run()`` would launch for ``op`` on CPU tensors, none of which runs."""
+    """``Compiled`` of every Triton kernel that ``run()`` would launch for ``op``; none runs."""
     from support.kernel_cases import pretend
 
-    with pretend("triton", op), launches() as made:
+    with pretend("triton", op), launches() as built:
         run()
-    return [compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in made]
+    return [compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in built]
 
 
-def _measure_nvidia(made, capability):
+def _measure_nvidia(built, capability):
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(built.asm["cubin"])
         file.flush()
         usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
         code = subprocess.run([tools / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", usage)
+    usage_match = re.search(r"REG:(\d+)\s+STACK:(\d+)", usage)
     return Compiled(
-        made.metadata.name,
+        built.metadata.name,
         f"sm_{capability}",
-        int(found[1]),
-        int(found[2]),
-        made.metadata.shared,
+        int(usage_match[1]),
+        int(usage_match[2]),
+        built.metadata.shared,
         len(re.findall(r"LDG\.E\.(?:\w+\.)*128", code)),
         len(re.findall(r"STG\.E\.(?:\w+\.)*128", code)),
     )
 
 
-def _measure_amd(made, capability):
-    code = made.asm["amdgcn"]
+def _measure_amd(built, capability):
+    code = built.asm["amdgcn"]
     registers, stack = (int(re.search(rf"\.{key}:\s+(\d+)", code)[1]) for key in _AMD_KEYS)
-    return Compiled(made.metadata.name, capability, registers, stack, made.metadata.shared, None, None)
+    return Compiled(built.metadata.name, capability, registers, stack, built.metadata.shared, None, None)
 
 
 _AMD_KEYS = ("vgpr_count", "private_segment_fixed_size")
 
 _INT32 = 2**31
-# Largest magnitudes of what is not computed. The hardware launches at most so many programs along x, and along y or z.
+# Largest program ids: limits of CUDA's grid along x, and along y or z.
 _PROGRAMS = {"x": _INT32 - 1, "y": 2**16 - 1, "z": 2**16 - 1}
 _DEFINITION = re.compile(r"%([\w.$-]+)(?::\d+)? = (?:\"?)([\w.]+)(.*)")
 _OPERAND = re.compile(r"%[\w.$#-]+")
@@ -181,10 +181,10 @@ _OPERAND = re.compile(r"%[\w.$#-]+")
 def narrow_products(ttir):
     """Names of the addresses in Triton's IR that depend on an int32 product whose factors allow 2**31 or more.
 
-    Every integer has a bound: of constants, ranges and program ids their own, of arguments and loaded values that of
-    their type. Sums are taken to fit: what a kernel counts in int32 (channels, tokens) is far from 2**31 itself.
+    Every integer has a bound: constants, ranges and program ids their value, arguments and loaded values that of their
+    type. Sums are assumed to fit: int32 counts (channels, tokens) are far below 2**31.
     """
-    bounds, wrapped, found = {}, set(), []
+    bounds, wrapped, usage_match = {}, set(), []
     for line in ttir.splitlines():
         definition = _DEFINITION.search(line.split(" loc(")[0])
         if not definition:
@@ -219,12 +219,12 @@ def narrow_products(ttir):
             wrapped.add(name)
         bounds[name] = min(bound, widest)
         if operation == "tt.addptr" and operands[1] in wrapped:
-            found.append(name)
-    return found
+            usage_match.append(name)
+    return usage_match
 
 
 def table(*options):
-    """Markdown, one row for each launch that the tests compile; pytest's own words go to stderr.
+    """Markdown, one row per launch that the tests compile; pytest's output goes to stderr.
 
     Args:
         options: for pytest, such as "-k gather".
@@ -240,8 +240,8 @@ def table(*options):
         status = pytest.main(["-q", "-p", "no:cacheprovider", "-k", "compiles", *options, str(folder)])
     rows = [["kernel", "target", "registers", "stack", "shared", "16-byte loads", "16-byte stores"]]
     rows += [["-"] * len(rows[0])]
-    # Tests of several shapes may ask for the same kernel.
-    rows += [list(map(str, made)) for made in dict.fromkeys(aot.made_so_far)]
+    # Tests of several shapes may compile the same kernel.
+    rows += [list(map(str, built)) for built in dict.fromkeys(aot.made_so_far)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows), status
 
 

@@ -3,12 +3,12 @@
 import contextlib
 
 import torch
-from support.kernels import Guarded, poisoned_allocations, quantised
+from support.kernels import Guarded, poisoned_allocations, quantized
 
 from mimdet.kernels import attention_varlen_packed
 from mimdet.testing import assert_within_budget
 
-# Around the tiles, with nothing in the middle and at both ends.
+# Around tile sizes, with empty sequences in the middle and at both ends.
 LENGTHS = (0, 1, 2, 31, 32, 0, 33, 127, 128, 129, 0)
 
 
@@ -38,12 +38,12 @@ def check(
 ):  # fmt: skip
     """Output and gradients of ``impl`` within the error budget; inputs unharmed. Returns the worst error / budget.
 
-    They are held against those of each sequence alone; with ``each``, every sequence has a budget of its own as well:
-    means of many values are small beside those of few.
+    Expected are those of each sequence alone. With ``each``, every sequence has its budget too: outputs of long
+    sequences are small beside those of short ones.
     """
     total = sum(lengths)
-    qkv = quantised(total, 3, heads, head_dim, dtype=dtype, std=std).to(device)
-    gradient = quantised(total, heads, head_dim, dtype=dtype, seed=1, mean=0.3).to(device)
+    qkv = quantized(total, 3, heads, head_dim, dtype=dtype, std=std).to(device)
+    gradient = quantized(total, heads, head_dim, dtype=dtype, seed=1, mean=0.3).to(device)
     scale = kw.get("scale")
     exact = one_by_one(qkv.double(), gradient.double(), lengths, scale)
     same = one_by_one(qkv, gradient, lengths, scale)
@@ -51,18 +51,18 @@ def check(
         qkv, gradient = layout(qkv), layout(gradient)
     guards = [Guarded(qkv), Guarded(gradient)]
     with poisoned_allocations() if poison else contextlib.nullcontext():
-        got = differentiate(guards[0].tensor, guards[1].tensor, lengths, impl, **kw)
+        actual = differentiate(guards[0].tensor, guards[1].tensor, lengths, impl, **kw)
     for guard in guards:
         guard.check()
     worst = 0.0
     for name in exact:
-        found = [of[name].cpu() for of in (got, same, exact)]
+        tensors = [of[name].cpu() for of in (actual, same, exact)]
         if name in ("dq", "dk") and max(lengths) <= 1:
-            # Of lone tokens, as of softmax at its end, these gradients are 0 but for rounding: no budget.
-            torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+            # Sequences of one token: these gradients are 0 but for rounding, so there is no budget.
+            torch.testing.assert_close(tensors[0], tensors[1], rtol=0, atol=1e-6)
             continue
-        worst = max(worst, assert_within_budget(*found, name=name))
-        for i, rows in enumerate(zip(*(t.split(lengths) for t in found), strict=True)):
+        worst = max(worst, assert_within_budget(*tensors, name=name))
+        for i, rows in enumerate(zip(*(t.split(lengths) for t in tensors), strict=True)):
             if each and lengths[i] > 1:
                 worst = max(worst, assert_within_budget(*rows, name=f"{name} of sequence {i}"))
     return worst

@@ -1,12 +1,12 @@
 """add_layer_norm and bias_gelu against their references: one comparison for every implementation and dtype."""
 
 import torch
-from support.kernels import BF16, F32, Guarded, poisoned_allocations, quantised
+from support.kernels import BF16, F32, Guarded, poisoned_allocations, quantized
 
 from mimdet.kernels import add_layer_norm, bias_gelu
 from mimdet.testing import assert_within_budget
 
-# dtypes of the residual stream, the branch and the normalised rows
+# dtypes of residual, x and y
 DTYPES = {
     "fp32": (F32, F32, F32),
     "bf16": (BF16, BF16, BF16),
@@ -16,22 +16,22 @@ DTYPES = {
 }
 
 
-def add_layer_norm_inputs(shape, dtypes, branch=True, scale=True, mean=0.5, std=1.0, seed=0):
-    """residual, x, scale, weight, bias, and the gradients of both outputs; ``branch`` says whether there is x."""
+def add_layer_norm_inputs(shape, dtypes, has_x=True, scale=True, mean=0.5, std=1.0, seed=0):
+    """residual, x, scale, weight, bias, and the gradients of both outputs."""
     residual_dtype, x_dtype, y_dtype = dtypes
     batch, channels = shape[0], shape[-1]
-    made = {
-        "residual": quantised(*shape, dtype=residual_dtype, seed=seed, mean=mean, std=std),
-        "x": quantised(*shape, dtype=x_dtype, seed=seed + 1) if branch else None,
-        "scale": (torch.arange(batch) % 3).float() * 1.25 if branch and scale else None,
-        "weight": quantised(channels, seed=seed + 2, mean=1.0, std=0.3),
-        "bias": quantised(channels, seed=seed + 3),
+    inputs = {
+        "residual": quantized(*shape, dtype=residual_dtype, seed=seed, mean=mean, std=std),
+        "x": quantized(*shape, dtype=x_dtype, seed=seed + 1) if has_x else None,
+        "scale": (torch.arange(batch) % 3).float() * 1.25 if has_x and scale else None,
+        "weight": quantized(channels, seed=seed + 2, mean=1.0, std=0.3),
+        "bias": quantized(channels, seed=seed + 3),
     }
     gradients = [
-        quantised(*shape, dtype=residual_dtype, seed=seed + 4),
-        quantised(*shape, dtype=y_dtype, seed=seed + 5, mean=0.3),
+        quantized(*shape, dtype=residual_dtype, seed=seed + 4),
+        quantized(*shape, dtype=y_dtype, seed=seed + 5, mean=0.3),
     ]
-    return made, gradients
+    return inputs, gradients
 
 
 def differentiate(function, inputs, gradients):
@@ -41,8 +41,8 @@ def differentiate(function, inputs, gradients):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
     torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-    found = {f"output{i}": o.detach() for i, o in enumerate(outputs)}
-    return found | {f"grad_{k}": v.grad for k, v in leaves.items() if v is not None and v.grad is not None}
+    tensors = {f"output{i}": o.detach() for i, o in enumerate(outputs)}
+    return tensors | {f"grad_{k}": v.grad for k, v in leaves.items() if v is not None and v.grad is not None}
 
 
 def compare(function, inputs, gradients, impl, device="cpu"):
@@ -62,7 +62,7 @@ def compare(function, inputs, gradients, impl, device="cpu"):
     guards = {k: _guarded(v) for k, v in inputs.items()}
     guarded_gradients = [_guarded(g) for g in gradients]
     with poisoned_allocations():
-        got = differentiate(
+        actual = differentiate(
             lambda **kw: function(**kw, impl=impl),
             {k: getattr(g, "tensor", g) for k, g in guards.items()},
             [getattr(g, "tensor", g) for g in guarded_gradients],
@@ -70,17 +70,17 @@ def compare(function, inputs, gradients, impl, device="cpu"):
     for guard in [*guards.values(), *guarded_gradients]:
         if isinstance(guard, Guarded):
             guard.check()
-    assert got.keys() == exact.keys()
+    assert actual.keys() == exact.keys()
     rows = next(iter(inputs.values())).shape[:-1].numel()
     worst = 0.0
-    for name, want in exact.items():
+    for name, expected in exact.items():
         reduction = rows if name in ("grad_weight", "grad_bias") else 1
-        worst = max(worst, assert_within_budget(got[name], same[name], want.cpu(), reduction, name))
+        worst = max(worst, assert_within_budget(actual[name], same[name], expected.cpu(), reduction, name))
     return worst
 
 
 def _guarded(tensor):
-    """Nothing can be copied into an expanded tensor: it goes unguarded."""
+    """``Guarded``, except expanded tensors, into which nothing can be copied."""
     return tensor if tensor is None or 0 in tensor.stride() else Guarded(tensor)
 
 
@@ -97,6 +97,6 @@ def check_add_layer_norm(impl, shape, dtypes, device="cpu", eps=1e-6, used=(True
 
 def check_bias_gelu(impl, shape, dtype, device="cpu", std=2.0, seed=0):
     """Compare on x of ``shape``; the bias is float32."""
-    inputs = {"x": quantised(*shape, dtype=dtype, seed=seed, std=std), "bias": quantised(shape[-1], seed=seed + 1)}
-    gradients = [quantised(*shape, dtype=dtype, seed=seed + 2, mean=0.3)]
+    inputs = {"x": quantized(*shape, dtype=dtype, seed=seed, std=std), "bias": quantized(shape[-1], seed=seed + 1)}
+    gradients = [quantized(*shape, dtype=dtype, seed=seed + 2, mean=0.3)]
     return compare(lambda x, bias, impl, exact=False: bias_gelu(x, bias, impl=impl), inputs, gradients, impl, device)

@@ -1,9 +1,9 @@
-"""Inputs and judgement of the fused norms of feature maps, for every implementation."""
+"""Inputs and checks of the fused norms of feature maps, for every implementation."""
 
 import importlib
 
 import torch
-from support.kernels import quantised
+from support.kernels import quantized
 
 from mimdet import kernels
 from mimdet.testing import assert_within_budget
@@ -24,10 +24,10 @@ def reference(op):
 def inputs(shape, dtype=torch.float32, nhwc=False, mean=0.5, std=1.0, affine=None):
     """x, weight, bias and the gradient of y."""
     memory = torch.channels_last if nhwc else torch.contiguous_format
-    x = quantised(*shape, dtype=dtype, mean=mean, std=std).contiguous(memory_format=memory)
-    dy = quantised(*shape, dtype=dtype, seed=3).contiguous(memory_format=memory)
-    weight = quantised(shape[1], dtype=affine or dtype, seed=1, mean=1.0, std=0.3)
-    bias = quantised(shape[1], dtype=affine or dtype, seed=2, std=0.3)
+    x = quantized(*shape, dtype=dtype, mean=mean, std=std).contiguous(memory_format=memory)
+    dy = quantized(*shape, dtype=dtype, seed=3).contiguous(memory_format=memory)
+    weight = quantized(shape[1], dtype=affine or dtype, seed=1, mean=1.0, std=0.3)
+    bias = quantized(shape[1], dtype=affine or dtype, seed=2, std=0.3)
     return x, weight, bias, dy
 
 
@@ -50,7 +50,7 @@ def cropped(function, x, weight, bias, dy, sizes):
     return total
 
 
-def judge(op, got, x, weight, bias, dy, sizes=None):
+def judge(op, actual, x, weight, bias, dy, sizes=None):
     """``got`` must be within the error budget; what it errs by, as a share of the budget, for each of ``NAMES``."""
     run = forward_backward if sizes is None else cropped
     more = () if sizes is None else (sizes,)
@@ -58,7 +58,7 @@ def judge(op, got, x, weight, bias, dy, sizes=None):
     exact = run(reference(op), *(t.double() for t in (x, weight, bias, dy)), *more)
     terms = x.numel() // x.shape[1]
     shares = {}
-    for name, g, s, e in zip(NAMES, got, same, exact, strict=True):
+    for name, g, s, e in zip(NAMES, actual, same, exact, strict=True):
         reduction = terms if name in NAMES[2:] and g.dtype == torch.float32 else 1
         shares[name] = assert_within_budget(g, s.to(g.dtype), e, reduction, name)
     return shares
@@ -72,8 +72,8 @@ def check_sizes(impl, op, shape, sizes, dtype, nhwc, index=torch.int32):
     for i, (rows, columns) in enumerate(sizes.tolist()):
         padding[i, :, :rows, :columns] = False
     x, dy = x.masked_fill(padding, float("nan")), dy.masked_fill(padding, float("nan"))
-    got = forward_backward(api(op), x, weight, bias, dy, sizes=sizes, impl=impl)
-    for map_ in got[:2]:
+    actual = forward_backward(api(op), x, weight, bias, dy, sizes=sizes, impl=impl)
+    for map_ in actual[:2]:
         assert not map_[padding].any(), "the padding is not zero"
         assert map_.stride() == x.stride()
-    return judge(op, got, x, weight, bias, dy, sizes)
+    return judge(op, actual, x, weight, bias, dy, sizes)

@@ -1,11 +1,11 @@
-"""One case for every operation, at any size, dtype and layout, for what must hold of all of them."""
+"""One case for every operation, at any size, dtype and layout, for tests of all of them."""
 
 import contextlib
 from typing import NamedTuple
 
 import pytest
 import torch
-from support.kernels import BF16, F32, PLACES, layouts, quantised, usable
+from support.kernels import BF16, F32, PLACES, layouts, quantized, usable
 
 from mimdet import kernels
 from mimdet.kernels import OPS, dispatch
@@ -15,7 +15,7 @@ EPS = 1e-6
 # Operations by what they have in common.
 IMAGES = ("group_norm_gelu", "layer_norm_gelu")
 NORMS = ("add_layer_norm", *IMAGES)
-PACKED = ("attention_varlen",)  # pictures lie one after the other, without a dimension of their own
+PACKED = ("attention_varlen",)  # tokens of all images in one dimension
 DIFFERENTIABLE = tuple(op for op in OPS if op not in ("rasterize_polygons", "sample_tokens"))
 
 
@@ -43,11 +43,11 @@ def public(op):
 def case(
     op, batch=2, length=6, channels=24, dtype=F32, parameters=F32, mean=0.5, std=1.0, layout=None, device="cpu"
 ):  # fmt: skip
-    """Quantised random arguments of ``op``.
+    """Quantized random arguments of ``op``.
 
     Args:
         op: an operation.
-        batch, length, channels: B, the number of tokens or positions, C. Pictures of ``PACKED`` have that many tokens
+        batch, length, channels: B, the number of tokens or positions, C. Images of ``PACKED`` have that many tokens
             on average.
         dtype: of the main inputs.
         parameters: dtype of weight, bias and position embedding.
@@ -57,29 +57,29 @@ def case(
     """
 
     def main(*shape, seed=0):
-        return lay_out(quantised(*shape, dtype=dtype, mean=mean, std=std, seed=seed).to(device), layout)
+        return lay_out(quantized(*shape, dtype=dtype, mean=mean, std=std, seed=seed).to(device), layout)
 
     def tokens(count, seed=0):
         return main(batch, count, channels, seed=seed)
 
     affine = {
-        "weight": quantised(channels, dtype=parameters, seed=1, mean=1.0, std=0.3).to(device),
-        "bias": quantised(channels, dtype=parameters, seed=2, std=0.3).to(device),
+        "weight": quantized(channels, dtype=parameters, seed=1, mean=1.0, std=0.3).to(device),
+        "bias": quantized(channels, dtype=parameters, seed=2, std=0.3).to(device),
     }
     order = torch.rand(batch, length, generator=torch.Generator().manual_seed(2)).argsort(dim=1).to(device)
-    pos = quantised(length, channels, dtype=parameters, seed=3).to(device)
+    pos = quantized(length, channels, dtype=parameters, seed=3).to(device)
     kept = length // 2
     if op == "add_layer_norm":
         inputs = {"residual": tokens(length), "x": tokens(length, seed=4), **affine}
         return Case(op, inputs, {"scale": torch.arange(batch, device=device) % 3 * 1.25, "eps": EPS})
     if op == "attention_varlen":
         heads = next(n for n in range(2, channels + 1) if channels % n == 0 and channels // n <= 64)
-        # Tokens that are all alike have zero gradients, of which rounding is all there is: heads are expanded instead.
+        # Equal tokens would have zero gradients but for rounding, so heads are expanded instead.
         by_head = layout == "expanded"
         total, head_dim = batch * length, channels // heads
         qkv = main(heads, total, 3, head_dim).permute(1, 2, 0, 3) if by_head else main(total, 3, heads, head_dim)
         bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-        # The first picture is shorter, the last longer.
+        # The first image is shorter, the last longer.
         bounds[1:-1] -= min(length, 1)
         longest = length + min(length, int(batch > 1))
         return Case(op, {"qkv": qkv}, {"cu_seqlens": bounds, "max_seqlen": longest, "scale": 0.25})
@@ -93,7 +93,7 @@ def case(
         return Case(op, {}, _polygons(batch, length, channels, device))
     if op == "sample_tokens":
         noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(5)).to(device)
-        return Case(op, {}, {"noise": noise, "valid": noise < 0.9, "ratio": 0.5})
+        return Case(op, {}, {"noise": noise, "valid_mask": noise < 0.9, "ratio": 0.5})
     assert op == "scatter_fill", op
     inputs = {"kept": tokens(kept), "fill": tokens(length - kept, seed=4), "pos": pos}
     return Case(op, inputs, {"ids_restore": order})
@@ -102,24 +102,24 @@ def case(
 def _polygons(batch, length, channels, device):
     """Polygons with ``length`` points in each of ``batch`` instances, and one more that has none; bitmaps of at most
     ``channels`` pixels a side."""
-    points = quantised(batch * length, 2, dtype=torch.float64, mean=8.0, std=4.0)
+    points = quantized(batch * length, 2, dtype=torch.float64, mean=8.0, std=4.0)
     # Two polygons an instance, the first of three points if there are so many.
     polygon_starts = [i * length + part for i in range(batch) for part in (0, min(length, 3))] + [batch * length]
     instance_starts = [*range(0, 2 * batch + 1, 2), 2 * batch]
-    boxes = quantised(2 * batch + (3 if batch else 0), 4, seed=1, mean=6.0, std=2.0)
+    boxes = quantized(2 * batch + (3 if batch else 0), 4, seed=1, mean=6.0, std=2.0)
     boxes[:, 2:] += boxes[:, :2]
-    made = {
+    tensors = {
         "points": points,
         "polygon_starts": torch.tensor(polygon_starts, dtype=torch.int32),
         "instance_starts": torch.tensor(instance_starts, dtype=torch.int32),
         "index": torch.arange(len(boxes)) % (batch + 1),
         "boxes": boxes,
     }
-    return {name: tensor.to(device) for name, tensor in made.items()} | {"size": max(1, min(channels, 28))}
+    return {name: tensor.to(device) for name, tensor in tensors.items()} | {"size": max(1, min(channels, 28))}
 
 
 def lay_out(x, layout):
-    """``x`` in a layout of ``support.kernels.layouts``, or the first of its batch "expanded"; as it is for None."""
+    """``x`` in a layout of ``support.kernels.layouts``, or its first sample "expanded"; unchanged for None."""
     if layout is None:
         return x
     return x[:1].expand(x.shape) if layout == "expanded" else layouts(x)[layout]
@@ -130,7 +130,7 @@ def _sides(length):
     return height, length // height
 
 
-def differentiate(made, impl, gradients=None, function=None):
+def differentiate(example, impl, gradients=None, function=None):
     """Outputs, and gradients of all of ``made.inputs``, by name.
 
     Args:
@@ -139,36 +139,36 @@ def differentiate(made, impl, gradients=None, function=None):
         gradients: outputs' gradients; by default ``cotangents``.
         function: called with the inputs in place of the case itself, a compiled one for example.
     """
-    inputs = {k: v.detach().requires_grad_() for k, v in made.inputs.items()}
-    outputs = (function or made)(**({} if function else {"impl": impl}), **inputs)
+    inputs = {k: v.detach().requires_grad_() for k, v in example.inputs.items()}
+    outputs = (function or example)(**({} if function else {"impl": impl}), **inputs)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    found = {f"output{i}": o.detach() for i, o in enumerate(outputs)}
+    tensors = {f"output{i}": o.detach() for i, o in enumerate(outputs)}
     if inputs:
-        given = cotangents(outputs) if gradients is None else gradients
-        made_of = torch.autograd.grad(outputs, list(inputs.values()), given)
-        found |= {f"grad_{k}": g for k, g in zip(inputs, made_of, strict=True)}
-    return found
+        upstream = cotangents(outputs) if gradients is None else gradients
+        grads = torch.autograd.grad(outputs, list(inputs.values()), upstream)
+        tensors |= {f"grad_{k}": g for k, g in zip(inputs, grads, strict=True)}
+    return tensors
 
 
 def cotangents(outputs):
     """Fixed gradients like ``outputs``, in their memory format."""
     return [
-        torch.empty_like(o).copy_(quantised(*o.shape, dtype=BF16, seed=7 + i, mean=0.3)) for i, o in enumerate(outputs)
+        torch.empty_like(o).copy_(quantized(*o.shape, dtype=BF16, seed=7 + i, mean=0.3)) for i, o in enumerate(outputs)
     ]
 
 
-def judge(made, got, gradients=None):
+def judge(example, actual, gradients=None):
     """``got``, from ``differentiate``, within the error budget of plain PyTorch."""
-    same = differentiate(made.on_cpu(), "eager", _on_cpu(gradients))
-    exact = differentiate(made.on_cpu(torch.float64), "eager", _on_cpu(gradients, torch.float64))
-    main = next(iter(made.inputs.values()), None)
-    for name, value in got.items():
+    same = differentiate(example.on_cpu(), "eager", _on_cpu(gradients))
+    exact = differentiate(example.on_cpu(torch.float64), "eager", _on_cpu(gradients, torch.float64))
+    main = next(iter(example.inputs.values()), None)
+    for name, value in actual.items():
         if not value.is_floating_point():
             assert torch.equal(value.cpu(), same[name]), name
             continue
         summed = name in ("grad_weight", "grad_bias", "grad_pos")
         # The gradients of attention are sums over a sequence.
-        terms = main.numel() // value.shape[-1] if summed else made.others.get("max_seqlen", 1)
+        terms = main.numel() // value.shape[-1] if summed else example.others.get("max_seqlen", 1)
         assert_within_budget(value, same[name].to(value.dtype), exact[name], max(terms, 1), name)
 
 
@@ -184,15 +184,15 @@ def assert_same_bits(first, second):
 
 
 def runners(ops=OPS):
-    """pytest parameters (op, impl, device): whatever of ``ops`` can run on this machine, beside eager."""
+    """pytest parameters (op, impl, device): all implementations of ``ops`` that run on this machine, except eager."""
     places = {**PLACES, "aten_cpu": "cpu"} if "cpp" in PLACES else PLACES
-    made = [
+    example = [
         pytest.param(op, impl, device, id=f"{op}-{impl}")
         for op in ops
         for impl, device in places.items()
         if usable(op, impl, device)
     ]
-    return made or [pytest.param(None, None, None, marks=pytest.mark.skip(reason="neither a compiler nor a GPU"))]
+    return example or [pytest.param(None, None, None, marks=pytest.mark.skip(reason="neither a compiler nor a GPU"))]
 
 
 def on_runners(ops=OPS):
@@ -204,11 +204,11 @@ def triton_launches(op, length=12, channels=48, **sizes):
     """Launches that ``op``'s Triton kernels would make, forward and backward; images in both memory formats."""
     from support.aot import launches
 
-    with pretend("triton", op), launches() as made:
+    with pretend("triton", op), launches() as example:
         for layout in (None, "channels_last") if op in IMAGES else (None,):
             differentiate(case(op, length=length, channels=channels, layout=layout, **sizes), "triton")
-    assert made
-    return made
+    assert example
+    return example
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""How kernels are judged, beside ``mimdet.testing``: poisoned memory, guard bands, layouts, and where they can run."""
+"""Helpers of kernel tests: poisoned memory, guard bands, layouts, and the implementations that run here."""
 
 import contextlib
 import importlib.util
@@ -9,21 +9,22 @@ import sys
 import pytest
 import torch
 
+from mimdet.bench import measure
 from mimdet.kernels import dispatch
 
 INTERPRETED = dispatch.interpreting()
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# Implementation -> device. Under Triton's interpreter its kernels alone are tested, on the CPU.
+# Implementation -> device. Under Triton's interpreter only its kernels are tested, on the CPU.
 PLACES = {"triton": "cpu"} if INTERPRETED else {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or INTERPRETED, reason="Triton's compiler is not here"
 )
-native = pytest.mark.skipif(INTERPRETED, reason="not for the interpreter: slow, or nothing of Triton's is in it")
+native = pytest.mark.skipif(INTERPRETED, reason="slow under the interpreter, or without Triton")
 
 
 def here(native_cases, interpreted):
-    """Cases of a ``runner`` on this machine: ``interpreted`` are few, for Triton's interpreter is slow."""
+    """Cases of a ``runner`` on this machine; ``interpreted`` should be few: Triton's interpreter is slow."""
     return interpreted if INTERPRETED else native_cases
 
 
@@ -34,15 +35,15 @@ def usable(op, impl, device, dtype=F32):
     return implementation is not None and implementation.refusal(call) is None
 
 
-# For what is not Triton's alone: plain PyTorch, and what the operations have in C++.
+# Plain PyTorch and C++, or Triton under its interpreter.
 IMPLS = here(
     ["eager", pytest.param("cpp", marks=pytest.mark.skipif(not usable("bias_gelu", "cpp", "cpu"), reason="no C++"))],
     ["triton"],
 )
 
 
-def quantised(*shape, dtype=torch.float32, seed=0, mean=0.0, std=1.0):
-    """Random numbers that ``dtype`` holds exactly, so that promoting them to float64 loses nothing."""
+def quantized(*shape, dtype=torch.float32, seed=0, mean=0.0, std=1.0):
+    """Random numbers rounded to ``dtype``, so that float64 holds them exactly."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std + mean).to(dtype)
 
@@ -66,10 +67,10 @@ def _poison(tensor):
 def poisoned_allocations():
     """Inside, torch.empty, empty_like, empty_strided and new_empty return NaN (integers: their largest value)."""
 
-    def poison(made):
-        if made.device.type != "meta" and not isinstance(made, torch._subclasses.FakeTensor):
-            made.detach().fill_(_poison(made))
-        return made
+    def poison(tensor):
+        if tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.FakeTensor):
+            tensor.detach().fill_(_poison(tensor))
+        return tensor
 
     def wrapped(function):
         return lambda *args, **kwargs: poison(function(*args, **kwargs))
@@ -85,27 +86,15 @@ def poisoned_allocations():
             setattr(owner, name, original)
 
 
-def kept_bytes(module, run):
-    """Bytes that the graph of ``run()`` keeps for backward beside the module's parameters and buffers."""
-    known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    del result
-    return sum(storage.nbytes() for storage in kept.values())
+def activation_bytes(run, module):
+    """``measure.activation_bytes`` of ``run()``, the module's parameters and buffers excluded."""
+    return measure.activation_bytes(run, (*module.parameters(), *module.buffers()))
 
 
 class Guarded:
     """A copy of a tensor with the same strides, in the middle of memory that is NaN (integers: their largest value).
 
-    ``tensor`` is the copy; a kernel that reads past it finds the poison, and ``check`` finds what it wrote there.
+    ``tensor`` is the copy; a kernel that reads past it reads NaN, and ``check`` fails if it wrote there.
     """
 
     BAND = 64
@@ -131,12 +120,12 @@ class Guarded:
 
 def layouts(x):
     """The same values in five layouts, by name: dense, channels last (4-D), transposed, sliced, with an offset."""
-    made = {"contiguous": x.contiguous()}
+    variants = {"contiguous": x.contiguous()}
     if x.ndim == 4:
-        made["channels_last"] = x.contiguous(memory_format=torch.channels_last)
-    made["transposed"] = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+        variants["channels_last"] = x.contiguous(memory_format=torch.channels_last)
+    variants["transposed"] = x.transpose(-1, -2).contiguous().transpose(-1, -2)
     wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
     wide[..., ::2] = x
-    made["sliced"] = wide[..., ::2]
-    made["offset"] = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-    return made
+    variants["sliced"] = wide[..., ::2]
+    variants["offset"] = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    return variants

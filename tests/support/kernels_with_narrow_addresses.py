@@ -1,4 +1,4 @@
-"""Triton kernels with planted faults in their addresses, and one without."""
+"""Triton kernels with planted bugs in their addresses, and one without."""
 
 import triton
 import triton.language as tl

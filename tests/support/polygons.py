@@ -1,4 +1,4 @@
-"""Polygons that are hard to rasterise, windows on them, and pycocotools' answer."""
+"""Polygons that are hard to rasterize, windows on them, and pycocotools' answer."""
 
 import numpy as np
 import pycocotools.mask as coco_mask

@@ -1,10 +1,10 @@
-"""Inputs on which choosing tokens is hard."""
+"""Hard inputs of token sampling."""
 
 import torch
 
 
 def sampling_cases(longest):
-    """name -> (noise, valid, ratio); ``longest`` tokens at most."""
+    """name -> (noise, valid_mask, ratio); ``longest`` tokens at most."""
     generator = torch.Generator().manual_seed(3)
 
     def uniform(batch, length):
@@ -32,9 +32,10 @@ def sampling_cases(longest):
     cases["padding"] = noise, holes, 0.5
     cases["padding-and-ties"] = few, holes, 0.5
     cases["one-valid"] = noise, torch.arange(length).expand(3, -1) == length - 1, 0.5
-    # Any float must be ordered as argsort orders it, though noise is promised to be in [0, 1).
-    odd = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 3e38, -3e38])
-    strange = odd[torch.randint(len(odd), (3, length), generator=generator)]
+    # Noise is in [0, 1), but any float must be ordered as argsort does.
+    positive = torch.tensor([0.0, 1e-45, 1.0, 3e38, torch.inf, torch.nan])
+    special = torch.cat([positive, -positive])
+    strange = special[torch.randint(len(special), (3, length), generator=generator)]
     for ratio in (0.1, 0.5, 0.9):
         cases[f"strange-{ratio}"] = strange, holes, ratio
     cases["transposed"] = uniform(length, 3).t(), uniform(length, 3).t() > 0.3, 0.5
@@ -49,14 +50,14 @@ def packed_cases():
     grid = 9, 31
     noise = torch.rand(4, 9 * 31, generator=generator)
     sizes = [(9, 31), (1, 1), (5, 30), (9, 2)]
-    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.5])
-    strange = odd[torch.randint(len(odd), noise.shape, generator=generator)]
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.5])
+    strange = special[torch.randint(len(special), noise.shape, generator=generator)]
     return {
         "sizes": (noise, sizes, grid, 0.5),
         "at-least-one": (noise, sizes, grid, 0.001),
         "everything": (noise, sizes, grid, 1.0),
         "ties": ((noise * 3).floor(), sizes, grid, 0.3),
-        # What a image holds comes before padding, whatever its noise.
+        # Valid tokens come before padding, whatever their noise.
         "strange": (strange, sizes, grid, 0.9),
         "no-images": (noise[:0], [], grid, 0.5),
     }

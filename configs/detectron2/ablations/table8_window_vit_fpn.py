@@ -1,9 +1,1 @@
-"""`ablations/table8_window_vit_fpn.py` with Detectron2's heads, data, evaluator and trainer."""
-
-from mimdet.detectron2 import use_detectron2
-
-from ...ablations.table8_window_vit_fpn import dataloader, lr_multiplier, mae_checkpoint, model, optimizer, train
-
-use_detectron2(model, dataloader, lr_multiplier, train)
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]
+../../common/detectron2.py

@@ -1,0 +1,1 @@
+../../common/detectron2.py

@@ -1,0 +1,239 @@
+"""The command line, from the demo's training to converted weights."""
+
+import contextlib
+import io
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mimdet
+from mimdet import demo
+from mimdet.checkpoint.read import read_checkpoint
+from mimdet.cli import main
+
+QUICK = [
+    "train.max_iter=3",
+    "train.eval_period=2",
+    "train.checkpointer.period=2",
+    "dataloader.train.total_batch_size=2",
+]
+
+
+def run(monkeypatch, *argv):
+    """Exit status of ``mimdet argv...``."""
+    monkeypatch.setattr(sys, "argv", ["mimdet", *map(str, argv)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Output folder of a demo of three iterations."""
+    output = tmp_path_factory.mktemp("my demo") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "NUM_TRAIN", 6)
+        patch.setattr(demo, "NUM_VAL", 3)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            assert run(patch, "demo", "--output", output, *QUICK) == 0
+    (output / "printed.txt").write_text(printed.getvalue())
+    return output
+
+
+def test_the_demos_last_line_is_a_command(trained):
+    """The folder's name has a space."""
+    line = (trained / "printed.txt").read_text().strip().splitlines()[-1]
+    *_, option, weights, images = shlex.split(line.removeprefix("Next: "))
+    assert option == "--weights"
+    assert (Path(weights), Path(images)) == (trained / "model_final.pth", trained / "shapes/val")
+
+
+def test_demo_leaves_everything(trained):
+    for name in ("metrics.json", "curves.png", "predictions.png", "model_final.pth", "config.yaml", "log.txt"):
+        assert (trained / name).stat().st_size > 0, name
+    assert set(json.loads((trained / "metrics.json").read_text())["metrics"]) >= {"bbox", "segm"}
+    for name in ("curves.png", "predictions.png"):
+        assert (trained / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("config", "tasks"), [("cascade_mask_rcnn", {"bbox", "segm"}), ("retinanet", {"bbox"})])
+def test_demo_of_other_detectors(monkeypatch, tmp_path, capsys, config, tasks):
+    monkeypatch.setattr(demo, "NUM_TRAIN", 4)
+    monkeypatch.setattr(demo, "NUM_VAL", 2)
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "demo", "--config-file", f"demo_{config}", *QUICK, "train.max_iter=1") == 0
+    output = Path(f"output/demo_{config}")
+    metrics = json.loads((output / "metrics.json").read_text())["metrics"]
+    assert {task for task in ("bbox", "segm") if task in metrics} == tasks
+    assert (output / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    assert str(output / "model_final.pth") in capsys.readouterr().out.replace("\n", "")
+
+
+def test_eval_repeats_the_training_figures(trained, monkeypatch, tmp_path):
+    weights = f"train.init_checkpoint={trained / 'model_final.pth'}"
+    status = run(
+        monkeypatch, "eval", "--config-file", "demo", weights, f"train.output_dir={tmp_path}",
+        "--val-json", trained / "shapes/annotations/instances_val.json", "--val-images", trained / "shapes/val",
+    )  # fmt: skip
+    assert status == 0
+    assert (tmp_path / "coco_instances_results.json").read_text() == (
+        trained / "coco_instances_results.json"
+    ).read_text()
+
+
+def test_train_eval_only_from_the_saved_config(trained, monkeypatch, capsys):
+    weights = f"train.init_checkpoint={trained / 'model_final.pth'}"
+    assert run(monkeypatch, "train", "--config-file", trained / "config.yaml", "--eval-only", weights) == 0
+    assert "AP50" in capsys.readouterr().out
+
+
+def test_train_resumes_and_takes_own_data(trained, monkeypatch, tmp_path, capsys):
+    data = [
+        "--train-json", trained / "shapes/annotations/instances_train.json", "--train-images", trained / "shapes/train",
+        "--val-json", trained / "shapes/annotations/instances_val.json", "--val-images", trained / "shapes/val",
+    ]  # fmt: skip
+    command = ["train", "--config-file", "demo", *data, *QUICK, f"train.output_dir={tmp_path}"]
+    assert run(monkeypatch, *command, "train.max_iter=2") == 0
+    assert run(monkeypatch, *command, "--resume") == 0
+    assert "resuming from" in capsys.readouterr().out
+    iterations = [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(iterations) == 2
+
+
+def test_predict_needs_only_weights(trained, monkeypatch, tmp_path, capsys, caplog):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    images = sorted((trained / "shapes/val").iterdir())
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "nowhere.png")
+    status = run(
+        monkeypatch, "predict", "--weights", trained / "model_final.pth", "--score-threshold", "0",
+        "--output", tmp_path / "out", trained / "shapes/val", broken, folder,
+    )  # fmt: skip
+    assert status == 0
+    assert "broken.jpg" in caplog.text
+    assert "link.png" in caplog.text
+    assert "the config finds nothing below 0.05" in caplog.text
+    assert {p.stem for p in (tmp_path / "out").glob("*.png")} == {p.stem for p in images}
+    predictions = json.loads((tmp_path / "out/predictions.json").read_text())
+    printed = capsys.readouterr().out
+    assert f"{len(predictions)} objects in" in printed
+    assert "2 images were skipped" in printed
+    assert {"image_id", "category_id", "bbox", "score", "segmentation", "file_name"} <= set(predictions[0])
+
+
+def test_convert_strips_and_goes_to_mae_and_back(trained, monkeypatch, tmp_path):
+    from mimdet.config import instantiate, load
+
+    source = trained / "model_final.pth"
+    assert run(monkeypatch, "convert", source, tmp_path / "detector.pth") == 0
+    assert run(monkeypatch, "convert", source, tmp_path / "mae.pth", "--to", "mae") == 0
+    assert run(monkeypatch, "convert", tmp_path / "mae.pth", tmp_path / "backbone.pth", "--to", "backbone") == 0
+    weights = read_checkpoint(source)["model"]
+    stripped = read_checkpoint(tmp_path / "detector.pth")
+    assert set(stripped) == {"model", "meta"}
+    assert all(torch.equal(stripped["model"][k], v) for k, v in weights.items())
+    assert (tmp_path / "detector.pth").stat().st_size < 0.5 * source.stat().st_size
+    backbone = read_checkpoint(tmp_path / "backbone.pth")["model"]
+    assert len(backbone) > 70
+    assert all(torch.equal(weights[k], v) for k, v in backbone.items())
+    model = instantiate(load("demo", [f"mae_checkpoint.path={tmp_path / 'mae.pth'}"]).model)
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in backbone.items())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--config-file", "nothing.py"], "no config file 'nothing.py'; shipped with mimdet"),
+        (["train", "--config-file", "demo", "train.max_itr=1"], "did you mean 'train.max_iter'"),
+        (["train", "--config-file", "demo", "--train-json", "a.json"], "--train-json and --train-images belong"),
+        (["train", "--config-file", "demo", "train.output_dir=TMP"], "annotation file not found"),
+        (["eval", "--config-file", "demo"], "train.init_checkpoint=PATH"),
+        (["predict", "--weights", "nothing.pth", __file__], "no checkpoint at nothing.pth"),
+        (["predict", "--weights", "nothing.pth", "TMP/no.jpg"], "no such file or folder"),
+        (["predict", "--weights", "nothing.pth", __file__, "--output", __file__], "is not a folder"),
+        (["demo", "--config-file", "mimdet_b_mask_rcnn"], "use one of demo, demo_cascade_mask_rcnn, demo_retinanet"),
+        (["convert", "nothing.pth", "TMP/x.pth"], "no checkpoint at nothing.pth"),
+    ],
+    ids=[
+        "config",
+        "key",
+        "data-flags",
+        "data",
+        "weights",
+        "predict-weights",
+        "predict-inputs",
+        "predict-output",
+        "demo-config",
+        "convert",
+    ],
+)
+def test_errors_are_one_message(monkeypatch, capsys, tmp_path, argv, message):
+    assert run(monkeypatch, *[a.replace("TMP", str(tmp_path)) for a in argv]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert message not in out, "said once"
+
+
+def test_convert_replaces_nothing_unasked(trained, monkeypatch, tmp_path, capsys):
+    source = tmp_path / "model.pth"
+    source.write_bytes((trained / "model_final.pth").read_bytes())
+    before = source.read_bytes()
+    (tmp_path / "link.pth").symlink_to(source)
+    for target in (source, tmp_path / "link.pth"):
+        assert run(monkeypatch, "convert", source, target, "--force") == 1
+        assert "into itself" in capsys.readouterr().err
+    (tmp_path / "other.pth").write_bytes(b"other")
+    assert run(monkeypatch, "convert", source, tmp_path / "other.pth") == 1
+    assert "other.pth exists: give another target, or --force" in capsys.readouterr().err
+    assert (tmp_path / "other.pth").read_bytes() == b"other"
+    assert source.read_bytes() == before
+    assert run(monkeypatch, "convert", source, tmp_path / "other.pth", "--force") == 0
+    assert "model" in read_checkpoint(tmp_path / "other.pth")
+
+
+def test_version(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"mimdet {mimdet.__version__}\n"
+
+
+def test_a_repeated_demo_goes_on_or_starts_anew(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "NUM_TRAIN", 4)
+    monkeypatch.setattr(demo, "NUM_VAL", 2)
+    command = ["demo", "--output", tmp_path, *QUICK, "train.max_iter=1", "dataloader.evaluator=null"]
+    monkeypatch.setattr(demo, "_summary", lambda metrics: "")
+    monkeypatch.setattr(demo, "_draw_predictions", lambda cfg, output: None)
+    monkeypatch.setattr(demo, "plot_training", lambda *args, **options: None)
+    for options, said in (([], "Starting from the beginning"), ([], "resuming from"), (["--overwrite"], "deleted the")):
+        assert run(monkeypatch, *command, *options) == 0
+        assert said in capsys.readouterr().out
+    assert (tmp_path / "model_final.pth").exists()
+
+
+def test_convert_refuses_a_mae_file_as_detector(trained, monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, "convert", trained / "model_final.pth", tmp_path / "mae.pth", "--to", "mae") == 0
+    assert run(monkeypatch, "convert", tmp_path / "mae.pth", tmp_path / "x.pth") == 1
+    assert "is not a MIMDet detector" in capsys.readouterr().err
+    assert not (tmp_path / "x.pth").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "predict", "info", "convert"])
+def test_help_teaches(monkeypatch, capsys, command):
+    assert run(monkeypatch, command, "--help") == 0
+    assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+def test_info_names_what_matters(monkeypatch, capsys):
+    assert run(monkeypatch, "info") == 0
+    out = capsys.readouterr().out
+    for word in ("torch", "pycocotools", "cpu", "attention"):
+        assert word in out

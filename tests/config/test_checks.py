@@ -1,0 +1,119 @@
+"""Impossible values raise an error with key and remedy before anything is built."""
+
+import re
+
+import pytest
+from omegaconf import OmegaConf
+from support.engine_fakes import fake_config
+
+from mimdet.config import apply_overrides, check_config, load, to_yaml
+from mimdet.config.checks import CHECKS
+from mimdet.engine import evaluate_only, train
+
+WHOLE = "a whole number of at least"
+BAD = {
+    "train.max_iter": (["abc", "2.5", "null", "-3", "0", "true", "[1]", "9e4", "'5'"], f"{WHOLE} 1$"),
+    "optimizer.lr": (["fast", "-1", ".nan", ".inf", "null"], "a number of at least 0"),
+    "train.log_period": (["0", "-1", "x", "null"], f"{WHOLE} 1"),
+    "train.checkpointer.max_to_keep": (["two", "0", "-1"], f"{WHOLE} 1, or null for all"),
+    "train.checkpointer.period": (["-1", "x", "1.5"], f"{WHOLE} 1, or 0 or null for never"),
+    "train.eval_period": (["-1", "often"], f"{WHOLE} 1, or 0 or null for never"),
+    "train.seed": (["abc", "-1", "1.0"], f"{WHOLE} 0"),
+    "train.output_dir": (["null", "5", "", "' '", "[a]"], "the path of a folder"),
+    "train.init_checkpoint": (["5", "[a]"], "text .*, or null"),
+    "train.init_checkpoint_ignore": (["roi_heads.*", "[1]", "{a: b}"], r"a list of patterns, such as \[roi_heads"),
+    "train.clip_grad_norm": (["-1", "0", "x"], "a number above 0, or null"),
+    "train.amp.enabled": (["maybe", "1"], "true or false"),
+    "train.amp": (["null", "5"], "a section with keys of its own"),
+    "train.checkpointer": (["null", "5"], "a section with keys of its own"),
+    "train.device": (["0", "null"], "text"),
+    "dataloader.train.total_batch_size": (["0", "two", "-2", "null"], f"{WHOLE} 1"),
+    "dataloader.train.num_workers": (["-1", "all"], f"{WHOLE} 0"),
+    "dataloader.test.num_workers": (["-1", "all"], f"{WHOLE} 0"),
+    "dataloader.test.batch_size": (["0", "all"], f"{WHOLE} 1"),
+    "lr_multiplier.warmup_length": (["1", "-0.1", "long"], "a number of at least 0 and below 1"),
+    "model.roi_heads.num_classes": (["0", "many"], f"{WHOLE} 1"),
+    "model.backbone.bottom_up.sample_ratio": (["0", "1.1", "-0.5", "half", "null"], "a number above 0 and at most 1"),
+    "model.backbone.bottom_up.inference_sample_ratio": (["0", "2", "half"], "a number above 0 and at most 1"),
+    "model.inference.passes": (["0", "many"], f"{WHOLE} 1"),
+    "model.inference.ratio": (["0", "1.5", "x"], "a number above 0 and at most 1, or null"),
+}
+GOOD = [
+    "train.checkpointer.period=null", "train.checkpointer.period=0", "train.eval_period=0", "train.eval_period=null",
+    "train.checkpointer.max_to_keep=null", "train.clip_grad_norm=null", "train.clip_grad_norm=1", "optimizer.lr=0",
+    "optimizer.lr=1", "optimizer.lr=8e-5", "train.init_checkpoint=null", "train.init_checkpoint_ignore=null",
+    "train.init_checkpoint_ignore=[]", "train.init_checkpoint_ignore=[roi_heads.*]", "train.seed=0",
+    "train.output_dir=2024-01-05", "train.output_dir='5'", "dataloader.test=null", "dataloader.train.num_workers=0",
+    "model.inference=null", "model.backbone.bottom_up.sample_ratio=1", "train.ddp=null",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base():
+    return to_yaml(load("mimdet_b_mask_rcnn"))
+
+
+@pytest.mark.parametrize("key", BAD)
+def test_a_bad_value_is_named_with_what_it_must_be(base, key):
+    values, what = BAD[key]
+    cfg = OmegaConf.create(base)
+    for value in values:
+        apply_overrides(cfg, [f"{key}={value}"])
+        with pytest.raises(ValueError, match=rf"^config: {re.escape(key)}=.*: must be {what}"):
+            check_config(cfg)
+
+
+def test_good_values_pass(base):
+    cfg = OmegaConf.create(base)
+    for override in GOOD:
+        check_config(apply_overrides(cfg, [override]))
+
+
+def test_every_check_is_of_a_key_that_a_shipped_config_has():
+    configs = [load(name) for name in ("mimdet_b_mask_rcnn", "mimdet_b_retinanet")]
+    for key in CHECKS:
+        section, _, last = key.rpartition(".")
+        holders = [OmegaConf.select(cfg, section) if section else cfg for cfg in configs]
+        assert any(holder is not None and last in holder for holder in holders), key
+
+
+def test_all_bad_values_are_told_at_once(base):
+    cfg = apply_overrides(OmegaConf.create(base), ["train.max_iter=abc", "optimizer.lr=fast"])
+    with pytest.raises(ValueError, match=r"^config: ") as caught:
+        check_config(cfg)
+    assert str(caught.value).splitlines() == [
+        "config: train.max_iter='abc': must be a whole number of at least 1",
+        "optimizer.lr='fast': must be a number of at least 0",
+    ]
+
+
+@pytest.mark.parametrize("key", ["train.log_period", "dataloader.train.mapper.augmentations.0.prob"])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("${no.such.key}", "Interpolation key 'no.such.key' not found"),
+        ("${env:HOME}", "Unsupported interpolation type env"),
+        ("${oc.env:NO_SUCH_VARIABLE}", 'KeyError raised while resolving interpolation: "Environment variable'),
+        ("${KEY}", ""),
+    ],
+    ids=["key", "old-resolver", "environment", "itself"],
+)
+def test_an_interpolation_that_leads_nowhere_is_named(base, key, value, reason):
+    value = value.replace("KEY", key)
+    cfg = apply_overrides(OmegaConf.create(base), [f"{key}={value}"])
+    with pytest.raises(ValueError, match=re.escape(f"config: {key}={value!r}: {reason}")):
+        check_config(cfg)
+
+
+def test_an_interpolation_to_a_good_value_passes(base):
+    check_config(apply_overrides(OmegaConf.create(base), ["train.log_period=${train.max_iter}"]))
+
+
+def test_training_and_evaluation_check_first(tmp_path):
+    """Also for values of the config file, not only overrides."""
+    for run in (train, evaluate_only):
+        cfg = fake_config(tmp_path / "out", max_iter=-3)
+        cfg.train.init_checkpoint = "weights.pth"
+        with pytest.raises(ValueError, match=r"train\.max_iter=-3: must be a whole number of at least 1"):
+            run(cfg)
+    assert not (tmp_path / "out").exists()

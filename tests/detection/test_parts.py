@@ -1,0 +1,433 @@
+"""Parts of the detector, and input that it refuses."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from support.small_mimdet import make_images, small_model, target
+from torch import nn
+
+from mimdet.detection import (
+    Box2BoxTransform,
+    DefaultAnchorGenerator,
+    MaskRCNNConvUpsampleHead,
+    Matcher,
+    NaiveSyncBatchNorm,
+    ROIPooler,
+    StandardRPNHead,
+)
+from mimdet.detection import masks as detection_masks
+from mimdet.detection.assignment import clip_boxes, grouped_nms, nonempty, scale_boxes, subsample_labels, top_scores
+from mimdet.detection.layers import get_norm
+from mimdet.detection.masks import crop_and_resize, mask_targets, paste_in_parts, paste_masks
+from mimdet.evaluation.results import encode_masks
+from mimdet.modeling import ShapeSpec
+from mimdet.polygons import PackedPolygons
+
+
+def random_boxes(count, size=100.0):
+    corner, side = torch.rand(count, 2) * size, torch.rand(count, 2) * size + 1
+    return torch.cat([corner, corner + side], dim=1)
+
+
+def test_box_coding_round_trip():
+    torch.manual_seed(0)
+    coder = Box2BoxTransform((10, 10, 5, 5))
+    source, boxes = random_boxes(50), random_boxes(50)
+    torch.testing.assert_close(coder.apply_deltas(coder.get_deltas(source, boxes), source), boxes, atol=1e-3, rtol=0)
+
+
+def test_decoding_no_boxes():
+    assert Box2BoxTransform((1, 1, 1, 1)).apply_deltas(torch.zeros(0, 8), torch.zeros(0, 4)).shape == (0, 8)
+
+
+def test_box_growth_is_bounded():
+    box = Box2BoxTransform((1, 1, 1, 1)).apply_deltas(torch.tensor([[0.0, 0.0, 50.0, 50.0]]), random_boxes(1))
+    assert bool(box.isfinite().all())
+
+
+def test_boxes_clip_scale_and_emptiness():
+    boxes = torch.tensor([[-5.0, 2.0, 30.0, 40.0], [50.0, 50.0, 60.0, 60.0]])
+    assert clip_boxes(boxes, (20, 25)).tolist() == [[0, 2, 25, 20], [25, 20, 25, 20]]
+    assert nonempty(clip_boxes(boxes, (20, 25))).tolist() == [True, False]
+    assert scale_boxes(boxes[1], (100, 200), (50, 400)).tolist() == [100, 25, 120, 30]
+
+
+def test_anchors_follow_cells_and_areas():
+    anchors = DefaultAnchorGenerator([[32], [64]], [0.5, 1.0, 2.0], [8, 16], offset=0.0)
+    first, second = anchors([torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 1, 2)])
+    assert first.shape == (2 * 3 * 3, 4)
+    assert second.shape == (2 * 3, 4)
+    torch.testing.assert_close(first[1], torch.tensor([-16.0, -16.0, 16.0, 16.0]))
+    torch.testing.assert_close(first[4] - first[1], torch.tensor([8.0, 0.0, 8.0, 0.0]))
+    size = first[:, 2:] - first[:, :2]
+    torch.testing.assert_close(size.prod(1), torch.full((18,), 1024.0))
+    torch.testing.assert_close((size[:, 1] / size[:, 0])[:3], torch.tensor([0.5, 1.0, 2.0]))
+
+
+def test_matcher_bands_and_low_quality():
+    iou = torch.tensor([[0.1, 0.45, 0.8, 0.25], [0.1, 0.2, 0.1, 0.25]])
+    index, labels = Matcher([0.3, 0.7], [0, -1, 1])(iou)
+    assert index.tolist() == [0, 0, 0, 0]
+    assert labels.tolist() == [0, -1, 1, 0]
+    # The second object's best candidate counts although its overlap is low and the first object has it too.
+    assert Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)(iou)[1].tolist() == [0, -1, 1, 1]
+
+
+def test_matcher_without_ground_truth():
+    index, labels = Matcher([0.5], [0, 1])(torch.zeros(0, 3))
+    assert index.tolist() == [0, 0, 0]
+    assert labels.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "labels"), [([0.7, 0.3], [0, -1, 1]), ([0.5], [0, -1, 1]), ([0.5], [0, 2]), ([0.0], [0, 1])]
+)
+def test_matcher_refuses(thresholds, labels):
+    with pytest.raises(ValueError, match="matcher"):
+        Matcher(thresholds, labels)
+
+
+def test_subsample_counts_and_membership():
+    torch.manual_seed(0)
+    labels = torch.tensor([[1] * 30 + [0] * 50 + [-1] * 20, [1] * 2 + [0] * 98, [1] * 90 + [0] * 10])
+    index, used = subsample_labels(labels, 40, 0.25, torch.rand(3, 100))
+    chosen = labels.gather(1, index)
+    assert [(int((chosen[i][used[i]] == 1).sum()), int((chosen[i][used[i]] == 0).sum())) for i in range(3)] == [
+        (10, 30),
+        (2, 38),
+        (10, 10),
+    ]
+    for row, keep in zip(index, used, strict=True):
+        assert len(row[keep].unique()) == int(keep.sum())
+
+
+def test_subsample_takes_the_smallest_numbers_and_the_first_of_equals():
+    labels = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    index, used = subsample_labels(labels, 3, 0.34, torch.tensor([[0.9, 0.1, 0.5, 0.3, 0.2, 0.8]]))
+    assert index[used].tolist() == [4, 1, 2]
+    index, used = subsample_labels(labels, 3, 0.34, torch.full((1, 6), 0.5))
+    assert index[used].tolist() == [3, 0, 1]
+
+
+def test_subsample_of_nothing():
+    index, used = subsample_labels(torch.full((2, 0), 0), 8, 0.25, torch.rand(2, 0))
+    assert used.sum() == 0
+    assert index.shape == used.shape
+
+
+def test_pooler_picks_levels_and_keeps_order():
+    pooler = ROIPooler(7, (1 / 4, 1 / 8, 1 / 16, 1 / 32))
+    sides = torch.tensor([300.0, 20.0, 120.0, 900.0, 60.0])
+    boxes = torch.stack([torch.zeros(5), torch.zeros(5), sides, sides], dim=1)
+    assert pooler.assign_levels(boxes).tolist() == [2, 0, 1, 3, 0]
+    levels = [torch.full((1, 2, 1024 // s, 1024 // s), float(i)) for i, s in enumerate((4, 8, 16, 32))]
+    assert pooler(levels, [boxes])[:, 0, 3, 3].tolist() == [2, 0, 1, 3, 0]
+    assert pooler(levels, [boxes[:0]]).shape == (0, 2, 7, 7)
+
+
+@pytest.mark.parametrize("kwargs", [{"pooler_type": "ROIAlign"}, {"scales": (1 / 4, 1 / 16)}], ids=["type", "scales"])
+def test_pooler_refuses(kwargs):
+    with pytest.raises(ValueError, match="pooler"):
+        ROIPooler(**{"output_size": 7, "scales": (1 / 4, 1 / 8), **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("dims", "keys"), [([-1], {"conv.weight"}), ([-1, 8], {"conv.conv0.weight", "conv.conv1.weight"})]
+)
+def test_rpn_head_keys(dims, keys):
+    head = StandardRPNHead(16, 3, conv_dims=dims)
+    assert {k for k in head.state_dict() if k.startswith("conv") and k.endswith("weight")} == keys
+
+
+def test_mask_targets_of_polygons_and_bitmaps_agree():
+    square = [np.array([10.0, 10, 50, 10, 50, 50, 10, 50])]
+    bitmap = torch.zeros(1, 64, 64, dtype=torch.bool)
+    bitmap[0, 10:50, 10:50] = True
+    boxes, index = torch.tensor([[10.0, 10, 50, 50], [0, 0, 60, 60]]), torch.tensor([0, 0])
+    from_polygons = crop_and_resize(PackedPolygons.pack([square]), index, boxes, 28)
+    from_bitmap = crop_and_resize(bitmap, index, boxes, 28)
+    assert from_polygons[0].all()
+    assert from_bitmap[0].all()
+    assert (from_polygons[1] != from_bitmap[1]).float().mean() < 0.05
+
+
+def truth_of_three_images():
+    """masks, index and boxes: polygons of two instances, none at all, and three."""
+    draw = np.random.default_rng(0)
+    counts, boxes = (2, 0, 3), torch.from_numpy(draw.uniform(0, 10, (7, 4)).astype(np.float32))
+    boxes[:, 2:] += 40
+    masks = [
+        PackedPolygons.pack([[draw.uniform(0, 60, 10) for _ in range(k + 1)] for k in range(count)]) for count in counts
+    ]
+    index = [torch.tensor([1, 0, 1]), torch.zeros(0, dtype=torch.int64), torch.tensor([2, 0, 1, 2])]
+    return masks, index, boxes.split([3, 0, 4])
+
+
+def test_mask_targets_of_a_batch_are_those_of_its_images(monkeypatch):
+    calls = []
+    run = detection_masks.rasterize_polygons
+    monkeypatch.setattr(detection_masks, "rasterize_polygons", lambda *a: calls.append(a) or run(*a))
+    truth = truth_of_three_images()
+    together = mask_targets(*truth, 28)
+    assert len(calls) == 1
+    alone = torch.cat([crop_and_resize(*image, 28) for image in zip(*truth, strict=True)])
+    assert torch.equal(together, alone)
+    assert together.any(dim=(1, 2)).all()
+
+
+def test_mask_targets_of_polygons_beside_bitmaps():
+    polygons, index, boxes = truth_of_three_images()
+    bitmap = torch.zeros(3, 64, 64, dtype=torch.bool)
+    bitmap[:, 10:50, 10:50] = True
+    got = mask_targets([*polygons[:2], bitmap], index, boxes, 28)
+    assert torch.equal(got[:3], crop_and_resize(polygons[0], index[0], boxes[0], 28))
+    assert torch.equal(got[3:], crop_and_resize(bitmap, index[2], boxes[2], 28))
+
+
+@pytest.mark.parametrize("box", [[5.0, 5, 5, 9], [5.0, 5, 5.001, 5.001]], ids=["no-area", "tiny"])
+def test_masks_of_degenerate_boxes(box):
+    box = torch.tensor([box])
+    triangle = PackedPolygons.pack([[np.array([0.0, 0, 9, 0, 9, 9])]])
+    assert crop_and_resize(triangle, torch.tensor([0]), box, 28).shape == (1, 28, 28)
+    assert paste_masks(torch.ones(1, 28, 28), box, (16, 16)).shape == (1, 16, 16)
+
+
+def test_pasted_mask_fills_its_box_only():
+    mask = paste_masks(torch.ones(1, 28, 28), torch.tensor([[4.0, 6, 20, 16]]), (32, 40))[0]
+    assert mask[6:16, 4:20].all()
+    assert mask.sum() == 10 * 16
+
+
+def some_detections(count=5, size=(37, 53)):
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(count, 2, 2, generator=generator).sort(dim=1).values
+    boxes = (1.2 * corners - 0.1).flatten(1) * torch.tensor([size[1], size[0]]).repeat(2)
+    return torch.rand(count, 28, 28, generator=generator), boxes, size
+
+
+@pytest.mark.parametrize("lines", [0, 1, 10])
+def test_bands_do_not_change_pasted_masks(monkeypatch, lines):
+    maps, boxes, size = some_detections()
+    whole = paste_masks(maps, boxes, size)
+    assert whole.any()
+    monkeypatch.setattr("mimdet.detection.masks._CPU_PIXELS", lines * size[1])
+    assert paste_masks(maps, boxes, size).equal(whole)
+
+
+@pytest.mark.parametrize("together", [0, 2, 9])
+def test_masks_pasted_in_parts_are_the_same(monkeypatch, together):
+    maps, boxes, size = some_detections()
+    monkeypatch.setattr("mimdet.detection.masks._PART_PIXELS", together * size[0] * size[1])
+    parts = list(paste_in_parts(maps, boxes, size))
+    assert [len(part) for part in parts] == {0: [1] * 5, 2: [2, 2, 1], 9: [5]}[together]
+    assert torch.cat(parts).equal(paste_masks(maps, boxes, size))
+    assert encode_masks(paste_in_parts(maps, boxes, size)) == encode_masks(torch.cat(parts))
+    assert encode_masks(paste_in_parts(maps[:0], boxes[:0], size)) == []
+
+
+@torch.no_grad()
+def test_masks_can_be_left_unpasted():
+    model, images, sizes = small_model().eval(), make_images(sizes=[(64, 96)]), [(128, 180)]
+    torch.manual_seed(0)
+    (pasted,) = model(images, output_sizes=sizes)
+    torch.manual_seed(0)
+    (soft,) = model(images, output_sizes=sizes, paste=False)
+    assert len(soft["boxes"]) > 0
+    assert soft.keys() == {"boxes", "scores", "labels", "mask_probabilities"}
+    masks = paste_masks(soft.pop("mask_probabilities"), soft["boxes"], sizes[0])
+    for key, value in {**soft, "masks": masks}.items():
+        torch.testing.assert_close(value, pasted[key], rtol=0, atol=0)
+
+
+def test_norm_of_one_process_is_batch_norm():
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, 5, 6)
+    ours, plain = NaiveSyncBatchNorm(8, stats_mode="N"), nn.BatchNorm2d(8)
+    assert torch.equal(ours(x), plain(x))
+    assert torch.equal(ours.running_var, plain.running_var)
+    ours.eval(), plain.eval()
+    assert torch.equal(ours(x), plain(x))
+
+
+def test_norm_of_an_empty_batch_keeps_statistics_and_gradients():
+    norm = NaiveSyncBatchNorm(8, stats_mode="N")
+    norm(torch.zeros(0, 8, 5, 6)).sum().backward()
+    assert norm.running_mean.abs().sum() == 0
+    assert norm.weight.grad is not None
+    assert norm.bias.grad is not None
+
+
+def _sync_worker(rank, folder, mode, rows):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    everything = torch.randn(sum(rows), 3, 4, 5) * 2 + 1
+    mine = everything.split(rows)[rank].clone().requires_grad_()
+    norm = NaiveSyncBatchNorm(3, stats_mode=mode)
+    weight = torch.linspace(-1, 1, everything.numel()).view_as(everything).split(rows)[rank]
+    out = norm(mine)
+    (out * weight).sum().backward()
+    torch.save({"out": out, "grad": mine.grad, "mean": norm.running_mean, "var": norm.running_var}, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("mode", "rows"), [("", [3, 3]), ("N", [1, 5]), ("N", [0, 4])], ids=["equal", "unequal", "empty"]
+)
+def test_norm_of_two_processes_equals_one(tmp_path, mode, rows):
+    torch.multiprocessing.spawn(_sync_worker, (str(tmp_path), mode, rows), nprocs=2)
+    parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    torch.manual_seed(0)
+    x = (torch.randn(sum(rows), 3, 4, 5) * 2 + 1).requires_grad_()
+    expected = F.batch_norm(x, None, None, training=True)
+    (expected * torch.linspace(-1, 1, x.numel()).view_as(x)).sum().backward()
+    torch.testing.assert_close(torch.cat([p["out"] for p in parts]), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([p["grad"] for p in parts]), x.grad, atol=1e-5, rtol=1e-4)
+    for part in parts:
+        torch.testing.assert_close(part["mean"], 0.1 * x.mean((0, 2, 3)), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(part["var"], 0.9 + 0.1 * x.var((0, 2, 3), unbiased=False), atol=1e-5, rtol=1e-5)
+
+
+def test_unknown_norm():
+    with pytest.raises(ValueError, match="unknown norm 'XN'"):
+        get_norm("XN", 8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+def test_every_trainable_parameter_gets_a_gradient(model):
+    model.train()
+    sum(model(make_images([(96, 128)]), [target(5, (96, 128), 2)]).values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    model.zero_grad()
+
+
+def test_inference_is_reproducible_and_sorted(model):
+    model.eval()
+    with torch.no_grad():
+        first, second = (model(make_images([(96, 128), (64, 64)])) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a["boxes"], b["boxes"])
+        assert torch.equal(a["masks"], b["masks"])
+        assert torch.equal(a["scores"], a["scores"].sort(descending=True).values)
+        assert len(a["scores"]) <= 100
+    assert first[1]["masks"].shape[1:] == (64, 64)
+
+
+def test_uint8_and_float_images_are_the_same(model):
+    model.eval()
+    floats = make_images([(96, 128)])
+    with torch.no_grad():
+        a, b = model(floats)[0], model([floats[0].to(torch.uint8)])[0]
+    assert torch.equal(a["scores"], b["scores"])
+
+
+def test_bfloat16_autocast_trains(model):
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(make_images([(96, 128)]), [target(5, (96, 128), 2)])
+    assert all(loss.dtype == torch.float32 and bool(loss.isfinite()) for loss in losses.values())
+    sum(losses.values()).backward()
+    model.zero_grad()
+
+
+TINY = (64, 96)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": []}, "non-empty list"),
+        ({"images": [torch.zeros(64, 96)]}, r"images\[0\] must be \(3, H, W\)"),
+        ({"images": [torch.zeros(4, 64, 96)]}, r"images\[0\] must be \(3, H, W\)"),
+        ({"images": [np.zeros((3, 64, 96))]}, r"images\[0\] must be a tensor"),
+        ({"images": [torch.zeros(3, 64, 96, dtype=torch.int64)]}, "uint8 or floating"),
+        ({"targets": None}, "needs targets"),
+        ({"targets": [{"boxes": torch.zeros(1, 4), "labels": torch.zeros(1)}]}, r"targets\[0\] has no masks"),
+        ({"boxes": torch.zeros(1, 5)}, r"must be \(N, 4\)"),
+        ({"boxes": torch.tensor([[5.0, 5, 5, 9]])}, r"\['boxes'\]\[0\] has no area"),
+        ({"boxes": torch.tensor([[5.0, 5, float("nan"), 9]])}, "NaN"),
+        ({"labels": torch.tensor([80])}, r"classes 0\.\.79"),
+        ({"labels": torch.tensor([-1])}, r"classes 0\.\.79"),
+        ({"labels": torch.tensor([1, 2])}, "1 boxes"),
+        ({"masks": []}, "0 masks"),
+        ({"masks": [[np.zeros(6), np.zeros(4)]]}, r"targets\[0\]\['masks'\]\[0\]\[1\] has 4 numbers"),
+        ({"masks": [[np.zeros(7)]]}, r"\['masks'\]\[0\]\[0\] has 7 numbers"),
+        ({"masks": [[[0, 0, 9, 0, float("nan"), 9]]]}, r"\['masks'\]\[0\]\[0\] holds NaN or infinity"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else None,
+)
+def test_bad_input_is_named(model, change, message):
+    truth = target(5, TINY, 1)
+    arguments = {"images": make_images([TINY]), "targets": [truth]}
+    for key, value in change.items():
+        (arguments if key in arguments else truth)[key] = value
+    with pytest.raises((ValueError, TypeError), match=message):
+        model.train()(**arguments)
+
+
+def test_output_sizes_must_fit(model):
+    with pytest.raises(ValueError, match="output_sizes"):
+        model.eval()(make_images([TINY]), output_sizes=[(1, 1), (2, 2)])
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_the_mask_head_computes_each_rows_class_alone(rows):
+    torch.manual_seed(0)
+    head = MaskRCNNConvUpsampleHead(ShapeSpec(channels=6, height=4, width=4), num_classes=3, conv_dims=[8, 8])
+    x = torch.randn(rows, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+    classes = torch.tensor([2, 0, 2, 1, 0])[:rows]
+    logits = head.double()(x, classes)
+    maps = []
+    hook = head.deconv.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    head(x, classes)
+    hook.remove()
+    expected = head.predictor(F.relu(maps[0]))[torch.arange(rows), classes]
+    torch.testing.assert_close(logits, expected.float(), rtol=1e-6, atol=1e-7)
+    inputs = (x, *head.predictor.parameters())
+    weight = torch.randn(expected.shape)
+    ours, theirs = (torch.autograd.grad((y * weight).sum(), inputs) for y in (logits, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_top_scores_have_one_order():
+    """Of equal scores the earlier one comes first, -0 is 0, and NaN comes before all."""
+    nan, inf = float("nan"), float("inf")
+    scores = torch.tensor([[0.0, -inf, 1.0, -0.0, nan, -1e-45, inf, 1.0, -2.0]])
+    values, index = top_scores(scores, 8)
+    assert index.tolist() == [[4, 6, 2, 7, 0, 3, 5, 8]]
+    torch.testing.assert_close(values, scores.gather(1, index), equal_nan=True, rtol=0, atol=0)
+    coarse = torch.randint(-3, 4, (2, 5000)) / 7  # thousands of ties
+    values, index = top_scores(coarse, 2000)
+    expected = coarse.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(index, expected.indices[:, :2000])
+    assert torch.equal(values, expected.values[:, :2000])
+    assert top_scores(torch.zeros(2, 0), 5)[1].shape == (2, 0)
+
+
+def test_nms_keeps_groups_apart_without_moving_boxes():
+    """An overlap of exactly the threshold stays; coordinates moved by an offset would round it away."""
+    boxes = torch.tensor([[0.1, 0.1, 1.3, 1.3], [0.1, 0.1, 1.3, 0.7], [0.1, 0.1, 1.3, 1.3], [0.1, 0.1, 1.3, 1.2]])
+    threshold = float(torchvision.ops.box_iou(boxes[:1], boxes[1:2]))
+    scores = torch.tensor([0.9, 0.8, 0.9, 0.5])
+    groups = torch.tensor([79, 79, 3, 3])
+    assert grouped_nms(boxes, scores, groups, threshold).tolist() == [0, 2, 1]
+    torch.manual_seed(0)
+    boxes, groups = random_boxes(300), torch.randint(0, 4, (300,))
+    scores = torch.randint(0, 20, (300,)) / 20
+    expected = []
+    for group in range(4):
+        rows = (groups == group).nonzero().squeeze(1)
+        expected.append(rows[torchvision.ops.nms(boxes[rows], scores[rows], 0.3)])
+    keep = grouped_nms(boxes, scores, groups, 0.3)
+    assert keep.sort().values.tolist() == torch.cat(expected).sort().values.tolist()
+    order = [(-float(scores[i]), int(i)) for i in keep]
+    assert order == sorted(order)
+    assert grouped_nms(boxes[:0], scores[:0], groups[:0], 0.3).shape == (0,)

@@ -1,0 +1,136 @@
+"""Helpers of the tests with Detectron2, which is not a dependency: without it they are skipped.
+
+``MIMDET_ORIGINAL`` names a checkout of the original MIMDet, and ``MIMDET_COCO_SAMPLE`` a folder in COCO's layout
+(annotations/, train2017/, val2017/); tests that need one are skipped without it.
+"""
+
+import contextlib
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.fill_weights import fill_module, noise
+from support.small_mimdet import SIZES, SMALL, make_images, target
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from detectron2.config import LazyConfig, instantiate
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+
+BASE = "configs/detectron2/mimdet_b_mask_rcnn.py"
+_BASE = "mimdet_vit_base_mask_rcnn_fpn_sr_0p5_800_1333_4xdec_coco_3x.py"
+_LARGE = "mimdet_vit_large_mask_rcnn_fpn_sr_0p5_800_1333_4xdec_coco_3x.py"
+# The original repeats the encoder's width and checkpointing in its decoder.
+ORIGINAL_SMALL = [
+    *(o.replace("=false", "=False") for o in SMALL),
+    "model.backbone.bottom_up.decoder.embed_dim=192",
+    "model.backbone.bottom_up.decoder.checkpointing=False",
+]
+
+
+def folder(variable):
+    """The folder that an environment variable names; the test is skipped without it."""
+    if variable not in os.environ:
+        pytest.skip(f"{variable} is not set")
+    return Path(os.environ[variable])
+
+
+def original_config(size="base"):
+    """The original's own config file, and the modules that it imports on the path."""
+    root = folder("MIMDET_ORIGINAL")
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
+    return LazyConfig.load(str(root / "configs" / "mimdet" / (_BASE if size == "base" else _LARGE)))
+
+
+def switched_config(scratch, size="base"):
+    """The original's config files with their imports switched to ours and nothing else changed, as a path."""
+    root = folder("MIMDET_ORIGINAL") / "configs"
+    for file in (*root.glob("*.py"), *root.glob("mimdet/*.py")):
+        text = re.sub(
+            r"^from models(\.modeling)? import", "from mimdet.detectron2 import", file.read_text(), flags=re.M
+        )
+        copy = scratch / file.relative_to(root)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(text)
+    return str(scratch / "mimdet" / (_BASE if size == "base" else _LARGE))
+
+
+def small(cfg, overrides=SMALL):
+    """A config's model at the size of ``small_mimdet.py`` and with its weights."""
+    cfg = LazyConfig.apply_overrides(cfg, [o.replace("=false", "=False") for o in overrides])
+    model = instantiate(cfg.model)
+    fill_module(model)
+    return model
+
+
+def inputs(sizes=SIZES, counts=(3, 5)):
+    """A batch of images with ground truth in Detectron2's format."""
+    batch = []
+    for i, (size, image) in enumerate(zip(sizes, make_images(sizes, seed=11), strict=True)):
+        truth = target(21 + i, size, counts[i])
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(truth["boxes"])
+        instances.gt_classes = truth["labels"]
+        instances.gt_masks = PolygonMasks([[np.asarray(q, np.float64) for q in m] for m in truth["masks"]])
+        batch.append({"image": image, "height": size[0], "width": size[1], "instances": instances})
+    return batch
+
+
+def set_ratio(model, ratio):
+    """One keep ratio for training and evaluation, as the original has it."""
+    model.backbone.bottom_up.sample_ratio = model.backbone.bottom_up.inference_sample_ratio = ratio
+
+
+@contextlib.contextmanager
+def equal_noise(seed=0):
+    """``torch.rand`` of two sizes is the tokens' noise, the same for all; everything else is drawn from ``seed``."""
+    real = torch.rand
+
+    def rand(*size, **kwargs):
+        return torch.from_numpy(noise(7, *size)) if len(size) == 2 else real(*size, **kwargs)
+
+    torch.manual_seed(seed)
+    torch.rand = rand
+    try:
+        yield
+    finally:
+        torch.rand = real
+
+
+def outputs(model, batch, proposals=None):
+    """Features, proposals and results in eval mode, then losses in train mode and their proposals; equal noise.
+
+    In training the ROI heads see ``proposals`` instead of the model's: the order of nearly equal scores depends on
+    rounding, and so would the candidates drawn from them.
+    """
+    seen = {}
+    hooks = [
+        model.backbone.bottom_up.register_forward_hook(lambda m, a, out: seen.update(features=out)),
+        model.proposal_generator.register_forward_hook(lambda m, a, out: seen.update(proposals=out[0])),
+    ]
+    with equal_noise(), torch.no_grad():
+        results = model.eval()(batch)
+    evaluated = seen["features"], seen["proposals"], [r["instances"] for r in results]
+    if proposals is not None:
+        hooks.append(model.proposal_generator.register_forward_hook(lambda m, a, out: (proposals, out[1])))
+    with equal_noise(), torch.no_grad(), EventStorage(0):
+        losses = model.train()(batch)
+    for hook in hooks:
+        hook.remove()
+    return *evaluated, losses, seen["proposals"]
+
+
+def matched(actual, expected, tolerance):
+    """Index in ``actual`` of each expected box; boxes with nearly equal scores may change places."""
+    assert actual.shape == expected.shape
+    gaps = (actual[None] - expected[:, None]).abs().amax(2)
+    order = gaps.argmin(1)
+    assert gaps.amin(1).max() <= tolerance
+    assert sorted(order.tolist()) == list(range(len(actual)))
+    return order

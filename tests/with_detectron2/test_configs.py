@@ -1,0 +1,261 @@
+"""The model in Detectron2 against the native one: the same weights, numbers and kernels."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from support.paths import CONFIGS, RECORDINGS
+from support.small_mimdet import small_model
+
+from mimdet.kernels import library, table
+
+d2 = pytest.importorskip("detectron2_testing")
+
+import detectron2
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import Backbone, GeneralizedRCNN
+from detectron2.structures import ImageList, Instances
+from detectron2.utils.events import EventStorage
+
+import mimdet.detectron2 as ours
+from mimdet.detectron2.config import load_config
+
+FIVE_LINES = """
+from detectron2.config import LazyConfig
+from mimdet.config import find_config
+ours = LazyConfig.load(str(find_config("detectron2/mimdet_b_mask_rcnn")))
+model.update({k: ours.model[k] for k in ("_target_", "backbone", "pixel_mean", "pixel_std", "input_format")})
+mae_checkpoint, optimizer, dataloader.train.mapper.image_format = ours.mae_checkpoint, ours.optimizer, "RGB"
+"""
+CONFIGS = CONFIGS
+
+
+@pytest.fixture(scope="module")
+def built():
+    return d2.small(load_config(d2.BASE))
+
+
+@pytest.fixture
+def model(built):
+    d2.fill_module(built)  # statistics of norms move in training
+    d2.set_ratio(built, 1.0)
+    return built
+
+
+def test_backbone_is_a_detectron2_backbone(model):
+    bottom_up = model.backbone.bottom_up
+    assert isinstance(bottom_up, Backbone)
+    assert bottom_up.size_divisibility == 32
+    assert bottom_up.padding_constraints == {"size_divisibility": 32}
+    shapes = bottom_up.output_shape()
+    assert {name: (s.channels, s.stride) for name, s in shapes.items()} == {
+        "c2": (48, 4),
+        "c3": (96, 8),
+        "c4": (128, 16),
+        "c5": (128, 32),
+    }
+    assert all(type(shape).__module__.startswith("detectron2") for shape in shapes.values())
+
+
+@pytest.mark.parametrize("size", ["b", "l"])
+def test_keys_and_shapes_of_the_full_size(size):
+    recorded = json.loads((RECORDINGS / f"mimdet_{size}.json").read_text())
+    with torch.device("meta"):
+        model = instantiate(load_config(f"configs/detectron2/mimdet_{size}_mask_rcnn.py").model)
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == {k: shape for k, (shape, _) in recorded.items()}
+
+
+def test_native_weights_give_the_same_detections(model):
+    """The state_dict loads in both directions."""
+    native = small_model().eval()
+    native.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(native.state_dict(), strict=True)
+    d2.set_ratio(model, 0.5)
+    native.backbone.bottom_up.inference_sample_ratio = 0.5
+    batch = d2.inputs()
+    with torch.no_grad():
+        with d2.equal_noise():
+            expected = native([x["image"] for x in batch])
+        with d2.equal_noise():
+            results = model.eval()(batch)
+    for theirs, actual in zip(expected, (x["instances"] for x in results), strict=True):
+        order = d2.matched(actual.pred_boxes.tensor, theirs["boxes"], 5e-3)
+        assert len(order) > 20
+        assert torch.equal(actual.pred_classes[order], theirs["labels"])
+        torch.testing.assert_close(actual.scores[order], theirs["scores"], atol=1e-4, rtol=0)
+        assert (actual.pred_masks[order] != theirs["masks"]).flatten(1).sum(1).max() <= 10
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("[!b]*.py")), ids=lambda f: f.stem)
+def test_native_configs_load_with_detectron2s_lazy_config(file):
+    cfg = LazyConfig.load(str(file))
+    samples = "sample_ratio" in cfg.model.backbone.bottom_up
+    LazyConfig.apply_overrides(cfg, ["model.backbone.bottom_up.sample_ratio=1.0"] if samples else [])
+    with torch.device("meta"):
+        model = instantiate(cfg.model)
+    assert type(model).__module__.startswith("mimdet.detection.")
+    assert not samples or model.backbone.bottom_up.sample_ratio == 1.0
+    cfg.optimizer.params.model = model
+    assert len(instantiate(cfg.optimizer).param_groups) > 1
+    assert instantiate(cfg.lr_multiplier)(0.5) > 0
+    assert len(instantiate(cfg.dataloader.train.mapper).augmentations.augs) > 1
+
+
+def test_native_config_built_by_detectron2_detects_alike():
+    cfg = LazyConfig.load(str(CONFIGS / "mimdet_b_mask_rcnn.py"))
+    theirs = d2.small(cfg).eval()
+    images = [x["image"] for x in d2.inputs()]
+    with torch.no_grad():
+        for actual, expected in zip(theirs(images), small_model().eval()(images), strict=True):
+            assert torch.equal(actual["boxes"], expected["boxes"])
+
+
+def test_channels_last_throughout(model):
+    """Backbone, pyramid and heads, in training."""
+    layouts, hooks = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            hooks.append(module.register_forward_hook(lambda m, a, out, name=name: layouts.update({name: out})))
+    with EventStorage(0):
+        model.train()(d2.inputs())
+    for hook in hooks:
+        hook.remove()
+    wrong = [n for n, out in layouts.items() if not out.is_contiguous(memory_format=torch.channels_last)]
+    assert not wrong
+    parts = (
+        "backbone.bottom_up.",
+        "backbone.fpn_",
+        "proposal_generator.",
+        "roi_heads.box_head.",
+        "roi_heads.mask_head.",
+    )
+    assert all(any(name.startswith(part) for name in layouts) for part in parts)
+
+
+def test_every_operation_takes_the_implementation_of_the_table(model, monkeypatch):
+    """A training step inside Detectron2 runs the implementations that ``mimdet info`` names."""
+    called, original = set(), library.launch
+
+    def launch(name, impl, *arguments, **options):
+        if impl == "cpp":
+            called.add(name)
+        return original(name, impl, *arguments, **options)
+
+    monkeypatch.setattr(library, "launch", launch)
+    d2.set_ratio(model, 0.5)
+    with EventStorage(0):
+        sum(model.train()(d2.inputs()).values()).backward()
+    model.zero_grad()
+    used = {"add_layer_norm", "bias_gelu", "gather_add_pos", "group_norm_gelu", "scatter_fill"}
+    chosen = {row.op: row.impl for row in table("cpu") if row.chosen}
+    print({op: (chosen[op], sorted(n for n in called if n.startswith(op))) for op in chosen})
+    assert used <= set(chosen)
+    for op in used:
+        calls = [name for name in called if name.startswith(op)]
+        assert bool(calls) == (chosen[op] == "cpp"), (op, chosen[op], calls)
+
+
+def test_autocast_trains(model):
+    """Mixed precision as on a GPU, in the dtype that a CPU has for it."""
+    batch = d2.inputs()
+    d2.set_ratio(model, 0.5)
+    losses = {}
+    for enabled in (False, True):
+        with EventStorage(0), d2.equal_noise(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses[enabled] = sum(model.train()(batch).values())
+    losses[True].backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    model.zero_grad()
+    assert losses[True].item() == pytest.approx(losses[False].item(), rel=0.05)
+
+
+def test_plain_tensor_counts_as_unpadded_and_says_so(model, caplog):
+    images = ImageList.from_tensors([x["image"] for x in d2.inputs()[:1]], 32)
+    bottom_up = model.eval().backbone.bottom_up
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        actual, expected = bottom_up(images.tensor), bottom_up(images)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert "got a plain tensor instead of an ImageList" in caplog.text
+    with pytest.raises(TypeError, match=r"takes an ImageList, not list"):
+        bottom_up([images.tensor])
+
+
+def test_detectron2s_own_rcnn_takes_the_backbone():
+    """Its R-CNN passes the plain tensor to the backbone."""
+    cfg = load_config(d2.BASE)
+    cfg.model._target_ = GeneralizedRCNN
+    model = d2.small(cfg).eval()
+    with torch.no_grad():
+        assert len(model(d2.inputs()[:1])[0]["instances"]) > 0
+
+
+def test_five_lines_in_a_config_of_detectron2(tmp_path):
+    """Those of the README."""
+    common = Path(detectron2.__file__).parents[1] / "configs" / "common"
+    if not common.is_dir():
+        pytest.skip("this Detectron2 comes without its configs/")
+    (tmp_path / "common").symlink_to(common)
+    (tmp_path / "mine.py").write_text(
+        f"from .common.models.mask_rcnn_fpn import model\nfrom .common.data.coco import dataloader\n{FIVE_LINES}"
+    )
+    cfg = LazyConfig.load(str(tmp_path / "mine.py"))
+    assert cfg.dataloader.test.mapper.image_format == "RGB"
+    results = d2.small(cfg).eval()(d2.inputs()[:1])
+    assert len(results[0]["instances"]) > 0
+
+
+def test_inference_from_given_boxes_and_without_postprocessing(model):
+    batch = d2.inputs()
+    with torch.no_grad():
+        raw = model.eval().inference(batch, do_postprocess=False)
+        boxes_only = [Instances(r.image_size, pred_boxes=r.pred_boxes, pred_classes=r.pred_classes) for r in raw]
+        again = model.inference(batch, boxes_only, do_postprocess=False)
+    for one, other in zip(raw, again, strict=True):
+        torch.testing.assert_close(one.pred_masks, other.pred_masks)
+    with pytest.raises(RuntimeError, match="eval mode"):
+        model.train().inference(batch)
+
+
+def test_large_scale_jitter_postprocess():
+    """One factor for both axes; what is in the square's padding is dropped."""
+    from detectron2.structures import Boxes
+
+    boxes = torch.tensor([[10.0, 10, 50, 40], [0, 70, 40, 90], [60, 10, 120, 70]])
+    results = Instances((100, 100), pred_boxes=Boxes(boxes), scores=torch.tensor([0.9, 0.8, 0.7]))
+    results.pred_masks = torch.ones(3, 1, 28, 28)
+    (result,) = ours._postprocess([results], [{"height": 120, "width": 200}], [(100, 100)])
+    result = result["instances"]
+    assert result.image_size == (120, 200)
+    assert result.pred_boxes.tensor.tolist() == [[20, 20, 100, 80], [120, 20, 200, 120]]
+    assert result.pred_masks.shape == (2, 120, 200)
+    assert result.pred_masks[0].sum() == pytest.approx(80 * 60, rel=0.05)
+    assert torch.equal(results.pred_boxes.tensor, boxes)
+
+
+def test_overridden_mae_path_is_read(tmp_path):
+    with pytest.raises(RuntimeError, match=r"no checkpoint at .*mae\.pth"):
+        instantiate(load_config(d2.BASE, [f"mae_checkpoint.path='{tmp_path}/mae.pth'"]).model)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.py", "from models import MIMDetBackbone\nmodel = dict()"),
+        ("a.py", "from models.modeling import _postprocess\nmodel = dict()"),
+        ("a.yaml", "model: {_target_: models.mimdet.MIMDetBackbone}"),
+    ],
+)
+def test_config_of_the_original_is_told_the_import(tmp_path, monkeypatch, name, text):
+    monkeypatch.setattr("sys.path", [p for p in __import__("sys").path if "MIMDet" not in p])
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ImportError, match=r"names the original MIMDet's models\S*: import from mimdet\.detectron2"):
+        load_config(str(tmp_path / name))
+
+
+def test_parts_without_a_counterpart_are_named():
+    cfg = load_config(d2.BASE)
+    cfg.model.proposal_generator._target_ = "mimdet.detection.Novelty"
+    with pytest.raises(ValueError, match=r"no counterpart of mimdet\.detection\.Novelty"):
+        ours.use_detectron2(cfg.model, cfg.dataloader, cfg.lr_multiplier, cfg.train)

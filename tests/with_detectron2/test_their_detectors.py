@@ -1,0 +1,70 @@
+"""The Detectron2 configs of Cascade and RetinaNet against the native ones: same weights, same results."""
+
+import pytest
+import torch
+from support.paths import CONFIGS
+from support.small_mimdet import SIZES, target
+
+from mimdet.config import instantiate, load
+from mimdet.testing import tiny_config, tiny_overrides
+
+d2 = pytest.importorskip("detectron2_testing")
+
+from detectron2.config import instantiate as their_instantiate
+from detectron2.utils.events import EventStorage
+
+from mimdet.detectron2.config import load_config
+
+OTHER_DETECTORS = ("mimdet_b_cascade_mask_rcnn", "mimdet_l_cascade_mask_rcnn", "mimdet_b_retinanet")
+
+CONFIGS = CONFIGS
+ABLATIONS = [f"ablations/{path.stem}" for path in sorted((CONFIGS / "detectron2" / "ablations").glob("*.py"))]
+
+
+def test_every_ablation_has_a_counterpart_but_the_passes_which_are_native_alone():
+    native = {f"ablations/{path.stem}" for path in (CONFIGS / "ablations").glob("*.py")}
+    assert native - set(ABLATIONS) == {"ablations/table4_ensemble"}
+
+
+@pytest.mark.parametrize("name", [*OTHER_DETECTORS, *ABLATIONS])
+def test_full_size_has_the_native_keys(name):
+    with torch.device("meta"):
+        native = instantiate(load(f"configs/{name}.py").model)
+        theirs = their_instantiate(load_config(f"configs/detectron2/{name}.py").model)
+    ours, others = ({k: v.shape for k, v in m.state_dict().items()} for m in (native, theirs))
+    assert ours == others
+
+
+@pytest.mark.parametrize("name", OTHER_DETECTORS)
+def test_both_forms_agree(name):
+    overrides = [o.replace("=false", "=False") for o in tiny_overrides(name)]
+    native = instantiate(tiny_config(name).model)
+    theirs = their_instantiate(load_config(f"configs/detectron2/{name}.py", overrides).model)
+    heads = theirs.head if name.endswith("retinanet") else theirs.roi_heads
+    assert type(heads).__module__.startswith("detectron2.modeling.")
+    d2.fill_module(native)
+    theirs.load_state_dict(native.state_dict(), strict=True)
+    batch = d2.inputs()
+    with torch.no_grad():
+        expected = native.eval()([x["image"] for x in batch])
+        results = [x["instances"] for x in theirs.eval()(batch)]
+    for ours, actual in zip(expected, results, strict=True):
+        assert len(ours["boxes"]) > 10
+        assert torch.equal(actual.pred_classes, ours["labels"])
+        torch.testing.assert_close(actual.pred_boxes.tensor, ours["boxes"], atol=5e-3, rtol=0)
+        torch.testing.assert_close(actual.scores, ours["scores"], atol=1e-4, rtol=0)
+        assert actual.has("pred_masks") == ("masks" in ours)
+
+
+@pytest.mark.parametrize("name", OTHER_DETECTORS)
+def test_losses_of_a_training_step(name):
+    """Detectron2 draws other proposals, so only names and finiteness are compared."""
+    overrides = [o.replace("=false", "=False") for o in tiny_overrides(name)]
+    model = their_instantiate(load_config(f"configs/detectron2/{name}.py", overrides).model)
+    with EventStorage(0):
+        losses = model.train()(d2.inputs())
+    sum(losses.values()).backward()
+    native = instantiate(tiny_config(name).model).train()
+    truth = [target(21 + i, size, count) for i, (size, count) in enumerate(zip(SIZES, (3, 5), strict=True))]
+    assert losses.keys() == native([x["image"] for x in d2.inputs()], truth).keys()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
