@@ -173,8 +173,8 @@ def test_compiles_within_the_budget(capability, channels, dtypes):
         return add_layer_norm(**kw, dtype=DTYPES[dtypes][2], impl="triton")
 
     aligned = channels % 256 == 0
-    results = compile_pair(OP, capability, lambda: differentiate(function, inputs, gradients))
-    for one, registers in zip(results, REGISTERS[aligned], strict=True):
+    compiled = compile_pair(OP, capability, lambda: differentiate(function, inputs, gradients))
+    for one, registers in zip(compiled, REGISTERS[aligned], strict=True):
         assert one.stack == 0, one
         assert one.registers <= registers, one
         assert not aligned or (one.loads_16 and one.stores_16), one
