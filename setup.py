@@ -1,4 +1,4 @@
-"""Package layout, and the C++ kernels where they can be compiled. What can be declared is in pyproject.toml."""
+"""Package layout, and compilation of the C++ kernels. Everything declarative is in pyproject.toml."""
 
 import os
 import runpy
@@ -14,7 +14,7 @@ BUILD = Path(__file__).absolute().parent / "mimdet" / "kernels" / "build.py"
 
 
 class BuildKernels(build_py):
-    """Copies the package and puts compiled kernels beside it.
+    """Copies the package, and adds compiled kernels where torch and a compiler are available.
 
     MIMDET_BUILD=0 leaves them out; MIMDET_BUILD=1 makes a failure fatal; MIMDET_BUILD_CUDA=1 compiles for CUDA too.
     Without torch or a compiler (pip's isolated builds have no torch) the package is pure Python and compiles at first
@@ -29,21 +29,21 @@ class BuildKernels(build_py):
         if os.environ.get("MIMDET_BUILD") == "0" or self.editable_mode:
             return  # an editable install compiles at first use, and again whenever a source changes
         build = runpy.run_path(str(BUILD))
-        wanted = ["compile_cpu"] + (["compile_cuda"] if os.environ.get("MIMDET_BUILD_CUDA") == "1" else [])
-        for name in wanted:
+        builds = ["compile_cpu"] + (["compile_cuda"] if os.environ.get("MIMDET_BUILD_CUDA") == "1" else [])
+        for name in builds:
             try:
-                made = build[name](Path(self.get_finalized_command("build").build_temp).resolve())
+                library = build[name](Path(self.get_finalized_command("build").build_temp).resolve())
             except (ImportError, build["BuildError"]) as error:
                 if os.environ.get("MIMDET_BUILD") == "1":
                     raise
-                note = f"mimdet: kernels not compiled now ({name}); they will be at first use. Reason: {error}"
-                print(note, file=sys.stderr)
+                message = f"mimdet: kernels not compiled now ({name}); they will be at first use. Reason: {error}"
+                print(message, file=sys.stderr)
                 continue
-            shutil.copy(made, folder / made.name)
+            shutil.copy(library, folder / library.name)
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel for this platform and any Python 3 if something compiled is inside, else for all."""
+    """A wheel for any Python 3: of this platform if it has compiled kernels, else of any platform."""
 
     def get_tag(self):
         folder = Path(self.get_finalized_command("build_py").build_lib) / "mimdet" / "kernels"

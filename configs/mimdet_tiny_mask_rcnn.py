@@ -1,4 +1,4 @@
-"""A small MIMDet for trying things on real pictures without a GPU or pre-trained weights."""
+"""A small MIMDet for trying things on real images without a GPU or pre-trained weights."""
 
 from mimdet.config import LazyCall as L
 from mimdet.data import RandomFlip, ResizeShortestEdge

@@ -1,4 +1,4 @@
-"""MIMDet: fine-tune a masked-image-modelling pre-trained ViT into an object detector (arXiv 2204.02964)."""
+"""MIMDet: fine-tune a masked-image-modeling pre-trained ViT into an object detector (arXiv 2204.02964)."""
 
 from importlib import import_module as _import_module
 
@@ -18,7 +18,7 @@ __all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str):
-    """Import the public names when they are first asked for, so that ``import mimdet`` stays quick."""
+    """Import a public name at its first use, so that ``import mimdet`` is fast."""
     if name not in _EXPORTS:
         raise AttributeError(f"module 'mimdet' has no attribute {name!r}")
     return getattr(_import_module(f".{_EXPORTS[name]}", __name__), name)

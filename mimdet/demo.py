@@ -1,4 +1,4 @@
-"""The whole detector in one go on generated images: data, training, metrics, plots."""
+"""The demo: trains, evaluates and draws a small detector on generated images."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def run_demo(
     ``curves.png`` and ``predictions.png``.
 
     Args:
-        output: folder, made when missing; by default the config's.
+        output: folder, created when missing; by default the config's.
         overrides: ``key=value`` for the config.
-        overwrite: train anew where ``output`` holds an earlier demo; else that one goes on, and one at its end is
+        overwrite: train anew where ``output`` has an earlier demo. Without it, that demo is resumed; a finished one is
             only evaluated and drawn.
-        config: whose data are ``shapes/`` in the folder, as in ``configs/demo.py``.
+        config: one that trains and tests on ``shapes/`` in the folder, as ``configs/demo.py``.
 
     Returns:
         the evaluator's metrics, fractions.
@@ -69,7 +69,7 @@ def run_demo(
     for name, what in (
         ("predictions.png", "held-out images: ground truth above, predictions below"),
         ("curves.png", "losses and AP during training"),
-        ("metrics.json", "all figures"),
+        ("metrics.json", "all metrics"),
         ("model_final.pth", "the weights"),
     ):
         console.print(f"  {output / name}  {what}", soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""Files and streams that fail: no half-written file after a crash or on a full disk, no error for a lost reader."""
+"""Atomic writes of files, errors of a full disk that name the file, and closed output streams."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import IO, Any
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in place in one step.
+    """Call ``write`` with a temporary file beside ``path``, then rename it to ``path``.
 
-    Whatever happens, ``path`` holds either its old content or all of the new; on an exception the temporary
-    file is removed and the exception goes on. The folder is made when missing.
+    ``path`` always has either its old content or all of the new. On an exception the temporary file is removed and the
+    exception is raised. A missing folder is created.
 
     Raises:
-        OSError: the disk refuses; names ``path`` and the free space, whatever ``write`` made of the failure.
+        OSError: the write fails; names ``path`` and the free space, even where ``write`` raised another type.
     """
     path = Path(path)
     with naming(path):
@@ -34,7 +34,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> Non
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
+            os.chmod(name, 0o666 & ~_umask())  # mkstemp creates files that only their owner may read
             os.replace(name, path)
         except BaseException as error:
             Path(name).unlink(missing_ok=True)
@@ -46,7 +46,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> Non
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Let every OSError of the block name ``path``, as a failed write does not, and the space left on its disk."""
+    """Add ``path`` and the free space of its disk to every OSError of the block; a failed write has neither."""
     try:
         yield
     except OSError as error:
@@ -65,7 +65,7 @@ def free_space(folder: Path) -> str:
 
 
 class _File(io.FileIO):
-    """Keeps its failed write: ``torch.save`` turns it into a RuntimeError about its own archive."""
+    """Remembers the OSError of a failed write: ``torch.save`` raises a RuntimeError about its archive instead."""
 
     failure: OSError | None = None
 
@@ -88,17 +88,17 @@ def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
 
 
 def drop_dead_stream(stream: Any) -> None:
-    """Send ``stream`` nowhere if its terminal or the reader of its pipe is gone; to be called on its failure."""
+    """Redirect ``stream`` to the null device if its terminal or reader is gone; call it in an except block."""
     error = sys.exc_info()[1]
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO, errno.EBADF):
         with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files of writes that a kill cut short."""
+    """Delete temporary files of writes that SIGKILL interrupted."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
 
@@ -110,7 +110,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Let the rename survive a power cut, where the system can sync folders."""
+    """fsync a folder, so that a rename in it survives a power cut; only POSIX can."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""What this machine and this installation have."""
+"""Versions, devices and implementations of this machine and installation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PACKAGES = (
     "flash-attn",
     "detectron2",
 )
-# Implementations of an operation, in the order in which they are shown.
+# Implementations of an operation, in the order of `mimdet info`.
 KERNELS = ("triton", "cuda", "flash_attn", "torch_varlen", "sdpa", "cpp", "aten_cpu", "eager")
 
 
@@ -55,7 +55,7 @@ def devices() -> list[tuple[str, str]]:
 
 
 def implementations() -> list[tuple[str, str, str]]:
-    """(part, what is used, why) for every part that has a choice."""
+    """(part, implementation in use, reason) for every part that has several."""
     gpu = torch.cuda.is_available()
     fast_eval = importlib.util.find_spec("faster_coco_eval") is not None
     if not gpu:
@@ -76,33 +76,33 @@ def implementations() -> list[tuple[str, str, str]]:
 
 
 def kernels() -> tuple[list[tuple[str, ...]], list[str]]:
-    """What every operation can run here.
+    """Implementations of every operation, and whether they run here.
 
     Returns:
         Rows of operation, device, and a state for each of ``KERNELS``: "chosen" by auto, "yes", "no" with the number
-        of a note, or "-" where it is not written; and the notes, the first of which is number 1.
+        of a reason, or "-" where there is none; and the reasons, numbered from 1.
     """
     from .kernels import table
 
     states: dict[tuple[str, str], dict[str, str]] = {}
-    notes: list[str] = []
+    reasons: list[str] = []
     for row in table():
-        if not row.usable and row.reason not in notes:
-            notes.append(row.reason)
-        state = "chosen" if row.chosen else "yes" if row.usable else f"no ({notes.index(row.reason) + 1})"
+        if not row.usable and row.reason not in reasons:
+            reasons.append(row.reason)
+        state = "chosen" if row.chosen else "yes" if row.usable else f"no ({reasons.index(row.reason) + 1})"
         states.setdefault((row.op, row.device), {})[row.impl] = state
-    return [(*place, *(of.get(impl, "-") for impl in KERNELS)) for place, of in states.items()], notes
+    return [(*key, *(row.get(impl, "-") for impl in KERNELS)) for key, row in states.items()], reasons
 
 
 def kernel_limits() -> list[tuple[str, str, str]]:
-    """(operation, implementations, shapes that they take) wherever that is not all."""
+    """(operation, implementations, supported shapes) for implementations that do not support all shapes."""
     from .kernels import table
 
-    found: dict[tuple[str, str], list[str]] = {}
+    limits: dict[tuple[str, str], list[str]] = {}
     for row in table("cpu"):
         if row.limits:
-            found.setdefault((row.op, row.limits), []).append(row.impl)
-    return [(op, ", ".join(impls), limits) for (op, limits), impls in found.items()]
+            limits.setdefault((row.op, row.limits), []).append(row.impl)
+    return [(op, ", ".join(impls), text) for (op, text), impls in limits.items()]
 
 
 def _kernels_in_use() -> tuple[str, str]:

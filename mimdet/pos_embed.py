@@ -41,7 +41,7 @@ def interpolate_pos_embed(pos_embed: torch.Tensor, size: tuple[int, int]) -> tor
 
     Args:
         pos_embed: (1, 1 + n^2, D) with a cls row first.
-        size: rows and columns wanted.
+        size: rows and columns of the result.
 
     Returns:
         (1, rows * columns, D) without the cls row, in float32 (float64 from a float64 table), whatever autocast says.
@@ -60,10 +60,10 @@ def interpolate_pos_embed(pos_embed: torch.Tensor, size: tuple[int, int]) -> tor
 
 
 class PosEmbedCache:
-    """Interpolations of a frozen table, kept for the grids last used until the table changes or moves.
+    """Least recently used cache of interpolations of a frozen table, cleared when the table changes or moves.
 
     Args:
-        capacity: bytes to keep; the last interpolation is kept in any case.
+        capacity: most bytes; the last interpolation is cached in any case.
     """
 
     def __init__(self, capacity: int = 2**27):
@@ -72,34 +72,34 @@ class PosEmbedCache:
         self._grids: dict[tuple[int, int], torch.Tensor] = {}
 
     def __call__(self, pos_embed: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """``interpolate_pos_embed``, made once."""
+        """``interpolate_pos_embed``, cached."""
         state = (pos_embed.data_ptr(), pos_embed._version, pos_embed.device, pos_embed.dtype)
         if state != self._state:
             self._state, self._grids = state, {}
-        found = self._grids.pop(size, None)
-        if found is None:
-            # A grid first seen under inference_mode must serve training too.
+        table = self._grids.pop(size, None)
+        if table is None:
+            # inference_mode: a grid first computed there must serve training too.
             with torch.inference_mode(False), torch.no_grad():
-                found = interpolate_pos_embed(pos_embed, size).contiguous()
-            kept = found.nbytes + sum(t.nbytes for t in self._grids.values())
-            while self._grids and kept > self.capacity:
-                kept -= self._grids.pop(next(iter(self._grids))).nbytes
-        self._grids[size] = found
-        return found
+                table = interpolate_pos_embed(pos_embed, size).contiguous()
+            size_in_bytes = table.nbytes + sum(t.nbytes for t in self._grids.values())
+            while self._grids and size_in_bytes > self.capacity:
+                size_in_bytes -= self._grids.pop(next(iter(self._grids))).nbytes
+        self._grids[size] = table
+        return table
 
     def packed(self, pos_embed: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """(V, D): each picture's own grid, one after the other."""
+        """(V, D): the table of each image's grid, one after the other."""
         return torch.cat([self(pos_embed, size)[0] for size in sizes])
 
     def padded(self, pos_embed: torch.Tensor, sizes: Sequence[tuple[int, int]], grid: tuple[int, int]) -> torch.Tensor:
-        """(B * rows * columns of ``grid``, D): each picture's own grid at the top left; the rest is not written."""
-        canvas = None
+        """(B * rows * columns of ``grid``, D): the table of each image at its top left; the rest is uninitialized."""
+        out = None
         for b, (rows, columns) in enumerate(sizes):
-            own = self(pos_embed, (rows, columns))
-            if canvas is None:
-                canvas = own.new_empty((len(sizes), *grid, own.shape[2]))
-            canvas[b, :rows, :columns] = own.view(rows, columns, -1)
-        return canvas.flatten(0, 2)
+            table = self(pos_embed, (rows, columns))
+            if out is None:
+                out = table.new_empty((len(sizes), *grid, table.shape[2]))
+            out[b, :rows, :columns] = table.view(rows, columns, -1)
+        return out.flatten(0, 2)
 
     def __deepcopy__(self, memo: dict) -> PosEmbedCache:
         return PosEmbedCache(self.capacity)

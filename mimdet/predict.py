@@ -35,33 +35,33 @@ logger = logging.getLogger(__name__)
 
 PREDICTIONS_FILE = "predictions.json"
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_LONGEST_NAME = 200  # bytes; file systems take 255, and a number, a suffix and a temporary file's marks are added
-_SCORE_LIMIT = "test_score_thresh"
+_LONGEST_NAME = 200  # bytes; file systems allow 255, with the number, suffix and temporary name that are added
+_SCORE_THRESHOLD = "test_score_thresh"
 
 AnyImage = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 
 
 class Predictor:
-    """A detector ready to be called with one image after the other.
+    """A detector with its preprocessing; call it with an image.
 
     Args:
-        cfg_or_path: config or its path; None takes the config that a training wrote into ``weights``, from which
-            only the parts of the shipped configs are built.
+        cfg_or_path: config or its path; None takes the config saved in ``weights``, from which only parts of the
+            shipped configs are built.
         weights: checkpoint of the detector.
         device: ``auto`` is CUDA where there is a GPU, else the CPU; or cpu, cuda, cuda:1, mps.
-        score_threshold: detections below it are left out, in [0, 1]; the config's own threshold holds besides, and a
-            warning says so where that is the higher one.
+        score_threshold: detections below it are left out, in [0, 1]. The config's threshold applies too; a warning says
+            so if it is higher.
         overrides: ``key=value`` for the config.
 
     Attributes:
-        model: the detector, in eval mode. device: where it is.
+        model: the detector, in eval mode. device: its device.
         classes: names by label: the checkpoint's, else COCO's for 80 classes, else class_0, class_1, ...
         category_ids: dataset ids by label.
 
     Raises:
-        CheckpointError: the weights cannot be read, do not fit the config, or hold NaN or infinite values.
+        CheckpointError: the weights cannot be read, do not fit the config, or have NaN or infinite values.
         ValueError: unknown device, or a threshold outside [0, 1].
-        RuntimeError: the device is not there.
+        RuntimeError: the device does not exist.
     """
 
     def __init__(
@@ -103,50 +103,49 @@ class Predictor:
             image: path; PIL image; uint8 RGB array (H, W, 3); or uint8 RGB tensor (3, H, W).
 
         Returns:
-            in pixels of the image as given (files are turned as their EXIF orientation says), on the CPU, best
-            first: ``boxes`` float32 (N, 4) xyxy, ``scores`` (N,), ``labels`` int64 (N,), ``masks`` bool (N, H, W)
-            unless the detector predicts none, and ``class_names``, N str. For large images with many objects
-            :meth:`detect` needs less memory.
+            in pixels of the image (of a file, after its EXIF orientation), on the CPU, best first: ``boxes`` float32
+            (N, 4) xyxy, ``scores`` (N,), ``labels`` int64 (N,), ``masks`` bool (N, H, W) if the detector predicts
+            masks, and ``class_names``, N str. For large images with many objects :meth:`detect` needs less memory.
 
         Raises:
             DataError: the image cannot be read, is empty, or has another type or shape.
         """
         image = open_image(image)
-        found = self.detect(image)
-        if "mask_probabilities" in found:
-            maps = found.pop("mask_probabilities")
-            found["masks"] = paste_masks(maps, found["boxes"], (image.height, image.width))
-        return {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
+        result = self.detect(image)
+        if "mask_probabilities" in result:
+            maps = result.pop("mask_probabilities")
+            result["masks"] = paste_masks(maps, result["boxes"], (image.height, image.width))
+        return {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in result.items()}
 
     @torch.inference_mode()
     def detect(self, image: Image.Image) -> dict[str, Any]:
-        """As calling it, for a PIL image in RGB and without bitmaps of the masks.
+        """As :meth:`__call__`, for a PIL image in RGB, with soft maps instead of masks.
 
         Returns:
             on :attr:`device`, best first: ``boxes`` float32 (N, 4) xyxy, ``scores`` (N,), ``labels`` int64 (N,) and
             ``class_names``, N str; from detectors with masks also ``mask_probabilities`` (N, S, S) in [0, 1], soft maps
-            of the boxes. ``mimdet.detection.masks.paste_in_parts`` makes bitmaps of them, a few at a time.
+            of the boxes. ``mimdet.detection.masks.paste_in_parts`` makes masks of them, a few at a time.
         """
-        # test augmentations only resize, and draw no random numbers
+        # test augmentations only resize: they draw no random numbers
         resized, _ = self._mapper.augmentations(image, None, np.random.default_rng(0))
         pixels = F.pil_to_tensor(resized)
         if self._mapper.image_format == "BGR":
             pixels = pixels.flip(0)
         (result,) = self.model([pixels.to(self.device)], output_sizes=[(image.height, image.width)], paste=False)
         keep = result["scores"] >= self.score_threshold
-        found = {key: value[keep] for key, value in result.items()}
-        return {**found, "class_names": [self.classes[label] for label in found["labels"].tolist()]}
+        result = {key: value[keep] for key, value in result.items()}
+        return {**result, "class_names": [self.classes[label] for label in result["labels"].tolist()]}
 
 
 @dataclass(frozen=True)
 class PredictionReport:
-    """What :func:`predict_files` did.
+    """Result of :func:`predict_files`.
 
     Attributes:
         predictions: the file with all detections.
-        drawings: the images written, in the order of the inputs that could be processed.
-        objects: how many objects were found in each input that could be processed.
-        skipped: path of each input that could not be processed, and why.
+        drawings: the written images, in the order of the processed inputs.
+        objects: number of detected objects in each processed input.
+        skipped: path of each input that could not be processed, and the reason.
     """
 
     predictions: Path
@@ -165,14 +164,14 @@ def predict_files(
     predictor: Predictor,
     progress: bool = True,
 ) -> PredictionReport:
-    """Detect the objects in image files and write what was found.
+    """Detect the objects in image files; write drawings and a list of the detections.
 
-    ``output_dir`` receives a PNG for each image, named as it, with the detections drawn (small images enlarged),
-    and ``predictions.json``: a COCO results list whose entries also have ``file_name`` and ``category_name``, and
-    whose ``image_id`` counts the inputs from 1. Names that occur more than once get their folder's name in front.
+    ``output_dir`` receives a PNG of the same name for each image, with its detections (small images are enlarged), and
+    ``predictions.json``: a COCO results list whose entries also have ``file_name`` and ``category_name``;
+    ``image_id`` counts the inputs from 1. Names that occur more than once get a prefix, the name of their folder.
 
     An image that cannot be read, detected or drawn is named in a warning and skipped. ``predictions.json`` is always
-    written, on an error or Ctrl-C with what was done until then. Masks are held one at a time.
+    written, after an error or Ctrl-C too. Only one mask is in memory at a time.
 
     Args:
         inputs: files, and folders whose images are found at any depth (hidden files and ``output_dir`` aside).
@@ -194,16 +193,16 @@ def predict_files(
             for number, file in enumerate(bar.track(files, description="detecting"), start=1):
                 try:
                     image = open_image(file)
-                    found = predictor.detect(image)
-                    names = found.pop("class_names")
-                    results = _coco_results(found, (image.height, image.width), number, predictor.category_ids)
+                    detected = predictor.detect(image)
+                    names = detected.pop("class_names")
+                    results = _coco_results(detected, (image.height, image.width), number, predictor.category_ids)
                     for result, name in zip(results, names, strict=True):
                         detections.append({"file_name": str(file), **result, "category_name": name})
                     report.objects[file] = len(results)
-                    drawing = _draw(image, found, results, predictor.classes)
-                except torch.AcceleratorError:  # a CUDA context does not survive it: no other image would be done
+                    drawing = _draw(image, detected, results, predictor.classes)
+                except torch.AcceleratorError:  # the CUDA context is lost: every other image would fail
                     raise
-                except Exception as error:  # an image can break each step in many ways
+                except Exception as error:  # an image can make each step fail with many types
                     reason = _reason(error, file, "drawn" if file in report.objects else "processed")
                     report.skipped.append((file, reason))
                     logger.warning("skipped: %s", reason)
@@ -222,19 +221,20 @@ def predict_files(
 
 
 def _coco_results(
-    found: dict[str, Any], size: tuple[int, int], number: int, category_ids: Sequence[int]
+    detected: dict[str, Any], size: tuple[int, int], number: int, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """COCO results of what :meth:`Predictor.detect` found in an image of ``size``, masks encoded one at a time."""
-    if "mask_probabilities" in found:
-        found = {**found, "masks": paste_in_parts(found["mask_probabilities"], found["boxes"], size)}
-    return to_coco_results(found, number, category_ids)
+    """COCO results of :meth:`Predictor.detect` for an image of ``size``, with masks encoded one at a time."""
+    if "mask_probabilities" in detected:
+        detected = {**detected, "masks": paste_in_parts(detected["mask_probabilities"], detected["boxes"], size)}
+    return to_coco_results(detected, number, category_ids)
 
 
 def _draw(
-    image: Image.Image, found: dict[str, Any], results: list[dict[str, Any]], classes: Sequence[str]
+    image: Image.Image, detected: dict[str, Any], results: list[dict[str, Any]], classes: Sequence[str]
 ) -> Image.Image:
-    masks = [result["segmentation"] for result in results] if "mask_probabilities" in found else None
-    return draw_instances(image, found["boxes"], found["labels"], classes, scores=found["scores"], masks=masks)
+    masks = [result["segmentation"] for result in results] if "mask_probabilities" in detected else None
+    scores = detected["scores"]
+    return draw_instances(image, detected["boxes"], detected["labels"], classes, scores=scores, masks=masks)
 
 
 def _reason(error: Exception, file: Path, done: str) -> str:
@@ -253,51 +253,51 @@ def _writing(path: Path) -> Iterator[Path]:
 
 
 def check_output(output_dir: str | os.PathLike) -> None:
-    """See that a folder can be made or written, without a trace of that.
+    """Check that a folder can be created and written, without creating it.
 
     Raises:
-        NotADirectoryError: it, or a folder above it, is a file.
+        NotADirectoryError: it, or one of its parents, is a file.
         PermissionError: no right to write.
     """
     folder = Path(output_dir)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
-    if not there.is_dir():
-        raise NotADirectoryError(f"cannot write to {output_dir}: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"cannot write to {output_dir}: no right to write in {there}")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"cannot write to {output_dir}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write to {output_dir}: no right to write in {existing}")
 
 
 def find_images(inputs: Iterable[str | os.PathLike], output_dir: str | os.PathLike | None = None) -> list[Path]:
-    """The given files, and the images at any depth in the given folders, each once.
+    """Files of ``inputs``, and images at any depth in their folders, each once.
 
     Args:
-        output_dir: a folder to leave out, lest a second run takes the first one's drawings for inputs.
+        output_dir: folder to leave out: a second run would take the drawings of the first as inputs.
 
     Raises:
         FileNotFoundError: an input does not exist.
-        DataError: nothing is found, or a given folder is ``output_dir`` itself.
+        DataError: there are no images, or an input folder is ``output_dir``.
     """
     inputs = [Path(path).expanduser() for path in inputs]
     excluded = None if output_dir is None else Path(output_dir).resolve()
-    found: dict[Path, Path] = {}
+    images: dict[Path, Path] = {}
     for path in inputs:
         if path.is_dir():
             if path.resolve() == excluded:
                 raise DataError(f"{path} is both input and output folder; write the output somewhere else")
             for file in _walk(path, excluded):
-                found.setdefault(file.resolve(), file)
+                images.setdefault(file.resolve(), file)
         elif path.is_file():
-            found.setdefault(path.resolve(), path)
+            images.setdefault(path.resolve(), path)
         else:
             raise FileNotFoundError(f"no such file or folder: {path}")
-    if not found:
+    if not images:
         where = ", ".join(map(str, inputs)) or "no input given"
         raise DataError(f"no images found ({where}); known suffixes: {', '.join(SUFFIXES)}")
-    return list(found.values())
+    return list(images.values())
 
 
 def open_image(image: AnyImage) -> Image.Image:
-    """An image as PIL in RGB; files are turned as their EXIF orientation says.
+    """An image as PIL in RGB, with a file's EXIF orientation applied.
 
     Raises:
         DataError: it cannot be read, is empty, has more than 8 bits a channel, or is an array or tensor of another
@@ -310,7 +310,7 @@ def open_image(image: AnyImage) -> Image.Image:
         if isinstance(image, Image.Image):
             return _to_rgb(image, name)
         if os.path.exists(image) and not os.path.isfile(image):
-            raise DataError(f"{name} is not a file")  # opening a pipe would wait for a writer
+            raise DataError(f"{name} is not a file")  # opening a named pipe would wait for a writer
         with Image.open(image) as opened:
             ImageOps.exif_transpose(opened, in_place=True)
             return _to_rgb(opened, name)
@@ -340,22 +340,22 @@ def _from_array(image: np.ndarray | torch.Tensor) -> Image.Image:
 
 
 def _score_limits(node: Any, key: str) -> Iterator[tuple[str, float]]:
-    """The config's keys, below ``key``, that leave out detections of low score, with their values."""
+    """Score thresholds of a config, with their keys below ``key``."""
     if isinstance(node, (DictConfig, ListConfig)):
         names = list(node) if isinstance(node, DictConfig) else range(len(node))
         for name in names:
-            if name == _SCORE_LIMIT:
+            if name == _SCORE_THRESHOLD:
                 yield f"{key}.{name}", float(node[name])
             elif not OmegaConf.is_interpolation(node, name):
                 yield from _score_limits(node[name], f"{key}.{name}")
 
 
-def _config(given: DictConfig | str | os.PathLike | None, meta: dict[str, Any], weights: Any) -> DictConfig:
-    """The config to build: the one given, which is the caller's code, else the weights' own, which is not trusted."""
+def _config(cfg_or_path: DictConfig | str | os.PathLike | None, meta: dict[str, Any], weights: Any) -> DictConfig:
+    """The caller's config, which is trusted code, else the config saved in the weights, which is not trusted."""
     if not isinstance(meta, Mapping):
         raise CheckpointError(f"{weights}: its meta is a {type(meta).__name__}, not a dictionary")
-    if given is not None:
-        return copy.deepcopy(given) if isinstance(given, DictConfig) else load(given)
+    if cfg_or_path is not None:
+        return copy.deepcopy(cfg_or_path) if isinstance(cfg_or_path, DictConfig) else load(cfg_or_path)
     if not meta.get("config"):
         raise CheckpointError(f"{weights} carries no config; pass the one that it was trained with (--config-file)")
     try:
@@ -387,9 +387,9 @@ def _walk(folder: Path, excluded: Path | None) -> Iterator[Path]:
 
 
 def _drawing_paths(files: Sequence[Path], output_dir: Path) -> list[Path]:
-    """A PNG path for each file; all differ, also where case does not count, none is a file of them or a folder."""
+    """A PNG path for each file: unique even if case is ignored, and neither an input nor a folder."""
     stems = Counter(file.stem.casefold() for file in files)
-    taken = {str(file.resolve()).casefold() for file in files}
+    used = {str(file.resolve()).casefold() for file in files}
     paths = []
     for file in files:
         unique = stems[file.stem.casefold()] == 1
@@ -397,8 +397,8 @@ def _drawing_paths(files: Sequence[Path], output_dir: Path) -> list[Path]:
         while len(os.fsencode(name)) > _LONGEST_NAME:
             name = name[:-1]
         number, path = 2, output_dir / f"{name}.png"
-        while str(path.resolve()).casefold() in taken or path.is_dir():
+        while str(path.resolve()).casefold() in used or path.is_dir():
             number, path = number + 1, output_dir / f"{name}_{number}.png"
-        taken.add(str(path.resolve()).casefold())
+        used.add(str(path.resolve()).casefold())
         paths.append(path)
     return paths

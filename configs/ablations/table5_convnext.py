@@ -1,7 +1,7 @@
 """ConvNeXt-Large's first two stages for the ConvStem (paper, Table 5).
 
-From random weights, or from ImageNet's with `model.backbone.bottom_up.encoder.stem_pretrained=PATH`, a file that timm
-makes: `torch.save(timm.create_model("convnext_large", pretrained=True).state_dict(), PATH)`.
+From random weights, or from ImageNet's with `model.backbone.bottom_up.encoder.stem_pretrained=PATH`, a file written by
+`torch.save(timm.create_model("convnext_large", pretrained=True).state_dict(), PATH)`.
 The features of stride 16 come from the downsampling that begins ConvNeXt's third stage.
 """
 

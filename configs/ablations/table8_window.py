@@ -1,6 +1,6 @@
 """No sampling and no decoder: attention in windows of 7x7 tokens in every block (paper, Table 8, row 3).
 
-The encoder's output is c4. Windows at the right and lower edge have what the grid has left; nothing is padded.
+The encoder's output is c4. Windows at the right and lower edge are smaller where the grid ends; nothing is padded.
 """
 
 from .table6_mask_token import dataloader, lr_multiplier, mae_checkpoint, model, optimizer, train

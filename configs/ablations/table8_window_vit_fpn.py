@@ -1,7 +1,7 @@
 """As `table8_window.py`, with c2 and c3 from the ViT's own features (paper, Table 8, row 4).
 
-They come from blocks 3 and 6 of 12, by transposed convolutions (Li et al., 2021). Parameters: 120.7 M, which the paper
-writes as 120, as it does 127.95 as 127.
+They come from blocks 3 and 6 of 12, by transposed convolutions (Li et al., 2021). Parameters: 120.7 M; the paper
+rounds down to 120, and 127.95 to 127.
 """
 
 from mimdet.config import LazyCall as L

@@ -1,6 +1,6 @@
 """Benchmarking-ViT-Base (Li et al., 2021), Mask R-CNN, large-scale jitter at 1024 pixels; `num_epochs` sets the length.
 
-Of MAE's file, `mae_checkpoint.path`, the encoder alone is read.
+Only the encoder of MAE's file, `mae_checkpoint.path`, is loaded.
 """
 
 import torch
@@ -15,7 +15,7 @@ from .mask_rcnn import model
 from .schedule import train
 
 _SIDE = "${model.backbone.bottom_up.img_size}"
-_ITERATIONS = 184_375  # 100 epochs of 118,000 pictures at batch 64
+_ITERATIONS = 184_375  # 100 epochs of 118,000 images at batch 64
 
 model.backbone.bottom_up = L(BenchmarkingViTDet)(
     window_size=16,
@@ -69,6 +69,6 @@ train["checkpointer"] = dict(period=1844, max_to_keep=100)
 
 
 def num_epochs(epochs):
-    """Train for so many epochs, a quarter epoch of them warm-up."""
+    """Train for ``epochs`` epochs, the first quarter epoch with warmup."""
     train.update(max_iter=_ITERATIONS * epochs // 100, output_dir=f"output/benchmarking_b_{epochs}ep")
     lr_multiplier.warmup_length = 0.25 / epochs

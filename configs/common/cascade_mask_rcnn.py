@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN: the Mask R-CNN of ``mask_rcnn.py`` with three box heads, each for tighter boxes."""
+"""Cascade Mask R-CNN: the Mask R-CNN of ``mask_rcnn.py`` with three box heads, each for a higher IoU."""
 
 from copy import deepcopy
 
@@ -10,7 +10,7 @@ from .mask_rcnn import model as _mask_rcnn
 
 
 def use_cascade(model):
-    """Put three box heads in the place of a Mask R-CNN's one; its other parts stay."""
+    """Replace the box head of a Mask R-CNN by three; other parts do not change."""
     for key in ("box_head", "box_predictor", "proposal_matcher"):
         model.roi_heads.pop(key)
     model.roi_heads.update(
@@ -40,5 +40,5 @@ def use_cascade(model):
     )
 
 
-model = deepcopy(_mask_rcnn)  # other configs take that one as it is
+model = deepcopy(_mask_rcnn)  # deepcopy: other configs use the Mask R-CNN
 use_cascade(model)

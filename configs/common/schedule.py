@@ -12,7 +12,7 @@ train = dict(
     init_checkpoint="",
     init_checkpoint_ignore=[],
     max_iter=36 * _EPOCH,
-    # Learning rate and iterations above and below are for this batch; other batches scale them.
+    # Batch size of the learning rate and iterations in this config; other batch sizes scale them.
     reference_batch_size=64,
     seed=0,
     device="auto",

@@ -84,8 +84,8 @@ def draw(path):
         # The stem's own map of tokens fills the gaps that sampling left.
         ax.plot([2.9, 2.9, 6.24], [1.5, 0.55, 0.55], color=EDGE, linewidth=1, linestyle=(0, (3, 2)), clip_on=False)
         arrow(ax, (6.24, 0.55), (6.24, 1.14))
-        note = "ConvStem features of the tokens that were not sampled"
-        ax.text(4.57, 0.4, note, ha="center", va="center", size=7.5, color=QUIET, clip_on=False)
+        text = "ConvStem features of the tokens that were not sampled"
+        ax.text(4.57, 0.4, text, ha="center", va="center", size=7.5, color=QUIET, clip_on=False)
 
         # Features for the pyramid.
         box(ax, 8.75, 1.0, 1.5, 2.25, "detector", "FPN\nRPN\nbox and mask heads\n(or Cascade,\nor RetinaNet)", DETECTOR)

@@ -1,1 +1,1 @@
-"""Checkpoint files: reading them safely, loading MAE weights, turning one kind into another."""
+"""Checkpoint files: reading them safely, loading MAE weights, converting one format into another."""

@@ -1,4 +1,4 @@
-"""Turn checkpoints of MAE, of the original MIMDet and of this project into one another."""
+"""Convert checkpoints of MAE, of the original MIMDet and of this project into one another."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _DROPPED_FROM_MAE = ("patch_embed.", "cls_token", "mask_token", "decoder_pred.")
 
 
 def convert_checkpoint(source: str | Path, target: str | Path, to: str, force: bool = False) -> list[str]:
-    """Read ``source`` and write ``target`` in another form.
+    """Read ``source`` and write ``target`` in another format.
 
     Args:
-        source: a detector's checkpoint (ours or the original's) or a full MAE checkpoint.
-        target: file to write, whole or not at all.
+        source: a detector's checkpoint (of this project or the original) or a full MAE checkpoint.
+        target: file to write, atomically.
         to: "detector": weights and class names only. "mae": the detector's encoder and decoder under MAE's
             names. "backbone": MAE's encoder and decoder under the detector's names.
         force: replace an existing ``target``.
@@ -29,7 +29,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, to: str, force: b
         lines that say what was written.
 
     Raises:
-        CheckpointError: ``source`` is unreadable or not of a kind that can become ``to``.
+        CheckpointError: ``source`` is unreadable or cannot be converted to ``to``.
         FileExistsError: ``target`` exists, without ``force``.
         ValueError: unknown ``to``, or ``source`` and ``target`` are the same file.
     """
@@ -57,9 +57,9 @@ def _read_detector(source: Path, part: str) -> tuple[dict[str, torch.Tensor], di
 
 def _detector(source: Path) -> tuple[dict, list[str]]:
     state, content = _read_detector(source, "backbone.bottom_up.")
-    kept = {"model": state} | {key: content[key] for key in ("meta",) if key in content}
+    content_out = {"model": state} | {key: content[key] for key in ("meta",) if key in content}
     dropped = sorted(set(content) - {"model", "meta"} - set(state))
-    return kept, [f"left out: {', '.join(dropped) or 'nothing'}"]
+    return content_out, [f"left out: {', '.join(dropped) or 'nothing'}"]
 
 
 def _mae(source: Path) -> tuple[dict, list[str]]:
@@ -70,8 +70,8 @@ def _mae(source: Path) -> tuple[dict, list[str]]:
             bare = key.removeprefix(prefix)
             if bare != key and not bare.startswith(_NOT_IN_MAE):
                 out[bare] = value
-    note = "left out, as MAE has no such part: ConvStem, conv_feat_proj, pyramid and heads"
-    return {"model": out}, [note, "not in it, as a detector has no such part: patch_embed, cls_token, decoder_pred"]
+    line = "left out, as MAE has no such part: ConvStem, conv_feat_proj, pyramid and heads"
+    return {"model": out}, [line, "not in it, as a detector has no such part: patch_embed, cls_token, decoder_pred"]
 
 
 def _backbone(source: Path) -> tuple[dict, list[str]]:

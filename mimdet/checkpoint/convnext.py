@@ -16,18 +16,18 @@ _HOW = "torch.save(timm.create_model('convnext_large', pretrained=True).state_di
 
 
 def load_convnext(stem: nn.Module, path: str | Path) -> None:
-    """Copy the weights that ``ConvNeXtStem`` has from a ConvNeXt's, as timm names them; the rest is dropped.
+    """Copy weights of a ConvNeXt, under timm's names, into a ``ConvNeXtStem``; those it does not have are dropped.
 
     Raises:
-        CheckpointError: the file cannot be read, lacks a tensor, has one of another shape, or NaN or infinite values.
+        CheckpointError: the file cannot be read, lacks a tensor, or has one of another shape or not finite.
     """
     state = state_dict_of(read_checkpoint(path), path)
     problems, values = [], {}
-    for key, own in stem.state_dict().items():
+    for key, target in stem.state_dict().items():
         if key not in state:
             problems.append(f"{key} is not in the file")
-        elif state[key].shape != own.shape:
-            problems.append(f"{key} is {tuple(state[key].shape)} in the file, {tuple(own.shape)} in the model")
+        elif state[key].shape != target.shape:
+            problems.append(f"{key} is {tuple(state[key].shape)} in the file, {tuple(target.shape)} in the model")
         else:
             values[key] = state[key]
     if problems:

@@ -1,4 +1,4 @@
-"""Refuse weights that are not numbers."""
+"""Refuse weights with NaN or infinite values."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _SHOWN = 5
 
 
 def check_finite(state: Mapping[str, torch.Tensor], source: str | Path) -> None:
-    """See that all weights are finite, before they are loaded.
+    """Check that all weights are finite.
 
     Args:
-        state: tensors by name; those that are not floating-point are passed over.
-        source: the file that they are from.
+        state: tensors by name; integer tensors are not checked.
+        source: file of the weights.
 
     Raises:
         CheckpointError: NaN or infinite values; the message names the first few tensors and the file.

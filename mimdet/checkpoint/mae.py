@@ -1,4 +1,4 @@
-"""Load a MAE pre-training checkpoint into a backbone's part, and say what happened."""
+"""Load a MAE pre-training checkpoint into a part of a backbone, and log what was loaded."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _FULL_FILE = (
 
 @dataclass
 class LoadReport:
-    """What became of every tensor of the module and of the file.
+    """Which tensors of the module and of the file were loaded.
 
     Attributes:
-        loaded: module keys that took the file's values.
+        loaded: module keys that have the file's values now.
         resized: "key: 14x14 -> 50x50" for interpolated position tables.
         fresh: module keys that keep their initial values by design.
-        dropped: file keys that this module has no use for by design.
+        dropped: file keys that this module does not use by design.
     """
 
     part: str
@@ -61,7 +61,7 @@ def _families(keys: list[str]) -> list[str]:
 
 
 def read_mae(path: str | Path) -> dict[str, torch.Tensor]:
-    """Weights of a MAE checkpoint under MAE's own names, whatever wrapper prefixes the file has.
+    """Weights of a MAE checkpoint under MAE's names, without prefixes of wrappers.
 
     Raises:
         CheckpointError: the file cannot be read or is not a MAE checkpoint.
@@ -80,24 +80,26 @@ def load_mae(
 ) -> LoadReport:
     """Copy MAE weights into a ``MIMDetEncoder``, ``MIMDetDecoder`` or ``BenchmarkingViTDet`` and log a short report.
 
-    Loaded are the blocks, norms, projections and position tables (interpolated to the module's grid). The stem and
-    ``conv_feat_proj`` have no counterpart in MAE and stay fresh; patch_embed, cls_token, decoder_pred, the other part's
-    tensors, spare decoder blocks and, but for a decoder that fills with it, mask_token are dropped. For
-    ``BenchmarkingViTDet`` patch_embed is loaded, the last norm and the decoder are dropped, and its adaptor and
+    - Loaded: blocks, norms, projections and position tables, interpolated to the module's grid.
+    - Fresh, as MAE has no counterpart: the stem and ``conv_feat_proj``.
+    - Dropped: patch_embed, cls_token, decoder_pred, the other part's tensors, spare decoder blocks, and mask_token
+      unless the decoder fills with it.
+
+    For ``BenchmarkingViTDet`` patch_embed is loaded, the last norm and the decoder are dropped, and its adaptor and
     relative position biases stay fresh.
 
     Args:
-        keep: keys that keep the module's values.
+        keep: keys that stay fresh.
 
     Raises:
-        CheckpointError: any tensor missing, unexpected or of another shape beyond that list, or NaN or infinite values.
+        CheckpointError: another tensor is missing, unexpected or of another shape, or values are NaN or infinite.
     """
     state = read_mae(path)
-    own = module.state_dict()
+    module_state = module.state_dict()
     report = LoadReport(part)
     problems: list[str] = []
     values: dict[str, torch.Tensor] = {}
-    for key, target in own.items():
+    for key, target in module_state.items():
         if key in keep or key.startswith(_FRESH[part]):
             report.fresh.append(key)
         elif key not in state:
@@ -112,13 +114,13 @@ def load_mae(
             else:
                 problems.append(f"{key} is {tuple(value.shape)} in the file, {tuple(target.shape)} in the model")
     report.dropped += [key for key in keep if key in state]
-    for key in (k for k in state if k not in own):
+    for key in (k for k in state if k not in module_state):
         if _dropped_by_design(key, part):
             report.dropped.append(key)
         else:
             problems.append(f"{key} of the file has no place in the model")
     if problems:
-        raise CheckpointError(_explain(path, part, problems, state, own))
+        raise CheckpointError(_explain(path, part, problems, state, module_state))
     check_finite(values, path)
     module.load_state_dict(values, strict=False)
     logger.info("%s", report)
@@ -126,14 +128,14 @@ def load_mae(
 
 
 def _dropped_by_design(key: str, part: str) -> bool:
-    of_decoder = key.startswith(_DECODER_PREFIXES)
+    in_decoder = key.startswith(_DECODER_PREFIXES)
     if part == "benchmarking":
-        return of_decoder or key == "cls_token" or key.startswith("norm.")
+        return in_decoder or key == "cls_token" or key.startswith("norm.")
     if key in ("cls_token", "mask_token") or key.startswith(("patch_embed.", "decoder_pred.")):
         return True
     if part == "encoder":
-        return of_decoder
-    return not of_decoder or key.startswith("decoder_blocks.")
+        return in_decoder
+    return not in_decoder or key.startswith("decoder_blocks.")
 
 
 def _resize_pos_embed(value: torch.Tensor, target: torch.Tensor, key: str, report: LoadReport) -> torch.Tensor:
@@ -144,7 +146,7 @@ def _resize_pos_embed(value: torch.Tensor, target: torch.Tensor, key: str, repor
     return torch.cat([value[:, :1].float(), table], dim=1) if has_cls_row else table
 
 
-def _explain(path: str | Path, part: str, problems: list[str], state: dict, own: dict) -> str:
+def _explain(path: str | Path, part: str, problems: list[str], state: dict, module_state: dict) -> str:
     lines = [f"MAE checkpoint {path} does not fit the {part} ({len(problems)} problems):"]
     lines += [f"  {p}" for p in problems[:5]]
     lines += [f"  ... and {len(problems) - 5} more"] if len(problems) > 5 else []
@@ -152,13 +154,13 @@ def _explain(path: str | Path, part: str, problems: list[str], state: dict, own:
         lines.append(_FULL_FILE + ".")
     else:
         prefix = "decoder_blocks." if part == "decoder" else "blocks."
-        sizes = f"The file has {_size(state, prefix)}, the model {_size(own, prefix)}"
+        sizes = f"The file has {_size(state, prefix)}, the model {_size(module_state, prefix)}"
         lines.append(f"{sizes}: use the config of the file's size.")
     return "\n".join(lines)
 
 
 def _size(state: dict[str, torch.Tensor], prefix: str) -> str:
-    found = {int(key.split(".")[1]) for key in state if key.startswith(prefix)}
-    if not found:
+    numbers = {int(key.split(".")[1]) for key in state if key.startswith(prefix)}
+    if not numbers:
         return f"no {prefix[:-1]}"
-    return f"{len(found)} {prefix[:-1]} of width {state[f'{prefix}{min(found)}.norm1.weight'].shape[0]}"
+    return f"{len(numbers)} {prefix[:-1]} of width {state[f'{prefix}{min(numbers)}.norm1.weight'].shape[0]}"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-# MAE's files carry the command line of their training; numpy scalars stand in some trainers' states.
+# weights_only: MAE's files hold an argparse.Namespace, some trainers' states numpy scalars.
 SAFE_GLOBALS = [
     argparse.Namespace,
     np.ndarray,
@@ -32,9 +32,9 @@ class CheckpointError(RuntimeError):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a ``.pth`` or ``.safetensors`` file, tensors on the CPU.
+    """Content of a ``.pth`` or ``.safetensors`` file, tensors on the CPU.
 
-    Only tensors and plain values are read (``weights_only``); a file that wants anything else is refused.
+    Only tensors and plain values are read (``weights_only``); a file that needs anything else is refused.
 
     Raises:
         CheckpointError: missing, damaged, or not a checkpoint; the message names the file and what it is instead.
@@ -86,7 +86,7 @@ _MOST_COMPRESSED = 10  # torch.save does not compress, and weights that others c
 
 
 def _no_checkpoint(path: Path, size: int) -> str | None:
-    """Why a file cannot be a checkpoint, from its first bytes and its table of contents; None where it may be one."""
+    """Why a file cannot be a checkpoint, from its first bytes and its zip directory; None if it may be one."""
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
@@ -103,7 +103,7 @@ def _no_checkpoint(path: Path, size: int) -> str | None:
     if head.startswith(b"\x80") and _MAGIC not in head:
         return "it is a pickle that torch.save did not write, and pickles may run code: save the weights with torch"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
-        # torch.load knows them by their name.
+        # safetensors files are recognized by their name.
         return None if path.suffix == ".safetensors" else f"it is a safetensors file: {_CONVERT}"
     text = _text(head)
     if text is not None and text.lstrip().startswith("<"):
@@ -119,7 +119,7 @@ def _no_checkpoint_zip(path: Path, size: int) -> str | None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError):
-        return None  # torch.load has a say
+        return None  # torch.load reports it
     files = {entry.filename.rpartition("/")[2] for entry in entries}
     if "constants.pkl" in files:
         return "it is a TorchScript model, which is code: save the state_dict of the model that it was made from"
@@ -140,25 +140,25 @@ def _text(head: bytes) -> str | None:
 
 
 def _refused(message: str) -> str | None:
-    """What a file asked torch to import or call, if that is what torch refused."""
+    """Name of the function or class that torch refused to import or call; None for other errors."""
     patterns = (
         r"\bGLOBAL (\S+)",
         r"unrecognized function (.+)",
         r"`add_safe_globals`,? but got <class '([^']+)'>",
     )
-    return next((found[1] for pattern in patterns if (found := re.search(pattern, message))), None)
+    return next((match[1] for pattern in patterns if (match := re.search(pattern, message))), None)
 
 
 def _reason(error: Exception) -> str:
-    """torch's reason without its advice to load anything that the file holds."""
+    """The reason in torch's error, without its advice to load the file unsafely."""
     if isinstance(error, MemoryError) or "allocate" in str(error):
         return f"it asks for more than this machine's memory ({_first_line(error)}): it is damaged or made to harm"
     text = _first_line(error)
     if "safetensors" in text:
         return f"{text} Or {_CONVERT}"
     if re.search(r"weights.only", text, re.IGNORECASE):
-        said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-        text = said[1].strip() if said else "it holds more than tensors and plain values"
+        match = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        text = match[1].strip() if match else "it holds more than tensors and plain values"
     return f"{text.rstrip('.')}. It may be cut short or not a PyTorch file; {_AGAIN}."
 
 
@@ -171,7 +171,7 @@ def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, tor
     """The weights in a checkpoint: under "model" or "state_dict", or the mapping itself.
 
     Raises:
-        CheckpointError: no tensors in it, or one whose values are not in the file.
+        CheckpointError: no tensors, or a tensor whose values are not in the file.
     """
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), Mapping):
@@ -188,7 +188,7 @@ def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, tor
     return tensors
 
 
-_MOST_EXPANDED = 2**28  # bytes of a tensor that repeats fewer stored values
+_MOST_EXPANDED = 2**28  # bytes of a tensor with more elements than stored values, such as an expanded one
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
@@ -199,7 +199,7 @@ def _has_values(tensor: torch.Tensor) -> bool:
 
 
 def strip_prefixes(state: Mapping[str, torch.Tensor], prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """``state`` with any leading prefixes taken off its keys, again and again: ``module.encoder.x`` -> ``x``."""
+    """``state`` without any leading prefixes of its keys: ``module.encoder.x`` -> ``x``."""
 
     def bare(key: str) -> str:
         while True:

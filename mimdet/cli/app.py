@@ -1,4 +1,4 @@
-"""All subcommands together, and what a user sees when one fails."""
+"""The subcommands, and how their errors are shown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import check_data, convert, demo, info, predict, train
 app = typer.Typer(
     name="mimdet",
     help="Fine-tune a MAE pre-trained ViT into an object detector (MIMDet, arXiv 2204.02964).\n\n"
-    "New here? `mimdet demo` trains and tests a small detector on generated pictures in a few minutes.",
+    "New here? `mimdet demo` trains and tests a small detector on generated images in a few minutes.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -55,7 +55,7 @@ app.add_typer(bench, name="bench")
 def main() -> None:
     """Run the command line; an error becomes one message and exit status 1.
 
-    Nobody has to read the output: a pipe whose reader is gone, or a closed stdout, is no error.
+    A closed stdout, or a pipe whose reader is gone, is no error.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -78,7 +78,7 @@ def _run() -> None:
     except Exception as error:
         if os.environ.get("MIMDET_DEBUG"):
             raise
-        # KeyError's own text is the repr of its message.
+        # str(KeyError) is the repr of its message.
         message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         who = f"[rank {os.environ.get('RANK')}] " if several else ""

@@ -18,14 +18,14 @@ def check_data(
     train_images: TrainImages = None,
     val_json: ValJson = None,
     val_images: ValImages = None,
-    decode: Annotated[bool, typer.Option("--decode", help="Also open every image: is it whole, and its size?")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Also decode every image, and compare its size.")] = False,
 ) -> None:
-    """Check the annotations and images of a training before it: all problems at once, and the data in numbers.
+    """Check the annotations and images of a config: all problems at once, and statistics of the data.
 
     `mimdet check-data --config-file configs/mimdet_b_mask_rcnn.py --train-json a.json --train-images a/ \\
     --val-json b.json --val-images b/`
 
-    Exit status 1 if there is a problem. A training makes the same checks, without `--decode`, and stops at the first.
+    Exit status 1 if there is a problem. Training makes the same checks, without `--decode`, up to the first problem.
     """
     from rich.console import Console
     from rich.text import Text

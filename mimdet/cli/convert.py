@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 
-class Form(str, Enum):
-    """Forms a checkpoint can be written in."""
+class Format(str, Enum):
+    """Formats of the written checkpoint."""
 
     detector = "detector"
     mae = "mae"
@@ -18,16 +18,16 @@ class Form(str, Enum):
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Checkpoint to read: ours, the original's, or MAE's.")],
+    source: Annotated[Path, typer.Argument(help="Checkpoint to read: of this project, the original, or MAE.")],
     target: Annotated[Path, typer.Argument(help="File to write.")],
-    to: Annotated[Form, typer.Option(help="What to write.")] = Form.detector,
+    to: Annotated[Format, typer.Option(help="What to write.")] = Format.detector,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing target.")] = False,
 ) -> None:
-    """Turn one kind of checkpoint into another.
+    """Convert a checkpoint to another format.
 
-    * `detector`: only the weights and class names of a training checkpoint, about a third of its size, in the form
-      that the original MIMDet loads too.
-    * `mae`: encoder and decoder of a detector under MAE's names, to start another detector from.
+    * `detector`: only the weights and class names of a training checkpoint, about a third of its size, in the
+      format that the original MIMDet loads too.
+    * `mae`: encoder and decoder of a detector under MAE's names, to initialize another detector.
     * `backbone`: the part of a MAE checkpoint that a detector uses, under the detector's names.
     """
     from ..checkpoint.convert import convert_checkpoint

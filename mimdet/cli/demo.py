@@ -14,19 +14,19 @@ def demo(
         typer.Option(help="Folder for images, weights, metrics and plots; default: the config's.", show_default=False),
     ] = None,
     config_file: Annotated[
-        str, typer.Option(help="demo, demo_cascade_mask_rcnn or demo_retinanet, or one on the same data.")
+        str, typer.Option(help="demo, demo_cascade_mask_rcnn, demo_retinanet, or another config on the same data.")
     ] = "demo",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Train anew where the folder holds a trained detector.")
+        bool, typer.Option("--overwrite", help="Train anew where the folder has a trained detector.")
     ] = False,
     opts: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the config.", show_default=False),
     ] = None,
 ) -> None:
-    """Train a small MIMDet on generated images, evaluate it, and draw what it finds.
+    """Train a small MIMDet on generated images, evaluate it, and draw its detections.
 
-    Takes a few minutes on two CPU cores. Nothing is downloaded. A stopped demo goes on where it was.
+    Takes a few minutes on two CPU cores. Nothing is downloaded. The same command resumes a stopped demo.
     """
     from ..demo import run_demo
 

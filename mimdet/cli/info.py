@@ -11,7 +11,7 @@ def info() -> None:
     from ..info import KERNELS, devices, implementations, kernel_limits, kernels, versions
 
     console = Console()
-    operations, notes = kernels()
+    operations, reasons = kernels()
     by_device = {
         place: [(op, *states) for op, device, *states in operations if device == place]
         for place in dict.fromkeys(device for _, device, *_ in operations)
@@ -28,5 +28,5 @@ def info() -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    for number, note in enumerate(notes, 1):
-        console.print(f"({number}) {note}", markup=False, highlight=False)
+    for number, reason in enumerate(reasons, 1):
+        console.print(f"({number}) {reason}", markup=False, highlight=False)

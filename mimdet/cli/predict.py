@@ -13,16 +13,14 @@ def predict(
     weights: Annotated[Path, typer.Option(help="Checkpoint of a trained detector (.pth or .safetensors).")],
     config_file: Annotated[
         str | None,
-        typer.Option(help="Config of the weights, where the checkpoint carries none or one of your own classes."),
+        typer.Option(help="Config of the weights, for a checkpoint without one, or with custom classes in it."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the drawings and predictions.json.")] = Path(
         "output/predict"
     ),
     score_threshold: Annotated[
         float,
-        typer.Option(
-            min=0.0, max=1.0, help="Least score of a detection; the config's own threshold (0.05) holds besides."
-        ),
+        typer.Option(min=0.0, max=1.0, help="Lowest score of a detection; the config's threshold (0.05) applies too."),
     ] = 0.5,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     override: Annotated[
@@ -37,7 +35,7 @@ def predict(
     """
     from ..predict import Predictor, check_output, find_images, predict_files
 
-    find_images(inputs, output)  # mistakes in the paths come to light before the weights are loaded
+    find_images(inputs, output)  # report wrong paths before the weights are loaded
     check_output(output)
     predictor = Predictor(config_file, weights, device, score_threshold, override or ())
     report = predict_files(inputs, output, predictor)

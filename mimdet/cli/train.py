@@ -19,18 +19,18 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides, e.g. `train.max_iter=1000`.", show_default=False),
 ]
 NumGpus = Annotated[
-    int | None, typer.Option(min=1, help="Processes on this machine; over 1 they are started by torchrun.")
+    int | None, typer.Option(min=1, help="Processes on this machine; more than 1 are started with torchrun.")
 ]
 TrainJson = Annotated[Path | None, typer.Option(help="COCO annotations to train on, instead of the config's.")]
-TrainImages = Annotated[Path | None, typer.Option(help="Folder of the training pictures.")]
+TrainImages = Annotated[Path | None, typer.Option(help="Folder of the training images.")]
 ValJson = Annotated[Path | None, typer.Option(help="COCO annotations to evaluate on, instead of the config's.")]
-ValImages = Annotated[Path | None, typer.Option(help="Folder of the evaluation pictures.")]
+ValImages = Annotated[Path | None, typer.Option(help="Folder of the evaluation images.")]
 
 
 def train(
     config_file: ConfigFile,
     opts: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the output.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete an earlier run's checkpoints and metrics in the output.")
     ] = False,
@@ -41,20 +41,20 @@ def train(
     val_json: ValJson = None,
     val_images: ValImages = None,
 ) -> None:
-    """Train a detector, evaluating and saving on the way.
+    """Train a detector, with evaluations and checkpoints.
 
     **COCO with MAE weights:**
     `mimdet train --config-file configs/mimdet_b_mask_rcnn.py mae_checkpoint.path=mae_pretrain_vit_base_full.pth`
 
-    **Your data:** add `--train-json a.json --train-images a/ --val-json b.json --val-images b/`; the classes are
-    read from the file.
+    **Your data:** add `--train-json a.json --train-images a/ --val-json b.json --val-images b/`; the classes
+    are those of the file.
 
     **Another batch size:** `dataloader.train.total_batch_size=16` scales learning rate and schedule with it.
 
-    **Stopped?** Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 finish the step and save; the same command with `--resume` goes
-    on. Several machines: start this under `torchrun`.
+    **Stopped?** Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 finish the step and save; the same command with `--resume`
+    continues. Several machines: start this under `torchrun`.
     """
-    _spread(num_gpus)
+    launch_distributed(num_gpus)
     overrides = [
         *data_overrides("train", train_json, train_images),
         *data_overrides("test", val_json, val_images),
@@ -103,8 +103,8 @@ def data_overrides(split: str, json_file: Path | None, image_root: Path | None) 
     ]
 
 
-def _spread(num_gpus: int | None) -> None:
-    """Run this very command in ``num_gpus`` processes and exit, unless it is one of several already."""
+def launch_distributed(num_gpus: int | None) -> None:
+    """Run this command again in ``num_gpus`` processes under torchrun, then exit; no effect in such a process."""
     if num_gpus in (None, 1) or "WORLD_SIZE" in os.environ:
         return
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -113,7 +113,7 @@ def _spread(num_gpus: int | None) -> None:
 
     from ..data.loader import STOP_SIGNALS
 
-    # Seconds from a signal to SIGKILL: the step and the checkpoint of a large model take longer than the default 30.
+    # torchrun: seconds from a signal to SIGKILL. The step and checkpoint of a large model exceed the default 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     names = ",".join(signal.Signals(signum).name for signum in STOP_SIGNALS)
     options = ["--standalone", "--nproc-per-node", str(num_gpus), "--signals-to-handle", names]
@@ -121,7 +121,7 @@ def _spread(num_gpus: int | None) -> None:
         torchrun([*options, "-m", "mimdet", *sys.argv[1:]])
     except SignalException as stop:
         sys.exit(128 + stop.sigval)
-    except ChildFailedError as error:  # the process has said why, unless it was killed
+    except ChildFailedError as error:  # the process has printed its error, unless it was killed
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             sys.exit(failure.exitcode)

@@ -1,4 +1,4 @@
-"""Python configs in Detectron2's lazy form, loaded without Detectron2."""
+"""Python configs in Detectron2's LazyConfig format, loaded without Detectron2."""
 
 from .checks import check_config
 from .lazy import LazyCall, instantiate

@@ -1,4 +1,4 @@
-"""What the values of a config must be, said with their key before anything is built from them."""
+"""Checks of a config's values, before anything is built from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 @dataclass(frozen=True)
 class _Rule:
-    """``accepts`` says whether a value will do; ``what`` completes "must be ..."."""
+    """``accepts`` tells whether a value is allowed; ``what`` completes "must be ..."."""
 
     what: str
     accepts: Callable[[Any], bool]
@@ -54,7 +54,7 @@ _POSITIVE = _number("above 0", lambda value: value > 0)
 _NOT_NEGATIVE = _number("of at least 0", lambda value: value >= 0)
 _RATIO = _number("above 0 and at most 1", lambda value: 0 < value <= 1)
 
-# Only keys that a config has are checked: detectors and optimizers of users need not have them all.
+# Only keys that a config has are checked: detectors and optimizers of users may lack some.
 CHECKS: dict[str, _Rule] = {
     "model": _SECTION,
     "dataloader": _SECTION,
@@ -96,10 +96,10 @@ CHECKS: dict[str, _Rule] = {
 
 
 def check_config(cfg: DictConfig) -> None:
-    """Refuse a config whose values cannot work, wherever they come from: a file or an override.
+    """Refuse a config with values that cannot work, from a file or an override.
 
     Raises:
-        ValueError: names every such key with its value and what it must be, and interpolations that lead nowhere.
+        ValueError: names every such key, its value and what it must be, and every broken interpolation.
     """
     problems = list(_broken_interpolations(cfg, "")) or [
         f"{key}={_shown(value)}: must be {rule.what}"

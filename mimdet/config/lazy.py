@@ -1,4 +1,4 @@
-"""A call written down instead of made, and the function that makes it later."""
+"""``LazyCall``: a call as a config node, and ``instantiate``, which makes the call."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class LazyCall:
     """``LazyCall(f)(a=1)`` is a config node that :func:`instantiate` turns into ``f(a=1)``.
 
     The node is an omegaconf ``DictConfig`` whose ``_target_`` is the callable and whose other keys are
-    its keyword arguments: the form of Detectron2's ``LazyCall``, so either library can build the other's.
+    its keyword arguments. Detectron2's ``LazyCall`` is the same, so either library can build nodes of the other.
     """
 
     def __init__(self, target: Callable | str):
         if not (callable(target) or isinstance(target, str)):
             raise TypeError(f"LazyCall takes a callable or its dotted name, not {type(target).__name__}")
-        # omegaconf would turn a dataclass into a config of its fields, so those go by name.
+        # omegaconf would turn a dataclass into a config of its fields: the node has its name instead.
         self.target = dotted_name(target) if dataclasses.is_dataclass(target) else target
 
     def __call__(self, **kwargs: Any) -> DictConfig:
@@ -42,30 +42,30 @@ def resolve_target(target: Callable | str) -> Callable:
     """
     if callable(target):
         return target
-    found = None
+    result = None
     if isinstance(target, str):
-        found = _locate(target)
-        if found is None and (public := public_target(target)) != target:
-            found = _locate(public)  # a module of an earlier version
-    if not callable(found):
+        result = _locate(target)
+        if result is None and (public := public_target(target)) != target:
+            result = _locate(public)  # a module of an earlier version
+    if not callable(result):
         raise ImportError(f"config: no callable {target!r}; {TARGET} must name an importable function or class")
-    return found
+    return result
 
 
 def public_target(name: str) -> str:
-    """``mimdet.<package>.<Name>`` of a class or function of ours that is named by its module; other names as they are.
+    """``mimdet.<package>.<Name>`` for ``mimdet.<package>.<module>.<Name>``; other names unchanged.
 
-    Saved configs hold these names, which stay while modules move.
+    Saved configs have these public names, which stay the same when modules move.
     """
     parts = name.split(".")
     return ".".join([*parts[:2], parts[-1]]) if parts[0] == "mimdet" and len(parts) > 3 else name
 
 
 def dotted_name(target: Callable) -> str:
-    """The name to import ``target`` by, ``mimdet.<package>.<Name>`` for what a package of ours exports.
+    """The name to import ``target`` by; ``mimdet.<package>.<Name>`` if a package of mimdet exports it.
 
     Raises:
-        ValueError: it has none, such as a lambda.
+        ValueError: ``target`` has no such name; it is a lambda, for example.
     """
     name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
     if "<" in name or name.startswith((".", "_mimdet_config_")) or name.endswith("."):
@@ -75,25 +75,25 @@ def dotted_name(target: Callable) -> str:
 
 
 def _locate(name: str) -> Any:
-    """What a dotted name means: the longest module that can be imported, and the attributes that follow; or None."""
+    """The object of a dotted name: the longest importable module, then attributes; None if there is no module."""
     parts = name.split(".")
     if not all(part.isidentifier() for part in parts):
         return None
     for length in range(len(parts) - 1, 0, -1):
         module = ".".join(parts[:length])
         try:
-            found = importlib.import_module(module)
+            result = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-                continue  # this is the class around a class, or no module at all
+                continue  # the last part is a class, or there is no such module
             raise ImportError(f"config: {TARGET} {name!r}: module {module} needs {error.name}: {error}") from error
         except Exception as error:
             raise ImportError(
                 f"config: {TARGET} {name!r}: module {module} fails with {type(error).__name__}: {error}"
             ) from error
         for part in parts[length:]:
-            found = getattr(found, part, None)
-        return found
+            result = getattr(result, part, None)
+        return result
     return None
 
 
@@ -102,7 +102,7 @@ def instantiate(cfg: Any, **extra: Any) -> Any:
 
     Args:
         cfg: a config node; anything that is not a config, list or mapping is returned as it is.
-        extra: keyword arguments for the outermost call, over those in ``cfg``.
+        extra: keyword arguments for the outermost call; they replace those in ``cfg``.
 
     Raises:
         ImportError: a ``_target_`` that is a string and cannot be imported.

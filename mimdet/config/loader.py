@@ -1,4 +1,4 @@
-"""Read a config file: Python in the lazy form, or the YAML that a run leaves behind."""
+"""Read a config file: a Python LazyConfig, or the YAML that a run saved."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from .overrides import apply_overrides
 from .serialize import from_yaml
 
 _SHIPPED = Path(__file__).absolute().parents[1] / "configs"
-_WIDTH = 100  # of the list of shipped configs
+_WIDTH = 100  # characters of a line in the list of shipped configs
 _counter = itertools.count()
 
 
 def find_config(path: str | Path) -> Path:
-    """The config file meant by ``path``: as given, or among those that the package ships.
+    """The config file ``path``, or the shipped config of that name.
 
     ``configs/mimdet_b_mask_rcnn.py`` and ``mimdet_b_mask_rcnn`` both work from any folder.
 
     Raises:
         FileNotFoundError: with the names of the shipped configs.
     """
-    given = Path(path).expanduser()
-    if given.is_file():
-        return given.resolve()
-    relative = Path(*given.parts[1:]) if given.parts[:1] == (_SHIPPED.name,) else given
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file.resolve()
+    relative = Path(*file.parts[1:]) if file.parts[:1] == (_SHIPPED.name,) else file
     for candidate in (_SHIPPED / relative, _SHIPPED / f"{relative}.py"):
         if candidate.is_file():
             return candidate.resolve()
@@ -43,7 +43,7 @@ def find_config(path: str | Path) -> Path:
 
 
 def _no_config(path: str | Path, relative: Path) -> str:
-    """What to say where there is no such config: the nearest name, then all of them by kind."""
+    """Error message for an unknown config: the nearest name, then all names by kind."""
     names = {file.relative_to(_SHIPPED).with_suffix("").as_posix() for file in _SHIPPED.rglob("*.py")}
     names = sorted((name for name in names if not name.startswith("common/")), key=lambda n: (n.rpartition("/")[0], n))
     asked = re.sub(r"\.(py|ya?ml)$", "", relative.as_posix())
@@ -69,12 +69,12 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
             other config files) or a ``.yaml`` saved by a run.
         overrides: such as ``"train.max_iter=100"``; values are read as YAML.
 
-    Either file is the caller's code: a ``.yaml`` too may name any importable function to be called.
+    Both kinds of file are code of the caller: a ``.yaml`` too may call any importable function.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file does not parse, or fails while it runs; with file and line. ImportError where it imports
-            what is not there.
+        ValueError: the file does not parse, or raises; with file and line.
+        ImportError: the file imports a module that does not exist.
         KeyError: an override names a key that does not exist; the message suggests the nearest.
     """
     file = find_config(path)
@@ -91,7 +91,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
 
 
 def _execute(file: Path) -> types.ModuleType:
-    """Run a config file anew, inside throw-away packages that make its relative imports work."""
+    """Import a config file afresh, inside temporary packages that make its relative imports work."""
     prefix = f"_mimdet_config_{next(_counter)}"
     folders = [*reversed(file.parents)]
     name = prefix
@@ -116,7 +116,7 @@ def _execute(file: Path) -> types.ModuleType:
 
 
 def _where(error: Exception, prefix: str) -> str:
-    """The last line of a config file that led to an error, "" where none did."""
+    """File and line of the innermost config frame in a traceback; "" if there is none."""
     place = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         if frame.f_globals.get("__name__", "").startswith(f"{prefix}."):
@@ -125,7 +125,7 @@ def _where(error: Exception, prefix: str) -> str:
 
 
 def _what(error: Exception, prefix: str) -> str:
-    """An error in a line; the names of the throw-away packages are no user's business."""
+    """An error as one line, without the names of the temporary packages."""
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     text = re.sub(rf"{prefix}(\.d)*\.?", "", str(message))
     text = " ".join(text.split())

@@ -16,7 +16,7 @@ from .lazy import PARTIAL, TARGET, resolve_target
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as people mean it on a command line: ``8e-5`` is a number, ``2024-01-05`` is text."""
+    """YAML 1.1 with two changes for command lines: ``8e-5`` is a number, ``2024-01-05`` is text."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -39,8 +39,8 @@ def split_override(override: str) -> tuple[str, Any]:
         raise ValueError(f"override {override!r}: the value is not valid YAML ({error})") from error
 
 
-# In a locale without UTF-8, Python has the bytes of a non-ASCII path as lone surrogates, which YAML refuses: they pass
-# through it as private characters.
+# YAML refuses lone surrogates, which Python uses for bytes of a non-ASCII path in a locale without UTF-8: private
+# characters replace them while YAML parses.
 _SURROGATES = range(0xDC80, 0xDD00)
 _PRIVATE = 0x10FF00
 _HIDE = {surrogate: _PRIVATE + index for index, surrogate in enumerate(_SURROGATES)}
@@ -62,7 +62,7 @@ def _restore(value: Any) -> Any:
 def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
     """Set each ``key=value`` in ``cfg`` (in place) and return it.
 
-    A key must exist already, or be an argument that the node's callable takes.
+    A key must exist already, or be an argument of the node's callable.
 
     Raises:
         KeyError: unknown key; the message suggests the nearest existing one.
@@ -91,16 +91,16 @@ def _check(cfg: DictConfig, path: list[str], name: str, key: str) -> None:
     if name in node or name in _arguments(node):
         return
     here = difflib.get_close_matches(name, [*map(str, node), *_arguments(node)], n=1)
-    mended = [".".join([*path, *here, *key.split(".")[len(path) + 1 :]])] if here else []
+    corrected = [".".join([*path, *here, *key.split(".")[len(path) + 1 :]])] if here else []
     known = _all_keys(cfg)
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    hint = mended + same_leaf + near
+    hint = corrected + same_leaf + near
     raise KeyError(f"unknown config key {key!r}" + (f"; did you mean {hint[0]!r}?" if hint else ""))
 
 
 def _arguments(node: DictConfig) -> list[str]:
-    """Names of the arguments that a lazy call's target takes beyond those written in the config."""
+    """Names of the arguments of a lazy call's target."""
     if TARGET not in node:
         return []
     try:

@@ -1,4 +1,4 @@
-"""A config as YAML text and back: what a run and its checkpoints keep of how they were made."""
+"""A config as YAML text and back; runs and checkpoints save it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def to_yaml(cfg: DictConfig) -> str:
     """YAML text of a config; callables become dotted names, so that :func:`from_yaml` can rebuild them.
 
     Raises:
-        ValueError: a value that has no name to import it by, such as a lambda.
+        ValueError: a value that cannot be imported by name, such as a lambda.
     """
     return yaml.safe_dump(_plain(cfg), sort_keys=False, default_flow_style=None, width=110)
 
 
 def from_yaml(text: str) -> DictConfig:
-    """The config behind :func:`to_yaml`'s text.
+    """The config of a text by :func:`to_yaml`.
 
     Raises:
         ValueError: the text is not a YAML mapping, or holds an interpolation that does not parse.

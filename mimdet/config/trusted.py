@@ -1,8 +1,8 @@
-"""A config that comes out of a file of weights, read so that it can build mimdet's own parts and nothing else.
+"""Configs from checkpoint files, which are not trusted: they can build parts of mimdet and nothing else.
 
-Whoever made the file wrote the config too, and a config can name any function to be called. So only the targets
-listed here are built from such a config: those of the shipped configs, each only in the part of a config where those
-use it. No model part and no transform reads or writes a file, once the paths of pre-trained weights are emptied
+A config can call any function, and the author of a checkpoint wrote its config too. So only the targets listed here
+are built from such a config: those of the shipped configs, each only in the section where they use it. None of these
+model parts and transforms reads or writes a file once the paths of pre-trained weights are cleared
 (:func:`mimdet.engine.model.build_model` with ``pretrained=False``). A config file that the user names is code that the
 user chose, and may name any target.
 """
@@ -32,7 +32,7 @@ _TRANSFORMS = frozenset(
     }
 )
 
-# Part of a config -> targets that may be anywhere in it. Of two parts the longer one counts.
+# Section of a config -> targets that may be anywhere in it. The longest matching section counts.
 TRUSTED: dict[str, frozenset[str]] = {
     "model": frozenset(
         {
@@ -65,7 +65,7 @@ TRUSTED: dict[str, frozenset[str]] = {
     ),
     "dataloader.train.mapper": _TRANSFORMS,
     "dataloader.test.mapper": _TRANSFORMS,
-    # The rest is kept in a checkpoint and never built from it.
+    # The sections below are saved in a checkpoint and never built from it.
     "dataloader": frozenset(
         {
             "mimdet.data.CocoDataset",
@@ -95,11 +95,11 @@ _REFERENCE = re.compile(r"\$\{\.*\w+(?:\.\w+|\[\w+\])*\}")
 
 
 class UntrustedConfigError(ValueError):
-    """A config out of a file of weights that asks for more than mimdet's own parts."""
+    """A config from a checkpoint file that needs more than parts of mimdet."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, by which a short text describes an endless tree."""
+    """YAML without aliases: with them a short text describes an endless tree."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -108,7 +108,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def from_untrusted_yaml(text: Any) -> DictConfig:
-    """The config behind :func:`mimdet.config.to_yaml`'s text, checked as a whole before anything is imported or built.
+    """The config of a text by :func:`mimdet.config.to_yaml`, checked before anything is imported or built.
 
     Raises:
         UntrustedConfigError: a target that is not in :data:`TRUSTED`, an interpolation other than ``${a.b}`` to a
@@ -150,7 +150,7 @@ def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
 
 
 def _name_publicly(path: tuple[str, ...], node: Any) -> None:
-    """Name an allowed part by its package alone, so that nothing but that part is looked up."""
+    """Replace the target of an allowed part by its public name, so that nothing else is imported."""
     target = node.get(TARGET) if isinstance(node, dict) else None
     if isinstance(target, str) and (public := public_target(target)) in _allowed((*path, TARGET)):
         node[TARGET] = public
@@ -170,7 +170,7 @@ def _check(path: tuple[str, ...], value: Any) -> None:
 
 
 def _check_reference(cfg: DictConfig, path: tuple[str, ...], value: Any) -> None:
-    """A reference to a whole node would put it where its target is not allowed, or double it again and again."""
+    """Refuse a reference to a node: it would put a target where it is not allowed, or grow without end."""
     if not (isinstance(value, str) and "${" in value):
         return
     node: Any = cfg
@@ -178,7 +178,7 @@ def _check_reference(cfg: DictConfig, path: tuple[str, ...], value: Any) -> None
         for key in path:
             node = node[int(key) if isinstance(node, ListConfig) else key]
     except (InterpolationKeyError, InterpolationToMissingValueError):
-        return  # it gets its value from an override, or is never asked for
+        return  # an override sets the value, or nothing reads it
     if isinstance(node, (DictConfig, ListConfig)):
         raise UntrustedConfigError(f"{_name(path)} is {value!r}, which refers to more than a single value")
 

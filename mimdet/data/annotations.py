@@ -1,4 +1,4 @@
-"""Reading COCO annotation files, and every check of what is in them."""
+"""Read COCO annotation files and check every entry."""
 
 import json
 import os
@@ -11,24 +11,24 @@ import numpy as np
 
 from .errors import DataError
 
-MAX_SIDE = 1_000_000  # pixels: no image is longer, and mask tools need gigabytes for an outline that is
-MAX_AREA = 2**31 - 1  # pixels of an image: mask tools count them in 32 bits
+MAX_SIDE = 1_000_000  # pixels of an image side; pycocotools needs gigabytes for longer outlines
+MAX_AREA = 2**31 - 1  # pixels of an image: pycocotools counts them in 32 bits
 _FINITE = 1e30  # well inside float32
 _REQUIRED = {
     "categories": ("id", "name"),
     "images": ("id", "file_name", "height", "width"),
     "annotations": ("id", "image_id", "category_id", "bbox"),
 }
-_NUMBERS = frozenset({int, float})  # the types of JSON's numbers; true and false are of another
+_NUMBERS = frozenset({int, float})  # types of JSON's numbers; bool is not among them
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, lone surrogates, separators of lines
 
-_repr = reprlib.Repr()  # cuts what is long or deep
+_repr = reprlib.Repr()  # shortens long and deep values
 _repr.maxstring = _repr.maxother = 100
 _repr.maxdict = 8
 
 
 def refuse(problem: str) -> None:
-    """Raise DataError: what a reader does with a problem unless it collects them."""
+    """Raise DataError: the default of ``report``."""
     raise DataError(problem)
 
 
@@ -40,17 +40,16 @@ def read_annotations(
 ) -> dict[str, list[dict]]:
     """The lists `categories`, `images` and `annotations` of a file, every entry checked.
 
-    Each problem goes to `report` as a sentence that names file, entry and field; if that returns, the entry is left
-    out. Not a problem is what only makes an instance unusable, such as a box without area: COCO's own files have
-    some, and `make_records` leaves them out.
+    Each problem goes to `report` as a sentence that names file, entry and field; if `report` returns, the entry is
+    left out. An unusable instance, such as a box without area, is no problem: COCO's files have some, and
+    `make_records` leaves them out.
 
-    An object whose box is wholly outside its image is a problem although it could be left out too: nothing can learn
-    or detect it, so the file's coordinates, or the image's size in it, are wrong, and as a rule not only there. A box
-    that reaches over an edge is clipped later.
+    A box wholly outside its image is a problem: the file's coordinates or image sizes are wrong, and probably not only
+    there. A box that crosses an edge is clipped later.
 
     Args:
-        use_masks: check the masks; otherwise nothing looks at them.
-        need_polygons: masks of objects must be polygons, for augmentation needs them.
+        use_masks: check the masks; otherwise they are ignored.
+        need_polygons: masks of objects must be polygons, as augmentation needs them.
 
     Raises DataError when the file is missing, empty or not JSON, or one of its lists is missing.
     """
@@ -69,13 +68,13 @@ def read_annotations(
 
     annotations, _ = _sift(content, "annotations", json_file, report, annotation_flaw)
     used = {category["id"] for category in categories}
-    # what refers to an entry that was left out goes with it
+    # annotations of an image or category that was left out are left out too
     annotations = [a for a in annotations if a["image_id"] in sizes and a["category_id"] in used]
     return {"categories": categories, "images": images, "annotations": annotations}
 
 
 def where_to_point() -> str:
-    """What to do about a path that does not exist."""
+    """Advice for an error about a path that does not exist."""
     root = os.environ.get("DETECTRON2_DATASETS")
     now = f"now {root!r}" if root else "not set, so 'datasets' in the current folder is used"
     return (
@@ -87,8 +86,8 @@ def where_to_point() -> str:
 def is_ignored(annotation: dict) -> bool:
     """Whether an annotation marks a region to ignore rather than an object.
 
-    That is `iscrowd`, and as well `ignore`, which some tools write for the same. Detectron2 refuses files with
-    `ignore`; pycocotools overwrites it with `iscrowd`, so that what its author set apart would count as an object.
+    It does with `iscrowd`, or with `ignore`, which some tools write instead. Detectron2 refuses files with `ignore`;
+    pycocotools overwrites it with `iscrowd`, so such a region would count as an object.
     """
     return bool(annotation.get("iscrowd") or annotation.get("ignore"))
 
@@ -99,7 +98,7 @@ def is_box(bbox: list) -> bool:
 
 
 def is_finite(bbox: list) -> bool:
-    """Whether float32 can hold all four numbers; integers of JSON may have any length."""
+    """Whether float32 can hold all four numbers; JSON's integers may be larger."""
     x, y, width, height = bbox
     return (
         -_FINITE < x < _FINITE and -_FINITE < y < _FINITE and -_FINITE < width < _FINITE and -_FINITE < height < _FINITE
@@ -107,14 +106,14 @@ def is_finite(bbox: list) -> bool:
 
 
 def usable_polygons(segmentation: list | None) -> list[np.ndarray]:
-    """The polygons, flat float64, that have three points or more, all within `MAX_SIDE`; a missing mask has none."""
+    """Polygons, flat float64, of at least three points, all within `MAX_SIDE`; none for a missing mask."""
     polygons = []
     for polygon in segmentation or ():
         try:
             points = np.array(polygon, dtype=np.float64)
         except OverflowError:  # an integer beyond all floats
             continue
-        if points.size >= 6 and points.size % 2 == 0 and (np.abs(points) <= MAX_SIDE).all():  # NaN is not
+        if points.size >= 6 and points.size % 2 == 0 and (np.abs(points) <= MAX_SIDE).all():  # False for NaN
             polygons.append(points)
     return polygons
 
@@ -150,9 +149,9 @@ def _parse(json_file: str | os.PathLike) -> dict:
 def _sift(
     content: dict, key: str, json_file: str | os.PathLike, report: Callable[[str], None], find_flaw: Callable
 ) -> tuple[list[dict], set[int]]:
-    """The entries of a list without a flaw, and the ids of all."""
+    """The valid entries of a list, and the ids of all."""
     required = set(_REQUIRED[key])
-    sound, ids = [], set()
+    valid, ids = [], set()
     for position, entry in enumerate(content[key]):
         if type(entry) is not dict or not entry.keys() >= required:
             lacking = [field for field in _REQUIRED[key] if type(entry) is not dict or field not in entry]
@@ -163,10 +162,10 @@ def _sift(
             ids.add(entry["id"])
             flaw = find_flaw(entry)
         if flaw is None:
-            sound.append(entry)
+            valid.append(entry)
         else:
             report(f"{json_file}: {flaw}")
-    return sound, ids
+    return valid, ids
 
 
 def _is_printable(text: str) -> bool:
@@ -240,10 +239,10 @@ def _mask_flaw(annotation: dict, size: tuple[int, int] | None, need_polygons: bo
 
 
 def _run_length_flaw(segmentation: dict, size: tuple[int, int]) -> str | None:
-    """Nothing malformed may reach pycocotools, whose C code trusts what it is given."""
-    given, counts = segmentation.get("size"), segmentation.get("counts")
-    if not (type(given) is list and all(type(side) is int for side in given) and tuple(given) == size):
-        return f": size of the run-length encoded mask must be its image's, {list(size)}, is {_repr.repr(given)}"
+    """Check a mask before pycocotools reads it: its C code does not."""
+    mask_size, counts = segmentation.get("size"), segmentation.get("counts")
+    if not (type(mask_size) is list and all(type(side) is int for side in mask_size) and tuple(mask_size) == size):
+        return f": size of the run-length encoded mask must be its image's, {list(size)}, is {_repr.repr(mask_size)}"
     runs = _text_runs(counts) if type(counts) is str else counts
     if not (type(runs) is list and all(type(run) is int and run >= 0 for run in runs)):
         return f": counts of the run-length encoded mask are malformed: {_repr.repr(counts)}"
@@ -253,7 +252,7 @@ def _run_length_flaw(segmentation: dict, size: tuple[int, int]) -> str | None:
 
 
 def _text_runs(text: str) -> list[int] | None:
-    """The runs that COCO's compressed text stands for; None when it is malformed.
+    """The run lengths in COCO's compressed text; None when it is malformed.
 
     Each number is written in digits of five bits, lowest first, as characters from "0" on: bit 5 says that more
     follow, bit 4 of the last is the sign. From the fourth on, a number is the difference to the run two before.

@@ -1,4 +1,4 @@
-"""Names of datasets and where their files lie."""
+"""Names of datasets and the paths of their files."""
 
 import difflib
 import os
@@ -109,11 +109,11 @@ def register(name: str, json_file: str | os.PathLike, image_root: str | os.PathL
     """Give a dataset in COCO format a name.
 
     Paths are taken as they are: a relative one starts at the current folder. Raises DataError when the name
-    already stands for other files.
+    is already that of other files.
     """
     entry = (os.fspath(json_file), os.fspath(image_root))
     if name in _BUILTIN or _registered.get(name, entry) != entry:
-        raise DataError(f"dataset name {name!r} is taken: it stands for {find(name)}; choose another name")
+        raise DataError(f"dataset name {name!r} is taken: it is that of {find(name)}; choose another name")
     _registered[name] = entry
 
 

@@ -1,4 +1,4 @@
-"""What there is to know about the datasets of a config before a training, and everything wrong with them."""
+"""Statistics of the datasets of a config, and all their problems, before a training."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .errors import DataError
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """A dataset in numbers, from the entries without a flaw, and all its problems.
+    """Statistics of a dataset, from its valid entries, and all its problems.
 
     Attributes:
         problems: each names file, entry and field.
-        counts: what -> how many.
-        pixels: what -> least, median and greatest size in pixels; empty without images or instances.
+        counts: name -> number.
+        pixels: name -> minimum, median and maximum size in pixels; empty without images or instances.
         classes: name -> number of instances, in order of label.
     """
 
@@ -44,11 +44,11 @@ def check_config(cfg: DictConfig, decode: bool = False) -> dict[str, DatasetRepo
     """Check the datasets of `dataloader.train` and, where there is one, `dataloader.test`.
 
     Args:
-        cfg: the whole config. Its datasets must be CocoDataset's; others raise a ValueError.
+        cfg: the whole config. Its datasets must be CocoDatasets; others raise a ValueError.
         decode: open every image that is used.
 
     Returns:
-        reports by "train" and "test". Classes that differ are a problem of the latter.
+        reports by "train" and "test". Different classes are a problem of "test".
     """
     reports = {}
     for split in ("train", "test"):
@@ -69,10 +69,10 @@ def check_config(cfg: DictConfig, decode: bool = False) -> dict[str, DatasetRepo
 
 
 def check_dataset(*, decode: bool = False, progress: bool = True, **arguments) -> DatasetReport:
-    """Check what a CocoDataset with these arguments consists of; CocoDataset itself raises the first problem.
+    """Check the files of a CocoDataset with these arguments; CocoDataset itself raises the first problem.
 
     Args:
-        decode: open every image that is used, to see that it can be decoded and has the size that the file says.
+        decode: decode every image that is used, and compare its size with the annotation file.
         progress: show a progress bar meanwhile.
     """
     problems: list[str] = []
@@ -86,7 +86,7 @@ def check_dataset(*, decode: bool = False, progress: bool = True, **arguments) -
 
 
 def report_tables(name: str, report: DatasetReport) -> Group:
-    """The numbers of a report for the console."""
+    """The statistics of a report for the console."""
     counts = Table(box=SIMPLE_HEAD, title=f"{name}: counts", title_justify="left", show_header=False)
     for what, count in report.counts.items():
         counts.add_row(what, str(count))
@@ -131,11 +131,11 @@ def _classes(split: Split) -> dict[str, int]:
 
 def _undecodable(records: Iterable[dict], progress: bool) -> Iterator[str]:
     records = [record for record in records if os.path.isfile(record["file_name"])]  # the others were reported
-    pool = ThreadPoolExecutor()  # decoders run without Python's lock
+    pool = ThreadPoolExecutor()  # decoders release the GIL
     try:
         with Progress(disable=not progress) as bar:
-            found = bar.track(pool.map(_decode, records), total=len(records), description="decoding images")
-            yield from filter(None, found)
+            problems = bar.track(pool.map(_decode, records), total=len(records), description="decoding images")
+            yield from filter(None, problems)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""COCO annotation files as a torch Dataset, and the images behind them."""
+"""COCO annotation files as a torch Dataset, and their images."""
 
 import contextlib
 import io
@@ -25,19 +25,18 @@ logger = logging.getLogger(__name__)
 
 
 class CocoDataset(Dataset):
-    """The images of a COCO annotation file, each as a record (its pixels are read by the mapper).
+    """The images of a COCO annotation file, each as a record; the mapper reads the pixels.
 
     A record is a dict: `image_id` int, `file_name` str (full path), `height`, `width` int, `boxes` float64
     (N, 4) xyxy pixels, `labels` int64 (N,) from 0, `masks` list of N lists of polygons (flat float64 arrays
-    x0, y0, x1, y1, ...; absent without `use_masks`). Annotations with `iscrowd` or `ignore` are left out of it.
+    x0, y0, x1, y1, ...; absent without `use_masks`). Annotations with `iscrowd` or `ignore` are left out.
 
     Args:
         names: name of a known or registered dataset.
-        json_file, image_root: paths, which replace those of `names`; both are needed without it.
-        filter_empty: drop images without a usable instance. Instances whose mask is run-length encoded are
-            then an error, for augmentation needs polygons; otherwise only the records go without them.
-        use_masks: False for detectors without masks: annotations need none, and instances count whatever mask
-            they have.
+        json_file, image_root: paths, which replace those of `names`; without `names` both are needed.
+        filter_empty: drop images without a usable instance. A run-length encoded mask is then an error,
+            as augmentation needs polygons; otherwise the instance is left out of the records.
+        use_masks: False for detectors without masks: masks are neither needed nor checked.
 
     Attributes:
         name, json_file, image_root: str.
@@ -83,7 +82,7 @@ class CocoDataset(Dataset):
     def coco(self) -> COCO:
         """pycocotools object of the whole file, crowds included, `iscrowd` and `area` filled in."""
         content = read_annotations(self.json_file, self.use_masks)
-        # The evaluator cannot rasterise an absent mask; these were reported when the dataset was made.
+        # pycocotools cannot rasterize a missing mask; __init__ has reported these annotations.
         content["annotations"] = [a for a in content["annotations"] if a.get("segmentation") or not self.use_masks]
         for annotation in content["annotations"]:
             annotation["iscrowd"] = int(is_ignored(annotation))
@@ -99,7 +98,7 @@ class CocoDataset(Dataset):
         return coco
 
     def __getstate__(self) -> dict:
-        # Loader workers have no use for the evaluator's copy of the file.
+        # Pickling for loader workers: they do not need the evaluator's copy of the file.
         return {key: value for key, value in self.__dict__.items() if key != "coco"}
 
 
@@ -110,7 +109,7 @@ class Split:
     Attributes:
         name, json_file, image_root: str.
         categories: in order of id, and so of label. images, annotations: the file's lists.
-        records: of the images that are used, see CocoDataset.
+        records: those of the used images, see CocoDataset.
         skipped: ids of the unusable instances by cause.
     """
 
@@ -132,10 +131,10 @@ def read_split(
     use_masks: bool = True,
     report: Callable[[str], None] = refuse,
 ) -> Split:
-    """Read and check what a CocoDataset with these arguments consists of.
+    """Read and check the annotation file of a CocoDataset with these arguments.
 
-    Each problem goes to `report`, which by default raises DataError; if it returns, the rest is still read. Raises
-    DataError, whatever `report` is, for a file that cannot be read at all.
+    Each problem goes to `report`, which by default raises DataError; if it returns, the rest is still read. A
+    file that cannot be read at all raises DataError, whatever `report` is.
     """
     name, json_file, image_root = _locate(names, json_file, image_root)
     content = read_annotations(json_file, use_masks, need_polygons=filter_empty, report=report)
@@ -164,7 +163,7 @@ def read_split(
 
 
 class _PackedList(Sequence):
-    """Read-only list kept as one array of pickles, which forked workers share without copying."""
+    """Read-only list in one array of pickles: forked workers share its memory without copies."""
 
     def __init__(self, items: Sequence):
         pickles = [pickle.dumps(item, protocol=5) for item in items]
@@ -193,7 +192,7 @@ def _locate(names, json_file, image_root) -> tuple[str, str, str]:
 
 
 def read_image(record: dict) -> Image.Image:
-    """The record's image in RGB, turned as its EXIF orientation says.
+    """The record's image in RGB, with its EXIF orientation applied.
 
     Raises DataError when the file is missing, cannot be decoded, has more than 8 bits a channel, or differs
     from the record's height and width.

@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """A dataset, annotation file or image cannot be used; the message says which, why and what to do."""
+    """A dataset, annotation file or image cannot be used; the message names it, the reason and the remedy."""

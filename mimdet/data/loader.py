@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from .errors import DataError
 from .sampler import AspectRatioBatchSampler, TrainingSampler
 
-# What ends a training in good order: Ctrl-C, a batch system, a lost connection, Slurm's early warning.
+# Signals that stop a training with a checkpoint: Ctrl-C, a batch system, a lost connection, Slurm's early warning.
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 )
@@ -41,15 +41,15 @@ def build_detection_train_loader(
 
     The batches depend on the seed, the number of processes and `total_batch_size`, not on `num_workers`; the
     global random state is neither read nor changed. Every `iter()` starts at `start_batch`. Rank and world
-    size come from torch.distributed where it is initialised.
+    size come from torch.distributed where it is initialized.
 
     Args:
         dataset: a CocoDataset, or any dataset of its records that has `sizes`.
         mapper: called as `mapper(record, rng)`, see DatasetMapper.
-        total_batch_size: images in a step over all processes.
+        total_batch_size: images in a step, over all processes.
         num_workers: worker processes of this rank; 0 loads in this process.
-        aspect_ratio_grouping: keep images wider than high apart from the others, which saves padding.
-        start_batch: number of steps to skip, so that a resumed run goes on where it stopped.
+        aspect_ratio_grouping: batches have images wider than high or others, not both, which saves padding.
+        start_batch: number of steps to skip, for a resumed run.
 
     Raises ValueError when `total_batch_size` does not divide by the number of processes, and DataError, while
     iterating, for data that cannot be used.
@@ -75,16 +75,16 @@ def build_detection_train_loader(
 def build_detection_test_loader(
     dataset: Dataset, mapper: Callable, batch_size: int = 1, num_workers: int = 4
 ) -> DataLoader:
-    """Loader that gives every image once, in order, each a sample in a list of up to `batch_size`.
+    """Loader that yields every image once, in order, in lists of up to `batch_size` samples.
 
-    Where torch.distributed is initialised, every rank gets a contiguous share of the batches. They are the same for
-    any number of processes, and so is what a detector finds whose result depends on what an image is batched with.
+    Where torch.distributed is initialized, every rank gets a contiguous range of the batches. The batches are the same
+    for any number of processes; detections are too, also where they depend on the other images of a batch.
     """
     rank, world_size = _rank_and_world_size()
     items = [(index, (index,)) for index in range(len(dataset))]
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
-    share = slice(len(batches) * rank // world_size, len(batches) * (rank + 1) // world_size)
-    return _loader(dataset, mapper, batches[share], num_workers)
+    rank_range = slice(len(batches) * rank // world_size, len(batches) * (rank + 1) // world_size)
+    return _loader(dataset, mapper, batches[rank_range], num_workers)
 
 
 def _rank_and_world_size() -> tuple[int, int]:
@@ -100,7 +100,7 @@ def _loader(dataset: Dataset, mapper: Callable, batches, num_workers: int) -> Da
         num_workers=num_workers,
         collate_fn=_as_list,
         pin_memory=torch.cuda.is_available(),
-        # A generator of its own: the loader would otherwise draw its workers' seed from the global one.
+        # DataLoader would draw its workers' seed from the global generator.
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_the_parent,
     )
@@ -113,8 +113,7 @@ def _as_list(samples: list) -> list:
 class MappedDataset(Dataset):
     """Samples of a dataset: item (index, seed) is `mapper(dataset[index], numpy.random.default_rng(seed))`.
 
-    A DataError is returned, not raised, for the loader to raise: DataLoader would bury its message in a
-    worker's traceback.
+    A DataError is returned, and raised in the main process: DataLoader would bury its message in a worker's traceback.
     """
 
     def __init__(self, dataset: Dataset, mapper: Callable):
@@ -134,14 +133,14 @@ class MappedDataset(Dataset):
 
 class _DetectionLoader(DataLoader):
     def __iter__(self) -> Iterator[list[dict]]:
-        with _stop_signals_blocked():  # workers inherit the mask
+        with _stop_signals_blocked():  # workers inherit the signal mask
             batches = super().__iter__()
         while True:
             try:
                 with explained_dead_worker(self.num_workers):
                     batch = next(batches, None)
             except LoaderWorkerError:
-                with suppress(RuntimeError):  # SIGCHLD's handler may raise for the same worker until they are gone
+                with suppress(RuntimeError):  # DataLoader's SIGCHLD handler may raise for the same worker again
                     batches._shutdown_workers()
                 raise
             if batch is None:
@@ -154,10 +153,10 @@ class _DetectionLoader(DataLoader):
 
 @contextmanager
 def explained_dead_worker(num_workers: int = 0) -> Iterator[None]:
-    """Raise LoaderWorkerError for what DataLoader raises when a worker died.
+    """Raise LoaderWorkerError instead of DataLoader's error when a worker died.
 
-    Mostly that is a RuntimeError. Where the worker dies while its tensors are fetched, it is an error of the
-    connection, which only a loader with ``num_workers`` has.
+    That is a RuntimeError, or an error of the connection if the worker dies while its tensors are fetched; only a
+    loader with ``num_workers`` has a connection.
     """
     try:
         yield
@@ -167,7 +166,7 @@ def explained_dead_worker(num_workers: int = 0) -> Iterator[None]:
         lost = isinstance(error, _LOST_CONNECTION) and num_workers and "in DataLoader worker process" not in str(error)
         if not lost and "DataLoader worker (pid" not in str(error):
             raise
-        cause = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error  # it knows the signal
+        cause = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error  # it names the signal
         text = f"a loader worker died: {str(cause).strip().rstrip('.') or type(error).__name__}"
         if lost or "signal: Killed" in text or "exited unexpectedly" in text:
             text += (
@@ -179,13 +178,13 @@ def explained_dead_worker(num_workers: int = 0) -> Iterator[None]:
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    if not hasattr(signal, "sigtimedwait"):  # such as macOS: workers could not tell who sent a SIGTERM
+    if not hasattr(signal, "sigtimedwait"):  # macOS, for example: workers could not tell who sent a SIGTERM
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         if multiprocessing.get_start_method() != "fork":
-            resource_tracker.ensure_running()  # its start unblocks SIGINT and SIGTERM
+            resource_tracker.ensure_running()  # starting it unblocks SIGINT and SIGTERM
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     finally:
@@ -193,10 +192,10 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 
 def _leave_signals_to_the_parent(worker_id: int) -> None:
-    """Let a worker outlive stop signals that reach its whole process group or cgroup (``worker_init_fn``).
+    """``worker_init_fn``: a worker survives stop signals to its whole process group or cgroup.
 
-    The training process needs its batches to finish the step. The worker ends when the parent sends it SIGTERM,
-    as DataLoader does, and when the parent is gone.
+    The training process needs batches to finish the step. The worker ends when the parent sends SIGTERM, as DataLoader
+    does, or is gone.
     """
     if not hasattr(signal, "sigtimedwait"):
         return
@@ -206,9 +205,9 @@ def _leave_signals_to_the_parent(worker_id: int) -> None:
 
 
 def _end_with_parent(loader_pid: int, parent_pid: int) -> None:
-    # loader_pid is not the parent's where a fork server starts the workers
+    # With a fork server, loader_pid is not the parent's.
     while os.getppid() == parent_pid:
         received = signal.sigtimedwait({signal.SIGTERM}, _CHECK_SECONDS)
         if received is not None and received.si_pid == loader_pid:
             break
-    os._exit(0)  # not an error: DataLoader reports other codes
+    os._exit(0)  # DataLoader reports exit codes other than 0 as errors

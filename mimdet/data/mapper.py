@@ -1,4 +1,4 @@
-"""From a dataset record to the sample a model is fed."""
+"""Dataset records -> samples of a model."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ from .transforms import AugmentationList, clip_targets, mask_boxes
 
 
 class DatasetMapper:
-    """Reads a record's image, augments it and its instances, and makes tensors of them.
+    """Reads a record's image, augments it and its instances, and converts them to tensors.
 
     Called as `mapper(record, rng) -> sample`, with a record of CocoDataset and a numpy Generator, the only
     source of randomness. A sample is a dict: `image` uint8 (3, H, W); `image_id` int; `file_name` str;
@@ -22,10 +22,10 @@ class DatasetMapper:
 
     Args:
         image_format: order of the channels, "RGB" or "BGR".
-        recompute_boxes: fit the boxes anew to what the augmentations left of the masks; needs `use_instance_mask`.
+        recompute_boxes: fit the boxes to the augmented masks; needs `use_instance_mask`.
 
-    Raises DataError for images that are missing, damaged or of another size than the record says, that an
-    augmentation fails on, and for records without the masks that are asked for; it names the file.
+    Raises DataError, which names the file, for an image that is missing, damaged, of another size than in the record,
+    or that an augmentation fails on, and for a record without masks where they are needed.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DatasetMapper:
             targets = {key: record[key] for key in keys}
         try:
             image, targets = self.augmentations(image, targets, rng)
-        except Exception as error:  # the augmentations may be the user's, and fail with any type
+        except Exception as error:  # augmentations may be custom code and raise any type
             raise DataError(
                 f"image {record['file_name']} (image id {record['image_id']}), {record['width']}x{record['height']} "
                 f"(width x height), cannot be augmented: {type(error).__name__}: {error}"

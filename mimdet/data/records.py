@@ -1,4 +1,4 @@
-"""Records of a dataset's images, from a checked annotation file."""
+"""Records of a dataset's images from a checked annotation file."""
 
 import os
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ def make_records(
 ) -> tuple[list[dict], dict[str, list[int]]]:
     """One record (see CocoDataset) for every image, in the file's order, and the instances left out.
 
-    x + width and y + height are added in float32, as Detectron2 does, and the sum is kept as float64: added exactly,
-    boxes differ in the last bit, overlaps that tie no longer do, and other anchors become positive.
+    x + width and y + height are added in float32, as in Detectron2, then stored as float64. An exact sum differs in
+    the last bit: IoU ties break, and other anchors become positive.
 
     Args:
-        content: what `read_annotations` returned.
+        content: result of `read_annotations`.
         use_masks: records have `masks`, and instances need one.
 
     Returns:
@@ -71,8 +71,8 @@ def make_records(
 def missing_files(records: Sequence[dict]) -> list[str]:
     """`file_name` of the records whose file does not exist.
 
-    One listing of each folder instead of a question for each file; what it lacks is asked for by itself, for a file
-    system may take another spelling for the same.
+    It lists each folder once, which is faster than a query for each file. Names that are not listed are queried, as
+    a file system may accept another spelling, such as another case.
     """
     listings: dict[str, set[str]] = {}
     missing = []
@@ -89,5 +89,5 @@ def _names(folder: str) -> set[str]:
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries}
-    except (OSError, ValueError):  # absent, not to be listed, or no name for a folder
+    except (OSError, ValueError):  # missing, not readable, or an invalid name
         return set()

@@ -1,4 +1,4 @@
-"""Which images make up each training batch: a pure function of the seed."""
+"""Samplers of the training batches; a pure function of the seed."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
@@ -23,7 +23,7 @@ class TrainingSampler(Sampler):
         self.seed = seed
 
     def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        # The second number keeps the two uses of the seed apart.
+        # SeedSequence: 0 is for permutations, 1 for samples.
         for epoch in count():
             order = np.random.default_rng((self.seed, 0, epoch)).permutation(self.size)
             for index in order.tolist():
@@ -33,14 +33,14 @@ class TrainingSampler(Sampler):
 class AspectRatioBatchSampler(Sampler):
     """Endless batches of a sampler's items in which all images belong to one group.
 
-    Batches form in the order in which they fill up and go round the ranks: rank r of w gets batches r, r + w,
-    ... of a sequence that is the same whatever w is.
+    Batches are in the order in which they fill up. Rank r of w gets batches r, r + w, ... of a sequence that does not
+    depend on w.
 
     Args:
         sampler: yields items whose first element is a dataset index.
         batch_size: images in a batch, on one rank.
         groups: group of every dataset index, such as width > height; None puts all in one.
-        start_batch: number of this rank's batches to skip, as a run that resumes does.
+        start_batch: number of this rank's batches to skip, for a resumed run.
     """
 
     def __init__(

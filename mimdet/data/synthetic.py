@@ -17,11 +17,11 @@ from .transforms import flat_polygons
 CLASSES = ("circle", "square", "triangle", "star")
 INSTANCES = (3, 9)  # fewest and most shapes tried in an image
 SMALLEST = 13  # diameter in pixels of the circle around a shape
-LARGEST = 0.6  # the same, as a share of the image's shorter side
-NEIGHBOURS = 0.35  # chance of a shape to be put against another one
-MIN_VISIBLE = 0.25  # shapes hidden further are not drawn
-HUE_SPREAD = 0.15  # a shape's hue lies within this of its class's; the classes' ranges overlap
-SPECK = 2.0  # visible parts of less area in pixels are left out of the masks
+LARGEST = 0.6  # the same, as a fraction of the image's shorter side
+NEIGHBORS = 0.35  # probability that a shape is placed next to another one
+MIN_VISIBLE = 0.25  # shapes with a smaller visible fraction are not drawn
+HUE_SPREAD = 0.15  # largest distance of a shape's hue from its class's; the classes' ranges overlap
+SPECK = 2.0  # pixels; visible parts of less area are left out of the masks
 SUPERSAMPLING = 4
 FORMAT_VERSION = 1
 _MARKER = "shapes.json"
@@ -34,17 +34,17 @@ def generate_shapes(
     image_size: tuple[int, int] = (128, 192),
     seed: int = 0,
 ) -> Path:
-    """Writes a dataset in COCO format to `root` and returns the path.
+    """Write a dataset in COCO format to `root` and return the path.
 
     The layout is annotations/instances_{train,val}.json with JPEG images in train/ and val/. Every image is a
-    function of (seed, split, its number). Nothing is done when `root` already holds the same set; an interrupted
-    call leaves `root` as it was.
+    function of (seed, split, number). A dataset with the same parameters is left as it is. An interrupted call does
+    not change `root`.
 
     Args:
         num_train, num_val: number of images.
-        image_size: shortest and longest side in pixels, inclusive, between which both sides are drawn.
+        image_size: bounds in pixels, inclusive, of both sides, which are random.
 
-    Raises DataError when `root` holds anything else.
+    Raises DataError when `root` has other content.
     """
     root = Path(root)
     parameters = {
@@ -69,7 +69,7 @@ def generate_shapes(
         try:
             scratch.replace(root)
         except OSError:
-            # Another process may have finished the same set in the meantime.
+            # rename() fails where another process has finished the same dataset.
             if not _holds(root, parameters):
                 raise
     finally:
@@ -78,20 +78,20 @@ def generate_shapes(
 
 
 def _holds(root: Path, parameters: dict) -> bool:
-    """Whether `root` is a complete set of these parameters; raises DataError if it is something else."""
+    """Whether `root` is a complete dataset with these parameters; raises DataError for other content."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     marker = root / _MARKER
     if not marker.is_file():
         raise DataError(f"{root} exists and is not a synthetic dataset; choose another folder")
-    found = json.loads(marker.read_text())
-    if found != parameters:
-        raise DataError(f"{root} holds a dataset made with {found}, not {parameters}; delete it or choose another")
+    present = json.loads(marker.read_text())
+    if present != parameters:
+        raise DataError(f"{root} holds a dataset made with {present}, not {parameters}; delete it or choose another")
     return True
 
 
 def _write_split(folder: Path, count: int, image_size: tuple[int, int], seed: tuple[int, ...]) -> dict:
-    """Draws the images of one split and returns the content of its annotation file."""
+    """Draw the images of one split and return the content of its annotation file."""
     images, annotations = [], []
     for number in range(count):
         rng = np.random.default_rng((*seed, number))
@@ -140,7 +140,7 @@ def _scene(rng: np.random.Generator, height: int, width: int) -> list[tuple[int,
         label = int(rng.integers(len(CLASSES)))
         radius = SMALLEST / 2 * (LARGEST * min(height, width) / SMALLEST) ** rng.random() ** 0.8
         shape = affinity.rotate(shapely.Polygon(_outline(label) * radius), rng.uniform(0, 360), origin=(0, 0))
-        if scene and rng.random() < NEIGHBOURS:
+        if scene and rng.random() < NEIGHBORS:
             near, angle = scene[rng.integers(len(scene))][1], rng.uniform(0, 2 * np.pi)
             distance = rng.uniform(0.4, 0.9) * (radius + np.sqrt(near.area / np.pi))
             x, y = near.centroid.x + distance * np.cos(angle), near.centroid.y + distance * np.sin(angle)
@@ -156,7 +156,7 @@ def _scene(rng: np.random.Generator, height: int, width: int) -> list[tuple[int,
 
 
 def _draw(canvas: np.ndarray, scene: list, rng: np.random.Generator) -> None:
-    """Paints the shapes on a canvas (height, width, 3) of values in [0, 1], the last one first."""
+    """Paint the shapes on a canvas (height, width, 3) of values in [0, 1], the last one first."""
     for label, shape, _ in reversed(scene):
         height, width = canvas.shape[:2]
         margin = 6
@@ -168,22 +168,22 @@ def _draw(canvas: np.ndarray, scene: list, rng: np.random.Generator) -> None:
         size = np.sqrt(shape.area)
         shadow = _coverage(affinity.translate(local, *rng.uniform(0.5, 2.5, size=2)), patch.shape, blur=1.5)
         patch *= 1 - 0.4 * shadow
-        colour = _contrasting(rng, patch.mean(axis=(0, 1)), label / len(CLASSES))
+        color = _contrasting(rng, patch.mean(axis=(0, 1)), label / len(CLASSES))
         rim = local.buffer(-min(max(0.04 * size, 0.6), 2.0))
         body = _coverage(local, patch.shape)
         inside = _coverage(rim, patch.shape)
-        fill = _fill(rng, colour, patch.shape)
-        patch += body * (colour * 0.55 - patch)
+        fill = _fill(rng, color, patch.shape)
+        patch += body * (color * 0.55 - patch)
         patch += inside * (fill - patch)
 
 
 def _coverage(shape: shapely.Geometry, patch_shape: tuple[int, ...], blur: float = 0.0) -> np.ndarray:
-    """Share (h, w, 1) of every pixel that lies in the shape."""
+    """Fraction (h, w, 1) of every pixel inside the shape."""
     height, width = patch_shape[:2]
     mask = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     draw = ImageDraw.Draw(mask)
     for polygon in flat_polygons(shape):
-        # PIL's coordinates refer to the centres of pixels.
+        # PIL's coordinates refer to the centers of pixels.
         draw.polygon((polygon * SUPERSAMPLING - 0.5).tolist(), fill=255)
     mask = mask.resize((width, height), Image.Resampling.BOX)
     if blur:
@@ -197,10 +197,10 @@ def _hsv(hue, saturation, value) -> np.ndarray:
 
 
 def _contrasting(rng: np.random.Generator, background: np.ndarray, hue: float) -> np.ndarray:
-    """The one of a few bright colours around a hue that stands out most."""
+    """Of a few bright colors around a hue, the one with the most contrast."""
     hues = hue + HUE_SPREAD * rng.uniform(-1, 1, size=3)
-    colours = [_hsv(h, rng.uniform(0.55, 0.95), rng.uniform(0.75, 1.0)) for h in hues]
-    return max(colours, key=lambda colour: np.abs(colour - background).sum())
+    colors = [_hsv(h, rng.uniform(0.55, 0.95), rng.uniform(0.75, 1.0)) for h in hues]
+    return max(colors, key=lambda color: np.abs(color - background).sum())
 
 
 def _waves(rng: np.random.Generator, height: int, width: int, period: float) -> np.ndarray:
@@ -211,7 +211,7 @@ def _waves(rng: np.random.Generator, height: int, width: int, period: float) -> 
     return 0.5 + 0.5 * np.sin(2 * np.pi * along / period + phase)
 
 
-def _fill(rng: np.random.Generator, colour: np.ndarray, patch_shape: tuple[int, ...]) -> np.ndarray:
+def _fill(rng: np.random.Generator, color: np.ndarray, patch_shape: tuple[int, ...]) -> np.ndarray:
     """Inside of a shape: plain, a gradient, or stripes."""
     height, width = patch_shape[:2]
     kind = rng.integers(3)
@@ -221,13 +221,13 @@ def _fill(rng: np.random.Generator, colour: np.ndarray, patch_shape: tuple[int, 
         amount = _waves(rng, height, width, 4.0 * max(height, width))
     else:
         amount = (_waves(rng, height, width, rng.uniform(5, 10)) - 0.5) * 3 + 0.5
-    other = _hsv(rng.random(), 0.3, 1.0) if rng.random() < 0.3 else colour * 0.7 + 0.3
+    other = _hsv(rng.random(), 0.3, 1.0) if rng.random() < 0.3 else color * 0.7 + 0.3
     amount = amount.clip(0, 1)[..., None] * 0.8
-    return colour * (1 - amount) + other * amount
+    return color * (1 - amount) + other * amount
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Muted texture (height, width, 3): two colours mixed by a pattern, under noise of three scales."""
+    """Muted texture (height, width, 3): two colors mixed by a pattern, under noise of three scales."""
     first, second = (_hsv(rng.random(), rng.uniform(0.05, 0.4), rng.uniform(0.25, 0.9)) for _ in range(2))
     kind = rng.integers(4)
     if kind == 0:

@@ -1,12 +1,12 @@
-"""Augmentations of an image together with its boxes and polygons.
+"""Augmentations of images with their boxes and polygons.
 
 Each is called as `augmentation(image, targets, rng) -> (image, targets)`. `image` is a PIL image; `targets`
 is None or a dict of `boxes` float64 (N, 4) xyxy pixels, `labels` int64 (N,), and optionally `masks`, N lists
-of polygons (flat float64 arrays x0, y0, x1, y1, ...). Inputs are left as they were. All randomness comes from
-`rng`, a numpy Generator.
+of polygons (flat float64 arrays x0, y0, x1, y1, ...). Inputs are not changed. All random
+numbers come from `rng`, a numpy Generator.
 
-Augmentations move boxes and drop none: after the last one, `clip_targets` clips and drops once, in Detectron2's
-order and precision, so that equal annotations give equal boxes to the last bit.
+Augmentations move boxes and drop none. After the last one, `clip_targets` clips and drops, in Detectron2's order and
+precision: equal annotations give bitwise equal boxes.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as F
 from .errors import DataError
 
 MIN_BOX_SIDE = 1e-5
-MAX_PIXELS = 2**27  # of a resized image: PIL takes 4 bytes for each. Only very thin images come near
+MAX_PIXELS = 2**27  # of a resized image, 4 bytes each in PIL; only very thin images come near
 
 
 class AugmentationList:
@@ -67,13 +67,13 @@ class RandomFlip:
 
 
 class ResizeShortestEdge:
-    """Scales the shorter side to a drawn length, less if the longer side would exceed `max_size`.
+    """Scales the shorter side to a random length, less if the longer side would exceed `max_size`.
 
     A very thin image keeps at least one pixel a side, and is scaled less where it would exceed `MAX_PIXELS`.
 
     Args:
         short_edge_length: one length in pixels; or several, to choose one of them (`sample_style` "choice")
-            or, given a lowest and a highest, any in between, both included ("range").
+            or (lowest, highest), for any between them, inclusive ("range").
         max_size: cap of the longer side in pixels, None for no cap.
     """
 
@@ -113,8 +113,8 @@ class ResizeShortestEdge:
 
 
 class ResizeScale:
-    """Scales an image, its sides' ratio kept, to the largest that fits a box of `target_height` x `target_width`
-    times a number drawn from [`min_scale`, `max_scale`)."""
+    """Scales an image to the largest size of its aspect ratio within `target_height` x `target_width` times a random
+    number from [`min_scale`, `max_scale`)."""
 
     def __init__(self, min_scale: float, max_scale: float, target_height: int, target_width: int):
         if not 0 < min_scale <= max_scale:
@@ -135,13 +135,13 @@ class ResizeScale:
 
 
 class FixedSizeCrop:
-    """Gives images of one size: larger ones are cropped at a place drawn, smaller ones padded.
+    """Makes images of one size: crops larger ones at a random position, pads smaller ones.
 
-    One number places the window on both axes, as in Detectron2. Polygons are cut to the window.
+    One random number sets the position on both axes, as in Detectron2. Polygons are cut to the window.
 
     Args:
         crop_size: height and width in pixels.
-        pad: pad smaller images, on the right and at the bottom, in grey `pad_value`; otherwise leave them.
+        pad: pad smaller images, on the right and at the bottom, with gray `pad_value`; otherwise leave them.
     """
 
     def __init__(self, crop_size: Sequence[int], pad: bool = True, pad_value: float = 128.0):
@@ -152,8 +152,8 @@ class FixedSizeCrop:
         self.pad_value = pad_value
 
     def __call__(self, image: Image, targets: dict | None, rng: np.random.Generator):
-        share = rng.random()
-        x, y = (round(share * max(0, spare)) for spare in (image.width - self.width, image.height - self.height))
+        fraction = rng.random()
+        x, y = (round(fraction * max(0, spare)) for spare in (image.width - self.width, image.height - self.height))
         targets = crop_targets(targets, x, y, self.width, self.height)
         image = F.crop(image, y, x, min(self.height, image.height), min(self.width, image.width))
         if self.pad:
@@ -162,10 +162,10 @@ class FixedSizeCrop:
 
 
 class RandomCrop:
-    """Cuts out a window whose sides are drawn from `crop_size` = (lowest, highest) pixels, inclusive.
+    """Crops a window with random sides from `crop_size` = (lowest, highest) pixels, inclusive.
 
-    Sides are limited to the image's, and the window lies anywhere inside it with equal chance. Polygons are cut to
-    the window; boxes are not fitted anew to them.
+    Sides are at most the image's; every position is equally likely. Polygons are cut to the window; boxes are not
+    fitted to them.
     """
 
     def __init__(self, crop_type: str, crop_size: Sequence[int]):
@@ -180,7 +180,7 @@ class RandomCrop:
         return F.crop(image, y, x, height, width), crop_targets(targets, x, y, width, height)
 
     def window(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """Draws x, y, width, height of a window in an image of the given size."""
+        """Random x, y, width, height of a window in an image of (height, width)."""
         crop_height = int(rng.integers(min(height, self.lowest), min(height, self.highest) + 1))
         crop_width = int(rng.integers(min(width, self.lowest), min(width, self.highest) + 1))
         y = int(rng.integers(height - crop_height + 1))
@@ -226,7 +226,7 @@ def mask_boxes(masks: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
 
 
 def crop_polygon(polygon: np.ndarray, x: int, y: int, width: int, height: int) -> list[np.ndarray]:
-    """The parts of a flat polygon inside a window, in the window's coordinates; possibly none or several."""
+    """Parts of a flat polygon inside a window, in the window's coordinates: none, one or several."""
     points = polygon.reshape(-1, 2)
     lowest, highest = points.min(axis=0), points.max(axis=0)
     if (lowest >= (x, y)).all() and (highest <= (x + width, y + height)).all():
@@ -234,7 +234,7 @@ def crop_polygon(polygon: np.ndarray, x: int, y: int, width: int, height: int) -
     if (lowest >= (x + width, y + height)).any() or (highest <= (x, y)).any():
         return []
     shape = shapely.Polygon(points)
-    # Self-crossing outlines are read by the even-odd rule, as the COCO rasteriser does.
+    # make_valid: self-crossing outlines follow the even-odd rule, as in the COCO rasterizer.
     shape = shape.buffer(0) if shape.is_valid else shapely.make_valid(shape)
     window = shapely.box(x, y, x + width, y + height)
     return [part - np.tile((x, y), part.size // 2) for part in flat_polygons(shape.intersection(window))]
@@ -243,7 +243,7 @@ def crop_polygon(polygon: np.ndarray, x: int, y: int, width: int, height: int) -
 def flat_polygons(shape: shapely.Geometry) -> list[np.ndarray]:
     """Outlines of the polygons in a geometry as flat arrays; points and lines are left out.
 
-    COCO polygons cannot have holes: a polygon with one is cut in two through it.
+    COCO polygons cannot have holes: a polygon with a hole is cut in two through it.
     """
     flat = []
     for part in shapely.get_parts(shapely.get_parts(shape)):

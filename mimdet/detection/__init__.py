@@ -1,4 +1,4 @@
-"""The detectors, with the names, arguments and keys of the Detectron2 classes they stand for."""
+"""The detectors, with the names, arguments and keys of their Detectron2 counterparts."""
 
 from .anchors import DefaultAnchorGenerator
 from .assignment import Box2BoxTransform, Matcher

@@ -15,7 +15,7 @@ class DefaultAnchorGenerator(nn.Module):
         sizes: for each level its sizes, square roots of the area, pixels.
         aspect_ratios: height over width, the same list for every level (or one list a level).
         strides: of each level, pixels.
-        offset: of the centre within a cell, in cells, in [0, 1).
+        offset: of the center within a cell, in cells, in [0, 1).
 
     Raises:
         ValueError: lists of different length, or an offset outside [0, 1).

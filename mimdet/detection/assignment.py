@@ -1,4 +1,4 @@
-"""Boxes and their deltas, and which candidates answer for which ground-truth box."""
+"""Boxes and their deltas, and the assignment of candidates to ground-truth boxes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torchvision.ops import box_iou
 
 from ..modeling.areas import ValidArea
 
-# A box may grow by at most 1000 / 16 in one step; beyond it exp() overflows.
+# exp() would overflow for large deltas: a box grows by at most 1000 / 16.
 SCALE_CLAMP = math.log(1000.0 / 16)
 
 
 def clip_boxes(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Boxes cut to a picture of (height, width)."""
+    """Boxes clipped to an image of (height, width)."""
     height, width = size
     x = boxes[..., 0::2].clamp(min=0, max=width)
     y = boxes[..., 1::2].clamp(min=0, max=height)
@@ -28,7 +28,7 @@ def nonempty(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def scale_boxes(boxes: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
-    """Boxes of a picture of size ``old`` (height, width) in a picture of size ``new``."""
+    """Boxes of an image of size ``old`` (height, width) in an image of size ``new``."""
     sy, sx = new[0] / old[0], new[1] / old[1]
     return boxes * boxes.new_tensor([sx, sy, sx, sy])
 
@@ -61,22 +61,22 @@ class Box2BoxTransform:
         )
         boxes = boxes.float().unsqueeze(-2)
         size = boxes[..., 2:] - boxes[..., :2]
-        centre = boxes[..., :2] + 0.5 * size + deltas[..., :2] * size
+        center = boxes[..., :2] + 0.5 * size + deltas[..., :2] * size
         half = 0.5 * size * deltas[..., 2:].clamp(max=self.scale_clamp).exp()
-        return torch.cat([centre - half, centre + half], dim=-1).reshape(shape)
+        return torch.cat([center - half, center + half], dim=-1).reshape(shape)
 
 
 class Matcher:
     """Labels each candidate by its best overlap.
 
     Args:
-        thresholds: ascending, above 0; they cut the overlaps into ``len(thresholds) + 1`` bands.
+        thresholds: ascending, above 0; they divide the overlaps into ``len(thresholds) + 1`` bands.
         labels: of each band, lowest first: 1 foreground, 0 background, -1 ignored.
         allow_low_quality_matches: also make foreground every candidate that ties for the best overlap with
             some ground-truth box, however low.
 
     Raises:
-        ValueError: counts that do not fit, thresholds out of order, other labels.
+        ValueError: counts that do not fit, thresholds out of order, unknown labels.
     """
 
     def __init__(self, thresholds: Sequence[float], labels: Sequence[int], allow_low_quality_matches: bool = False):
@@ -109,7 +109,8 @@ class Matcher:
 
 
 def outside_images(areas: Sequence[ValidArea | None], num_anchors: Sequence[int]) -> list[torch.Tensor] | None:
-    """(B, H * W * A) bool of each level: anchors of cells in the padding; None on a canvas or without padding."""
+    """(B, H * W * A) bool of each level: anchors of cells in the padding; None if padding counts as image, or if there
+    is none."""
     if not any(area is not None and area.padded for area in areas):
         return None
     return [area.outside(count) for area, count in zip(areas, num_anchors, strict=True)]
@@ -118,10 +119,12 @@ def outside_images(areas: Sequence[ValidArea | None], num_anchors: Sequence[int]
 def match_anchors(
     matcher: Matcher, boxes: Sequence[torch.Tensor], anchors: torch.Tensor, outside: torch.Tensor | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The matcher's answer for each image's boxes (M, 4) and all anchors (N, 4), of which those ``outside`` (B, N) are
-    the best of no box, whatever label they get."""
-    for i, own in enumerate(boxes):
-        overlaps = box_iou(own, anchors)
+    """The matcher's result for each image's boxes (M, 4) and all anchors (N, 4).
+
+    Anchors ``outside`` (B, N) are never the best one of a box; their labels mean nothing.
+    """
+    for i, image_boxes in enumerate(boxes):
+        overlaps = box_iou(image_boxes, anchors)
         yield matcher(overlaps if outside is None else overlaps.masked_fill(outside[i], -1.0))
 
 
@@ -135,8 +138,8 @@ def matched_truth(
     """Class and ground-truth box of N candidates that a :class:`Matcher` has labelled.
 
     Args:
-        target: one picture's ``boxes`` (M, 4) and ``labels`` (M,).
-        index, labels: the matcher's answer, (N,) each.
+        target: one image's ``boxes`` (M, 4) and ``labels`` (M,).
+        index, labels: the matcher's result, (N,) each.
         candidates: (N, 4), the boxes returned where there is no ground truth.
         num_classes: the class of background.
 
@@ -154,13 +157,13 @@ def subsample_labels(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose up to ``num_samples`` candidates of each row, at most a fraction of them foreground.
 
-    One uniform number a candidate decides: the smallest are chosen, the earlier one on a tie. Background
-    fills what foreground leaves. Shapes do not depend on the data, so nothing waits for the device.
+    Each candidate has one uniform number: the smallest are chosen, the earlier one on a tie. Background fills up what
+    foreground leaves. Shapes do not depend on the data, so there is no synchronization with the device.
 
     Args:
         labels: (B, N) integers, 1 foreground, 0 background, anything else never chosen.
-        num_samples: wanted from each row.
-        positive_fraction: upper bound of the foreground's share.
+        num_samples: upper bound of the candidates chosen from each row.
+        positive_fraction: upper bound of the fraction of foreground.
         noise: (B, N) uniform numbers.
 
     Returns:
@@ -169,7 +172,7 @@ def subsample_labels(
     """
     count = labels.shape[1]
     num_positive = int(num_samples * positive_fraction)
-    # 2**-48 per index leaves the order of float32 draws alone and makes every key distinct.
+    # Ties: 2**-48 per index makes every key distinct and does not change the order of float32 numbers.
     ramp = torch.arange(count, device=labels.device, dtype=torch.float64) * 2.0**-48
     key = noise.double() + ramp
     positive, used_positive = _smallest(key, labels == 1, num_positive)

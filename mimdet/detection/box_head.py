@@ -58,11 +58,11 @@ class FastRCNNOutputLayers(nn.Module):
 
     Args:
         input_shape: channels of the box head's output.
-        box2box_transform: codes boxes about proposals.
+        box2box_transform: codes boxes relative to proposals.
         num_classes: without background, which is the last score.
         test_score_thresh: detections need a higher score.
-        test_nms_thresh: overlap above which the worse of two detections of one class goes.
-        test_topk_per_image: detections kept of each picture.
+        test_nms_thresh: overlap above which the worse of two detections of one class is dropped.
+        test_topk_per_image: detections kept of each image.
         cls_agnostic_bbox_reg: one box for all classes instead of one each.
         smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is plain L1.
     """
@@ -107,7 +107,7 @@ class FastRCNNOutputLayers(nn.Module):
         """Losses of N proposals, both divided by N.
 
         Args:
-            scores, deltas: as :meth:`forward` gives them.
+            scores, deltas: as :meth:`forward` returns them.
             boxes: (N, 4) proposals.
             classes: (N,) int64, ``num_classes`` for background.
             gt_boxes: (N, 4) matched ground truth; any finite box of positive size for background.
@@ -115,10 +115,10 @@ class FastRCNNOutputLayers(nn.Module):
         count = max(len(classes), 1)
         cls = F.cross_entropy(scores.float(), classes, reduction="sum") / count
         foreground = classes < self.num_classes
-        own = classes.clamp(max=self.num_boxes - 1).view(-1, 1, 1).expand(-1, 1, 4)
-        delta = deltas.float().view(-1, self.num_boxes, 4).gather(1, own).squeeze(1)
-        wanted = self.box2box_transform.get_deltas(boxes, gt_boxes)
-        loc = F.smooth_l1_loss(delta, wanted, beta=self.smooth_l1_beta, reduction="none").sum(dim=1)
+        column = classes.clamp(max=self.num_boxes - 1).view(-1, 1, 1).expand(-1, 1, 4)
+        delta = deltas.float().view(-1, self.num_boxes, 4).gather(1, column).squeeze(1)
+        target = self.box2box_transform.get_deltas(boxes, gt_boxes)
+        loc = F.smooth_l1_loss(delta, target, beta=self.smooth_l1_beta, reduction="none").sum(dim=1)
         loc = torch.where(foreground, loc, loc.new_zeros(())).sum() / count
         return {"loss_cls": cls, "loss_box_reg": loc}
 
@@ -130,19 +130,19 @@ class FastRCNNOutputLayers(nn.Module):
         proposals: Sequence[torch.Tensor],
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[dict[str, torch.Tensor]]:
-        """Detections of each picture: boxes (N, 4), scores (N,), labels (N,), best first."""
+        """Detections of each image: boxes (N, 4), scores (N,), labels (N,), best first."""
         return self.select(self.predict_boxes(deltas, proposals), scores.float().softmax(dim=1), image_sizes)
 
     @torch.no_grad()
     def predict_boxes(self, deltas: torch.Tensor, proposals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """(N_i, K * 4) boxes of each picture, neither clipped nor with a gradient."""
+        """(N_i, K * 4) boxes of each image, not clipped, without gradient."""
         boxes = self.box2box_transform.apply_deltas(deltas, torch.cat(list(proposals)))
         return list(boxes.split([len(p) for p in proposals]))
 
     def select(
         self, boxes: Sequence[torch.Tensor], probabilities: torch.Tensor, image_sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, torch.Tensor]]:
-        """Detections among the boxes (N_i, K * 4) of each picture, given (sum N_i, num_classes + 1) probabilities."""
+        """Detections among the boxes (N_i, K * 4) of each image, by probabilities (sum N_i, num_classes + 1)."""
         parts = probabilities[:, :-1].split([len(b) for b in boxes])
         return [
             self._detect(b.view(-1, self.num_boxes, 4), p, size)

@@ -16,10 +16,10 @@ from .roi_heads import SampledProposals, StandardROIHeads
 class CascadeROIHeads(StandardROIHeads):
     """Box heads in stages, and one mask head.
 
-    Training proposals are sampled once. Each later stage takes the boxes that the one before predicts, without
-    gradient, clipped, empty ones dropped, and matches all of them anew by its own threshold. Masks learn from the
-    foreground of the first stage. Detections are the last stage's boxes, chosen by the mean of the class
-    probabilities that every stage gives to the boxes it received; ``test_score_thresh``, ``test_nms_thresh`` and
+    Training proposals are sampled once. Each later stage takes the boxes that the one before predicts: without
+    gradient, clipped, without empty ones. It matches all of them anew, by its own threshold. The mask head is trained
+    on the foreground of the first stage. Detections are the last stage's boxes; their score is the mean of the class
+    probabilities of all stages, each for its own input boxes. ``test_score_thresh``, ``test_nms_thresh`` and
     ``test_topk_per_image`` are the last predictor's.
 
     Args:
@@ -65,8 +65,8 @@ class CascadeROIHeads(StandardROIHeads):
         for stage, predictor in enumerate(self.box_predictor):
             boxes = [s.boxes for s in sampled]
             scores, deltas = self._run(stage, features, boxes)
-            own = self._losses_of(predictor, (scores, deltas), sampled)
-            losses |= {f"{name}_stage{stage}": loss for name, loss in own.items()}
+            stage_losses = self._losses_of(predictor, (scores, deltas), sampled)
+            losses |= {f"{name}_stage{stage}": loss for name, loss in stage_losses.items()}
             if stage + 1 < len(self.box_predictor):
                 refined = self._proposals(predictor.predict_boxes(deltas, boxes), image_sizes)
                 sampled = self._match(stage + 1, refined, targets)
@@ -94,15 +94,15 @@ class CascadeROIHeads(StandardROIHeads):
         """A stage's scores and deltas of boxes."""
         pooled = self._pool_boxes(features, boxes)
         if pooled.requires_grad:
-            # The stages' losses are added up: so the features learn from their mean, the heads in full.
+            # Gradient of the features: the mean over the stages, as in Detectron2. Each head gets its gradient in full.
             pooled.register_hook(lambda grad: grad * (1 / len(self.box_head)))
         return self.box_predictor[stage](self.box_head[stage](pooled))
 
     def _proposals(self, boxes: Sequence[torch.Tensor], image_sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-        """A stage's boxes as the next one takes them: clipped, and in training without empty ones."""
-        # The pooler has no level for a box that is not a number.
+        """A stage's boxes as input of the next: clipped, and in training without empty ones."""
+        # NaN has no pyramid level in the pooler.
         boxes = [clip_boxes(b.nan_to_num(0.0), size) for b, size in zip(boxes, image_sizes, strict=True)]
-        # At inference every stage must score the same rows.
+        # In eval mode every stage must score the same rows: their probabilities are averaged.
         return [b[nonempty(b)] for b in boxes] if self.training else boxes
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What every detector does alike: pictures in, losses or detections out."""
+"""Base class of the detectors: images in, losses or detections out."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Detector(nn.Module):
         backbone: ``ImageList`` -> pyramid levels; has ``size_divisibility``.
         pixel_mean, pixel_std: of each channel, on the 0..255 scale, in the order of ``input_format``.
         input_format: only "RGB".
-        inference: passes in eval mode; None is one.
+        inference: test-time ensemble over token samples; None evaluates once.
 
     Attributes:
         predicts_masks: whether detections have masks and training needs them.
-        lsj_postprocess: whether detections return to the pictures by one factor for both axes.
+        lsj_postprocess: whether detections return to the images by one factor for both axes.
     """
 
     predicts_masks = True
@@ -51,7 +51,7 @@ class Detector(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model's tensors are."""
+        """Device of the model's tensors."""
         return self.pixel_mean.device
 
     def compute_losses(
@@ -60,17 +60,17 @@ class Detector(nn.Module):
         image_sizes: Sequence[tuple[int, int]],
         targets: Sequence[dict[str, Any]],
     ) -> dict[str, torch.Tensor]:
-        """Losses of pyramid levels (B, C, H, W) and the ground truth of pictures of (height, width)."""
+        """Losses of pyramid levels (B, C, H, W) and the ground truth of images of (height, width)."""
         raise NotImplementedError
 
     def detect(
         self, features: dict[str, torch.Tensor], image_sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, torch.Tensor]]:
-        """Detections in pixels of the pictures as they entered the backbone; masks as ``mask_probabilities``."""
+        """Detections in pixels of the images as they entered the backbone; masks as ``mask_probabilities``."""
         raise NotImplementedError
 
     def preprocess(self, images: Sequence[torch.Tensor]) -> ImageList:
-        """Normalise (3, H, W) pictures of 0..255 and batch them, zeros at the bottom and right."""
+        """Normalize (3, H, W) images of 0..255 and batch them, zeros at the bottom and right."""
         check_images(images)
         tensors = [(i.to(self.device).to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std for i in images]
         batch = ImageList.from_tensors(tensors, self.backbone.size_divisibility)
@@ -89,17 +89,17 @@ class Detector(nn.Module):
 
         Args:
             images: B tensors (3, H, W), RGB, 0..255, uint8 or float; sizes may differ.
-            targets: in training, for each picture ``boxes`` (N, 4) x0, y0, x1, y1 in pixels, ``labels`` (N,)
+            targets: in training, for each image ``boxes`` (N, 4) x0, y0, x1, y1 in pixels, ``labels`` (N,)
                 int64 from 0 and, for detectors that predict them, ``masks``: N lists of COCO polygons, or
                 (N, H, W) bool.
-            output_sizes: in eval mode, (height, width) of each picture that detections are wanted in; default:
-                the pictures' own.
-            paste: in eval mode, False leaves masks as ``mask_probabilities`` (N, S, S), soft maps of the boxes, for
-                a caller who pastes them one at a time (``masks.paste_in_parts``).
+            output_sizes: in eval mode, (height, width) of each image that detections are scaled to; default: the
+                sizes of ``images``.
+            paste: in eval mode, False returns ``mask_probabilities`` (N, S, S), soft maps of the boxes, instead of
+                masks; the caller pastes them a few at a time (``masks.paste_in_parts``).
 
         Returns:
             Training: scalar losses by name, to be added up.
-            Eval: for each picture ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) and, from detectors that
+            Eval: for each image ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) and, from detectors that
             predict them, ``masks`` (N, height, width) bool, best first.
 
         Raises:
@@ -136,7 +136,7 @@ class Detector(nn.Module):
             scaled = scale_boxes(detection["boxes"], old, new)
         boxes = clip_boxes(scaled, new)
         keep = nonempty(boxes)
-        found = {**{key: value[keep] for key, value in detection.items()}, "boxes": boxes[keep]}
-        if paste and "mask_probabilities" in found:
-            found["masks"] = paste_masks(found.pop("mask_probabilities"), found["boxes"], new)
-        return found
+        resized = {**{key: value[keep] for key, value in detection.items()}, "boxes": boxes[keep]}
+        if paste and "mask_probabilities" in resized:
+            resized["masks"] = paste_masks(resized.pop("mask_probabilities"), resized["boxes"], new)
+        return resized

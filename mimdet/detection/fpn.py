@@ -22,7 +22,7 @@ class LastLevelMaxPool(nn.Module):
     in_feature = "p5"
 
     def forward(self, x: torch.Tensor, areas: Sequence[ValidArea | None] = (None,)) -> list[torch.Tensor]:
-        """Where the padding of x is zero, that of p6 is."""
+        """[p6]. Zero padding stays zero, so ``areas`` is not needed."""
         return [F.max_pool2d(x, kernel_size=1, stride=2)]
 
 
@@ -32,7 +32,7 @@ class LastLevelP6P7(nn.Module):
     Args:
         in_channels: channels of ``in_feature``.
         out_channels: channels of both levels.
-        in_feature: the backbone's output, or the pyramid's level, that p6 is made from.
+        in_feature: input of p6, an output of the backbone or a level of the pyramid.
     """
 
     num_levels = 2
@@ -58,17 +58,17 @@ def _zero_padding(x: torch.Tensor, area: ValidArea | None) -> torch.Tensor:
 class FPN(nn.Module):
     """Top-down pyramid over a backbone's features; outputs are named p<log2 of stride>.
 
-    Where the backbone gives ``PackedFeatures``, so does the pyramid: norms see images alone, and padding stays zero.
+    ``PackedFeatures`` of the backbone give ``PackedFeatures``: norms see each image alone, and padding stays zero.
 
     Args:
-        bottom_up: backbone with ``output_shape()``; it gets the forward arguments as they come.
+        bottom_up: backbone with ``output_shape()``; ``forward`` hands its arguments to it.
         in_features: names of its outputs, finest first, each of twice the stride of the one before.
         out_channels: channels of every output.
         norm: norm of lateral and output convolutions; "" for none, which gives them a bias.
-        top_block: makes coarser levels from its ``in_feature``, a backbone's output or a level, or None.
+        top_block: makes coarser levels from its ``in_feature`` (an output of the backbone or a level), or None.
 
     Raises:
-        ValueError: unknown in_features, also the top block's, or strides that do not double.
+        ValueError: unknown in_features (of the FPN or its top block), or strides that do not double.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class FPN(nn.Module):
         x = None
         for i, (name, level) in reversed(list(enumerate(zip(self.in_features, self.levels, strict=True)))):
             lateral = getattr(self, f"fpn_lateral{level}")(features[name], areas[i])
-            # A coarse cell at an image's edge may reach beyond it.
+            # Upsampling fills padding: a coarse cell at the edge of an image may reach beyond it.
             up = None if x is None else F.interpolate(x, scale_factor=2.0, mode="nearest")
             x = lateral if up is None else _zero_padding(lateral + up, areas[i])
             outputs.insert(0, getattr(self, f"fpn_output{level}")(x, areas[i]))

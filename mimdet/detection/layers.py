@@ -39,8 +39,8 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
     Args:
         num_features: channels.
         eps, momentum, affine, track_running_stats: as ``nn.BatchNorm2d``.
-        stats_mode: "" weighs every process alike, so all must hold batches of one size; "N" weighs each by its
-            number of rows, as ROI heads need. Maps with a valid area weigh by its cells in both.
+        stats_mode: "" gives every process the same weight, so all must have the same batch size; "N" weighs each by its
+            number of rows, as ROI heads need. Maps with a valid area are weighted by its cells in both modes.
 
     Raises:
         ValueError: another ``stats_mode``; in training, fewer than two values a channel.
@@ -62,7 +62,7 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
         self.stats_mode = stats_mode
 
     def forward(self, x: torch.Tensor, area: ValidArea | None = None) -> torch.Tensor:
-        """(N, C, H, W) -> the same. Training statistics are those of the valid area, if one is given; then padding
+        """(N, C, H, W) -> (N, C, H, W). With ``area``, training statistics cover the valid area alone, and padding
         becomes zero."""
         if not self.training:
             return super().forward(x)
@@ -73,7 +73,7 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
     def _in_training(self, x: torch.Tensor, by_cells: bool = False) -> torch.Tensor:
         world = _world_size()
         if world == 1:
-            # No rows, as when no proposal is foreground: nothing to normalise and nothing to learn from.
+            # BatchNorm rejects an empty batch, which happens when no proposal is foreground.
             return super().forward(x) if x.numel() else x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
         rows, _, height, width = x.shape
         weight = rows * height * width if by_cells else rows if self.stats_mode == "N" else 1
@@ -82,29 +82,29 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
     def _synced(self, x: torch.Tensor, weight: float) -> torch.Tensor:
         rows = x.shape[0]
         values = x.float()
-        # Sums, not means, so that an empty batch adds nothing; variance in a second, centred pass.
+        # All-reduce of sums, not means: an empty batch adds nothing. The variance is a second pass over x - mean.
         cells = x.shape[2] * x.shape[3]
         total = values.new_tensor([weight])
         scale = weight / max(rows * cells, 1)
         summed = _SumOverProcesses.apply(torch.cat([values.sum((0, 2, 3)) * scale, total]))
         count = summed[-1].detach()
         mean = summed[:-1] / count.clamp(min=1)
-        centred = values - mean.view(1, -1, 1, 1)
-        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3)) * scale) / count.clamp(min=1)
+        x_centered = values - mean.view(1, -1, 1, 1)
+        variance = _SumOverProcesses.apply(x_centered.square().sum((0, 2, 3)) * scale) / count.clamp(min=1)
         factor = self.momentum * (count > 0)
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor.to(self.running_mean.dtype))
             self.running_var.lerp_(variance.to(self.running_var.dtype), factor.to(self.running_var.dtype))
             self.num_batches_tracked.add_(1)
         gain = self.weight * (variance + self.eps).rsqrt()
-        out = centred * gain.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        out = x_centered * gain.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
         return out.to(x.dtype)
 
 
-def normalise(norm: nn.Module, x: torch.Tensor, area: ValidArea | None = None) -> torch.Tensor:
-    """``norm(x)`` of maps (B, C, H, W); with a valid area, that area is all that the norm sees.
+def normalize(norm: nn.Module, x: torch.Tensor, area: ValidArea | None = None) -> torch.Tensor:
+    """``norm(x)`` of maps (B, C, H, W); with a valid area, its statistics cover that area alone.
 
-    What stands in the padding afterwards is arbitrary.
+    Values in the padding are arbitrary afterwards.
     """
     if isinstance(norm, NaiveSyncBatchNorm):
         return norm(x, area)
@@ -140,10 +140,10 @@ def get_norm(norm: str | Callable[[int], nn.Module] | None, channels: int) -> nn
 
 
 class Conv2d(nn.Conv2d):
-    """``nn.Conv2d`` followed by ``norm`` and ``activation`` if given; the norm's keys are under ``norm.``.
+    """``nn.Conv2d``, then ``norm`` and ``activation`` where there are any; the norm's keys are under ``norm.``.
 
-    With the maps' valid area, the norm sees that alone, and the result is zero elsewhere: what the next convolution
-    reads beyond an image is then what it reads beyond the map of that image alone.
+    With the maps' valid area, the norm's statistics cover it alone, and the padding of the result is zero: the next
+    convolution then reads the same zeros beyond an image as it reads beyond the map of that image alone.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor, area: ValidArea | None = None) -> torch.Tensor:
         x = super().forward(x)
         if self.norm is not None:
-            x = normalise(self.norm, x, area)
+            x = normalize(self.norm, x, area)
         if self.activation is not None:
             x = self.activation(x)
         return x if area is None else area.zero_padding(x)
@@ -181,7 +181,7 @@ def msra_fill(module: nn.Module) -> None:
 
 
 def normal_fill(module: nn.Module, std: float) -> None:
-    """Normal weights of the given deviation, zero bias."""
+    """Normal weights with standard deviation ``std``, zero bias."""
     nn.init.normal_(module.weight, std=std)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -53,12 +53,12 @@ class MaskRCNNConvUpsampleHead(nn.Module):
 
 
 def class_logits(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """The map of each row's own class: (N, K, S, S), (N,) int64 -> (N, S, S) float32."""
+    """The map of each row's class: (N, K, S, S), (N,) int64 -> (N, S, S) float32."""
     return logits[torch.arange(len(classes), device=logits.device), classes].float()
 
 
 def mask_loss(logits: torch.Tensor, classes: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean binary cross entropy of each foreground row's own class map; 0, with gradient, without rows.
+    """Mean binary cross entropy of each foreground row's class map; without rows 0, with a gradient for DDP.
 
     Args:
         logits: (N, K, S, S).

@@ -12,9 +12,9 @@ from torchvision.ops import roi_align
 
 Polygons = Sequence[np.ndarray]
 
-# Pixels that are resampled at once: 2**26 in float32 are a quarter gigabyte.
+# grid_sample processes this many pixels at once: 2**26 in float32 are 256 MiB.
 _CPU_PIXELS, _GPU_PIXELS = 2**22, 2**26
-# Pixels of the masks that are handed out together.
+# paste_in_parts yields masks of at most this many pixels together.
 _PART_PIXELS = 2**24
 
 
@@ -64,19 +64,19 @@ def paste_masks(
         size: (height, width) of the image.
 
     Returns:
-        (N, height, width) bool on the device of ``boxes``. Beside it, at most a few float32 maps of 2**26 pixels
-        (a GPU) or 2**22 pixels (a CPU) are in memory.
+        (N, height, width) bool on the device of ``boxes``. Temporary memory: a few float32 maps of at most 2**26
+        pixels on a GPU, 2**22 on a CPU.
     """
     height, width = size
     out = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
     if boxes.device.type == "cpu":
-        # One by one, each in its own window: most masks cover little of the image.
+        # On a CPU one mask at a time, inside its box: most masks cover little of the image.
         for row, box in enumerate(boxes):
             x0, y0 = (box[:2].floor().int() - 1).clamp(min=0).tolist()
             x1, y1 = (min(int(c) + 1, side) for c, side in zip(box[2:].ceil(), (width, height), strict=True))
             _paste(out, probabilities, boxes, slice(row, row + 1), (x0, y0, x1, y1), _CPU_PIXELS, threshold)
         return out
-    # Whole images at once, as many as fit.
+    # On a GPU as many whole masks at once as fit.
     count = max(1, _GPU_PIXELS // max(1, height * width))
     for row in range(0, len(boxes), count):
         _paste(out, probabilities, boxes, slice(row, row + count), (0, 0, width, height), _GPU_PIXELS, threshold)
@@ -121,7 +121,7 @@ def _resample(prob: torch.Tensor, boxes: torch.Tensor, window: tuple[int, int, i
     x = torch.arange(x0, x1, device=boxes.device, dtype=torch.float32) + 0.5
     y = torch.arange(y0, y1, device=boxes.device, dtype=torch.float32) + 0.5
     left, top, right, bottom = boxes.float().unsqueeze(-1).unbind(1)
-    # A box without area divides by zero; its pixels must lie outside, or count as the centre.
+    # A box without area divides by zero: infinities and NaN become 0, the center of the map.
     gx = ((x - left) / (right - left) * 2 - 1).nan_to_num(0.0, 0.0, 0.0)
     gy = ((y - top) / (bottom - top) * 2 - 1).nan_to_num(0.0, 0.0, 0.0)
     grid = torch.stack([gx[:, None, :].expand(-1, len(y), -1), gy[:, :, None].expand(-1, -1, len(x))], dim=-1)

@@ -1,4 +1,4 @@
-"""Several passes over a picture, each with another sample of its tokens (paper, Table 4)."""
+"""Test-time ensemble over token samples (paper, Table 4)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torchvision.ops import batched_nms, box_iou
 
 
 class InferencePasses:
-    """How often a detector looks at a picture in eval mode, and how what it finds each time becomes one result.
+    """Evaluates a detector several times, each time on another sample of the tokens, and merges the detections.
 
-    The paper gives "the ensemble result of several independent evaluations" and not how they are merged. Here all
-    detections stand together, the worse of two that overlap within a class goes as it does within one pass, and the
-    best are kept. Each keeps its score; its box and its mask become the means, weighted by score, of all that overlap
-    with it within its class ("box voting", Gidaris and Komodakis, 2015).
+    The paper reports "the ensemble result of several independent evaluations" and does not say how they are merged.
+    Here the detections of all passes go through NMS together, and the best are kept. A detection keeps its score. Its
+    box and its mask become the means, weighted by score, of all that overlap with it within its class ("box voting",
+    Gidaris and Komodakis, 2015).
 
     Args:
-        passes: number of passes.
-        ratio: keep ratio of each, in (0, 1]; None leaves it to the backbone.
-        nms_thresh: overlap above which the worse of two detections of one class goes.
-        topk: detections kept of each picture.
+        passes: number of evaluations.
+        ratio: keep ratio of each pass, in (0, 1]; None is the backbone's.
+        nms_thresh: overlap above which the worse of two detections of one class is dropped.
+        topk: detections kept of each image.
 
     Raises:
-        ValueError: no pass, a ratio outside (0, 1], or several passes that would all see the same.
+        ValueError: passes below 1, a ratio outside (0, 1], or several passes over the same tokens.
     """
 
     def __init__(self, passes: int = 1, ratio: float | None = None, nms_thresh: float = 0.5, topk: int = 100):
@@ -36,23 +36,23 @@ class InferencePasses:
         self.passes, self.ratio, self.nms_thresh, self.topk = passes, ratio, nms_thresh, topk
 
     def __call__(self, detect: Callable[..., list[dict[str, torch.Tensor]]]) -> list[dict[str, torch.Tensor]]:
-        """``detect()``, or ``detect(sample_ratio=ratio)``, as often as there are passes, and the merged result."""
+        """The merged result of ``passes`` calls of ``detect()``, or ``detect(sample_ratio=ratio)``."""
         ratio = {} if self.ratio is None else {"sample_ratio": self.ratio}
         return self.merge([detect(**ratio) for _ in range(self.passes)])
 
-    def merge(self, found: Sequence[Sequence[dict[str, torch.Tensor]]]) -> list[dict[str, torch.Tensor]]:
-        """Detections of each picture, best first, from those of each pass: boxes (N, 4), scores (N,), labels (N,) and,
+    def merge(self, detections: Sequence[Sequence[dict[str, torch.Tensor]]]) -> list[dict[str, torch.Tensor]]:
+        """Detections of each image, best first, from those of each pass: boxes (N, 4), scores (N,), labels (N,) and,
         where there are masks, mask_probabilities (N, M, M)."""
-        if len(found) == 1:
-            return list(found[0])
-        return [self._merge(of_picture) for of_picture in zip(*found, strict=True)]
+        if len(detections) == 1:
+            return list(detections[0])
+        return [self._merge(passes) for passes in zip(*detections, strict=True)]
 
-    def _merge(self, found: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        every = {key: torch.cat([each[key] for each in found]) for key in found[0]}
+    def _merge(self, passes: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        every = {key: torch.cat([detections[key] for detections in passes]) for key in passes[0]}
         boxes, scores, labels = (every[key] for key in ("boxes", "scores", "labels"))
         keep = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.topk]
         same = (box_iou(boxes[keep], boxes) > self.nms_thresh) & (labels[keep, None] == labels)
-        same[torch.arange(len(keep), device=keep.device), keep] = True  # an empty box overlaps with nothing
+        same[torch.arange(len(keep), device=keep.device), keep] = True  # the IoU of an empty box with itself is 0
         weight = same * scores.clamp(min=torch.finfo(scores.dtype).tiny)
         weight = weight / weight.sum(1, keepdim=True)
         merged = {key: value[keep] for key, value in every.items()}

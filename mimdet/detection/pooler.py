@@ -59,12 +59,12 @@ class ROIPooler(nn.Module):
     def forward(
         self, features: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor], areas: ValidAreas | None = None
     ) -> torch.Tensor:
-        """Pool boxes of every picture.
+        """Pool boxes of every image.
 
         Args:
             features: the levels, (B, C, H, W) each.
             boxes: B tensors (N_i, 4) in pixels of the padded batch.
-            areas: of packed images, whose last rows and columns then are where ROIAlign ends, as it does at a map's.
+            areas: of a packed batch. ROIAlign then ends at the last row and column of each image, not of the map.
 
         Returns:
             (sum N_i, C, output_size, output_size) in the features' dtype, in the order of ``boxes``.
@@ -72,18 +72,18 @@ class ROIPooler(nn.Module):
         if areas is not None and areas.padded:
             levels = [areas.at(round(1 / scale)) for scale in self.scales]
             maps = [[a.crop(f, i) for a, f in zip(levels, features, strict=True)] for i in range(len(boxes))]
-            return torch.cat([self._pool(own, [box]) for own, box in zip(maps, boxes, strict=True)])
+            return torch.cat([self._pool(levels, [box]) for levels, box in zip(maps, boxes, strict=True)])
         return self._pool(features, boxes)
 
     def _pool(self, features: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
-        picture = torch.cat([b.new_full((len(b), 1), float(i)) for i, b in enumerate(boxes)])
-        rois = torch.cat([picture, torch.cat(list(boxes))], dim=1)
+        batch_index = torch.cat([b.new_full((len(b), 1), float(i)) for i, b in enumerate(boxes)])
+        rois = torch.cat([batch_index, torch.cat(list(boxes))], dim=1)
         level = self.assign_levels(rois[:, 1:])
         order, parts = [], []
         for i, (feature, scale) in enumerate(zip(features, self.scales, strict=True)):
             rows = (level == i).nonzero().squeeze(1)
             order.append(rows)
-            # Coordinates need more than half precision, so the pooling is done in float32.
+            # ROIAlign in float32: half precision is too coarse for coordinates.
             pooled = roi_align(
                 feature.float(),
                 rois[rows].float(),

@@ -1,4 +1,4 @@
-"""The whole two-stage detector."""
+"""The two-stage detector: Mask R-CNN and Cascade Mask R-CNN."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class GeneralizedRCNN(Detector):
         roi_heads: a ``StandardROIHeads`` or ``CascadeROIHeads``.
         pixel_mean, pixel_std: of each channel, on the 0..255 scale, in the order of ``input_format``.
         input_format: only "RGB".
-        lsj_postprocess: pictures are padded to one fixed size on the right or at the bottom, as ``FixedSizeCrop``
-            leaves them, so detections return to ``output_sizes`` by one factor: the larger of the two sides' ratios.
-        inference: passes in eval mode; None is one.
+        lsj_postprocess: ``FixedSizeCrop`` has padded the images to one fixed size, on the right or at the bottom; so
+            detections are scaled to ``output_sizes`` by one factor, the larger of the two sides' ratios.
+        inference: test-time ensemble over token samples; None evaluates once.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class GeneralizedRCNN(Detector):
 
     @property
     def num_classes(self) -> int:
-        """Without background."""
+        """Number of classes, without background."""
         return self.roi_heads.num_classes
 
     def compute_losses(

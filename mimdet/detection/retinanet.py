@@ -16,7 +16,7 @@ from ..modeling.shapes import ShapeSpec
 from .anchors import DefaultAnchorGenerator
 from .assignment import Box2BoxTransform, Matcher, match_anchors, matched_truth, outside_images
 from .detector import Detector
-from .layers import get_norm, normal_fill, normalise
+from .layers import get_norm, normal_fill, normalize
 from .passes import InferencePasses
 
 _FIRST_NORMALIZER = 100.0
@@ -32,7 +32,7 @@ class RetinaNetHead(nn.Module):
         num_anchors: anchors at a cell.
         conv_dims: channels of each convolution of a tower.
         norm: norm after each of them. Not a batch norm: its statistics would mix the levels.
-        prior_prob: score that every anchor starts from.
+        prior_prob: score of every anchor before training.
 
     Raises:
         ValueError: levels of different channels, no convolution, or a batch norm.
@@ -70,7 +70,7 @@ class RetinaNetHead(nn.Module):
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(B, C, H, W) of each level -> logits (B, H*W*A, num_classes) and deltas (B, H*W*A, 4), in anchor order.
 
-        With the levels' valid areas, those are what each image has alone; elsewhere numbers mean nothing.
+        With ``areas``, an image's values are those it has alone; values in the padding mean nothing.
         """
         levels = list(zip(features, areas or [None] * len(features), strict=True))
         logits = [_by_anchor(self.cls_score(self.cls_subnet(f, area)), self.num_classes) for f, area in levels]
@@ -88,7 +88,7 @@ class _Tower(nn.Sequential):
             elif isinstance(layer, nn.ReLU):
                 x = layer(x) if area is None else area.zero_padding(layer(x))
             else:
-                x = normalise(layer, x, area)
+                x = normalize(layer, x, area)
         return x
 
 
@@ -120,20 +120,20 @@ class RetinaNet(Detector):
     Args:
         backbone: ``ImageList`` -> pyramid levels; has ``size_divisibility``.
         head: a ``RetinaNetHead``.
-        head_in_features: levels it looks at, finest first.
-        anchor_generator: gives anchors.
-        box2box_transform: codes boxes about anchors.
+        head_in_features: input levels, finest first.
+        anchor_generator: makes the anchors.
+        box2box_transform: codes boxes relative to anchors.
         anchor_matcher: labels anchors in training; ignored ones enter neither loss.
-        num_classes: number of classes; background is none of them.
+        num_classes: number of classes, without background.
         focal_loss_alpha, focal_loss_gamma: weight of foreground, and exponent, of the focal loss.
         smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is plain L1.
         test_score_thresh: detections need a higher score.
         test_topk_candidates: pairs of anchor and class kept of each level before NMS.
-        test_nms_thresh: overlap above which the worse of two detections of one class goes.
-        max_detections_per_image: detections kept of each picture.
+        test_nms_thresh: overlap above which the worse of two detections of one class is dropped.
+        max_detections_per_image: detections kept of each image.
         pixel_mean, pixel_std: of each channel, on the 0..255 scale, in the order of ``input_format``.
         input_format: only "RGB".
-        inference: passes in eval mode; None is one.
+        inference: test-time ensemble over token samples; None evaluates once.
 
     Raises:
         ValueError: head, levels and anchors do not fit together.
@@ -207,11 +207,11 @@ class RetinaNet(Detector):
         foreground = (classes >= 0) & (classes < self.num_classes)
         normalizer = self._update_normalizer(foreground)
 
-        # Background is no class of its own: its row of the one-hot targets is zero.
-        wanted = classes.unsqueeze(-1) == torch.arange(self.num_classes, device=classes.device)
-        cls = sigmoid_focal_loss(logits, wanted.float(), self.focal_loss_alpha, self.focal_loss_gamma).sum(dim=-1)
-        wanted = self.box2box_transform.get_deltas(anchors, boxes)
-        loc = F.smooth_l1_loss(deltas, wanted, beta=self.smooth_l1_beta, reduction="none").sum(dim=-1)
+        # One-hot targets; the row of background is zero.
+        one_hot = classes.unsqueeze(-1) == torch.arange(self.num_classes, device=classes.device)
+        cls = sigmoid_focal_loss(logits, one_hot.float(), self.focal_loss_alpha, self.focal_loss_gamma).sum(dim=-1)
+        target_deltas = self.box2box_transform.get_deltas(anchors, boxes)
+        loc = F.smooth_l1_loss(deltas, target_deltas, beta=self.smooth_l1_beta, reduction="none").sum(dim=-1)
         zero = cls.new_zeros(())
         return {
             "loss_cls": torch.where(classes >= 0, cls, zero).sum() / normalizer,
@@ -222,14 +222,14 @@ class RetinaNet(Detector):
     def label_anchors(
         self, anchors: torch.Tensor, targets: Sequence[dict[str, Any]], outside: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Classes (B, N) of N anchors, ``num_classes`` for background and -1 for ignored, as are those (B, N)
-        ``outside``, and boxes (B, N, 4)."""
+        """Classes (B, N) and boxes (B, N, 4) of N anchors. ``num_classes`` is background, -1 is ignored; anchors
+        ``outside`` (B, N) are ignored."""
         classes, boxes = [], []
         matched = match_anchors(self.anchor_matcher, [t["boxes"] for t in targets], anchors, outside)
         for target, (index, label) in zip(targets, matched, strict=True):
-            own_classes, own_boxes = matched_truth(target, index, label, anchors, self.num_classes)
-            classes.append(own_classes)
-            boxes.append(own_boxes)
+            image_classes, image_boxes = matched_truth(target, index, label, anchors, self.num_classes)
+            classes.append(image_classes)
+            boxes.append(image_boxes)
         classes = torch.stack(classes)
         return classes if outside is None else classes.masked_fill(outside, -1), torch.stack(boxes)
 
@@ -237,7 +237,7 @@ class RetinaNet(Detector):
     def _update_normalizer(self, foreground: torch.Tensor) -> torch.Tensor:
         count = foreground.sum().clamp(min=1).to(self.loss_normalizer.dtype)
         self.loss_normalizer.lerp_(count, 1 - _NORMALIZER_MOMENTUM)
-        # A copy, for the next step changes the buffer, maybe before this one's backward.
+        # Autograd needs a copy: the next step changes the buffer in place, possibly before this step's backward.
         return self.loss_normalizer.clone()
 
     @torch.no_grad()
@@ -256,15 +256,15 @@ class RetinaNet(Detector):
     def _detect(
         self, anchors: Sequence[torch.Tensor], scores: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Detections of one picture. Their boxes are not clipped: that comes after the cap on their number."""
-        found = []
+        """Detections of one image. Boxes are clipped later, after the cap on their number."""
+        levels = []
         for anchor, score, delta in zip(anchors, scores, deltas, strict=True):
             row, label = (score > self.test_score_thresh).nonzero(as_tuple=True)
             best, order = score[row, label].topk(min(self.test_topk_candidates, len(row)))
             row, label = row[order], label[order]
             boxes = self.box2box_transform.apply_deltas(delta[row], anchor[row])
             finite = boxes.isfinite().all(dim=1)
-            found.append((boxes[finite], best[finite], label[finite]))
-        boxes, best, label = (torch.cat(column) for column in zip(*found, strict=True))
+            levels.append((boxes[finite], best[finite], label[finite]))
+        boxes, best, label = (torch.cat(column) for column in zip(*levels, strict=True))
         keep = batched_nms(boxes, best, label, self.test_nms_thresh)[: self.max_detections_per_image]
         return {"boxes": boxes[keep], "scores": best[keep], "labels": label[keep]}

@@ -18,7 +18,7 @@ from .rpn import Proposals
 
 
 class SampledProposals(NamedTuple):
-    """Training proposals of one picture, foreground first.
+    """Training proposals of one image, foreground first.
 
     Attributes:
         boxes: (N, 4).
@@ -38,7 +38,7 @@ class StandardROIHeads(nn.Module):
 
     Args:
         num_classes: without background.
-        batch_size_per_image: proposals that enter the losses, for each picture.
+        batch_size_per_image: proposals that enter the losses, for each image.
         positive_fraction: upper bound of foreground among them.
         proposal_matcher: labels proposals in training.
         box_in_features, mask_in_features: levels the poolers read.
@@ -89,13 +89,13 @@ class StandardROIHeads(nn.Module):
         """Detections (eval mode) or losses (training), the other one empty.
 
         Args:
-            features: pyramid levels, (B, C, H, W) each; of ``PackedFeatures`` images alone are pooled.
-            proposals: of each picture.
+            features: pyramid levels, (B, C, H, W) each; the padding of ``PackedFeatures`` is not pooled.
+            proposals: of each image.
             image_sizes: B pairs (height, width) before padding.
-            targets: of each picture boxes, labels and masks; needed in training.
+            targets: of each image boxes, labels and masks; needed in training.
 
         Returns:
-            Detections with boxes, scores, labels and ``mask_probabilities`` (N, 28, 28) of each picture; and
+            Detections with boxes, scores, labels and ``mask_probabilities`` (N, 28, 28) of each image; and
             ``loss_cls``, ``loss_box_reg``, ``loss_mask``.
         """
         if self.training:
@@ -109,7 +109,7 @@ class StandardROIHeads(nn.Module):
     def sample_proposals(
         self, proposals: Sequence[Proposals], targets: Sequence[dict[str, Any]]
     ) -> list[SampledProposals]:
-        """Label each picture's proposals and draw the training sample."""
+        """Label each image's proposals and draw the training sample."""
         boxes, matched, labels, counts = [], [], [], []
         for proposal, target in zip(proposals, targets, strict=True):
             candidates = torch.cat([proposal.boxes, target["boxes"]]) if self.proposal_append_gt else proposal.boxes
@@ -118,7 +118,7 @@ class StandardROIHeads(nn.Module):
             matched.append(index)
             labels.append(label)
             counts.append((len(proposal.boxes), len(candidates) - len(proposal.boxes)))
-        # Padding carries label -1, which is never drawn.
+        # pad_sequence gives padding the label -1, which is never drawn.
         padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-1)
         noise = self.noise.draw_candidates(counts, padded.device)
         index, used = subsample_labels(padded, self.batch_size_per_image, self.positive_fraction, noise)
@@ -163,11 +163,11 @@ class StandardROIHeads(nn.Module):
         boxes = [s.boxes[k] for s, k in zip(sampled, keep, strict=True)]
         classes = torch.cat([s.classes[k] for s, k in zip(sampled, keep, strict=True)])
         logits = self._mask_logits(features, boxes)
-        wanted = [
+        mask_targets = [
             crop_and_resize(t["masks"], s.gt_index[k], b, logits.shape[-1])
             for s, k, b, t in zip(sampled, keep, boxes, targets, strict=True)
         ]
-        return {"loss_mask": mask_loss(logits, classes, torch.cat(wanted))}
+        return {"loss_mask": mask_loss(logits, classes, torch.cat(mask_targets))}
 
     def _detect(
         self,

@@ -34,7 +34,7 @@ class StandardRPNHead(nn.Module):
             layers.append(Conv2d(in_channels, channels, 3, padding=1, activation=F.relu))
             in_channels = channels
         names = [f"conv{i}" for i in range(len(layers))]
-        # One layer keeps the plain key "conv", several are numbered under it.
+        # state_dict: one layer has the plain key "conv", several are numbered under it.
         self.conv = layers[0] if len(layers) == 1 else nn.Sequential()
         if len(layers) > 1:
             for name, layer in zip(names, layers, strict=True):
@@ -50,7 +50,7 @@ class StandardRPNHead(nn.Module):
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(B, C, H, W) of each level -> logits (B, H*W*A) and deltas (B, H*W*A, 4) of each, in anchor order.
 
-        With the levels' valid areas, those are what each image has alone; elsewhere numbers mean nothing.
+        With ``areas``, an image's values are those it has alone; values in the padding mean nothing.
         """
         logits, deltas = [], []
         layers = self.conv if isinstance(self.conv, nn.Sequential) else [self.conv]
@@ -64,27 +64,27 @@ class StandardRPNHead(nn.Module):
 
 
 class Proposals(NamedTuple):
-    """Proposals of one picture, best first: boxes (N, 4) in pixels of the padded batch, logits (N,)."""
+    """Proposals of one image, best first: boxes (N, 4) in pixels of the padded batch, logits (N,)."""
 
     boxes: torch.Tensor
     logits: torch.Tensor
 
 
 class RPN(nn.Module):
-    """Scores anchors, and proposes the best of them after refinement and NMS.
+    """Scores and refines anchors, and proposes the best after NMS.
 
     Args:
-        in_features: levels it looks at, finest first.
-        head: gives logits and deltas.
-        anchor_generator: gives anchors.
+        in_features: input levels, finest first.
+        head: predicts logits and deltas.
+        anchor_generator: makes the anchors.
         anchor_matcher: labels anchors in training.
-        box2box_transform: codes boxes about anchors.
-        batch_size_per_image: anchors that enter the loss, for each picture.
+        box2box_transform: codes boxes relative to anchors.
+        batch_size_per_image: anchors that enter the loss, for each image.
         positive_fraction: upper bound of foreground among them.
         pre_nms_topk: (training, test) anchors kept of each level before NMS.
-        post_nms_topk: (training, test) proposals kept of each picture.
-        nms_thresh: overlap above which the worse of two proposals of one level goes.
-        min_box_size: proposals with a side of at most this many pixels go.
+        post_nms_topk: (training, test) proposals kept of each image.
+        nms_thresh: overlap above which the worse of two proposals of one level is dropped.
+        min_box_size: proposals with a side of at most this many pixels are dropped.
         loss_weight: factor of both losses.
         smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is plain L1.
     """
@@ -128,16 +128,16 @@ class RPN(nn.Module):
         image_sizes: Sequence[tuple[int, int]],
         gt_boxes: Sequence[torch.Tensor] | None = None,
     ) -> tuple[list[Proposals], dict[str, torch.Tensor]]:
-        """Proposals of each picture and, in training, the losses.
+        """Proposals of each image and, in training, the losses.
 
         Args:
-            features: pyramid levels, (B, C, H, W) each. Of ``PackedFeatures``, anchors in the padding propose nothing
-                and enter no loss.
+            features: pyramid levels, (B, C, H, W) each. Anchors in the padding of
+                ``PackedFeatures`` propose nothing and enter no loss.
             image_sizes: B pairs (height, width) before padding.
             gt_boxes: B tensors (M, 4), needed in training.
 
         Returns:
-            Proposals of each picture, and ``loss_rpn_cls``, ``loss_rpn_loc`` (empty in eval mode).
+            Proposals of each image, and ``loss_rpn_cls``, ``loss_rpn_loc`` (empty in eval mode).
         """
         levels = [features[name] for name in self.in_features]
         anchors = self.anchor_generator(levels)
@@ -156,7 +156,7 @@ class RPN(nn.Module):
     def label_anchors(
         self, anchors: torch.Tensor, gt_boxes: Sequence[torch.Tensor], outside: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels (B, N) int8 of all anchors, -1 where (B, N) ``outside``, and the box (B, N, 4) each is matched to."""
+        """Labels (B, N) int8 of all anchors, -1 where ``outside`` (B, N), and their matched boxes (B, N, 4)."""
         labels, targets = [], []
         matched = match_anchors(self.anchor_matcher, gt_boxes, anchors, outside)
         for boxes, (index, label) in zip(gt_boxes, matched, strict=True):
@@ -173,7 +173,8 @@ class RPN(nn.Module):
         gt_boxes: Sequence[torch.Tensor],
         outside: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Binary cross entropy of sampled anchors and L1 of foreground ones, over the anchors asked for."""
+        """Binary cross entropy of sampled anchors and box loss of foreground ones, both divided by
+        ``batch_size_per_image`` times the number of images."""
         labels, targets = self.label_anchors(anchors, gt_boxes, outside)
         noise = self.noise.draw(labels.shape, labels.device)
         index, used = subsample_labels(labels, self.batch_size_per_image, self.positive_fraction, noise)
@@ -182,9 +183,9 @@ class RPN(nn.Module):
         rows = index.unsqueeze(-1).expand(-1, -1, 4)
         delta = deltas.gather(1, rows).float()
         foreground = used & (label == 1)
-        wanted = self.box2box_transform.get_deltas(anchors[index], targets.gather(1, rows))
+        target_deltas = self.box2box_transform.get_deltas(anchors[index], targets.gather(1, rows))
         cls = F.binary_cross_entropy_with_logits(logit, (label == 1).float(), reduction="none")
-        loc = F.smooth_l1_loss(delta, wanted, beta=self.smooth_l1_beta, reduction="none").sum(dim=-1)
+        loc = F.smooth_l1_loss(delta, target_deltas, beta=self.smooth_l1_beta, reduction="none").sum(dim=-1)
         scale = self.loss_weight / (self.batch_size_per_image * len(gt_boxes))
         zero = cls.new_zeros(())
         return {
@@ -200,7 +201,7 @@ class RPN(nn.Module):
         deltas: Sequence[torch.Tensor],
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[Proposals]:
-        """The best boxes of each level, together through NMS that keeps levels apart."""
+        """The best boxes of each level after NMS, which compares boxes of one level only."""
         pre, post = (pair[0 if self.training else 1] for pair in (self.pre_nms_topk, self.post_nms_topk))
         boxes, scores, levels = [], [], []
         for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):

@@ -1,4 +1,4 @@
-"""Check what a caller hands to the detector, while it is still cheap to look at."""
+"""Checks of the images and targets that a caller hands to the detector."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def check_images(images: Sequence[torch.Tensor]) -> None:
-    """Every picture must be a (3, H, W) uint8 or floating tensor.
+    """Every image must be a (3, H, W) uint8 or floating tensor.
 
     Raises:
-        TypeError, ValueError: naming the picture's place in the list.
+        TypeError, ValueError: naming the image's index.
     """
     if isinstance(images, torch.Tensor) or not len(images):
         raise ValueError("images must be a non-empty list of (3, H, W) tensors")
@@ -28,12 +28,12 @@ def check_images(images: Sequence[torch.Tensor]) -> None:
 def check_targets(
     targets: Sequence[dict[str, Any]] | None, count: int, num_classes: int, with_masks: bool = True
 ) -> None:
-    """Every picture needs boxes (N, 4) of positive size, labels (N,) in range, and N masks if they are used.
+    """Every image needs boxes (N, 4) of positive size, labels (N,) in range, and N masks if they are used.
 
-    Values are looked at only where the tensors are on the CPU: elsewhere it would wait for the device.
+    Values are checked only of CPU tensors: on a GPU the check would synchronize with the device.
 
     Raises:
-        ValueError: naming the picture and the field.
+        ValueError: naming the image and the field.
     """
     if targets is None or len(targets) != count:
         got = "none" if targets is None else len(targets)

@@ -1,6 +1,6 @@
-"""MIMDet inside Detectron2: what the original's configs import, under the original's names.
+"""MIMDet inside Detectron2: the classes that the original's configs import, under the original's names.
 
-Detectron2 is not a dependency of mimdet; importing this package without it says how to get it.
+Detectron2 is not a dependency of mimdet; without it, importing this package raises an error that says how to get it.
 """
 
 from .require import require_detectron2

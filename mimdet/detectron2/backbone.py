@@ -1,4 +1,4 @@
-"""The backbones as Detectron2's FPN takes them."""
+"""The backbones as Detectron2 ``Backbone`` modules, for its FPN."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .. import modeling
 
 
 class _InDetectron2:
-    """What Detectron2 asks of a backbone, answered by a native one that comes later among the bases."""
+    """Mixin: the interface of Detectron2's ``Backbone`` on a native backbone, a later base class."""
 
-    size_divisibility = 0  # each instance has its own; the base class's cannot be set
+    size_divisibility = 0  # instances set it, which Detectron2's read-only property would forbid
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """What images must be padded to, in Detectron2's words."""
+        """Padding of images, in Detectron2's format."""
         return {"size_divisibility": self.size_divisibility}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -36,26 +36,26 @@ class BenchmarkingViTDet(_InDetectron2, modeling.BenchmarkingViTDet, Backbone):
 class MIMDetBackbone(_InDetectron2, modeling.MIMDetBackbone, Backbone):
     """The native ``MIMDetBackbone``, its arguments and weights, as a Detectron2 ``Backbone``.
 
-    In eval mode the keep ratio is ``inference_sample_ratio``, 1.0 unless told otherwise; the original's was
-    ``sample_ratio`` in both modes.
+    In eval mode the keep ratio is ``inference_sample_ratio``, by default 1.0. The original uses ``sample_ratio`` in
+    both modes.
     """
 
     def forward(self, images: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """As the native forward; ``images`` is Detectron2's ``ImageList``.
 
-        A plain (B, C, H, W) tensor counts as unpadded, which the log says once.
+        A plain (B, C, H, W) tensor counts as unpadded; the first one gives a warning.
 
         Raises:
-            TypeError: neither of the two.
+            TypeError: another type.
         """
         if isinstance(images, torch.Tensor):
             log_first_n(logging.WARNING, _PLAIN_TENSOR, name=__name__)
         elif not (hasattr(images, "tensor") and hasattr(images, "image_sizes")):
-            raise TypeError(f"MIMDetBackbone takes an ImageList, not {type(images).__name__}: {_GIVE}")
+            raise TypeError(f"MIMDetBackbone takes an ImageList, not {type(images).__name__}: {_ADVICE}")
         return super().forward(images, *args, **kwargs)
 
 
-_GIVE = "GeneralizedRCNNImageListForward hands it on, Detectron2's GeneralizedRCNN only images.tensor"
+_ADVICE = "GeneralizedRCNNImageListForward passes it to the backbone, Detectron2's GeneralizedRCNN only images.tensor"
 _PLAIN_TENSOR = (
-    f"MIMDetBackbone got a plain tensor instead of an ImageList, so padding counts as image and is sampled ({_GIVE})"
+    f"MIMDetBackbone got a plain tensor instead of an ImageList, so padding counts as image and is sampled ({_ADVICE})"
 )

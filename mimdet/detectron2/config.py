@@ -1,4 +1,4 @@
-"""Native configs turned into Detectron2's, and Detectron2's configs read with a word on what is wrong."""
+"""Convert native configs to Detectron2's, and read Detectron2's configs with clear errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ..config import find_config
 from ..config.lazy import TARGET
 
-# Where Detectron2 has the class of a native name; its arguments are the same.
+# Class name -> module of Detectron2 with a class of that name and the same arguments.
 _MODULES = {
     "AugmentationList": "detectron2.data.transforms",
     "BenchmarkingViTDet": __package__,
@@ -52,7 +52,7 @@ _RENAMED = {
     "GeneralizedRCNN": f"{__package__}.GeneralizedRCNNImageListForward",
     "RetinaNet": f"{__package__}.RetinaNetImageListForward",
 }
-_KEPT = ("MIMDetDecoder", "MIMDetEncoder", "UpsampledTokens")
+_NATIVE = ("MIMDetDecoder", "MIMDetEncoder", "UpsampledTokens")
 # Arguments that only the native callable has.
 _NATIVE_ARGUMENTS = {
     "CocoDataset": ("json_file", "image_root", "use_masks"),
@@ -70,12 +70,12 @@ def use_detectron2(
 ) -> None:
     """Turn the sections of a native config, in place, into those of a Detectron2 LazyConfig.
 
-    Heads, data, evaluator and schedule become Detectron2's, with the arguments that the native ones have; the
-    backbone becomes the ``MIMDetBackbone`` of this package. ``train`` becomes what Detectron2's trainer reads, for
-    the machine at hand: a GPU with mixed precision where there is one, else the CPU.
+    Heads, data, evaluator and schedule become Detectron2's, with the same arguments; the backbone becomes the
+    ``MIMDetBackbone`` of this package. ``train`` becomes the section that Detectron2's trainer reads, for this machine:
+    a GPU with mixed precision if there is one, else the CPU.
 
     Raises:
-        ValueError: a native class that Detectron2 has no counterpart for, or several passes.
+        ValueError: a native class without a counterpart in Detectron2, or a test-time ensemble.
     """
     inference = model.get("inference")
     if inference and (inference["passes"] != 1 or inference["ratio"] is not None):
@@ -86,7 +86,7 @@ def use_detectron2(
     dataloader["evaluator"]["dataset_name"] = "${..test.dataset.names}"
     gpu = torch.cuda.is_available()
     if not gpu and model["backbone"]["norm"] == "SyncBN":
-        model["backbone"]["norm"] = "naiveSyncBN"  # PyTorch's own refuses a CPU where there are several processes
+        model["backbone"]["norm"] = "naiveSyncBN"  # nn.SyncBatchNorm does not support several CPU processes
     for name in _NATIVE_TRAIN:
         train.pop(name, None)
     train["device"] = "cuda" if gpu else "cpu"
@@ -95,7 +95,7 @@ def use_detectron2(
 
 
 def config_file(path: str) -> str:
-    """The address as it is, else the file that ``path`` means: as given, or among the shipped ones from any folder.
+    """A URL unchanged, else the config file ``path``, or the shipped config of that name.
 
     Raises:
         FileNotFoundError: no such file.
@@ -107,7 +107,7 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
     """A LazyConfig with Detectron2's overrides; shipped ones are found by name.
 
     Raises:
-        ImportError: the config builds the classes of the original MIMDet, or imports what is not there.
+        ImportError: the config builds the classes of the original MIMDet, or imports a module that does not exist.
         FileNotFoundError: no such file.
     """
     file = config_file(path)
@@ -135,13 +135,13 @@ def _switch(file: str, name: str) -> str:
 def _retarget(node: DictConfig) -> None:
     dotted = _dotted(node[TARGET])
     name = dotted.rsplit(".", 1)[-1]
-    if not dotted.startswith("mimdet.") or dotted.startswith(f"{__package__}.") or name in _KEPT:
+    if not dotted.startswith("mimdet.") or dotted.startswith(f"{__package__}.") or name in _NATIVE:
         return
     if name not in _MODULES and name not in _RENAMED:
         raise ValueError(f"Detectron2 has no counterpart of {dotted} that {__package__} knows")
     for argument in set(node) & set(_NATIVE_ARGUMENTS.get(name, ())):
-        del node[argument]  # pop would resolve what is defined elsewhere
-    # By name: omegaconf would turn a dataclass such as ShapeSpec into a config of its fields.
+        del node[argument]  # pop would resolve interpolations
+    # omegaconf would turn a dataclass such as ShapeSpec into a config of its fields: use its name.
     node[TARGET] = _RENAMED.get(name) or f"{_MODULES[name]}.{name}"
 
 
@@ -150,7 +150,7 @@ def _dotted(target: Any) -> str:
 
 
 def _calls(node: Any) -> Iterator[DictConfig]:
-    """Every lazy call in a config, itself included; interpolations lead to one that is met elsewhere."""
+    """Every lazy call in a config, itself included; interpolations are skipped, as their targets are visited."""
     if isinstance(node, DictConfig):
         if TARGET in node:
             yield node

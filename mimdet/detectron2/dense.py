@@ -1,4 +1,4 @@
-"""Detectron2's RetinaNet around a backbone that must know the true sizes of its images."""
+"""Detectron2's RetinaNet for a backbone that needs the image sizes before padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .model import ChannelsLast
 
 
 class RetinaNetImageListForward(ChannelsLast, RetinaNet):
-    """``RetinaNet`` whose backbone is given the ``ImageList``, in channels_last memory throughout.
+    """``RetinaNet`` that passes the ``ImageList`` to its backbone, in channels_last memory.
 
     Args:
         args, kwargs: as ``RetinaNet``.
@@ -28,9 +28,9 @@ class RetinaNetImageListForward(ChannelsLast, RetinaNet):
         if self.training:
             truth = [x["instances"].to(self.device) for x in batched_inputs]
             return self.forward_training(images, features, predictions, truth)
-        found = self.forward_inference(images, features, predictions)
+        results = self.forward_inference(images, features, predictions)
         sizes = [
             (x.get("height", h), x.get("width", w))
             for x, (h, w) in zip(batched_inputs, images.image_sizes, strict=True)
         ]
-        return [{"instances": detector_postprocess(f, *size)} for f, size in zip(found, sizes, strict=True)]
+        return [{"instances": detector_postprocess(r, *size)} for r, size in zip(results, sizes, strict=True)]

@@ -1,4 +1,4 @@
-"""Detectron2's R-CNN around a backbone that must know the true sizes of its images."""
+"""Detectron2's R-CNN for a backbone that needs the image sizes before padding."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from detectron2.utils.events import get_event_storage
 
 
 class ChannelsLast:
-    """Gives a Detectron2 detector weights and images in the memory that the convolutions want."""
+    """Mixin: weights and images of a Detectron2 detector in channels_last memory, which is faster."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.to(memory_format=torch.channels_last)
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
-        """Normalised and padded images."""
+        """Normalized and padded images."""
         images = super().preprocess_image(batched_inputs)
         images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
         return images
 
 
 class GeneralizedRCNNImageListForward(ChannelsLast, GeneralizedRCNN):
-    """``GeneralizedRCNN`` whose backbone is given the ``ImageList``, in channels_last memory throughout.
+    """``GeneralizedRCNN`` that passes the ``ImageList`` to its backbone, in channels_last memory.
 
     Args:
-        lsj_postprocess: results are of images resized into the corner of a square (large-scale jitter).
+        lsj_postprocess: images were resized into the corner of a square (large-scale jitter).
         args, kwargs: as ``GeneralizedRCNN``.
     """
 
@@ -67,8 +67,8 @@ class GeneralizedRCNNImageListForward(ChannelsLast, GeneralizedRCNN):
             proposals, _ = self._propose(images, features, batched_inputs, None)
             results, _ = self.roi_heads(images, features, proposals, None)
         else:
-            given = [x.to(self.device) for x in detected_instances]
-            results = self.roi_heads.forward_with_given_boxes(features, given)
+            instances = [x.to(self.device) for x in detected_instances]
+            results = self.roi_heads.forward_with_given_boxes(features, instances)
         if not do_postprocess:
             return results
         postprocess = _postprocess if self.lsj_postprocess else GeneralizedRCNN._postprocess
@@ -83,17 +83,17 @@ class GeneralizedRCNNImageListForward(ChannelsLast, GeneralizedRCNN):
 def _postprocess(
     instances: Sequence[Instances], batched_inputs: Sequence[dict[str, Any]], image_sizes: Sequence[tuple[int, int]]
 ) -> list[dict[str, Instances]]:
-    """Results of large-scale jitter's squares in the pixels of the images themselves (the original's name)."""
+    """Results in pixels of the original images, not of large-scale jitter's squares (the original's name)."""
     return [
-        {"instances": _in_image(found, (x.get("height", size[0]), x.get("width", size[1])))}
-        for found, x, size in zip(instances, batched_inputs, image_sizes, strict=True)
+        {"instances": _in_image(result, (x.get("height", size[0]), x.get("width", size[1])))}
+        for result, x, size in zip(instances, batched_inputs, image_sizes, strict=True)
     ]
 
 
-def _in_image(found: Instances, size: tuple[int, int]) -> Instances:
-    # The longer side filled the square: one factor for both axes, and the rest of the square lies outside.
-    scale = max(new / old for new, old in zip(size, found.image_size, strict=True))
-    result = Instances(size, **found.get_fields())
+def _in_image(instances: Instances, size: tuple[int, int]) -> Instances:
+    # The longer side filled the square: one factor for both axes; the rest of the square is padding.
+    scale = max(new / old for new, old in zip(size, instances.image_size, strict=True))
+    result = Instances(size, **instances.get_fields())
     name = "pred_boxes" if result.has("pred_boxes") else "proposal_boxes"
     boxes = result.get(name).clone()
     boxes.scale(scale, scale)

@@ -1,4 +1,4 @@
-"""Detectron2's training and evaluation of a LazyConfig, on whatever machine there is."""
+"""Training and evaluation of a LazyConfig by Detectron2, on GPUs or a CPU."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: Detectron2's flags, and the original MIMDet's for several machines.
 
-    One process, on a GPU or on the CPU, needs no launcher; several are started on each machine.
+    It starts ``--num-gpus`` processes on each machine.
     """
     args = parse(argv)
-    try:  # mistakes are met here, before processes start; each of them reads the config again
-        args.config_file = config_file(args.config_file)  # Detectron2 opens it too, and knows no shipped names
+    try:  # report errors of the config before processes start, which read it again
+        args.config_file = config_file(args.config_file)  # Detectron2 opens it too, and needs its path
         cfg = load_config(args.config_file, args.opts)
         needed = ("model", "dataloader", "train") if args.eval_only else _PARTS
         if missing := [part for part in needed if part not in cfg]:
@@ -88,15 +88,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Train, or with ``args.eval_only`` evaluate and return the results, in this process."""
     cfg = load_config(args.config_file, args.opts)
-    notes = [_settle_device(cfg, args.opts)]
+    lines = [_settle_device(cfg, args.opts)]
     if not args.eval_only and cfg.train.get("reference_batch_size"):
-        notes += scale_to_batch_size(cfg, args.opts)
+        lines += scale_to_batch_size(cfg, args.opts)
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="mimdet")
-    for note in notes:
-        logger.info("%s", note)
+    for line in lines:
+        logger.info("%s", line)
     model = instantiate(cfg.model).to(cfg.train.device)
-    # Checkpoints carry numpy numbers and the command line of their training: data, which torch refuses unless told.
+    # weights_only: checkpoints hold numpy scalars and argparse.Namespace, which torch must be told to accept.
     with torch.serialization.safe_globals(SAFE_GLOBALS):
         if args.eval_only:
             model = _distributed(model, cfg)
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def train(cfg: DictConfig, model: nn.Module, resume: bool) -> None:
-    """Detectron2's loop over ``cfg.train.max_iter`` iterations, saving and evaluating on the way and at the end."""
+    """Detectron2's loop over ``cfg.train.max_iter`` iterations, with evaluations and checkpoints."""
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     loader = instantiate(cfg.dataloader.train)
@@ -141,22 +141,22 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any] | None:
 
 
 def _settle_device(cfg: DictConfig, overrides: Sequence[str]) -> str:
-    """Fit ``train.device`` and mixed precision to the machine, in place; says what was chosen.
+    """Fit ``train.device`` and mixed precision to the machine, in place; returns a line for the log.
 
-    The original's configs say "cuda", which without a GPU means the CPU unless it was asked for by an override.
+    The original's configs have "cuda": without a GPU that becomes the CPU, unless an override set it.
     """
-    wanted = cfg.train.get("device") or "auto"
-    asked = any(override.partition("=")[0].strip() == "train.device" for override in overrides)
-    if wanted.startswith("cuda") and not torch.cuda.is_available() and not asked:
-        wanted = "auto"
-    device = choose_device(wanted)
-    # Without an index each process uses its own GPU, which Detectron2 has made the current one.
-    cfg.train.device = wanted if ":" in wanted else device.type
-    note = f"device {cfg.train.device}"
+    name = cfg.train.get("device") or "auto"
+    overridden = any(override.partition("=")[0].strip() == "train.device" for override in overrides)
+    if name.startswith("cuda") and not torch.cuda.is_available() and not overridden:
+        name = "auto"
+    device = choose_device(name)
+    # Without an index each process uses its current GPU, which Detectron2 has set.
+    cfg.train.device = name if ":" in name else device.type
+    line = f"device {cfg.train.device}"
     if cfg.train.amp.enabled and device.type != "cuda":
         cfg.train.amp.enabled = False
-        note += ", without the mixed precision that Detectron2 has on GPUs only"
-    return note
+        line += ", without the mixed precision that Detectron2 has on GPUs only"
+    return line
 
 
 def _distributed(model: nn.Module, cfg: DictConfig) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: saved whole or not at all, the newest always known."""
+"""The checkpoints of a run: atomic saves, and a pointer to the newest."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ logger = logging.getLogger(__name__)
 LAST = "last_checkpoint"
 FINAL = "model_final.pth"
 _PERIODIC = re.compile(r"model_(\d{7,})\.pth")
-_Found = tuple[Path, dict[str, Any]]
+_Loaded = tuple[Path, dict[str, Any]]
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Checkpointer:
-    """Saves and finds checkpoints in one folder, by Detectron2's file names.
+    """Saves and finds checkpoints in one folder, with Detectron2's file names.
 
     Files are ``model_0001874.pth`` (0-based number of the last finished iteration) and ``model_final.pth``;
-    the text file ``last_checkpoint`` holds the newest one's name.
+    the text file ``last_checkpoint`` has the name of the newest.
 
     Args:
-        directory: folder, made when missing.
-        max_to_keep: how many periodic checkpoints stay, newest first; None keeps all.
-            ``model_final.pth`` and the last checkpoint always stay.
+        directory: folder, created when missing.
+        max_to_keep: number of periodic checkpoints that are kept, the newest; None for all.
+            ``model_final.pth`` and the last checkpoint are always kept.
     """
 
     def __init__(self, directory: str | Path, max_to_keep: int | None = None):
@@ -41,13 +41,12 @@ class Checkpointer:
         self.max_to_keep = max_to_keep
 
     def save(self, name: str, state: dict[str, Any]) -> Path:
-        """Write ``state`` to ``<name>.pth``, point ``last_checkpoint`` at it, delete those beyond ``max_to_keep``.
+        """Write ``state`` to ``<name>.pth``, set ``last_checkpoint``, delete checkpoints beyond ``max_to_keep``.
 
-        A kill or a failure at any moment leaves the previous last checkpoint loadable.
+        After SIGKILL or an error at any moment, the previous last checkpoint is still loadable.
 
         Raises:
-            CheckpointError: the disk refuses; the message names the file, the free space and the last good
-                checkpoint.
+            CheckpointError: the write fails; the message names the file, the free space and the last good checkpoint.
         """
         path = self.directory / f"{name}.pth"
         try:
@@ -65,9 +64,9 @@ class Checkpointer:
         return path
 
     def latest(self) -> Path | None:
-        """The checkpoint that ``last_checkpoint`` names; without that file the highest number, or the final one.
+        """The checkpoint in ``last_checkpoint``; without that file the one of the highest number, or the final one.
 
-        None when there are no checkpoints. Names alone are looked at: see :meth:`newest`.
+        None when there are no checkpoints. Files are not read: see :meth:`newest`.
         """
         return self._named() or next(iter(self.all()), None)
 
@@ -78,11 +77,11 @@ class Checkpointer:
         final = self.directory / FINAL
         return [*periodic, final] if final.is_file() else periodic
 
-    def newest(self) -> _Found | None:
+    def newest(self) -> _Loaded | None:
         """The checkpoint to resume from and its content, tensors on the CPU; None when there are no checkpoints.
 
-        Where ``last_checkpoint`` is missing or names no file, a warning says which checkpoint is taken: the one
-        that loads and has the most iterations.
+        Where ``last_checkpoint`` is missing or names no file, it is the checkpoint that loads and has the most
+        iterations, with a warning.
 
         Raises:
             CheckpointError: the last checkpoint is damaged; the message names the newest good one. Or none loads.
@@ -128,9 +127,9 @@ class Checkpointer:
         except (OSError, ValueError):  # ValueError: a null byte in the name
             return None
 
-    def _newest_good(self, skip: Path | None = None) -> tuple[_Found | None, list[CheckpointError]]:
-        """The one of most iterations that loads, and why others do not. Reads one periodic checkpoint and the final."""
-        good: _Found | None = None
+    def _newest_good(self, skip: Path | None = None) -> tuple[_Loaded | None, list[CheckpointError]]:
+        """The checkpoint of most iterations that loads, and errors of others. Skips older ones after the first."""
+        good: _Loaded | None = None
         errors = []
         for path in self.all():
             if path == skip or (good is not None and path.name != FINAL):
@@ -147,7 +146,7 @@ class Checkpointer:
     def _prune(self, newest: Path) -> None:
         if self.max_to_keep is None:
             return
-        # By time, not by number: the folder may hold a longer earlier run.
+        # Sorted by time, not by number: the folder may have checkpoints of a longer earlier run.
         saved = [p for p in self.directory.iterdir() if _PERIODIC.fullmatch(p.name) and p != newest]
         saved.sort(key=lambda p: p.stat().st_mtime_ns)
         keep = self.max_to_keep - bool(_PERIODIC.fullmatch(newest.name))
@@ -166,6 +165,6 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _iteration(content: dict[str, Any]) -> int:
-    """-1 for weights without the state of a training."""
+    """Last finished iteration; -1 for weights without the state of a training."""
     iteration = content.get("iteration")
     return iteration if isinstance(iteration, int) else -1

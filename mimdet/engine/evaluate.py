@@ -29,11 +29,11 @@ _REPORT_SECONDS = 30.0
 
 
 class EvaluationInterruptedError(Exception):
-    """The evaluation was asked to stop before its end."""
+    """The evaluation was stopped before its end."""
 
 
 class Evaluation:
-    """A test loader with its evaluator, to be run as often as needed.
+    """A test loader with its evaluator; may run several times.
 
     Attributes:
         dataset, loader, evaluator: as built from ``dataloader.test`` and ``dataloader.evaluator``.
@@ -46,7 +46,7 @@ class Evaluation:
 
     @classmethod
     def from_config(cls, cfg: DictConfig, loader: Iterable[list[dict]] | None = None) -> Evaluation:
-        """Build what ``cfg.dataloader`` describes; a given loader replaces the config's."""
+        """Build the loader and evaluator of ``cfg.dataloader``; ``loader`` replaces the config's."""
         if loader is None:
             dataset = instantiate(cfg.dataloader.test.dataset)
             loader = instantiate(cfg.dataloader.test, dataset=dataset)
@@ -54,18 +54,18 @@ class Evaluation:
             dataset = getattr(loader.dataset, "dataset", loader.dataset)
         evaluator = instantiate(cfg.dataloader.evaluator)
         evaluator.dataset = dataset
-        evaluator.reset()  # reads the ground truth: a flaw in it shows before anything is trained
+        evaluator.reset()  # reads the ground truth: report its errors before training
         return cls(dataset, loader, evaluator)
 
     def run(self, model: nn.Module, stop: GracefulStop | None = None) -> dict[str, Any]:
         """Score ``model``; every rank must call it.
 
-        The model runs in eval mode and float32, gets its modules' modes back, and returns results at the
+        The model runs in eval mode and float32; the modes of its modules are restored afterwards. Results are at the
         images' original sizes.
 
         Args:
             model: the bare detector, on its device.
-            stop: of the training; asked before every batch, and told when a loader worker dies.
+            stop: stop request of the training, read before every batch; set when a loader worker dies.
 
         Returns:
             the evaluator's metrics, fractions; on other ranks than 0 what it returns there.
@@ -108,7 +108,7 @@ def evaluate(
 
     Args:
         cfg: the whole config.
-        model: detector on its device; None builds the config's and loads ``train.init_checkpoint``, as
+        model: detector on its device; None builds the config's model and loads ``train.init_checkpoint``, as
             :func:`evaluate_only`.
         loader: test loader instead of the config's.
 
@@ -127,10 +127,10 @@ def evaluate_only(
 ) -> dict[str, Any]:
     """Build the config's model, load ``train.init_checkpoint`` and score it, on the config's device.
 
-    Under torchrun the images are shared among the processes.
+    Under torchrun each process evaluates a part of the images.
 
     Raises:
-        ValueError: no ``train.init_checkpoint``.
+        ValueError: ``train.init_checkpoint`` is not set.
         CheckpointError: it cannot be read or does not fit.
     """
     check_config(cfg)
@@ -167,11 +167,11 @@ def _on_any_rank(flag: bool, device: torch.device) -> bool:
 
 
 class _Report:
-    """Logs now and then how far an evaluation is."""
+    """Logs the progress of an evaluation, at most every 30 seconds."""
 
     def __init__(self, loader: Iterable):
-        share = getattr(getattr(loader, "batch_sampler", None), "__len__", None)
-        self._batches = share() if share is not None else None
+        length = getattr(getattr(loader, "batch_sampler", None), "__len__", None)
+        self._batches = length() if length is not None else None
         self._start = self._last = time.perf_counter()
         self._done = self._images = 0
 

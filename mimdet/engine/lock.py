@@ -1,4 +1,4 @@
-"""One training at a time in an output folder."""
+"""Lock file: one training at a time in an output folder."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class FolderInUseError(RuntimeError):
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``<folder>/.lock``; the kernel releases it when this process ends, in whatever way.
+    """Hold a lock on ``<folder>/.lock``; the kernel releases it when this process ends, even by SIGKILL.
 
-    ``lockf``, not ``flock``: forked loader workers would hold on to the latter for seconds after a kill. Where the
-    file system has no locks, the block runs without.
+    ``lockf``, not ``flock``: forked loader workers would hold the latter for seconds after a SIGKILL. On a file system
+    without locks, the block runs without one.
 
     Raises:
-        FolderInUseError: another process holds it; names its number and machine.
-        OSError: the folder cannot be made or written.
+        FolderInUseError: another process holds it; names its pid and machine.
+        OSError: the folder cannot be created or written.
     """
     if fcntl is None:
         yield

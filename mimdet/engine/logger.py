@@ -1,4 +1,4 @@
-"""A run's messages, progress and metrics: terminal, log.txt, metrics.jsonl and TensorBoard."""
+"""Messages, progress and metrics of a run: terminal, log.txt, metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _ROOT = "mimdet"
 class RunLog:
     """Context that sends the package's log messages to stdout and to ``<output_dir>/log.txt``.
 
-    Only rank 0 writes the file; other ranks print warnings and errors. An exception that leaves the context is
-    written to the file on its way; whoever catches it prints it. A message logged with
-    ``extra={"file_only": True}`` stays out of a terminal, where a progress bar shows the same.
+    Only rank 0 writes the file; other ranks print warnings and errors. An exception that leaves the context is written
+    to the file, not printed: the caller prints it. A message with ``extra={"file_only": True}`` is not printed to a
+    terminal, where a progress bar shows its content.
 
-    Nobody has to read on: when the terminal or the pipe at stdout is gone, the rest goes to the file alone.
+    When the terminal or the pipe at stdout is closed, later messages go to the file alone.
 
     Args:
-        output_dir: folder, made when missing; None writes no file.
+        output_dir: folder, created when missing; None writes no file.
         rank: of this process.
-        deferred: leave the folder alone until :meth:`open_file`; messages before are kept for it.
+        deferred: do not create the folder before :meth:`open_file`; earlier messages are buffered.
 
     Attributes:
         console: rich console when stdout is a terminal and this is rank 0, else None.
@@ -67,26 +67,26 @@ class RunLog:
             if not self.deferred:
                 self.open_file()
         self._logger.setLevel(logging.INFO)
-        self._logger.propagate = False  # the application's root handlers would print all a second time
+        self._logger.propagate = False  # root handlers of the application would print every message again
         return self
 
     def open_file(self) -> None:
-        """Write to ``log.txt`` what was logged so far and all that follows; on rank 0 only.
+        """Open ``log.txt`` for buffered and later messages; on rank 0 only.
 
         Raises:
-            OSError: the folder or the file cannot be made.
+            OSError: the folder or the file cannot be created.
         """
         if not isinstance(self._file, MemoryHandler):
             return
-        kept, path = self._file, self.output_dir / "log.txt"
+        buffer, path = self._file, self.output_dir / "log.txt"
         with naming(path):
             self.output_dir.mkdir(parents=True, exist_ok=True)
             self._file = _LogFile(path, encoding="utf-8")
         self._add(self._file, logging.INFO)
-        kept.setTarget(self._file)
-        kept.flush()
-        self._handlers.remove(kept)
-        self._logger.removeHandler(kept)
+        buffer.setTarget(self._file)
+        buffer.flush()
+        self._handlers.remove(buffer)
+        self._logger.removeHandler(buffer)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and self._file is not None:
@@ -107,7 +107,7 @@ class RunLog:
 
 
 class _Formatter(logging.Formatter):
-    """Time and message; warnings and errors say so, other ranks say which they are."""
+    """Time and message, with the level of warnings and errors, and the rank unless it is 0."""
 
     def __init__(self, rank: int):
         super().__init__(_FORMAT)
@@ -119,29 +119,29 @@ class _Formatter(logging.Formatter):
 
 
 class _StdoutHandler(logging.StreamHandler):
-    """Plain lines."""
+    """Prints plain lines."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - name given by logging
         drop_dead_stream(self.stream)
 
 
 class _LogFile(logging.FileHandler):
-    """A file whose full disk is said once, and does not end the training."""
+    """Log file; a full disk gives one warning and does not end the training."""
 
-    _said = False
+    _warned = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - name given by logging
-        if not self._said:
-            self._said = True
+        if not self._warned:
+            self._warned = True
             logging.getLogger(__name__).warning("cannot write %s: %s", self.baseFilename, sys.exc_info()[1])
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # said before
+        with contextlib.suppress(OSError):  # handleError has reported it
             super().close()
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints above a live progress bar instead of through it."""
+    """Prints messages above a live progress bar."""
 
     def __init__(self, console: Console):
         super().__init__()
@@ -157,7 +157,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def _is_terminal() -> bool:
-    if sys.stdout is None:  # closed before the start
+    if sys.stdout is None:  # stdout was closed before Python started
         return False
     console = Console(file=sys.stdout)
     return sys.stdout.isatty() and not console.is_dumb_terminal
@@ -169,15 +169,15 @@ _WINDOW = 20
 
 
 class TrainingProgress:
-    """Reports steps; losses and times are medians over the last 20.
+    """Reports steps, with medians of losses and times over the last 20.
 
-    Counts in messages are of finished iterations, so the line for iteration 1874 says 1875.
+    Messages count finished iterations: the line of iteration 1874 begins with 1875.
 
     Args:
-        max_iter, start: total iterations and those finished before.
-        batch_size: images in a step over all processes.
-        log_period: iterations between plain lines.
-        console: terminal for the bar; None shows none.
+        max_iter, start: number of all iterations, and of those finished before.
+        batch_size: images in a step, over all processes.
+        log_period: iterations between log lines.
+        console: terminal for the progress bar; None for no bar.
     """
 
     def __init__(self, max_iter: int, start: int, batch_size: int, log_period: int, console: Console | None = None):
@@ -194,11 +194,11 @@ class TrainingProgress:
             self._bar.start()
 
     def due(self, iteration: int) -> bool:
-        """Whether this iteration's figures are written down."""
+        """Whether this iteration's metrics are logged."""
         return (iteration + 1) % self.log_period == 0 or iteration + 1 == self.max_iter
 
     def step(self, iteration: int, losses: Mapping[str, float], lr: float, seconds: float, data_seconds: float) -> None:
-        """Report a finished iteration: its losses, base learning rate, and seconds, of which for waiting for data."""
+        """Report a finished iteration; ``data_seconds`` of its ``seconds`` were spent waiting for data."""
         for key, value in {**losses, "seconds": seconds, "data": data_seconds}.items():
             self._recent.setdefault(key, deque(maxlen=_WINDOW)).append(value)
         due = self.due(iteration) or iteration == self._start
@@ -210,13 +210,13 @@ class TrainingProgress:
                 logger.info("%d/%d %s", iteration + 1, self.max_iter, line, extra={"file_only": True})
 
     def close(self) -> None:
-        """Take the bar down."""
+        """Remove the progress bar."""
         if self._bar is not None:
             with contextlib.suppress(OSError):  # the terminal may be gone
                 self._bar.stop()
 
     def _lines(self, iteration: int, lr: float) -> tuple[str, str]:
-        """All figures for the log, and the few that fit behind a bar in 80 columns."""
+        """Metrics for the log, and the few that fit beside a progress bar in 80 columns."""
         median = {key: statistics.median(values) for key, values in self._recent.items()}
         seconds, data = median.pop("seconds"), median.pop("data")
         losses = " ".join(f"{key.removeprefix('loss_')} {value:.4g}" for key, value in median.items())
@@ -237,15 +237,15 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends figures to ``<output_dir>/metrics.jsonl`` and to TensorBoard event files beside it.
+    """Appends metrics to ``<output_dir>/metrics.jsonl`` and to TensorBoard event files beside it.
 
-    Each line is a JSON object with ``iteration`` (0-based, the one just finished); NaN and infinity become
+    Each line is a JSON object with ``iteration`` (0-based, the last finished); NaN and infinity become
     null. Used on rank 0 only.
 
     Args:
         output_dir: existing folder.
-        start_iteration: first iteration to come. Lines from it on, which a resumed run will write anew, are
-            dropped; at 0 the file of an earlier run is kept under the name ``metrics.<n>.jsonl``.
+        start_iteration: first iteration of this run. Lines from it on are dropped: a resumed run repeats them. At 0 the
+            file of an earlier run is renamed to ``metrics.<n>.jsonl``.
     """
 
     def __init__(self, output_dir: str | Path, start_iteration: int = 0):
@@ -258,13 +258,13 @@ class MetricsWriter:
             self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(output_dir), purge_step=start_iteration or None)
 
-    def write(self, iteration: int, figures: Mapping[str, float]) -> None:
-        """Write one line and the same scalars.
+    def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Write one line to ``metrics.jsonl`` and the same scalars to TensorBoard.
 
         Raises:
-            OSError: the disk refuses; names the file.
+            OSError: the write fails; names the file.
         """
-        plain = {key: float(value) for key, value in figures.items()}
+        plain = {key: float(value) for key, value in metrics.items()}
         line = {key: value if math.isfinite(value) else None for key, value in plain.items()}
         with naming(self.path):
             self._file.write(json.dumps({"iteration": iteration, **line}) + "\n")
@@ -273,7 +273,7 @@ class MetricsWriter:
             self._board.add_scalar(key, value, iteration)
 
     def close(self) -> None:
-        """Finish the files."""
+        """Close the files."""
         with naming(self.path):
             self._file.close()
         self._board.close()
@@ -288,7 +288,7 @@ def delete_metrics(folder: Path) -> list[str]:
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested figures in one level: ``{"bbox": {"AP": 0.5}}`` -> ``{"bbox/AP": 0.5}``."""
+    """Nested metrics in one level: ``{"bbox": {"AP": 0.5}}`` -> ``{"bbox/AP": 0.5}``."""
     flat: dict[str, float] = {}
     for key, value in metrics.items():
         if isinstance(value, Mapping):
@@ -311,12 +311,12 @@ def _set_aside(path: Path) -> None:
 def _drop_from(path: Path, iteration: int) -> None:
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _iteration(line) < iteration]
-    write_atomically(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _iteration(line) < iteration]
+    write_atomically(path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
 
 
 def _iteration(line: str) -> float:
-    """Infinity for the half line that a kill may leave behind."""
+    """``iteration`` of a line; infinity for a half line, which SIGKILL may leave."""
     try:
         return json.loads(line)["iteration"]
     except (ValueError, KeyError, TypeError):

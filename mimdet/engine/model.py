@@ -1,4 +1,4 @@
-"""Build a config's detector for the classes of its data."""
+"""Build the detector of a config, with the number of classes of its data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CLASS_KEYS = ("model.roi_heads.num_classes", "model.num_classes")
 
 
 def match_num_classes(cfg: DictConfig, dataset: Any, overrides: Iterable[str] = ()) -> None:
-    """Set the model's ``num_classes`` to the dataset's, in place, with a log line when that changes it.
+    """Set the model's ``num_classes`` to the dataset's, in place, and log the change.
 
     Args:
         dataset: has ``classes``, the names by label.
@@ -30,36 +30,36 @@ def match_num_classes(cfg: DictConfig, dataset: Any, overrides: Iterable[str] = 
         ValueError: the user overrode the key to another number.
     """
     key, configured = num_classes(cfg)
-    found = len(dataset.classes)
-    if configured is None or configured == found:
+    count = len(dataset.classes)
+    if configured is None or configured == count:
         return
     if any(override.partition("=")[0].strip() == key for override in overrides):
-        raise ValueError(f"{key}={configured} was given, but the dataset has {found} classes: {_names(dataset)}")
-    OmegaConf.update(cfg, key, found)
-    logger.info("%s = %d (was %d), from the dataset: %s", key, found, configured, _names(dataset))
+        raise ValueError(f"{key}={configured} was given, but the dataset has {count} classes: {_names(dataset)}")
+    OmegaConf.update(cfg, key, count)
+    logger.info("%s = %d (was %d), from the dataset: %s", key, count, configured, _names(dataset))
 
 
 def num_classes(cfg: DictConfig) -> tuple[str, int | None]:
-    """The config key that holds the detector's number of classes, and that number; None if there is no such key."""
-    given = {key: OmegaConf.select(cfg, key) for key in _CLASS_KEYS}
-    return next(((key, count) for key, count in given.items() if count is not None), (_CLASS_KEYS[0], None))
+    """The config key of the detector's number of classes, and the number; None if no such key is set."""
+    counts = {key: OmegaConf.select(cfg, key) for key in _CLASS_KEYS}
+    return next(((key, count) for key, count in counts.items() if count is not None), (_CLASS_KEYS[0], None))
 
 
 def build_model(cfg: DictConfig, pretrained: bool = True) -> nn.Module:
-    """The config's model in channels_last memory, which the convolutions want.
+    """The config's model in channels_last memory, which is faster for convolutions.
 
-    Without ``pretrained`` no file is read, for other weights will replace those of pre-trained parts: the arguments
-    ``pretrained`` and ``stem_pretrained`` of every part, and ``mae_checkpoint.path``, are taken as None.
+    Without ``pretrained`` no file is read: ``mae_checkpoint.path`` and the arguments ``pretrained`` and
+    ``stem_pretrained`` of every part become None. The caller loads other weights.
     """
     if not pretrained:
         cfg = copy.deepcopy(cfg)
-        _empty_pretrained(cfg.model)
+        _clear_pretrained(cfg.model)
         if OmegaConf.select(cfg, "mae_checkpoint.path") is not None:
             cfg.mae_checkpoint.path = None
     return instantiate(cfg.model).to(memory_format=torch.channels_last)
 
 
-def _empty_pretrained(node: DictConfig | ListConfig) -> None:
+def _clear_pretrained(node: DictConfig | ListConfig) -> None:
     for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
         if key in _PRETRAINED:
             node[key] = None
@@ -67,7 +67,7 @@ def _empty_pretrained(node: DictConfig | ListConfig) -> None:
         if not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)):
             child = node[key]
             if isinstance(child, (DictConfig, ListConfig)):
-                _empty_pretrained(child)
+                _clear_pretrained(child)
 
 
 def _names(dataset: Any) -> str:

@@ -1,4 +1,4 @@
-"""Parameter groups: MIMDet's three learning rates, or one for all; weight decay only where it belongs."""
+"""Parameter groups of the optimizer: MIMDet's three learning rates or one for all, and weight decay."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def get_fpn_model_parameters(
     skip_list: Collection[str] = (),
     multiplier: float = 1.5,
 ) -> list[dict[str, Any]]:
-    """Optimizer parameter groups, in the order in which the model first names a member of each.
+    """Optimizer parameter groups, in the order of their first parameters in the model.
 
-    The pretrained encoder learns slowest (``base_lr / multiplier``), its new ConvStem at ``base_lr``,
-    everything else at ``base_lr * multiplier``. Vectors (biases, norm scales), names ending in ``.bias``
+    Learning rates: ``base_lr / multiplier`` for the pre-trained encoder, ``base_lr`` for its ConvStem,
+    ``base_lr * multiplier`` for everything else. Vectors (biases, norm scales), names ending in ``.bias``
     and names in ``skip_list`` are not decayed. Frozen parameters are left out.
 
     Args:
@@ -36,7 +36,7 @@ def get_fpn_model_parameters(
         multiplier: ratio between the learning rates.
 
     Returns:
-        Dicts with ``params``, ``lr`` and ``weight_decay``, as ``torch.optim`` takes them.
+        Dicts with ``params``, ``lr`` and ``weight_decay``, for ``torch.optim``.
 
     Raises:
         ValueError: the model has no trainable parameter.
@@ -56,7 +56,7 @@ def get_fpn_model_parameters(
         group = groups.setdefault((part, decay), {"params": [], "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
     if not groups:
-        raise ValueError("the model has no trainable parameter: nothing to optimise")
+        raise ValueError("the model has no trainable parameter: nothing to optimize")
     return list(groups.values())
 
 
@@ -65,7 +65,7 @@ def get_default_optimizer_params(
     weight_decay_norm: float | None = None,
     overrides: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Optimizer parameter groups of one learning rate, one for each set of options that differ from the optimizer's.
+    """Optimizer parameter groups of one learning rate, one group for each set of other options.
 
     Biases are decayed as weights are. Frozen parameters are left out.
 
@@ -75,10 +75,10 @@ def get_default_optimizer_params(
         overrides: options by the last part of a parameter's name: ``{"pos_embed": {"weight_decay": 0.0}}``.
 
     Returns:
-        Dicts with ``params`` and the options, as ``torch.optim`` takes them.
+        Dicts with ``params`` and the options, for ``torch.optim``.
 
     Raises:
-        ValueError: the model has no trainable parameter, or an override names none.
+        ValueError: the model has no trainable parameter, or an override matches none.
     """
     overrides = overrides or {}
     groups: dict[tuple, dict[str, Any]] = {}
@@ -98,7 +98,7 @@ def get_default_optimizer_params(
     if unknown := sorted(set(overrides) - named):
         raise ValueError(f"optimizer.params.overrides: no parameter is called {', '.join(unknown)}")
     if not groups:
-        raise ValueError("the model has no trainable parameter: nothing to optimise")
+        raise ValueError("the model has no trainable parameter: nothing to optimize")
     return list(groups.values())
 
 

@@ -1,4 +1,4 @@
-"""Random generators, and what a checkpoint has beyond weights: a resumed training goes on as if never interrupted."""
+"""State of random generators, optimizer and loss scaling in checkpoints, for a bitwise resumption."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def seed_all(seed: int) -> None:
 
 
 def get_random_state() -> dict[str, Any]:
-    """The state of all generators as tensors and plain values, fit for a checkpoint."""
+    """The state of all generators as tensors and plain values, for a checkpoint."""
     version, internal, gauss = random.getstate()
     algorithm, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -41,7 +41,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put all generators back into a state from :func:`get_random_state`."""
+    """Restore all generators from a state of :func:`get_random_state`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     algorithm, keys, position, has_gauss, cached = state["numpy"]
@@ -53,7 +53,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def isolated_random() -> Iterator[None]:
-    """Whatever the block draws leaves the global generators as they were."""
+    """Restore the global generators after the block."""
     state = get_random_state()
     try:
         yield
@@ -104,24 +104,24 @@ def check_resumable(checkpoint: Mapping[str, Any], classes: Sequence[str], sourc
 
 
 def warn_of_changes(checkpoint: Mapping[str, Any], cfg: DictConfig) -> None:
-    """Say which settings that order the data and draw the random numbers are not those of the checkpoint's run."""
+    """Warn of settings that change the order of the data or the random numbers of the checkpoint's run."""
     try:
         before = from_yaml(checkpoint["meta"].get("config") or "")
         for key in ("train.seed", "dataloader.train.total_batch_size"):
             old, new = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
             if old not in (None, new):
                 logger.warning("%s is %s, but %s in the run to resume: its data come in another order", key, new, old)
-    except (ValueError, OmegaConfBaseException):  # a config that YAML could not hold
+    except (ValueError, OmegaConfBaseException):  # the checkpoint has no config, as YAML could not hold it
         return
 
 
 def restore(checkpoint: Mapping[str, Any], fabric: Fabric, optimizer: Optimizer, source: str) -> int:
-    """Put back optimizer and loss scaling; returns the next iteration.
+    """Restore optimizer and loss scaling; returns the next iteration.
 
-    Learning rate, weight decay and the like stay as the config has them: only moments come from the file.
+    Learning rate, weight decay and other options are those of the config; only moments come from the file.
 
     Raises:
-        CheckpointError: the optimizer's state is of other parameters.
+        CheckpointError: the optimizer's state has other parameters.
     """
     configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
@@ -139,7 +139,7 @@ def restore(checkpoint: Mapping[str, Any], fabric: Fabric, optimizer: Optimizer,
 
 
 def restore_random(states: Sequence[Mapping[str, Any]], fabric: Fabric, seed: int) -> None:
-    """Put back this rank's generators, or seed them with ``seed`` when the number of processes changed."""
+    """Restore this rank's generators, or seed them with ``seed`` if the number of processes changed."""
     if len(states) == fabric.world_size:
         set_random_state(states[fabric.global_rank])
         return

@@ -1,4 +1,4 @@
-"""Device, precision and processes of a run: the same code for a CPU, a GPU, and many of them under torchrun."""
+"""Device, precision and processes of a run: one CPU or GPU, or several under torchrun."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Autocast(MixedPrecision):
-    """Mixed precision that leaves inputs and outputs alone.
+    """Mixed precision that does not cast inputs and outputs.
 
-    Fabric's own casts every floating input, and a box coordinate in bfloat16 is off by pixels.
+    Fabric's casts every floating input, and a box coordinate in bfloat16 is off by pixels.
     """
 
     def convert_input(self, data: Any) -> Any:
@@ -35,7 +35,7 @@ class Autocast(MixedPrecision):
 
 
 class _DDP(DDPStrategy):
-    """DDP that can compress gradients for the exchange between processes."""
+    """DDP with an optional communication hook, which compresses gradients."""
 
     def __init__(self, hook: Callable | None, **kwargs: Any):
         super().__init__(**kwargs)
@@ -49,14 +49,14 @@ class _DDP(DDPStrategy):
 
 
 def build_fabric(train: DictConfig) -> Fabric:
-    """Fabric for the ``train`` section of a config, its processes connected.
+    """Fabric for the ``train`` section of a config, with the process group initialized.
 
-    One process needs no launcher. Several must be started by torchrun (or whatever sets its variables RANK,
+    One process needs no launcher. Several must be started by torchrun (or another launcher that sets RANK,
     WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
     Raises:
         RuntimeError: the device does not exist, or this machine has fewer GPUs than processes.
-        ValueError: ``train.device`` or ``train.amp.dtype`` is none of the known values, or cannot be had.
+        ValueError: ``train.device`` or ``train.amp.dtype`` is unknown, or not supported here.
     """
     device = choose_device(train.get("device", "auto"))
     dtype = choose_amp_dtype(train.amp, device)
@@ -77,7 +77,7 @@ def build_fabric(train: DictConfig) -> Fabric:
         options = dict(train.get("ddp") or {})
         compress = options.pop("fp16_compression", False)
         if "broadcast_buffers" in options and "forward_sync_buffers" in _DDP_ARGUMENTS:
-            options["forward_sync_buffers"] = options.pop("broadcast_buffers")  # its name from torch 2.15 on
+            options["forward_sync_buffers"] = options.pop("broadcast_buffers")  # renamed in torch 2.15
         strategy = _DDP(compression_hook(compress, device, dtype), precision=precision, **options)
         fabric = Fabric(
             accelerator=device.type,
@@ -91,11 +91,11 @@ def build_fabric(train: DictConfig) -> Fabric:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is a GPU, else the CPU; others are cpu, cuda, cuda:<number> and mps.
+    """The device of a name: auto (CUDA if there is a GPU, else the CPU), cpu, cuda, cuda:<number> or mps.
 
     Raises:
-        ValueError: not one of these names.
-        RuntimeError: the device is not there.
+        ValueError: another name.
+        RuntimeError: the device does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,7 +122,7 @@ def choose_amp_dtype(amp: DictConfig, device: torch.device) -> torch.dtype | Non
     """The dtype of automatic mixed precision, None for plain float32.
 
     ``amp.dtype`` auto is bfloat16 on GPUs that compute in it (compute capability 8 on), float16 on older
-    ones, and no mixed precision elsewhere: on a CPU bfloat16 must be asked for.
+    ones, and no mixed precision elsewhere: on a CPU bfloat16 must be requested.
 
     Raises:
         ValueError: unknown dtype, or fp16 on a CPU, where loss scaling gains nothing.
@@ -141,20 +141,20 @@ def choose_amp_dtype(amp: DictConfig, device: torch.device) -> torch.dtype | Non
     return _DTYPES[name]
 
 
-def compression_hook(wanted: bool, device: torch.device, dtype: torch.dtype | None) -> Callable | None:
-    """The hook that halves what GPUs exchange, None for full gradients.
+def compression_hook(compress: bool, device: torch.device, dtype: torch.dtype | None) -> Callable | None:
+    """DDP communication hook that compresses gradients to 16 bits between GPUs; None for no compression.
 
-    Gradients travel in the dtype of mixed precision: bfloat16 training scales no loss, so its small gradients
-    would vanish in float16. Without mixed precision they travel whole, as they do between CPU processes.
+    The 16-bit dtype is that of mixed precision: bfloat16 training does not scale the loss, so its small gradients
+    would underflow in float16. Without mixed precision, and between CPU processes, nothing is compressed.
     """
-    if not wanted or device.type != "cuda":
+    if not compress or device.type != "cuda":
         return None
     hooks = {torch.float16: default_hooks.fp16_compress_hook, torch.bfloat16: default_hooks.bf16_compress_hook}
     return hooks.get(dtype)
 
 
 def describe(fabric: Fabric) -> str:
-    """Device, processes and precision in a line for the log."""
+    """Device, processes and precision as a line for the log."""
     device = fabric.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     precision = getattr(fabric.strategy.precision, "precision", "32-true")

@@ -18,8 +18,8 @@ class MultiStepParamScheduler:
     Args:
         values: one more than there are milestones.
         milestones: updates at which the next value begins, increasing.
-        num_updates: length of the schedule in the unit of the milestones. Progress is relative to it, so a
-            shorter or longer training keeps the shape.
+        num_updates: length of the schedule in the unit of the milestones. Milestones are relative to
+            it: a shorter or longer training has them at the same progress.
 
     Raises:
         ValueError: the counts do not fit, or the milestones do not increase within the schedule.
@@ -43,7 +43,7 @@ class MultiStepParamScheduler:
 
     def __call__(self, where: float) -> float:
         """The value at progress ``where`` in [0, 1)."""
-        # iteration / max_iter * num_updates may fall a rounding error short of a milestone.
+        # Rounding: iteration / max_iter * num_updates may be slightly below a milestone.
         update = math.floor(where * self.num_updates + 1e-6)
         return self.values[bisect.bisect_right(self.milestones, update)]
 
@@ -57,19 +57,19 @@ class CosineParamScheduler:
 
     def __call__(self, where: float) -> float:
         """The value at progress ``where`` in [0, 1)."""
-        share = (1 + math.cos(math.pi * where)) / 2
-        return self.end_value + (self.start_value - self.end_value) * share
+        weight = (1 + math.cos(math.pi * where)) / 2
+        return self.end_value + (self.start_value - self.end_value) * weight
 
 
 class WarmupParamScheduler:
-    """A schedule whose beginning is replaced by a linear rise.
+    """A schedule with linear warmup.
 
     It rises from ``warmup_factor * scheduler(0)`` to ``scheduler(warmup_length)``, then follows ``scheduler``.
 
     Args:
         scheduler: the schedule to follow.
-        warmup_length: share of the training, in [0, 1).
-        warmup_factor: share of the first value to start from.
+        warmup_length: fraction of the training, in [0, 1).
+        warmup_factor: first value of the warmup, as a fraction of ``scheduler(0)``.
 
     Raises:
         ValueError: ``warmup_length`` is not in [0, 1).
@@ -77,7 +77,7 @@ class WarmupParamScheduler:
 
     def __init__(self, scheduler: Scheduler, warmup_length: float, warmup_factor: float):
         if not 0 <= warmup_length < 1:
-            raise ValueError(f"lr_multiplier.warmup_length={warmup_length} is a share of the training: in [0, 1)")
+            raise ValueError(f"lr_multiplier.warmup_length={warmup_length} is a fraction of the training: in [0, 1)")
         self.scheduler = scheduler
         self.warmup_length = warmup_length
         self.warmup_factor = warmup_factor
@@ -92,20 +92,20 @@ class WarmupParamScheduler:
 
 
 def scale_to_batch_size(cfg: DictConfig, overrides: Iterable[str] = ()) -> list[str]:
-    """Fit the learning rate and the iteration counts to the batch size, in place.
+    """Scale the learning rate and the iteration counts with the batch size, in place.
 
-    The values in a config hold for batches of ``train.reference_batch_size``. With k times that batch the
-    learning rate becomes k times as high (linear scaling rule) and ``train.max_iter``,
-    ``train.checkpointer.period`` and ``train.eval_period`` k times as short, so the number of images stays.
-    Keys that the user overrode are left alone. The reference is then set to the actual batch size: calling
-    again, or training from the saved config, scales nothing twice.
+    The values in a config are for batches of ``train.reference_batch_size``. A batch k times as large multiplies the
+    learning rate by k (linear scaling rule) and divides ``train.max_iter``, ``train.checkpointer.period`` and
+    ``train.eval_period`` by k: the number of images is the same. Keys that the user overrode do not change. Then
+    ``train.reference_batch_size`` becomes the batch size, so that a second call, or training from the saved config,
+    does not scale again.
 
     Args:
         cfg: the whole config.
         overrides: the user's ``key=value`` strings.
 
     Returns:
-        Lines that say what was changed from what, empty when the batch size is the reference.
+        Lines for the log with old and new values; empty if the batch size is the reference.
     """
     batch = cfg.dataloader.train.total_batch_size
     reference = cfg.train.get("reference_batch_size") or batch
@@ -119,7 +119,7 @@ def scale_to_batch_size(cfg: DictConfig, overrides: Iterable[str] = ()) -> list[
         old = OmegaConf.select(cfg, key)
         if not old:
             continue
-        if any(key == given or key.startswith(given + ".") for given in overridden):
+        if any(key == name or key.startswith(name + ".") for name in overridden):
             lines.append(f"  {key} = {old}, as overridden")
             continue
         new = old * batch / reference if key == "optimizer.lr" else max(1, round(old * reference / batch))

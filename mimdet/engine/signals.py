@@ -1,4 +1,4 @@
-"""Stop a training in good order when it is asked to."""
+"""Stop signals: finish the step, save a checkpoint, then stop the training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Batch = TypeVar("Batch")
 class TrainingInterrupted(SystemExit):
     """Training was stopped by a signal after saving a checkpoint.
 
-    As a ``SystemExit`` it ends a program with the shell's status for that signal (130, 143), not a traceback.
+    A ``SystemExit``: it ends a program with the shell's status for that signal (130, 143), without a traceback.
 
     Attributes:
         checkpoint: path of the checkpoint to resume from.
@@ -31,16 +31,16 @@ class TrainingInterrupted(SystemExit):
 
 
 class GracefulStop:
-    """Context in which the first stop signal is only noted: SIGINT, SIGTERM, SIGHUP or SIGUSR1.
+    """Context in which the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 only sets ``requested``.
 
-    A second SIGINT raises KeyboardInterrupt. A repeated other signal does nothing: Slurm and systemd send SIGTERM
-    to torchrun and to its processes, and torchrun passes it on to them a second time.
+    A second SIGINT raises KeyboardInterrupt. Another second signal does nothing: Slurm and systemd send SIGTERM
+    to torchrun and to its processes, and torchrun sends it to them again.
 
     Outside the main thread, where Python allows no handlers, it does nothing.
 
     Attributes:
         signum: the signal received, None before.
-        failure: why to stop if not for a signal, such as a dead loader worker; None before.
+        failure: another reason to stop, such as a dead loader worker; None before.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class GracefulStop:
         self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
         self._waiting = self._child_gone = False
-        self._check_workers: Callable[[int, FrameType | None], Any] | None = None  # torch's handler of SIGCHLD
+        self._check_workers: Callable[[int, FrameType | None], Any] | None = None  # DataLoader's SIGCHLD handler
 
     @property
     def requested(self) -> bool:
@@ -70,10 +70,10 @@ class GracefulStop:
             signal.signal(signal.SIGCHLD, self._check_workers)
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of ``loader``; a dead worker raises LoaderWorkerError here, while a batch is awaited.
+        """The batches of ``loader``; a dead worker raises LoaderWorkerError here, where a batch is awaited.
 
-        DataLoader's handler of SIGCHLD raises wherever the process is, in the middle of an optimizer step or of a
-        checkpoint. Here it is put off until the next batch is needed.
+        DataLoader's SIGCHLD handler would raise anywhere, also within an optimizer step or a checkpoint. Here it is
+        deferred to the next batch.
         """
         batches = None
         while True:
@@ -110,7 +110,7 @@ class GracefulStop:
             self._child_gone = True
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        # A forked process has this handler until it sets its own.
+        # A forked process inherits this handler.
         if os.getpid() != self._pid:
             return
         if self.signum is not None:
@@ -118,7 +118,7 @@ class GracefulStop:
                 raise KeyboardInterrupt
             return
         self.signum = signum
-        # not by logging: the signal may have come in the middle of a write to the same stream
+        # os.write, not logging: the signal may have interrupted a write to the same stream.
         name = signal.Signals(signum).name
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, f"\n{name}: finishing this step, then saving; Ctrl-C aborts at once\n".encode())

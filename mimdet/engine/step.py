@@ -1,4 +1,4 @@
-"""One training step, and the one look at its result."""
+"""One training step, and the synchronization that reads its losses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TrainStep:
     Args:
         fabric: device and precision.
         model, optimizer: as returned by ``fabric.setup``.
-        clip_grad_norm: largest norm of the gradient, None to leave it.
+        clip_grad_norm: largest norm of the gradient; None does not clip.
     """
 
     def __init__(self, fabric: Fabric, model: nn.Module, optimizer: Optimizer, clip_grad_norm: float | None = None):
@@ -56,13 +56,13 @@ class TrainStep:
 def read_losses(
     fabric: Fabric, losses: Mapping[str, torch.Tensor], stop: bool, batch: Sequence[Mapping[str, Any]], iteration: int
 ) -> tuple[dict[str, float], bool]:
-    """Losses as numbers, means over the processes, and whether any process is asked to stop.
+    """Losses as numbers, means over the processes, and whether any process has a stop request.
 
-    This is the step's only wait for the device.
+    This is the only synchronization with the device in a step.
 
     Raises:
-        NonFiniteLossError: a loss is NaN or infinite on any process; where it is, the message names the loss and
-            the images.
+        NonFiniteLossError: a loss is NaN or infinite on any process; the message of that process names the loss and the
+            images.
     """
     values = torch.stack([loss.float() for loss in losses.values()])
     local = values

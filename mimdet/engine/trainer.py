@@ -40,18 +40,17 @@ def train(
     overrides: Sequence[str] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Train the detector that a config describes, evaluating and saving on the way and at the end.
+    """Train the detector of a config, with periodic and final evaluations and checkpoints.
 
-    Runs on one CPU or GPU as it is, on several processes under torchrun. The config is not changed; its
-    ``train.output_dir`` receives ``config.yaml``, checkpoints, ``log.txt``, ``metrics.jsonl`` and TensorBoard's
-    files. A training that is refused leaves the folder as it was.
+    Runs on one CPU or GPU, or in several processes under torchrun. ``cfg`` is not changed. ``train.output_dir``
+    receives ``config.yaml``, checkpoints, ``log.txt``, ``metrics.jsonl`` and TensorBoard's files; an error before the
+    training leaves it unchanged.
 
     Args:
         cfg: the whole config, overrides applied.
-        resume: go on from the last checkpoint in ``train.output_dir``; from the start if there is none, with a
-            warning, or without under "auto".
-        overrides: the ``key=value`` strings that were applied; their keys are not derived from the batch size
-            or from the data.
+        resume: start from the last checkpoint in ``train.output_dir``. If there is none, start from the beginning,
+            with a warning unless ``resume`` is "auto".
+        overrides: the applied ``key=value`` strings; their keys are not changed to fit the batch size or the data.
         overwrite: delete the checkpoints and metrics of an earlier run in ``train.output_dir``.
 
     Returns:
@@ -61,7 +60,7 @@ def train(
         TrainingInterrupted: SIGINT, SIGTERM, SIGHUP or SIGUSR1; a checkpoint was saved.
         LoaderWorkerError: a loader worker died; a checkpoint was saved.
         NonFiniteLossError: a loss or a weight became NaN or infinite.
-        CheckpointError: a checkpoint cannot be written, read or fitted.
+        CheckpointError: a checkpoint cannot be written or read, or does not fit.
         FileExistsError: the folder holds an earlier run, and neither ``resume`` nor ``overwrite`` is given.
         FolderInUseError: another process trains in the folder.
         ValueError: both ``resume`` and ``overwrite``, or a mistake in the config.
@@ -77,7 +76,7 @@ def train(
             logger.info("%s", line)
         training = _Training(cfg, fabric, resume, overwrite, overrides)
         _on_rank_0(fabric, lambda: training.open_folder(log, stack))
-        with GracefulStop() as stop:  # before this there is nothing to save: Ctrl-C aborts
+        with GracefulStop() as stop:  # earlier there is nothing to save: Ctrl-C aborts
             return training.run(log, stop)
 
 
@@ -96,7 +95,7 @@ class _Training:
         self.overwrite = overwrite
         self.seed = cfg.train.seed + fabric.global_rank
         self.checkpointer = Checkpointer(cfg.train.output_dir, cfg.train.checkpointer.get("max_to_keep"))
-        self.saved: tuple[int, Path] | None = None  # last finished iteration that is on disk, and where
+        self.saved: tuple[int, Path] | None = None  # last saved iteration and its file
         self.dataset = instantiate(cfg.dataloader.train.dataset)
         match_num_classes(cfg, self.dataset, overrides)
         self.evaluation = self._build_evaluation()
@@ -131,11 +130,11 @@ class _Training:
             self.saved = (self.start - 1, source)
 
     def open_folder(self, log: RunLog, stack: contextlib.ExitStack) -> None:
-        """Begin to write, on rank 0: everything is checked."""
+        """Lock the folder and write to it, on rank 0, after all checks."""
         folder = self.checkpointer.directory
         stack.enter_context(locked(folder))
         if not self.resume:
-            self._refuse_to_lose_checkpoints()  # once more: another process may have ended since
+            self._refuse_to_lose_checkpoints()  # again: another process may have written since
         log.open_file()
         if self.overwrite:
             deleted = [*self.checkpointer.delete_all(), *delete_metrics(folder)]
@@ -195,7 +194,7 @@ class _Training:
             if batch is None:
                 raise RuntimeError(f"dataloader.train ended before iteration {iteration}: the loader must be endless")
             return batch
-        # The other ranks are in this step already, and all stop after it: DDP needs this rank's share.
+        # DDP needs this rank's gradients: the other ranks are in this step already, and all stop after it.
         logger.warning("%s. Finishing this step without workers, then saving", self.stop.failure)
         with isolated_random():
             return next(self._batches(iteration, num_workers=0))
@@ -213,7 +212,7 @@ class _Training:
         )
 
     def _set_lr(self, iteration: int) -> float:
-        """Set every group's learning rate; returns what ``optimizer.lr`` has become."""
+        """Set every group's learning rate; returns the one of ``optimizer.lr``."""
         multiplier = self.lr_multiplier(iteration / self.cfg.train.max_iter)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * multiplier
@@ -237,7 +236,7 @@ class _Training:
 
     def _save(self, iteration: int) -> None:
         broken = [name for name, value in self.model.named_parameters() if not value.isfinite().all()]
-        if broken:  # by an overflowing gradient: the loss would show it only in the next step
+        if broken:  # an overflowing gradient: the loss shows it only in the next step
             raise self._diverged(f"iteration {iteration}: weights became NaN or infinite ({', '.join(broken[:3])})")
         state = pack(self.fabric, self.model, self.optimizer, iteration, self.meta)
         last = iteration + 1 == self.cfg.train.max_iter
@@ -249,7 +248,7 @@ class _Training:
         self.saved = (iteration, path)
 
     def _interrupt(self) -> NoReturn:
-        self.fabric.barrier()  # a rank that exits while rank 0 is still writing would have it killed
+        self.fabric.barrier()  # torchrun kills rank 0, which may be writing, when another rank exits
         iteration, path = self.saved
         how = "run the same command again" if self.resume else "run the same command with --resume"
         done = f"{iteration + 1} of {self.cfg.train.max_iter} iterations"
@@ -260,17 +259,17 @@ class _Training:
         raise TrainingInterrupted(self.stop.signum or signal.SIGTERM, path)
 
     def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
-        """What to resume from, its path and content; None for both to start from the beginning."""
+        """Path and content of the checkpoint to resume from; (None, None) to start from the beginning."""
         if not self.resume:
             _on_rank_0(self.fabric, self._refuse_to_lose_checkpoints)
             return None, None
-        # rank 0 decides for all: on another rank the folder may not show its last save yet
+        # Network file systems: another rank may not see the last save yet, so rank 0 decides.
         content = None
 
         def find() -> Path | None:
             nonlocal content
-            found, content = self.checkpointer.newest() or (None, None)
-            return found
+            path, content = self.checkpointer.newest() or (None, None)
+            return path
 
         path = _on_rank_0(self.fabric, find)
         if path is None:
@@ -293,7 +292,7 @@ class _Training:
             )
 
     def _build_evaluation(self) -> Evaluation | None:
-        """Built before training, so that a mistake in the test data shows at once."""
+        """Build the evaluation before training, to report errors in the test data at once."""
         if not (self.cfg.dataloader.get("test") and self.cfg.dataloader.get("evaluator")):
             logger.info("no dataloader.test or dataloader.evaluator: training without evaluation")
             return None
@@ -315,13 +314,13 @@ class _Training:
 
     def _batches(self, start: int, **options: Any) -> Iterator[list[dict]]:
         loader = instantiate(self.cfg.dataloader.train, dataset=self.dataset, start_batch=start, **options)
-        # Fetched before random states are restored: loaders may draw numbers when they start.
+        # DataLoader may draw random numbers when it starts: fetch a batch before random states are restored.
         batches = self.stop.batches(loader)
         return itertools.chain([next(batches)], batches)
 
 
 def _on_rank_0(fabric: Fabric, action: Callable[[], Any]) -> Any:
-    """The result of ``action`` on rank 0, for all ranks; an error there is raised on all, so that none waits."""
+    """The result of ``action`` on rank 0, on all ranks; its error is raised on all, so that no rank hangs."""
     result: Any = None
     if fabric.is_global_zero:
         try:

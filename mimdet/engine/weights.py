@@ -1,4 +1,4 @@
-"""Load a detector's weights from a checkpoint, all of them or with a readable refusal."""
+"""Load the weights of a detector from a checkpoint; errors name the likely cause of a mismatch."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def load_model_weights(model: nn.Module, path: str | Path, ignore: Sequence[str]
         model: the bare detector.
         path: a file with ``{"model": state_dict, ...}`` or a bare state dict; a leading ``module.`` of the
             keys is dropped.
-        ignore: patterns (``fnmatch``) of keys that keep the model's values, whether the file has them or not.
+        ignore: patterns (``fnmatch``) of keys that are not loaded, whether the file has them or not.
 
     Raises:
         CheckpointError: the file cannot be read, its keys or shapes are not the model's (the message lists the
-            first few of each kind and the likely cause), or it holds NaN or infinite values.
+            first few of each kind and the likely cause), or it has NaN or infinite values.
         ValueError: a pattern matches no key.
     """
     state = strip_prefixes(state_dict_of(read_checkpoint(path), path), ("module.",))
@@ -58,42 +58,44 @@ def load_model_weights(model: nn.Module, path: str | Path, ignore: Sequence[str]
 def load_state(
     model: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path, ignore: Sequence[str] = ()
 ) -> None:
-    """As :func:`load_model_weights`, from a state dict at hand; ``source`` names it in messages."""
-    own = model.state_dict()
+    """As :func:`load_model_weights`, from a state dict; ``source`` names it in messages."""
+    model_state = model.state_dict()
     for pattern in ignore:
-        if not any(fnmatchcase(key, pattern) for key in (*own, *state)):
+        if not any(fnmatchcase(key, pattern) for key in (*model_state, *state)):
             raise ValueError(f"train.init_checkpoint_ignore: {pattern!r} matches no key of the model or of {source}")
 
     def ignored(key: str) -> bool:
         return any(fnmatchcase(key, pattern) for pattern in ignore)
 
-    wanted = {key: value for key, value in own.items() if not ignored(key)}
-    given = {key: value for key, value in state.items() if not ignored(key)}
-    mismatch = _compare(wanted, given)
+    expected = {key: value for key, value in model_state.items() if not ignored(key)}
+    loaded = {key: value for key, value in state.items() if not ignored(key)}
+    mismatch = _compare(expected, loaded)
     if mismatch:
-        raise CheckpointError(_explain(mismatch, wanted, given, source))
-    check_finite(given, source)
-    model.load_state_dict(given, strict=False)
-    kept = len(own) - len(wanted)
-    logger.info("loaded %d tensors from %s%s", len(given), source, f", {kept} ignored as told" if kept else "")
+        raise CheckpointError(_explain(mismatch, expected, loaded, source))
+    check_finite(loaded, source)
+    model.load_state_dict(loaded, strict=False)
+    num_ignored = len(model_state) - len(expected)
+    logger.info(
+        "loaded %d tensors from %s%s", len(loaded), source, f", {num_ignored} ignored as told" if num_ignored else ""
+    )
 
 
-def _compare(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> _Mismatch:
+def _compare(expected: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]) -> _Mismatch:
     return _Mismatch(
-        missing=[key for key in wanted if key not in given],
-        unexpected=[key for key in given if key not in wanted],
+        missing=[key for key in expected if key not in loaded],
+        unexpected=[key for key in loaded if key not in expected],
         shapes=[
-            f"{key}: checkpoint {tuple(given[key].shape)}, model {tuple(value.shape)}"
-            for key, value in wanted.items()
-            if key in given and given[key].shape != value.shape
+            f"{key}: checkpoint {tuple(loaded[key].shape)}, model {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in loaded and loaded[key].shape != value.shape
         ],
     )
 
 
 def _explain(
     mismatch: _Mismatch,
-    wanted: Mapping[str, torch.Tensor],
-    given: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    loaded: Mapping[str, torch.Tensor],
     source: str | Path,
 ) -> str:
     lines = [f"checkpoint {source} does not fit the model:"]
@@ -107,31 +109,31 @@ def _explain(
             more = f", ... and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
             separator = "; " if keys is mismatch.shapes else ", "
             lines.append(f"  {len(keys)} {kind}: {separator.join(keys[:_SHOWN])}{more}")
-    lines += [f"Likely cause: {cause}." for cause in _likely_causes(mismatch, wanted, given)]
+    lines += [f"Likely cause: {cause}." for cause in _likely_causes(mismatch, expected, loaded)]
     return "\n".join(lines)
 
 
 def _likely_causes(
-    mismatch: _Mismatch, wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
+    mismatch: _Mismatch, expected: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]
 ) -> list[str]:
-    if any(key.startswith("blocks.") for key in given) and any(key.startswith("backbone.") for key in wanted):
+    if any(key.startswith("blocks.") for key in loaded) and any(key.startswith("backbone.") for key in expected):
         return ["the checkpoint is a pre-trained MAE, not a detector: pass it as mae_checkpoint.path"]
-    ours, theirs = _detector(wanted), _detector(given)
+    ours, theirs = _detector(expected), _detector(loaded)
     if None not in (ours, theirs) and ours != theirs:
         return [f"the checkpoint is of a {theirs}, the model is a {ours}: another config"]
     causes = []
     for part in ("encoder", "decoder"):
-        ours, theirs = _width_and_depth(wanted, part), _width_and_depth(given, part)
+        ours, theirs = _width_and_depth(expected, part), _width_and_depth(loaded, part)
         for name, our, their in zip((f"{part} width", f"{part} depth"), ours, theirs, strict=True):
             if None not in (our, their) and our != their:
                 causes.append(f"the checkpoint's {name} is {their}, the model's {our}: another model size")
-    ours, theirs = _num_classes(wanted), _num_classes(given)
+    ours, theirs = _num_classes(expected), _num_classes(loaded)
     if None not in (ours, theirs) and ours != theirs:
         causes.append(
             f"the checkpoint has {theirs} classes, the model {ours}: to train a detector for other classes, "
-            f"pass train.init_checkpoint_ignore=[{_class_layers(wanted)}]"
+            f"pass train.init_checkpoint_ignore=[{_class_layers(expected)}]"
         )
-    if not causes and len(mismatch.missing) == len(wanted):
+    if not causes and len(mismatch.missing) == len(expected):
         causes.append("the checkpoint is of another architecture or project: no key is the same")
     return causes
 
@@ -140,8 +142,8 @@ def _width_and_depth(state: Mapping[str, torch.Tensor], part: str) -> tuple[int 
     """Embedding width and number of blocks of a state dict's ``encoder`` or ``decoder``, None if it has none."""
     prefix = "decoder_" if part == "decoder" else ""
     block = re.compile(rf"backbone\.bottom_up\.{part}\.{prefix}blocks\.(\d+)\.norm1\.weight")
-    found = {int(match[1]): state[key].shape[0] for key in state if (match := block.fullmatch(key))}
-    return (found[min(found)], len(found)) if found else (None, None)
+    widths = {int(match[1]): state[key].shape[0] for key in state if (match := block.fullmatch(key))}
+    return (widths[min(widths)], len(widths)) if widths else (None, None)
 
 
 def _detector(state: Mapping[str, torch.Tensor]) -> str | None:

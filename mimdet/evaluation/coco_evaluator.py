@@ -1,4 +1,4 @@
-"""Collects a detector's results and scores them against a COCO dataset."""
+"""Collect a detector's results and score them against a COCO dataset."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ..files import write_json
 from .ground_truth import load_ground_truth
 from .results import to_coco_results
-from .toolkit import choose_toolkit, coco_figures
+from .toolkit import choose_toolkit, coco_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ RESULTS_FILE = "coco_instances_results.json"
 
 
 class EvaluationDataset(Protocol):
-    """What the evaluator asks of a dataset."""
+    """Attributes of a dataset that the evaluator reads."""
 
     json_file: str
     classes: Sequence[str]
@@ -30,18 +30,18 @@ class EvaluationDataset(Protocol):
 
 
 class COCOEvaluator:
-    """Box and mask AP in COCO's definition.
+    """Box and mask AP as COCO defines them.
 
     Use: ``reset()``, ``process()`` for every batch on every rank, then ``evaluate()`` on every rank.
 
     Args:
-        dataset: where the ground truth is: ``json_file``, and for each label its ``classes`` name and
-            ``category_ids`` id; if its ``use_masks`` is False, boxes alone are scored. May be set later as the
+        dataset: has ``json_file``, the ground truth, and for each label its name in ``classes`` and its id in
+            ``category_ids``; if its ``use_masks`` is False, boxes alone are scored. May be set later as the
             attribute ``dataset``.
         output_dir: folder for ``coco_instances_results.json``; None writes no file.
         max_dets_per_image: detections of an image and category that count, highest scores first.
         toolkit: ``"faster_coco_eval"``, ``"pycocotools"`` or ``"auto"`` (the first if installed); their
-            figures are the same.
+            metrics are the same.
 
     Raises:
         ValueError, ImportError: the toolkit is unknown or not installed.
@@ -63,14 +63,14 @@ class COCOEvaluator:
         self._saw_masks = False
 
     def reset(self) -> None:
-        """Forget all results; a flaw in the ground truth comes to light here, before any inference."""
+        """Forget all results, and load the ground truth, to report its errors before inference."""
         self._results = {}
         self._saw_masks = False
         if self.dataset is not None and _rank() == 0:
             self._load_ground_truth()
 
     def process(self, samples: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, torch.Tensor]]) -> None:
-        """Take in the results of one batch.
+        """Add the results of one batch.
 
         Args:
             samples: dicts with ``image_id``.
@@ -83,28 +83,28 @@ class COCOEvaluator:
         category_ids = self._need_dataset().category_ids
         for sample, result in zip(samples, results, strict=True):
             image_id = int(sample["image_id"])
-            # an image that a sampler hands out twice, to even out the ranks, counts once
+            # DistributedSampler may repeat an image to even out the ranks; it counts once
             self._results[image_id] = to_coco_results(result, image_id, category_ids)
             self._saw_masks |= "masks" in result
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Gather the results of all ranks and score them. Every rank must call it.
 
-        Only the images that were processed are scored; a log line says so when the dataset has more.
+        Only processed images are scored; a log line says so when the dataset has more.
 
         Returns:
             on rank 0: ``bbox`` and, with masks, ``segm``: AP, AP50, AP75, APs, APm, APl and AR<n> as
-            fractions, NaN where there is nothing to find; ``bbox_per_class`` and ``segm_per_class``: AP by
+            fractions, NaN without ground truth; ``bbox_per_class`` and ``segm_per_class``: AP by
             class name. On other ranks an empty dict.
 
         Raises:
-            ValueError: no dataset, no image was processed, or one that the ground truth does not have.
+            ValueError: no dataset, no image was processed, or one is not in the ground truth.
         """
         dataset = self._need_dataset()
         gathered = gather((self._results, self._saw_masks))
         if gathered is None:
             return {}
-        results = {image_id: found for part, _ in gathered for image_id, found in part.items()}
+        results = {image_id: result for part, _ in gathered for image_id, result in part.items()}
         ground_truth, truth_has_masks = self._load_ground_truth()
         self._check_images(results, ground_truth)
 
@@ -114,31 +114,31 @@ class COCOEvaluator:
         if not detections:
             logger.warning("no object was detected in any of %d images: every AP is 0", len(results))
 
-        # each task without the other's key: left in segm results, a box would give the object's area
+        # COCO toolkits take an object's area from its box where there is one: each task drops the other's key
         tasks = {"bbox": "segmentation"}
-        if any(saw for _, saw in gathered):
+        if any(saw_masks for _, saw_masks in gathered):
             if truth_has_masks:
                 tasks["segm"] = "bbox"
             else:
                 logger.warning("%s has no masks: only box AP is measured", dataset.json_file)
-        figures = {}
+        metrics = {}
         for task, other in tasks.items():
             stripped = [{k: v for k, v in detection.items() if k != other} for detection in detections]
-            figures |= self._score(task, stripped, ground_truth, list(results))
-        return figures
+            metrics |= self._score(task, stripped, ground_truth, list(results))
+        return metrics
 
     def _score(
         self, task: str, detections: list[dict[str, Any]], ground_truth: dict[str, Any], image_ids: list[int]
     ) -> dict[str, dict[str, float]]:
         start = time.perf_counter()
         names = dict(zip(self.dataset.category_ids, self.dataset.classes, strict=True))
-        figures, per_category = coco_figures(
+        metrics, per_category = coco_metrics(
             self.toolkit, ground_truth, detections, task, image_ids, list(names), self.max_dets_per_image
         )
         seconds = time.perf_counter() - start
         logger.info("%s AP of %d images by %s in %.1f s", task, len(image_ids), self.toolkit, seconds)
         return {
-            task: figures,
+            task: metrics,
             f"{task}_per_class": {names[category]: ap for category, ap in per_category.items()},
         }
 
@@ -169,10 +169,10 @@ class COCOEvaluator:
 
 
 def gather(value: Any) -> list[Any] | None:
-    """``value`` of every rank, on rank 0; None on the others. Without distribution, ``[value]``."""
+    """``value`` of every rank, on rank 0; None on the others. With one process, ``[value]``."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [value]
-    # objects travel as CPU bytes: over NCCL they would take GPU memory
+    # gather_object over gloo: NCCL would need GPU memory
     group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
     gathered = [None] * dist.get_world_size() if _rank() == 0 else None
     try:

@@ -1,4 +1,4 @@
-"""A COCO annotation file, completed to what the evaluation toolkits expect."""
+"""COCO annotation files for evaluation, with all fields that the toolkits need."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ logger = logging.getLogger(__name__)
 def load_ground_truth(json_file: str | Path, use_masks: bool = True) -> tuple[dict[str, Any], bool]:
     """Read an annotation file for evaluation.
 
-    What hand-made files often lack is filled in: ``iscrowd``, ``area``, and ids from 1 (the toolkits take 0 for "no
-    match"). Detections in a region to ignore count neither for nor against; such are crowds, annotations with
-    ``ignore``, and an object without a usable mask in a file where others have one. An annotation whose box is not
-    finite is left out.
+    Missing fields are added: ``iscrowd``, ``area``, and ids from 1 (for the toolkits, 0 means "no match"). Detections
+    in an ignored region are neither true nor false positives. Ignored are crowds, annotations with ``ignore``, and
+    objects without a usable mask in a file where others have one. Annotations with a box that is not finite are left
+    out.
 
     Args:
-        use_masks: False where boxes alone are scored: objects count then whether they have a mask or not.
+        use_masks: False where boxes alone are scored: objects then need no mask.
 
     Returns:
-        the file's content without what is not needed, and whether its objects have masks to be scored.
+        the file's content, and whether its objects have masks.
 
     Raises:
-        DataError: a flaw of the file, as :func:`mimdet.data.annotations.read_annotations` finds it.
+        DataError: an error in the file; see :func:`mimdet.data.annotations.read_annotations`.
     """
     content = read_annotations(json_file, use_masks)
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
@@ -69,13 +69,13 @@ def load_ground_truth(json_file: str | Path, use_masks: bool = True) -> tuple[di
 
 
 def _mask(annotation: dict[str, Any]) -> dict[str, Any] | list[list[float]] | None:
-    """The run-length encoded mask, or the polygons of at least three points; None without any."""
+    """The run-length encoded mask, or the polygons of at least three points; None if there is neither."""
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
         return segmentation
     polygons = usable_polygons(segmentation)
     if polygons and len(polygons) == len(segmentation):
-        return segmentation  # as it is: lists of numbers again would take their time
+        return segmentation  # all polygons are usable: no conversion needed
     return [polygon.tolist() for polygon in polygons] or None
 
 

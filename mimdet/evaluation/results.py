@@ -17,7 +17,7 @@ def to_coco_results(
 
     Args:
         result: ``boxes`` (N, 4) xyxy in pixels of the original image, ``scores`` (N,), ``labels`` (N,) int64
-            and, optionally, ``masks`` (N, height, width) bool, or parts of it as :func:`encode_masks` takes them.
+            and, optionally, ``masks`` (N, height, width) bool, or an iterable of its parts, see :func:`encode_masks`.
         image_id: id of the image in its dataset.
         category_ids: the dataset's category id of each label.
 
@@ -48,10 +48,10 @@ def to_coco_results(
 def encode_masks(masks: torch.Tensor | Iterable[torch.Tensor]) -> list[dict[str, Any]]:
     """Masks (N, height, width), bool, as N compressed RLEs ``{"size": [height, width], "counts": str}``.
 
-    An iterable of such tensors is encoded one after the other, so that not all masks are in memory at once.
+    Tensors of an iterable are encoded one by one, so that not all masks are in memory at once.
     """
     if not isinstance(masks, torch.Tensor):
         return [rle for part in masks for rle in encode_masks(part)]
-    # RLE runs down the columns: transposing on the masks' own device leaves NumPy the Fortran order it needs
+    # pycocotools needs Fortran order, as RLE runs down the columns: transpose on the masks' device
     columns = masks.detach().to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy().transpose(2, 1, 0)
     return [{**rle, "counts": rle["counts"].decode("ascii")} for rle in mask_util.encode(columns)]

@@ -1,4 +1,4 @@
-"""Evaluation figures for people and for spreadsheets."""
+"""Evaluation metrics as tables and as lines for spreadsheets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def results_table(results: Mapping[str, Mapping[str, float]]) -> Table:
-    """Box and mask figures in percent, one row each."""
+    """Box and mask metrics in percent, one row each."""
     tasks = [task for task in _TASKS if task in results]
     names = list(dict.fromkeys(name for task in tasks for name in results[task]))
     table = Table(box=SIMPLE_HEAD, title="COCO evaluation (%)", title_justify="left", pad_edge=False)
@@ -59,12 +59,12 @@ def format_results(results: Mapping[str, Mapping[str, float]], per_class: bool =
 
 
 def copypaste_lines(results: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The lines by which Detectron2's users collect figures: percent, three lines a task."""
+    """Detectron2's "copypaste" lines: metrics in percent, three lines for each task."""
     lines = []
     for task in _TASKS:
         if task in results:
-            figures = ",".join(f"{100 * results[task][name]:.4f}" for name in _HEADLINE)
-            lines += [f"Task: {task}", ",".join(_HEADLINE), figures]
+            metrics = ",".join(f"{100 * results[task][name]:.4f}" for name in _HEADLINE)
+            lines += [f"Task: {task}", ",".join(_HEADLINE), metrics]
     return [f"copypaste: {line}" for line in lines]
 
 

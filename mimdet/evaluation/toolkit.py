@@ -1,4 +1,4 @@
-"""The two programs that compute COCO AP, behind one face."""
+"""One interface to the two toolkits that compute COCO AP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _AREAS = ("all", "small", "medium", "large")
 
 
 def choose_toolkit(name: str = "auto") -> str:
-    """``name`` itself, or for ``"auto"`` the fastest installed one of :data:`TOOLKITS`.
+    """``name``, or for ``"auto"`` the first installed one of :data:`TOOLKITS`, the fastest.
 
     Raises:
         ValueError: unknown name.
@@ -40,7 +40,7 @@ def choose_toolkit(name: str = "auto") -> str:
     )
 
 
-def coco_figures(
+def coco_metrics(
     toolkit: str,
     ground_truth: dict[str, Any],
     detections: list[dict[str, Any]],
@@ -49,28 +49,30 @@ def coco_figures(
     category_ids: Sequence[int],
     max_dets: int,
 ) -> tuple[dict[str, float], dict[int, float]]:
-    """AP and AR of ``detections`` as fractions; NaN where the ground truth has no object to find.
+    """AP and AR of ``detections`` as fractions; NaN where the ground truth has no object.
 
     Args:
         toolkit: one of :data:`TOOLKITS`.
         ground_truth: a COCO annotation file's content. The toolkits add keys to its annotations.
-        detections: COCO results; for ``iou_type="segm"`` without ``bbox``, from which the toolkits would take
-            the object's area and so sort it into APs, APm or APl.
+        detections: COCO results; for ``iou_type="segm"`` without ``bbox``: the toolkits would take an object's
+            area, and so APs, APm or APl, from the box.
         iou_type: ``"bbox"`` or ``"segm"``.
         image_ids: the images to evaluate.
         category_ids: the categories to evaluate.
-        max_dets: the highest-scoring detections of each image and category that count.
+        max_dets: number of detections of each image and category that count, highest scores first.
 
     Returns:
-        the figures AP, AP50, AP75, APs, APm, APl and AR<max_dets>, and the AP of each category id.
+        the metrics AP, AP50, AP75, APs, APm, APl and AR<max_dets>, and the AP of each category id.
     """
     coco_class, eval_class = _classes(toolkit)
-    # pycocotools reports its progress with print
+    # pycocotools prints its progress
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _index(coco_class, ground_truth)
-        # loadRes of pycocotools fails on an empty list
-        found = truth.loadRes(detections) if detections else _index(coco_class, {**ground_truth, "annotations": []})
-        run = eval_class(truth, found, iou_type)
+        # pycocotools' loadRes fails on an empty list
+        predictions = (
+            truth.loadRes(detections) if detections else _index(coco_class, {**ground_truth, "annotations": []})
+        )
+        run = eval_class(truth, predictions, iou_type)
         run.params.imgIds = sorted(image_ids)
         run.params.catIds = sorted(category_ids)
         run.params.maxDets = [max_dets]
@@ -80,7 +82,7 @@ def coco_figures(
     recall = np.asarray(run.eval["recall"])[..., 0]  # (IoU threshold, category, area)
     every, small, medium, large = (run.params.areaRngLbl.index(area) for area in _AREAS)
     at50, at75 = (int(np.abs(run.params.iouThrs - iou).argmin()) for iou in (0.5, 0.75))
-    figures = {
+    metrics = {
         "AP": _mean(precision[..., every]),
         "AP50": _mean(precision[at50, ..., every]),
         "AP75": _mean(precision[at75, ..., every]),
@@ -90,7 +92,7 @@ def coco_figures(
         f"AR{max_dets}": _mean(recall[..., every]),
     }
     per_category = {int(category): _mean(precision[:, :, k, every]) for k, category in enumerate(run.params.catIds)}
-    return figures, per_category
+    return metrics, per_category
 
 
 def _classes(toolkit: str) -> tuple[Callable, Callable]:
@@ -111,6 +113,6 @@ def _index(coco_class: Callable, content: dict[str, Any]) -> Any:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean over what was measured: the toolkits mark figures without ground truth by -1."""
+    """Mean without -1, which the toolkits return where there is no ground truth."""
     measured = values[values > -1]
     return float(measured.mean()) if measured.size else float("nan")

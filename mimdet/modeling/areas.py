@@ -1,4 +1,4 @@
-"""The part of feature maps that holds images, where a packed batch pads them."""
+"""Valid areas: the part of padded feature maps that holds images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ValidArea:
     Attributes:
         sizes: (rows, columns) of each image: cells that hold at least one of its pixels.
         grid: (H, W).
-        padded: whether any map has other cells. Without them every method gives back what it gets.
+        padded: whether any map has padding. Without it every method returns its input.
     """
 
     def __init__(self, sizes: Sequence[tuple[int, int]], grid: tuple[int, int], device: torch.device):
@@ -35,14 +35,14 @@ class ValidArea:
 
     @cached_property
     def padding(self) -> torch.Tensor:
-        """(B, 1, H, W) bool, the padding mask: True where there is no image."""
+        """(B, 1, H, W) bool, the padding mask: True in the padding."""
         row, column = (torch.arange(length, device=self.device) for length in self.grid)
         rows, columns = self.cells.unbind(1)
         return (row >= rows[:, None])[:, None, :, None] | (column >= columns[:, None])[:, None, None, :]
 
     @cached_property
     def index(self) -> torch.Tensor:
-        """(N,) int64, the valid cells among all B * H * W."""
+        """(N,) int64, indices of the valid cells among all B * H * W."""
         height, width = self.grid
         images = [
             (np.arange(rows)[:, None] * width + np.arange(columns) + i * height * width).ravel()
@@ -51,7 +51,7 @@ class ValidArea:
         return to_device(np.concatenate(images), self.device, torch.int64)
 
     def zero_padding(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps (B, C, H, W), zero where there is no image."""
+        """Maps (B, C, H, W) with zeros in the padding."""
         return x.masked_fill(self.padding, 0.0) if self.padded else x
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,7 @@ class ValidArea:
         return torch.cat([F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2])) for x in images])
 
     def outside(self, anchors: int) -> torch.Tensor:
-        """(B, H * W * anchors) bool: anchors of cells without image, in order row, column, anchor."""
+        """(B, H * W * anchors) bool: anchors of cells in the padding, in order row, column, anchor."""
         return self.padding.flatten(1).repeat_interleave(anchors, dim=1)
 
 
@@ -88,27 +88,27 @@ class ValidAreas:
 
     Args:
         image_sizes: (height, width) of each image, pixels.
-        canvas: (height, width) of the padded batch, pixels.
+        padded_size: (height, width) of the padded batch, pixels.
         device: of the feature maps.
     """
 
-    def __init__(self, image_sizes: Sequence[tuple[int, int]], canvas: tuple[int, int], device: torch.device):
+    def __init__(self, image_sizes: Sequence[tuple[int, int]], padded_size: tuple[int, int], device: torch.device):
         self.image_sizes = list(image_sizes)
-        self.canvas = canvas
+        self.padded_size = padded_size
         self.device = device
-        self.padded = any(size != canvas for size in self.image_sizes)
+        self.padded = any(size != padded_size for size in self.image_sizes)
         self._levels: dict[int, ValidArea] = {}
 
     def at(self, stride: int) -> ValidArea:
-        """The valid area of maps of that stride."""
+        """The valid area of maps with this stride, in pixels."""
         if stride not in self._levels:
-            grid = cell_sizes([self.canvas], stride)[0]
+            grid = cell_sizes([self.padded_size], stride)[0]
             self._levels[stride] = ValidArea(cell_sizes(self.image_sizes, stride), grid, self.device)
         return self._levels[stride]
 
 
 class PackedFeatures(dict):
-    """Feature maps by name, zero in the padding, and where the images are.
+    """Feature maps of a packed batch by name, zero in the padding.
 
     Attributes:
         areas: ``ValidAreas`` of the batch.
@@ -120,11 +120,11 @@ class PackedFeatures(dict):
 
 
 def areas_of(features: Mapping[str, torch.Tensor]) -> ValidAreas | None:
-    """Valid areas of packed feature maps; None of maps on a canvas, where padding is part of every image."""
+    """Valid areas of packed feature maps; None for a padded batch, where padding is part of every image."""
     return features.areas if isinstance(features, PackedFeatures) else None
 
 
 def levels_of(features: Mapping[str, torch.Tensor], strides: Sequence[int]) -> list[ValidArea | None]:
-    """The valid area at each stride; None for each of maps on a canvas."""
+    """The valid area at each stride; None at each for a padded batch."""
     areas = areas_of(features)
     return [None if areas is None else areas.at(stride) for stride in strides]

@@ -21,26 +21,30 @@ BATCH_MODES = ("canvas", "packed")
 class MIMDetBackbone(nn.Module):
     """Features c2 and c3 from the ConvStem or a ``pyramid``, c4 from the ViT, c5 pooled from c4.
 
-    Pictures of different sizes share a batch in one of two ways. On the "canvas", as in the original, padding is part
-    of every picture: statistics, tokens and attention include it, and a picture's features depend on its batch-mates.
-    "packed", each picture gets exactly the features it would get alone, at the cost of its own tokens only: its own
-    statistics, position grid and share of tokens, attention within it, and zeros outside it in every output. FPN and
-    heads of ``mimdet.detection`` go on like that. Without padding the two are the same.
+    ``batch_mode`` says how images of different sizes share a batch:
+
+    - "canvas", the padded batch of the original: padding is part of every image. Statistics, tokens and attention
+      include it, so an image's features depend on the other images of the batch.
+    - "packed": each image has the features that it has alone, at the cost of its own tokens. Statistics, position
+      grid, sampling and attention cover each image alone; padding is zero in every output. FPN and heads of
+      ``mimdet.detection`` keep it so.
+
+    Without padding the two are the same.
 
     Args:
         encoder: ConvStem and ViT encoder.
-        decoder: MAE decoder; None where the encoder sees every token, whose output then is c4 (paper, Table 8).
+        decoder: MAE decoder. None: the encoder sees every token, and its output is c4 (paper, Table 8).
         sample_ratio: keep ratio of the tokens in training, in (0, 1].
-        size_divisibility: pictures are padded to multiples of it, pixels.
+        size_divisibility: images are padded to multiples of it, pixels.
         _out_feature_channels: channels of c2..c5.
         _out_feature_strides: strides of c2..c5, pixels.
         inference_sample_ratio: keep ratio in eval mode, in (0, 1] (paper, Table 1: 1.0 is best).
         batch_mode: "canvas" or "packed".
         sampling: "random", or "grid" for every other token, as on a checkerboard (paper, Table 3).
-        pyramid: makes c2 and c3 from tokens that the encoder taps; None leaves them to the stem.
+        pyramid: makes c2 and c3 from the encoder's intermediate tokens (its ``taps``); None takes them from the stem.
 
     Raises:
-        ValueError: a ratio outside (0, 1], a word that is not known, or parts that do not go together.
+        ValueError: a ratio outside (0, 1], an unknown mode, or parts that do not fit together.
     """
 
     out_features = ("c2", "c3", "c4", "c5")
@@ -66,11 +70,11 @@ class MIMDetBackbone(nn.Module):
             raise ValueError(f"backbone: a pyramid and two taps of the encoder need each other, got {encoder.taps}")
         self.sample_ratio = check_ratio(sample_ratio)
         self.inference_sample_ratio = check_ratio(inference_sample_ratio, "inference_sample_ratio")
-        for name, word, words in (("batch_mode", batch_mode, BATCH_MODES), ("sampling", sampling, SAMPLING)):
-            if word not in words:
-                raise ValueError(f"{name}: {word!r} is unknown; choose from {', '.join(words)}")
+        for name, value, choices in (("batch_mode", batch_mode, BATCH_MODES), ("sampling", sampling, SAMPLING)):
+            if value not in choices:
+                raise ValueError(f"{name}: {value!r} is unknown; choose from {', '.join(choices)}")
         for ratio in (self.sample_ratio, self.inference_sample_ratio):
-            self._check_whole(ratio)
+            self._check_all_tokens(ratio)
         self.batch_mode = batch_mode
         self.sampling = sampling
         self.size_divisibility = size_divisibility
@@ -90,7 +94,7 @@ class MIMDetBackbone(nn.Module):
         """Feature maps of a batch.
 
         Args:
-            images: normalised pictures padded to ``size_divisibility``; a plain (B, C, H, W) tensor counts as
+            images: normalized images padded to ``size_divisibility``; a plain (B, C, H, W) tensor counts as
                 unpadded.
             sample_ratio: keep ratio of this call. Default: ``sample_ratio`` in training, ``inference_sample_ratio`` in
                 eval mode.
@@ -111,7 +115,7 @@ class MIMDetBackbone(nn.Module):
             )
         if sample_ratio is None:
             sample_ratio = self.sample_ratio if self.training else self.inference_sample_ratio
-        self._check_whole(sample_ratio)
+        self._check_all_tokens(sample_ratio)
         padded = any(size != (height, width) for size in images.image_sizes)
         packed = self.batch_mode == "packed" and padded
         encoded = self.encoder(images, sample_ratio, sampling=self.sampling, packed=packed)
@@ -122,9 +126,9 @@ class MIMDetBackbone(nn.Module):
             return maps
         return PackedFeatures(maps, ValidAreas(images.image_sizes, (height, width), images.tensor.device))
 
-    def _check_whole(self, ratio: float) -> None:
-        whole = self.decoder is None or self.pyramid is not None or self.encoder.window
-        if whole and ratio != 1.0:
+    def _check_all_tokens(self, ratio: float) -> None:
+        needs_all = self.decoder is None or self.pyramid is not None or self.encoder.window
+        if needs_all and ratio != 1.0:
             raise ValueError(
                 "backbone: without a decoder, with windows or a pyramid the encoder sees every token: sample_ratio and "
                 f"inference_sample_ratio must be 1, got {ratio}"

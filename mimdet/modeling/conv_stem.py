@@ -1,4 +1,4 @@
-"""The convolutional stem that takes the place of ViT's patch embedding (paper, section 2.2)."""
+"""The convolutional stem that replaces ViT's patch embedding (paper, section 2.2)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class GroupNormGELU(nn.GroupNorm):
     Args:
         channels: C.
         eps: added to the variance.
-        recompute: give a ``Recomputed``, which only a ``RecomputeConv2d`` takes.
+        recompute: return a ``Recomputed``, which only a ``RecomputeConv2d`` accepts.
     """
 
     def __init__(self, channels: int, eps: float, recompute: bool = False):
@@ -28,8 +28,8 @@ class GroupNormGELU(nn.GroupNorm):
         self.recompute = recompute
 
     def forward(self, x: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor | Recomputed:
-        """(B, C, H, W) -> the same. With ``sizes`` (B, 2), each sample's rows and columns from its top left are the
-        whole of it, whatever lies outside, and zeros are written there."""
+        """(B, C, H, W) -> (B, C, H, W). ``sizes`` (B, 2) are the rows and columns of each sample: statistics cover
+        them alone, and padding becomes zero, whatever it holds."""
         sources = x, self.weight, self.bias
         function = partial(group_norm_gelu, eps=self.eps, sizes=sizes)
         y = function(*sources)
@@ -37,10 +37,10 @@ class GroupNormGELU(nn.GroupNorm):
 
 
 class Stage(nn.Sequential):
-    """Convolution, norm and what follows them."""
+    """Convolution, norm, and further layers."""
 
     def forward(self, x: torch.Tensor | Recomputed, sizes: torch.Tensor | None = None) -> torch.Tensor | Recomputed:
-        """(B, C, H, W) -> (B, C', H/2, W/2); ``sizes`` (B, 2) are those of the norm."""
+        """(B, C, H, W) -> (B, C', H/2, W/2); the norm takes ``sizes`` (B, 2)."""
         convolution, norm, *rest = self
         x = norm(convolution(x), sizes)
         for module in rest:
@@ -51,19 +51,19 @@ class Stage(nn.Sequential):
 class ConvStem(nn.Module):
     """Four 3x3 convolutions of stride 2, each with GroupNorm(1) and exact GELU; the last adds a 1x1.
 
-    GroupNorm's statistics cover a whole padded picture, as those the released weights were trained with, or with
-    ``sizes`` each picture alone.
+    GroupNorm's statistics cover the padded images, as in the original, whose released weights were trained so. With
+    ``sizes`` they cover each image alone.
 
     Args:
-        img_size: side of the square picture that the position table is made for, pixels.
+        img_size: side of the square image of the position table, pixels.
         patch_size: stride of the last stage, pixels; must equal 2**depth.
-        in_chans: channels of the picture.
+        in_chans: channels of the image.
         embed_dim: channels of the last stage; each earlier stage has half of the next.
         depth: number of stages.
         norm_layer: optional norm of the last output, called with embed_dim.
         checkpointing: recompute stages in backward: all but the first, or with "lean" all but the first two.
-        recompute: "lean" computes the first stage's output, the largest and no feature, again in backward from its
-            convolution; "none" keeps it.
+        recompute: "lean" recomputes the first stage's norm and GELU in backward, whose output is the largest
+            activation; "none" saves it.
 
     Raises:
         ValueError: embed_dim does not divide into the stages, or patch_size is not 2**depth.
@@ -94,7 +94,7 @@ class ConvStem(nn.Module):
             Stage(
                 RecomputeConv2d(c_in, c_out, kernel_size=3, stride=2, padding=1),
                 GroupNormGELU(c_out, eps=1e-6, recompute=recompute_first and i == 0),
-                nn.Identity(),  # the GELU's place: the 1x1's key counts it
+                nn.Identity(),  # state_dict: the original has its GELU here, so the 1x1 is number 3
             )
             for i, (c_in, c_out) in enumerate(pairwise(widths))
         )
@@ -106,14 +106,14 @@ class ConvStem(nn.Module):
 
         Args:
             x: (B, in_chans, H, W), sides multiples of 16.
-            sizes: (depth, B, 2) rows and columns of each picture after each stage. Each then has the features that it
-                has alone, if x is zero outside of it, and zeros outside in all but the last, which ends in a bias.
+            sizes: (depth, B, 2) rows and columns of each image after each stage. If padding of x is zero, each image
+                then has the features that it has alone, and padding is zero in all but the last, which adds a bias.
         """
         outputs = []
         for i, stage in enumerate(self.proj):
-            again = self.checkpointing and isinstance(x, torch.Tensor) and x.requires_grad
-            own = None if sizes is None else sizes[i]
-            x = checkpointed(stage, x, own) if again else stage(x, own)
+            recompute = self.checkpointing and isinstance(x, torch.Tensor) and x.requires_grad
+            stage_sizes = None if sizes is None else sizes[i]
+            x = checkpointed(stage, x, stage_sizes) if recompute else stage(x, stage_sizes)
             outputs.append(x)
         outputs[-1] = self.norm(outputs[-1])
         return outputs[1:]

@@ -25,7 +25,7 @@ class ConvNeXtBlock(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), 1e-6))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> the same."""
+        """(B, C, H, W) -> (B, C, H, W)."""
         cells = self.conv_dw(x).permute(0, 2, 3, 1)
         _, rows = add_norm(self.norm, cells.flatten(1, 2), dtype=compute_dtype(x), recompute=self.recompute)
         branch = self.mlp(rows) * self.gamma
@@ -36,14 +36,14 @@ class CellNorm(nn.LayerNorm):
     """LayerNorm over the channels of each cell of a map."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> the same."""
+        """(B, C, H, W) -> (B, C, H, W)."""
         cells = x.permute(0, 2, 3, 1)
         _, rows = add_norm(self, cells.flatten(1, 2), dtype=compute_dtype(x))
         return rows.view(cells.shape).permute(0, 3, 1, 2)
 
 
 class ConvNeXtStage(nn.Module):
-    """Norm and 2x2 convolution of stride 2, where ``downsample`` says so, and blocks."""
+    """Blocks; with ``downsample`` a norm and a 2x2 convolution of stride 2 before them."""
 
     def __init__(self, c_in: int, c_out: int, depth: int, downsample: bool, recompute: str):
         super().__init__()
@@ -55,19 +55,18 @@ class ConvNeXtStage(nn.Module):
 class ConvNeXtStem(nn.Module):
     """Features of strides 4 and 8 from ConvNeXt's first two stages, of stride 16 from the third's downsampling.
 
-    For ViT-Base widths are those of ConvNeXt-Large, (192, 384, 768), so that of its weights nothing but the patches'
-    norm, two stages and the next downsampling is needed: the paper says that it takes "configuration / pre-trained
-    weights of the first two stages of ConvNeXt-Large" and leaves open how stride 16 is reached. Without stochastic
-    depth.
+    For ViT-Base the widths are those of ConvNeXt-Large: 192, 384, 768. The paper takes "configuration / pre-trained
+    weights of the first two stages of ConvNeXt-Large" and does not say how it reaches stride 16; here it is the next
+    downsampling of ConvNeXt. There is no stochastic depth.
 
     Args:
-        img_size: side of the square picture that the position table is made for, pixels.
+        img_size: side of the square image of the position table, pixels.
         patch_size: stride of the last feature; must be 16.
-        in_chans: channels of the picture.
-        embed_dim: channels of stride 16; strides 4 and 8 have a quarter and half of them.
+        in_chans: channels of the image.
+        embed_dim: channels of stride 16; stride 4 has a quarter of them, stride 8 half.
         depth: blocks of a stage.
         checkpointing: recompute blocks in backward.
-        recompute: "lean" computes outputs of LayerNorm and GELU again in backward; "none" keeps them.
+        recompute: "lean" recomputes the outputs of LayerNorm and GELU in backward; "none" saves them.
         pretrained: path of weights as timm names them, or None for random ones.
 
     Raises:
@@ -115,21 +114,21 @@ class ConvNeXtStem(nn.Module):
 
         Args:
             x: (B, in_chans, H, W), sides multiples of 16.
-            sizes: (4, B, 2) rows and columns of each picture at strides 2, 4, 8 and 16. Each then has the features
-                that it has alone, if x is zero outside of it, and zeros outside in all but the last.
+            sizes: (4, B, 2) rows and columns of each image at strides 2, 4, 8 and 16. If padding of x is
+                zero, each image then has the features that it has alone, and padding is zero in all but the last.
         """
         outputs = []
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
-            # What a convolution reads outside of a picture must be zero. None of the patches straddles the edge.
+            # Convolutions must read zeros in the padding. The 4x4 patches of the stem never cross an image's edge.
             for module in stage.downsample:
-                x = module(_inside(x, sizes, i) if isinstance(module, nn.Conv2d) else x)
+                x = module(_zero_padding(x, sizes, i) if isinstance(module, nn.Conv2d) else x)
             for block in stage.blocks:
-                x = _inside(x, sizes, i + 1)
+                x = _zero_padding(x, sizes, i + 1)
                 x = checkpointed(block, x) if self.checkpointing and x.requires_grad else block(x)
-            outputs.append(x if i == 2 else _inside(x, sizes, i + 1))
+            outputs.append(x if i == 2 else _zero_padding(x, sizes, i + 1))
         return outputs
 
 
-def _inside(x: torch.Tensor, sizes: torch.Tensor | None, level: int) -> torch.Tensor:
+def _zero_padding(x: torch.Tensor, sizes: torch.Tensor | None, level: int) -> torch.Tensor:
     return x if sizes is None else zero_padding(x, sizes[level])

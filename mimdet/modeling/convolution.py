@@ -1,4 +1,4 @@
-"""Convolutions that save less for backward, and whose weight's gradient is fast on a CPU."""
+"""Convolutions with less activation memory and, on a CPU, a faster gradient of the weight."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..kernels import use
 from ..kernels.dispatch import requested
 from .recompute import Recomputed
 
-# Elements of the patches that are multiplied at once: they stay in the cache.
+# CPU cache: weight_gradient multiplies patches of at most this many elements at once.
 _BAND = 2**19
 
 
 class RecomputeConv2d(nn.Conv2d):
     """``nn.Conv2d`` with a square kernel and no bias that saves the sources of a ``Recomputed`` input for backward.
 
-    In float32 and channels_last memory oneDNN takes 2-3 times as long over the gradient of such a weight as the same
-    sums take as matrix products, so on a CPU these are used. In both cases gradients are of first order.
+    On a CPU, in float32 and channels_last memory, the weight's gradient is a sum of matrix products: 2-3 times as fast
+    as oneDNN. There is no second-order gradient.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0):
@@ -27,15 +27,15 @@ class RecomputeConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor | Recomputed) -> torch.Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H', W')."""
-        value, function, sources = (x, _same, (x,)) if isinstance(x, torch.Tensor) else x
+        value, function, sources = (x, _identity, (x,)) if isinstance(x, torch.Tensor) else x
         device, weight = value.device.type, self.weight
         if torch.is_autocast_enabled(device) and value.dtype != torch.float64:
-            # autocast: cast where gradients flow, so that the parameter's gradient has the parameter's dtype.
+            # autocast: cast inside the graph, so that the parameter's gradient has the parameter's dtype.
             value, weight = (t.to(torch.get_autocast_dtype(device)) for t in (value, weight))
         if (
             torch.compiler.is_compiling()
             or not (torch.is_grad_enabled() and weight.requires_grad)
-            or (function is _same and not _by_products(value))
+            or (function is _identity and not _use_matrix_products(value))
         ):
             return super().forward(value)
         sources = [source.detach() for source in sources]
@@ -60,23 +60,23 @@ class _Convolution(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 with use(ctx.kernels):
                     x = ctx.function(*sources).to(grad.dtype)
-                if _by_products(x):
+                if _use_matrix_products(x):
                     grad_weight = weight_gradient(grad, x, kernel, stride, padding)
                 else:
                     grad_weight = torch.nn.grad.conv2d_weight(x, weight.shape, grad, stride, padding)
                 del x
             if ctx.needs_input_grad[0]:
-                # Unlike convolution_backward it needs no tensor of the input's size beside the result.
-                left = [
+                # conv_transpose2d needs no temporary tensor of the input's size, unlike convolution_backward.
+                output_padding = [
                     size - (of_grad - 1) * stride + 2 * padding - kernel
                     for size, of_grad in zip(ctx.shape, grad.shape[2:], strict=True)
                 ]
-                grad_x = F.conv_transpose2d(grad, weight, None, stride, padding, left)
+                grad_x = F.conv_transpose2d(grad, weight, None, stride, padding, output_padding)
         return grad_x, grad_weight, None, None, None, *(None for _ in sources)
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
-    """Gradient of a convolution's square weight as products of matrices, a band of rows at a time.
+    """Gradient of a convolution's square weight as matrix products, a band of rows at a time.
 
     Args:
         grad: (B, out_channels, H', W') gradient of the output.
@@ -97,19 +97,19 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor, kernel: int, stride: in
             rows = of_sample[first : first + band]
             top = first * stride - padding
             bottom = top + (len(rows) - 1) * stride + kernel
-            taken = sample[max(top, 0) : bottom]
-            taken = F.pad(taken, (0, 0, padding, padding, max(-top, 0), max(bottom - height, 0)))
-            patches = taken.unfold(0, kernel, stride).unfold(1, kernel, stride).movedim(2, -1)
+            inputs = sample[max(top, 0) : bottom]
+            inputs = F.pad(inputs, (0, 0, padding, padding, max(-top, 0), max(bottom - height, 0)))
+            patches = inputs.unfold(0, kernel, stride).unfold(1, kernel, stride).movedim(2, -1)
             columns = patches[:, : rows.shape[1]].reshape(-1, result.shape[1])
             result.addmm_(rows.flatten(0, 1).t(), columns)
     return result.view(-1, kernel, kernel, channels).permute(0, 3, 1, 2)
 
 
-def _same(x: torch.Tensor) -> torch.Tensor:
+def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _by_products(x: torch.Tensor) -> bool:
-    """Whether ``weight_gradient`` is fastest for an input x. Pixels of few channels are slow to copy."""
+def _use_matrix_products(x: torch.Tensor) -> bool:
+    """Whether ``weight_gradient`` is faster than oneDNN for an input x. With few channels it is not."""
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     return on_cpu and x.shape[1] >= 16 and x.is_contiguous(memory_format=torch.channels_last)

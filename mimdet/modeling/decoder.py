@@ -20,7 +20,7 @@ class MIMDetDecoder(nn.Module):
     """Fills unsampled positions and runs MAE's decoder (paper, Table 6).
 
     Args:
-        img_size: side of the square picture that the position table is made for, pixels.
+        img_size: side of the square image of the position table, pixels.
         patch_size: stride of a token, pixels.
         embed_dim: width of the encoder's tokens.
         decoder_embed_dim: width of the decoder.
@@ -31,12 +31,11 @@ class MIMDetDecoder(nn.Module):
         norm_layer: called with decoder_embed_dim.
         pretrained: path of a full MAE checkpoint, or None for random weights.
         checkpointing: recompute blocks in backward.
-        recompute: what else backward computes again: "lean" the outputs of LayerNorm and GELU,
-            "none" nothing.
-        fill: what unsampled positions get: "conv_stem", its projected features, or "mask_token", MAE's [MASK] token.
+        recompute: selective recomputation in backward: "lean" of the outputs of LayerNorm and GELU, "none" of nothing.
+        fill: input at unsampled positions: "conv_stem", its projected features, or "mask_token", MAE's [MASK] token.
 
     Raises:
-        ValueError: an unknown word, or sizes that do not divide.
+        ValueError: an unknown ``fill`` or ``recompute``, or sizes that do not divide.
     """
 
     def __init__(
@@ -76,11 +75,11 @@ class MIMDetDecoder(nn.Module):
             load_mae(self, pretrained, "decoder")
 
     def forward(self, encoded: EncoderOutput) -> torch.Tensor:
-        """Encoder output -> (B, decoder_embed_dim, H, W) of stride 16, in channels_last memory. Of packed pictures
+        """Encoder output -> (B, decoder_embed_dim, H, W) of stride 16, in channels_last memory. In a packed batch
         padding is zero."""
         split, (batch, _, *grid) = encoded.split, encoded.features[-1].shape
         x = self.decoder_embed(encoded.tokens)
-        if split.valid is None:
+        if split.valid_index is None:
             pos = self._pos_embed_at(self.decoder_pos_embed, tuple(grid))
         else:
             pos = self._pos_embed_at.packed(self.decoder_pos_embed, split.sizes)
@@ -91,7 +90,7 @@ class MIMDetDecoder(nn.Module):
             x = scatter_fill(x.reshape(*split.ids_keep.shape, -1), fill, split.ids_restore, pos)
         x = x.reshape(*split.decoder.shape, -1)
         x = run_layers(self.decoder_blocks, self.decoder_norm, x, self.checkpointing, split.decoder)
-        return split.canvas(x, batch, tuple(grid))
+        return split.to_map(x, batch, tuple(grid))
 
     def _fill(self, stem: torch.Tensor, ids_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """(G, D, decoder_embed_dim) for the tokens to fill in."""

@@ -1,4 +1,4 @@
-"""The MAE pre-trained ViT encoder, fed with a sample of the ConvStem's tokens."""
+"""The MAE pre-trained ViT encoder over a sample of the ConvStem's tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from .conv_stem import ConvStem
 from .convnext_stem import ConvNeXtStem
 from .noise import NoiseSource
-from .sampling import TokenSplit, cell_sizes, check_ratio, sampling_noise, split_canvas, split_packed
+from .sampling import TokenSplit, cell_sizes, check_ratio, sampling_noise, split_packed, split_padded
 from .shapes import ImageList
 from .vit import add, init_vit_weights, make_blocks, run_blocks, run_layers
 from .window_sequences import split_windows
@@ -27,14 +27,14 @@ MAE_NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
 class EncoderOutput(NamedTuple):
-    """What the encoder hands on.
+    """Output of the encoder: the decoder's and the pyramid's input.
 
     Attributes:
         features: ConvStem feature maps of strides 4, 8 and 16, each (B, C, H, W).
         tokens: (*split.encoder.shape, D) encoded tokens.
-        split: which tokens they are, and which are for the decoder to fill in.
-        tapped: tokens between blocks, as ``MIMDetEncoder``'s ``taps`` ask for.
-        sizes: (4, B, 2) int32, rows and columns of packed pictures at strides 2, 4, 8 and 16; None on the canvas.
+        split: which tokens were encoded, and which the decoder fills in.
+        tapped: intermediate tokens, after the blocks in ``taps``.
+        sizes: (4, B, 2) int32, rows and columns of packed images at strides 2, 4, 8 and 16; None for a padded batch.
     """
 
     features: list[torch.Tensor]
@@ -44,20 +44,20 @@ class EncoderOutput(NamedTuple):
     sizes: torch.Tensor | None = None
 
     def map(self, tokens: torch.Tensor) -> torch.Tensor:
-        """``tokens`` or one of ``tapped`` as (B, D, H, W) of stride 16, where the encoder saw all of them."""
+        """``tokens``, or one of ``tapped``, as a map (B, D, H, W) of stride 16. The encoder must have seen all."""
         split, (batch, _, *grid) = self.split, self.features[-1].shape
         if split.ids_keep is not None:
             tokens = gather_add_pos(tokens.reshape(*split.ids_keep.shape, -1), None, split.ids_restore)
-        return split.canvas(tokens.reshape(*split.decoder.shape, -1), batch, tuple(grid))
+        return split.to_map(tokens.reshape(*split.decoder.shape, -1), batch, tuple(grid))
 
 
 class MIMDetEncoder(nn.Module):
     """ConvStem, token sampling and the ViT encoder (paper, sections 2.1 and 2.2).
 
     Args:
-        img_size: side of the square picture that the position table is made for, pixels.
+        img_size: side of the square image of the position table, pixels.
         patch_size: stride of a token, pixels.
-        in_chans: channels of the picture.
+        in_chans: channels of the image.
         embed_dim: width of the tokens.
         depth: number of blocks.
         num_heads: attention heads.
@@ -66,16 +66,16 @@ class MIMDetEncoder(nn.Module):
         norm_layer: called with embed_dim.
         pretrained: path of a full MAE checkpoint, or None for random weights.
         checkpointing: recompute ConvStem stages and blocks in backward.
-        recompute: what else backward computes again: "lean" the outputs of LayerNorm and GELU
-            and of the ConvStem's first stage, "none" nothing.
+        recompute: selective recomputation in backward: "lean" of the outputs of LayerNorm and GELU, also in the
+            ConvStem's first stage; "none" of nothing.
         stem: "conv", or "convnext" for the first two stages of ConvNeXt (paper, Table 5).
         stem_pretrained: path of ConvNeXt weights as timm names them, or None for random ones.
-        window: side, in tokens, of the windows that attention stays in; None for attention over a picture (paper,
-            Table 8). All tokens are then encoded.
-        taps: numbers of blocks, rising, after which tokens are handed on besides.
+        window: side, in tokens, of the windows of attention, which needs all tokens; None for global attention
+            (paper, Table 8).
+        taps: after how many blocks intermediate tokens are returned too, ascending (timm's ``out_indices`` plus 1).
 
     Raises:
-        ValueError: an unknown word, a window below 1, taps out of order, or sizes that do not divide.
+        ValueError: an unknown ``stem`` or ``recompute``, a window below 1, taps out of order, sizes that do not divide.
     """
 
     def __init__(
@@ -131,19 +131,19 @@ class MIMDetEncoder(nn.Module):
         """Encode a batch.
 
         Args:
-            images: normalised pictures, padded to multiples of the patch size.
+            images: normalized images, padded to multiples of the patch size.
             sample_ratio: keep ratio in (0, 1].
             sampling: "random", or "grid" for a checkerboard.
-            packed: each picture gets what it would get alone, whatever its padding holds.
+            packed: each image is encoded as if it were alone, whatever its padding holds.
 
         Raises:
-            ValueError: ratio outside (0, 1], or other than 1 with windows, fixed noise of another shape, or what
-                "grid" cannot do.
+            ValueError: ratio outside (0, 1], a ratio below 1 with windows, fixed noise of another shape, or a ratio
+                that "grid" does not support.
         """
         check_ratio(sample_ratio)
         if self.window and sample_ratio != 1.0:
             raise ValueError(f"encoder: windows hold every token: sample_ratio must be 1, got {sample_ratio}")
-        x, stage_sizes = _alone(images) if packed else (images.tensor, None)
+        x, stage_sizes = _with_zero_padding(images) if packed else (images.tensor, None)
         features = self.patch_embed(x, stage_sizes)
         batch, dim, *grid = features[-1].shape
         grid, device = tuple(grid), features[-1].device
@@ -152,7 +152,7 @@ class MIMDetEncoder(nn.Module):
         if self.window:
             split = split_windows(sizes, grid, self.window, packed, device)
         else:
-            split = (split_packed if packed else split_canvas)(sizes, grid, sample_ratio, noise, device)
+            split = (split_packed if packed else split_padded)(sizes, grid, sample_ratio, noise, device)
         tokens = features[-1].permute(0, 2, 3, 1).reshape(1 if packed else batch, -1, dim)
         if packed:
             pos = self._pos_embed_at.padded(self.pos_embed, sizes, grid)
@@ -169,8 +169,8 @@ class MIMDetEncoder(nn.Module):
         return EncoderOutput(features, tokens, split, tuple(tapped), stage_sizes)
 
 
-def _alone(images: ImageList) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures with zeros around them, and (4, B, 2) int32 their rows and columns at strides 2, 4, 8 and 16."""
+def _with_zero_padding(images: ImageList) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images with zeros in their padding; (4, B, 2) int32 rows and columns of each at strides 2, 4, 8 and 16."""
     sizes = to_device([cell_sizes(images.image_sizes, 2**i) for i in range(5)], images.tensor.device)
     return zero_padding(images.tensor, sizes[0]), sizes[1:]
 
@@ -185,7 +185,7 @@ def _make_stem(
     recompute: str,
     pretrained: str | None = None,
 ) -> nn.Module:
-    """The stem of that name; it has ``grid_size`` and ``patch_size`` and gives features of strides 4, 8 and 16.
+    """The stem ``stem``, with attributes ``grid_size`` and ``patch_size``; it returns features of strides 4, 8, 16.
 
     Raises:
         ValueError: an unknown name, or pre-trained weights for "conv", which has none.

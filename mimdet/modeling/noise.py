@@ -1,4 +1,4 @@
-"""The one place where a detector draws the uniform random numbers that it chooses by."""
+"""The uniform random numbers that choose tokens, anchors and proposals: drawn here and nowhere else."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 
 
 class NoiseSource:
-    """Numbers in [0, 1) of which the smallest choose, the earlier one on a tie.
+    """Uniform numbers in [0, 1): candidates with the smallest are chosen, the earlier one on a tie.
 
-    The encoder chooses tokens by them, the RPN anchors, the ROI heads proposals. They come from ``torch.rand``, unless
-    ``mimdet.testing.fixed_noise`` gives them.
+    The encoder chooses tokens, the RPN anchors, the ROI heads proposals. Numbers come from ``torch.rand``, or from
+    ``mimdet.testing.fixed_noise``.
 
     Args:
         name: what is chosen: "tokens", "anchors" or "proposals".
 
     Attributes:
-        fixed: tensors that the calls take in turn, over and over; empty where numbers are drawn.
-        first_truth: of fixed numbers of proposals, the column of the first ground-truth box.
+        fixed: tensors that replace the draws, in turn and over again; empty for ``torch.rand``.
+        first_truth: column of the first ground-truth box in fixed numbers of "proposals".
     """
 
     def __init__(self, name: str):
@@ -42,7 +42,7 @@ class NoiseSource:
     def draw_candidates(self, counts: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
         """(B, N) numbers for the candidates of each image: ``counts`` of proposals, then of ground-truth boxes.
 
-        N is the most that an image has; what is behind an image's own numbers is arbitrary.
+        N is the largest number of candidates of an image; numbers past an image's last candidate are arbitrary.
 
         Raises:
             ValueError: fixed numbers for fewer candidates.

@@ -1,4 +1,4 @@
-"""Selective recomputation and checkpointing: what backward computes again instead of keeping it."""
+"""Selective recomputation and checkpointing: backward recomputes activations instead of saving them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ def is_selective(recompute: str) -> bool:
 
 
 class Recomputed(NamedTuple):
-    """A recomputed activation on its way to a ``RecomputeLinear`` or ``RecomputeConv2d``: ``function(*sources)`` equals
-    ``value``, and is cheap.
+    """An activation that backward recomputes: input of a ``RecomputeLinear`` or ``RecomputeConv2d``.
 
     Attributes:
-        value: the tensor, part of the graph.
-        function: called in backward, without gradients and with the kernels that were asked for in forward.
-        sources: its arguments, which autograd saves anyway.
+        value: the activation, part of the autograd graph; equals ``function(*sources)``.
+        function: cheap; backward calls it without gradients and with the kernels requested in forward.
+        sources: arguments of ``function``, which autograd saves anyway.
     """
 
     value: torch.Tensor
@@ -41,18 +40,18 @@ class Recomputed(NamedTuple):
 
 
 class RecomputeLinear(nn.Linear):
-    """``nn.Linear`` that saves the sources of a ``Recomputed`` input for backward in place of the input."""
+    """``nn.Linear`` that saves the sources of a ``Recomputed`` input for backward, not the input."""
 
     def forward(self, x: torch.Tensor | Recomputed, add_bias: bool = True) -> torch.Tensor:
-        """(..., in_features) -> (..., out_features). Gradients of a ``Recomputed`` input are of first order."""
+        """(..., in_features) -> (..., out_features). A ``Recomputed`` input has no second-order gradient."""
         weight, bias = self.weight, self.bias if add_bias else None
         if isinstance(x, torch.Tensor):
             return F.linear(x, weight, bias)
-        # torch.compile decides itself what is saved, and would merge the second computation with the first.
+        # torch.compile decides itself what to save, and would merge the recomputation with the first computation.
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
             return F.linear(x.value, weight, bias)
         if torch.is_autocast_enabled(x.value.device.type):
-            # autocast: cast where gradients flow, so that the parameter's gradient has the parameter's dtype.
+            # autocast: cast inside the graph, so that the parameter's gradient has the parameter's dtype.
             weight, bias = weight.to(x.value.dtype), None if bias is None else bias.to(x.value.dtype)
         return _RecomputeLinear.apply(x.value, weight, bias, x.function, *(source.detach() for source in x.sources))
 
@@ -84,7 +83,7 @@ class _RecomputeLinear(torch.autograd.Function):
 
 
 def checkpointed(function: Callable[..., torch.Tensor], *args) -> torch.Tensor:
-    """``function(*args)``, computed again in backward: with the same random numbers and the same kernels."""
+    """``function(*args)``, recomputed in backward with the same random numbers and kernels."""
     if torch.compiler.is_compiling():
         return checkpoint(function, *args, use_reentrant=False)
     kernels = requested()

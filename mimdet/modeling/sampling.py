@@ -1,4 +1,4 @@
-"""Which tokens the encoder sees (paper, section 2.1), and what is left for the decoder to fill in."""
+"""Which tokens the encoder sees (paper, section 2.1), and which the decoder fills in."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def check_ratio(ratio: float, name: str = "sample_ratio") -> float:
 
 
 def cell_sizes(image_sizes: Sequence[tuple[int, int]], stride: int) -> list[tuple[int, int]]:
-    """(rows, columns) of the cells of ``stride`` pixels that hold at least one pixel of each picture."""
+    """(rows, columns) of the cells of ``stride`` pixels that hold at least one pixel of each image."""
     return [(-(-height // stride), -(-width // stride)) for height, width in image_sizes]
 
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """What the encoder sees of a batch's tokens and what the decoder has to fill in.
+    """Which of a batch's tokens the encoder sees, and which the decoder fills in.
 
-    On the canvas G is B and all pictures have L tokens. Packed, G is 1 and tokens are numbered through the batch: L
-    then means all B * L tokens of the canvas, V those that hold a picture.
+    In a padded batch, G is B and each image has L tokens, padding included. In a packed batch, G is 1, and tokens are
+    numbered through the batch: L is then the number of all tokens with padding, V of those without.
 
     Attributes:
-        ids_keep: (G, K) int64, tokens that the encoder sees; None when it sees all L in their order.
-        ids_mask: (G, D) int64, the others; None as well.
+        ids_keep: (G, K) int64, tokens that the encoder sees; None if it sees all L in their order.
+        ids_mask: (G, D) int64, the others; None if ``ids_keep`` is.
         ids_restore: (G, L), packed (1, V): place of each of the decoder's tokens in ``cat([ids_keep, ids_mask], 1)``;
-            None as well.
-        encoder, decoder: sequences of the kept tokens and of all.
-        valid: (V,) int64, the decoder's tokens on the canvas; None when they are the canvas.
-        sizes: (rows, columns) of each picture's own tokens; None on the canvas.
+            None if ``ids_keep`` is.
+        encoder, decoder: sequences of the encoder's tokens and of the decoder's.
+        valid_index: (V,) int64, the packed tokens among all with padding; None in a padded batch.
+        sizes: (rows, columns) of each image's tokens without padding; None in a padded batch.
     """
 
     ids_keep: torch.Tensor | None
@@ -48,28 +48,28 @@ class TokenSplit:
     ids_restore: torch.Tensor | None
     encoder: Sequences
     decoder: Sequences
-    valid: torch.Tensor | None = None
+    valid_index: torch.Tensor | None = None
     sizes: list[tuple[int, int]] | None = None
 
-    def canvas(self, tokens: torch.Tensor, batch: int, grid: tuple[int, int]) -> torch.Tensor:
-        """The decoder's tokens (*decoder.shape, D) as a map (B, D, *grid) in channels_last memory, padding of packed
-        pictures zero."""
-        if self.valid is not None:
+    def to_map(self, tokens: torch.Tensor, batch: int, grid: tuple[int, int]) -> torch.Tensor:
+        """The decoder's tokens (*decoder.shape, D) as a map (B, D, *grid) in channels_last memory; padding of packed
+        images is zero."""
+        if self.valid_index is not None:
             empty = tokens.new_zeros((batch * grid[0] * grid[1], tokens.shape[-1]))
-            tokens = empty.index_copy(0, self.valid, tokens.flatten(0, 1))
+            tokens = empty.index_copy(0, self.valid_index, tokens.flatten(0, 1))
         return tokens.reshape(batch, *grid, -1).permute(0, 3, 1, 2)
 
 
-def split_canvas(
+def split_padded(
     sizes: Sequence[tuple[int, int]], grid: tuple[int, int], ratio: float, noise: torch.Tensor | None, device
 ) -> TokenSplit:
-    """The original's split: of every picture int(L * ratio) tokens of the canvas, at least one, padding last.
+    """The original's split of a padded batch: int(L * ratio) tokens of each image, at least one, padding last.
 
     Args:
-        sizes: (rows, columns) of each picture's own tokens.
-        grid: (rows, columns) of the canvas, L together.
+        sizes: (rows, columns) of each image's tokens without padding.
+        grid: (rows, columns) of the padded tokens, L = rows * columns.
         ratio: keep ratio in (0, 1].
-        noise: (B, L) uniform numbers; not looked at if ratio is 1.
+        noise: (B, L) uniform numbers; not used if ratio is 1.
         device: of the result.
     """
     batch, length = len(sizes), grid[0] * grid[1]
@@ -83,7 +83,7 @@ def split_canvas(
 def split_packed(
     sizes: Sequence[tuple[int, int]], grid: tuple[int, int], ratio: float, noise: torch.Tensor | None, device
 ) -> TokenSplit:
-    """Of each picture's n own tokens int(n * ratio), at least one; padding is nobody's. Arguments: ``split_canvas``."""
+    """int(n * ratio) of the n tokens of each image, at least one, without padding. Arguments: ``split_padded``."""
     none = torch.zeros((len(sizes), grid[0] * grid[1]), device=device)
     whole = sample_packed_tokens(none, sizes, grid, 1.0)
     every = Sequences.packed(whole.cu_keep, len(whole.ids_keep), whole.max_keep)
@@ -100,10 +100,10 @@ def split_packed(
 def sampling_noise(
     sampling: str, batch: int, grid: tuple[int, int], ratio: float, noise: NoiseSource, device
 ) -> torch.Tensor | None:
-    """(B, L) numbers of which the smallest choose the tokens; None at ratio 1, where nothing is chosen.
+    """(B, L) numbers; tokens with the smallest are chosen. None at ratio 1, where all are.
 
-    "random" draws them from ``noise``. "grid" is a checkerboard: tokens whose row and column
-    add up to an even number come first (paper, Table 3).
+    "random" draws them from ``noise``. "grid" is a checkerboard: tokens with an even sum of row
+    and column come first (paper, Table 3).
 
     Raises:
         ValueError: "grid" with fixed noise, or with a ratio that is neither 0.5 nor 1.

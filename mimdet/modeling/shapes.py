@@ -1,4 +1,4 @@
-"""Plain descriptions of pictures in a batch and of feature maps."""
+"""Images as a padded batch, and the shapes of feature maps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class ShapeSpec:
-    """What a layer needs to know of its input: channels, size in cells, stride in pixels of the picture."""
+    """Shape of a layer's input: channels, height and width in cells, stride in pixels of the image."""
 
     channels: int | None = None
     height: int | None = None
@@ -20,17 +20,17 @@ class ShapeSpec:
 
 
 class ImageList:
-    """Pictures of different sizes as one zero-padded batch.
+    """Images of different sizes as one zero-padded batch.
 
     Attributes:
-        tensor: (B, C, H, W), pictures in the top left corner.
+        tensor: (B, C, H, W), images in the top left corner.
         image_sizes: B pairs (height, width) in pixels before padding.
     """
 
     def __init__(self, tensor: torch.Tensor, image_sizes: Sequence[tuple[int, int]]):
         if tensor.ndim != 4 or len(image_sizes) != tensor.shape[0]:
             raise ValueError(
-                f"ImageList: tensor must be (B, C, H, W) with one size a picture, "
+                f"ImageList: tensor must be (B, C, H, W) with one size an image, "
                 f"got {tuple(tensor.shape)} and {len(image_sizes)} sizes"
             )
         self.tensor = tensor
@@ -50,7 +50,7 @@ class ImageList:
 
         Args:
             tensors: at least one; all of one dtype and device.
-            size_divisibility: the padded height and width are multiples of it (0: no such rule).
+            size_divisibility: the padded height and width are multiples of it (0: no such condition).
         """
         if not tensors:
             raise ValueError("ImageList: no images given")

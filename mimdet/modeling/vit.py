@@ -1,4 +1,4 @@
-"""What the encoder and the decoder share: transformer blocks and their initial weights."""
+"""Transformer blocks of the encoder and the decoder, and their initial weights."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def add_norm(
     Args:
         hidden: (B, N, C), or packed tokens (T, 1, C); the residual stream itself where ``residual`` is None.
         residual: like hidden.
-        scale: (B,) or (T,), factors of drop path; None for 1.
+        scale: (B,) or (T,), drop path factors; None for 1.
         dtype: of the normalized tokens; None for the stream's.
-        recompute: give the normalized tokens as ``Recomputed``.
+        recompute: return the normalized tokens as ``Recomputed``.
     """
     branch = None if residual is None else hidden
     stream = hidden if residual is None else residual
@@ -39,7 +39,7 @@ def add_norm(
 
 
 def add(hidden: torch.Tensor, residual: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """``residual + scale * hidden`` in the residual's dtype: the end of a residual stream that no norm reads."""
+    """``residual + scale * hidden`` in the residual's dtype: the residual stream without a norm after it."""
     if residual is None:
         return hidden
     hidden = hidden if scale is None else hidden * scale.view(-1, 1, 1)
@@ -47,22 +47,22 @@ def add(hidden: torch.Tensor, residual: torch.Tensor | None = None, scale: torch
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: draws which images keep a branch (Huang et al., 2016)."""
+    """Stochastic depth: drops a branch for random images (Huang et al., 2016)."""
 
     def __init__(self, drop_prob: float):
         super().__init__()
         self.drop_prob = drop_prob
 
     def forward(self, branch: torch.Tensor, sequences: Sequences) -> torch.Tensor | None:
-        """Factors for the rows of a branch, 0 or 1 / keep, one draw an image; None in eval mode."""
+        """(rows,) factors of a branch, 0 or 1 / (1 - drop_prob), one draw for each image; None in eval mode."""
         if not self.training:
             return None
         keep = 1.0 - self.drop_prob
-        # The draw of timm's DropPath, number for number.
-        kept = branch.new_empty((sequences.batch, 1, 1)).bernoulli_(keep).flatten()
-        kept = kept.to(torch.promote_types(kept.dtype, torch.float32))
-        kept = kept / keep if keep > 0 else kept
-        return kept if sequences.owner is None else kept[sequences.owner]
+        # Random numbers as in timm's DropPath: the same seed drops the same images.
+        scale = branch.new_empty((sequences.batch, 1, 1)).bernoulli_(keep).flatten()
+        scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
+        scale = scale / keep if keep > 0 else scale
+        return scale if sequences.owner is None else scale[sequences.owner]
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor | Recomputed, sequences: Sequences) -> torch.Tensor:
-        """Tokens (*sequences.shape, C) -> the same."""
+        """Tokens (*sequences.shape, C) -> (*sequences.shape, C)."""
         qkv = self.qkv(x)
         heads = qkv.flatten(0, 1).unflatten(-1, (3, self.num_heads, -1))
         y = attention_varlen_packed(heads, sequences.cu_seqlens, sequences.max_seqlen)
@@ -108,9 +108,9 @@ class TransformerBlock(nn.Module):
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over dim.
         drop_path: stochastic depth rate in [0, 1].
-        norm_layer: called with dim; must give an affine LayerNorm.
-        recompute: "lean" computes the outputs of LayerNorm and GELU, 6 of the 16 dim that a token would keep for
-            backward, a second time there; "none" keeps them.
+        norm_layer: called with dim; must return an affine LayerNorm.
+        recompute: "lean" recomputes the outputs of LayerNorm and GELU in backward, which saves 6 of a token's 16 * dim
+            saved elements; "none" saves them.
         init_values: initial LayerScale of both branches (Touvron et al., 2021); None for none.
     """
 
@@ -144,12 +144,12 @@ class TransformerBlock(nn.Module):
         sequences: Sequences | None = None,
         **attention: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Takes and gives (hidden, residual, scale): a stream ``residual + scale * hidden`` that the next norm adds up.
+        """(hidden, residual, scale) -> (hidden, residual, scale): the next norm adds up ``residual + scale * hidden``.
 
         Args:
             hidden, residual, scale: as ``add_norm`` takes them.
             sequences: which tokens attend to each other; by default each row of the batch is a sequence.
-            attention: what this block's attention takes beside tokens and sequences.
+            attention: further arguments of this block's attention.
         """
         sequences = sequences or Sequences.equal(*hidden.shape[:2], hidden.device)
         dtype = compute_dtype(hidden if residual is None else residual)
@@ -201,10 +201,10 @@ def run_layers(
 def run_blocks(
     blocks: Iterable[TransformerBlock], x: torch.Tensor, checkpointing: bool, sequences: Sequences, **attention
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(hidden, residual, scale) after all ``blocks``; ``attention`` as the blocks take it.
+    """(hidden, residual, scale) after all ``blocks``; ``attention`` are further arguments of their attention.
 
-    With ``checkpointing``, and if gradients flow, each block is computed again in backward, with the random numbers
-    it had; between blocks the sum alone is kept.
+    ``checkpointing`` recomputes each block in backward, with the same random numbers; only the tokens between blocks
+    are saved. It has no effect without gradients.
     """
     state = x, None, None
     for block in blocks:
@@ -216,7 +216,7 @@ def run_blocks(
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """What linear layers compute in: normalised rows written in it need no cast. None means x's own dtype."""
+    """autocast's dtype for linear layers, in which norms write their output; None without autocast."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return None
@@ -237,5 +237,5 @@ def _run_block(block: TransformerBlock, sequences: Sequences, x: torch.Tensor, *
 def _make_norm(norm_layer: Callable[[int], nn.Module], dim: int) -> nn.LayerNorm:
     norm = norm_layer(dim)
     if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
-        raise TypeError(f"transformer: norm_layer must give a LayerNorm with weight and bias, got {norm}")
+        raise TypeError(f"transformer: norm_layer must return a LayerNorm with weight and bias, got {norm}")
     return norm

@@ -1,4 +1,4 @@
-"""For tests of this package, of a port of it, or of a kernel: error budget, fixed random numbers, tiny detectors."""
+"""Tools for tests of this package, a port or a kernel: error budget, fixed random numbers, tiny detectors."""
 
 from .budget import assert_within_budget, error_and_budget
 from .configs import tiny_config, tiny_overrides

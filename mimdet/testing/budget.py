@@ -1,27 +1,27 @@
 """The error budget: how far a computation in float32 or 16 bits may be from the exact result.
 
-A fixed tolerance is too wide for one shape and too narrow for the next. The budget follows the numbers: the plain
-PyTorch reference in the same dtype says what that dtype can do, and the reference in float64 what is exact.
+A fixed tolerance is too wide for one shape and too narrow for another. The budget is relative to the error of plain
+PyTorch in the same dtype; both errors are measured against plain PyTorch in float64.
 """
 
 from __future__ import annotations
 
 import torch
 
-# Slack beside twice the reference's error, in units of the dtype's last place at the largest magnitude.
+# Added to twice the reference's error, in ulps of the largest magnitude.
 _ULPS = 4
 
 
 def error_and_budget(
     actual: torch.Tensor, reference_same_dtype: torch.Tensor, reference_fp64: torch.Tensor, terms: int = 1
 ) -> tuple[float, float]:
-    """Largest error of ``actual``, and what it may be: twice the reference's, and a few units in the last place.
+    """Largest error of ``actual``, and its budget: twice the reference's error and a few ulps.
 
     Args:
-        actual: the tensor that is checked, on any device.
+        actual: the tensor to check, on any device.
         reference_same_dtype: plain PyTorch in the dtype of ``actual``.
         reference_fp64: plain PyTorch in float64 from the same inputs.
-        terms: numbers summed into one element, for gradients of parameters; the slack grows with its square root.
+        terms: numbers summed into one element, for gradients of parameters; the ulps grow with its square root.
 
     Returns:
         both 0.0 for empty tensors; an infinite error where ``actual`` is not finite.
@@ -43,7 +43,7 @@ def assert_within_budget(
 ) -> float:
     """Check shape, dtype, finiteness and error of ``actual``; arguments as in ``error_and_budget``.
 
-    Quantise inputs to the dtype first and promote them to float64 then, or the references differ by their inputs::
+    Round inputs to the dtype before promoting them to float64, so that both references have the same inputs::
 
         x = torch.randn(8, 96, dtype=torch.bfloat16)
         assert_within_budget(my_gelu(x), F.gelu(x), F.gelu(x.double()))

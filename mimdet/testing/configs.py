@@ -1,4 +1,4 @@
-"""The shipped detectors shrunk until they train on a CPU in a second: every part is there, and few channels."""
+"""Tiny versions of the shipped detectors, with all parts and few channels: they train on a CPU in a second."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DETECTORS = {
     "_mask_rcnn": _TWO_STAGES + [f"model.roi_heads.box_head.{change}" for change in _BOX_HEAD],
     "_retinanet": ["model.head.conv_dims=[16]"],
 }
-# Without a decoder c4 is as wide as the encoder; windows are small enough for several in a small image.
+# Without a decoder c4 is as wide as the encoder. A small image must have several windows.
 _WINDOWS = [
     *(change for change in _BACKBONE if ".decoder." not in change and "_out_feature_channels" not in change),
     "model.backbone.bottom_up.encoder.window=3",

@@ -18,20 +18,20 @@ def fixed_noise(
     anchors: torch.Tensor | None = None,
     proposals: torch.Tensor | None = None,
 ) -> Iterator[None]:
-    """Inside the block, ``model`` chooses by these numbers instead of drawing its own.
+    """Context in which ``model`` uses these numbers instead of ``torch.rand``.
 
-    The smallest numbers are chosen, the earlier one on a tie. None leaves the drawing to ``torch.rand``. Two detectors
-    under the same numbers, for example this one and a port of it, train on the same tokens, anchors and proposals. Drop
-    path draws its own: set its rate to 0 to compare.
+    Candidates with the smallest numbers are chosen, the earlier one on a tie. None draws as usual. Two detectors with
+    the same numbers, such as this one and a port of it, train on the same tokens, anchors and proposals. Drop path is
+    not fixed: set its rate to 0 for a comparison.
 
     Args:
         model: a detector, or a backbone alone.
-        tokens: (B, L), L tokens of the padded batch; for an ensemble (passes, B, L).
+        tokens: (B, L), L tokens of the padded batch; (passes, B, L) for a test-time ensemble.
         anchors: (B, anchors of all levels).
-        proposals: (B, post_nms_topk + ground-truth slots): column j is proposal j, then come ground-truth boxes.
+        proposals: (B, post_nms_topk + ground-truth slots): proposals first, then ground-truth boxes.
 
     Raises:
-        ValueError: the model chooses nothing by numbers that are given.
+        ValueError: the model does not draw one of these kinds of numbers.
     """
     sources = {module.noise.name: module.noise for module in model.modules() if _has_source(module)}
     fixed = {"tokens": tokens, "anchors": anchors, "proposals": proposals}

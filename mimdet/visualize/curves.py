@@ -1,4 +1,4 @@
-"""Training curves from the metrics a run writes."""
+"""Training curves from the metrics of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _COLORS = {
     "loss_box_reg": "#e69f00",
     "loss_mask": "#009e73",
 }
-_FIGURES = [
+_METRICS = [
     ("bbox/AP", "box AP", "#d55e00", "-"),
     ("bbox/AP50", "box AP50", "#d55e00", "--"),
     ("segm/AP", "mask AP", "#0072b2", "-"),
@@ -39,14 +39,14 @@ _FIGURES = [
 def plot_training(metrics_jsonl: str | Path, path: str | Path, title: str | None = None) -> None:
     """Draw the losses and the evaluations of a run over its iterations.
 
-    Losses are shown raw (faint) and as a running median. Iterations that a resumed run did anew are drawn as
-    done last.
+    Losses are drawn raw (faint) and as a running median. Of iterations that a resumed run repeated, the last values are
+    drawn.
 
     Args:
         metrics_jsonl: a run's ``metrics.jsonl``; its lines have ``iteration`` and either ``total_loss`` and the
-            ``loss_...`` it is the sum of, or figures of an evaluation such as ``bbox/AP`` (fractions).
-        path: image to write; its suffix says the format.
-        title: heading; by default the name of the folder that holds the metrics.
+            ``loss_...`` it is the sum of, or metrics of an evaluation such as ``bbox/AP`` (fractions).
+        path: image to write; its suffix sets the format.
+        title: heading; by default the name of the folder of the metrics.
 
     Raises:
         ValueError: the file has no metrics.
@@ -73,7 +73,7 @@ def plot_training(metrics_jsonl: str | Path, path: str | Path, title: str | None
 def read_metrics(metrics_jsonl: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The lines with losses and those with an evaluation, each in the order of iterations.
 
-    Lines from before a resumption that lie at or after it are dropped, and so is a line that was cut short.
+    Of iterations that a resumed run repeated, only the last lines are kept. Incomplete lines are dropped.
     """
     training: list[dict[str, Any]] = []
     evaluations: list[dict[str, Any]] = []
@@ -94,7 +94,7 @@ def read_metrics(metrics_jsonl: str | Path) -> tuple[list[dict[str, Any]], list[
 
 
 def running_median(values: Sequence[float], width: int) -> np.ndarray:
-    """Median of each value and its neighbours, ``width`` in all, fewer at the ends; NaN stays out of it."""
+    """Median of each value and its neighbors, ``width`` in all, fewer at the ends, without NaN."""
     half = width // 2
     padded = np.pad(np.asarray(values, dtype=float), half, constant_values=np.nan)
     with warnings.catch_warnings():
@@ -103,7 +103,7 @@ def running_median(values: Sequence[float], width: int) -> np.ndarray:
 
 
 def _series(entries: list[dict[str, Any]], key: str) -> np.ndarray:
-    """One figure over the entries; NaN where it is missing or was not finite."""
+    """One metric over the entries; NaN where it is missing or was not finite."""
     return np.array([np.nan if entry.get(key) is None else entry[key] for entry in entries], dtype=float)
 
 
@@ -119,7 +119,7 @@ def _plot_losses(axes: Axes, training: list[dict[str, Any]]) -> None:
         thick = 2 if name == _TOTAL else 1.5
         (line,) = axes.plot(iterations, smooth, color=_COLORS.get(name), label=label, linewidth=thick)
         axes.plot(iterations, values, color=line.get_color(), alpha=0.25, linewidth=0.7, zorder=1)
-        # a few spikes shall not flatten the curves
+        # set_ylim: a few spikes must not flatten the curves
         peaks += [np.nanmax(smooth, initial=0), np.nanquantile(values, 0.99) if np.isfinite(values).any() else 0]
     axes.set_ylim(0, 1.08 * max(peaks) or None)
     _finish(axes, "loss", "Training losses")
@@ -127,7 +127,7 @@ def _plot_losses(axes: Axes, training: list[dict[str, Any]]) -> None:
 
 def _plot_evaluations(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
     iterations = _series(evaluations, "iteration")
-    for key, label, color, style in _FIGURES:
+    for key, label, color, style in _METRICS:
         values = 100 * _series(evaluations, key)
         measured = values[np.isfinite(values)]
         if measured.size:

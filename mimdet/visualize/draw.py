@@ -26,7 +26,7 @@ _BAND_PIXELS = 2**22
 
 
 def class_color(label: int) -> Color:
-    """RGB color of a class, always the same; the colors of neighbouring labels lie far apart."""
+    """RGB color of a class, always the same; neighboring labels have very different colors."""
     hue = (0.58 + label * _GOLDEN) % 1
     lightness, saturation = ((0.58, 0.80), (0.46, 0.62), (0.70, 0.72))[label % 3]
     return tuple(round(255 * channel) for channel in colorsys.hls_to_rgb(hue, lightness, saturation))
@@ -42,20 +42,20 @@ def draw_instances(
     scale: float | None = None,
     alpha: float = 0.45,
 ) -> torch.Tensor | Image.Image:
-    """The image with its instances: filled masks with outlines, boxes, and labels that stay inside it.
+    """The image with its instances: filled masks with outlines, boxes, and labels inside the image.
 
-    Polygons and RLEs become bitmaps one at a time: beside the images, memory holds a few bytes for each pixel,
-    whatever the number of masks.
+    Polygons and RLEs are decoded one at a time: the memory beside the images is a few bytes for each pixel, whatever
+    the number of masks.
 
     Args:
         image: uint8 (3, H, W), RGB; or a PIL image in RGB.
         boxes: (N, 4) xyxy in pixels.
         labels: N classes, counted from 0.
         classes: class names by label. Line breaks and control characters become spaces, long names are cut.
-        scores: N scores in [0, 1], written behind the names.
+        scores: N scores in [0, 1], drawn after the names.
         masks: bool (N, H, W), or N lists of polygons x0, y0, x1, y1, ..., or N COCO RLEs of size (H, W).
-        scale: enlargement of the result. None enlarges images whose longer side is below 640 to that, so
-            that their labels can be read, and leaves others as they are.
+        scale: enlargement of the result. None enlarges images to a longer side of at least 640 pixels, for
+            readable labels.
         alpha: opacity of the masks.
 
     Returns:
@@ -64,8 +64,8 @@ def draw_instances(
     Raises:
         ValueError: an argument has a wrong type or shape, or a label no name.
     """
-    given = image
-    if isinstance(image, torch.Tensor):
+    is_tensor = isinstance(image, torch.Tensor)
+    if is_tensor:
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f"image must be uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
         image = F.to_pil_image(image.cpu())
@@ -82,7 +82,7 @@ def draw_instances(
     size = (max(1, round(scale * width)), max(1, round(scale * height)))
     image = image.resize(size, Image.Resampling.BILINEAR)
     boxes = boxes * torch.tensor([size[0] / width, size[1] / height]).repeat(2)
-    # small objects over large ones
+    # draw small objects over large ones
     order = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).argsort(descending=True).tolist()
     boxes = boxes[order].tolist()
     colors = [class_color(labels[i]) for i in order]
@@ -95,7 +95,7 @@ def draw_instances(
         draw.rectangle(corners, outline=color, width=line)
     names = [_label(classes[labels[i]]) + ("" if scores is None else f" {scores[i]:.0%}") for i in order]
     _draw_labels(image, boxes, names, colors)
-    return F.pil_to_tensor(image) if isinstance(given, torch.Tensor) else image
+    return F.pil_to_tensor(image) if is_tensor else image
 
 
 def polygons_to_masks(instances: Sequence[Sequence[np.ndarray]], height: int, width: int) -> torch.Tensor:
@@ -108,14 +108,14 @@ def polygons_to_masks(instances: Sequence[Sequence[np.ndarray]], height: int, wi
 
 
 def save_png(image: torch.Tensor | Image.Image, path: str | Path) -> None:
-    """Write a uint8 (3, H, W) tensor or a PIL image as PNG, whole or not at all."""
+    """Write a uint8 (3, H, W) tensor or a PIL image as PNG, atomically."""
     image = F.to_pil_image(image) if isinstance(image, torch.Tensor) else image
     write_atomically(path, lambda file: image.save(file, format="PNG"))
 
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans of ``size`` pixels, from matplotlib's own files: the same on every machine."""
+    """DejaVu Sans of ``size`` pixels, from matplotlib's files: the same on every machine."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 
@@ -144,25 +144,27 @@ def _check(
 
 
 def _owners(
-    masks: torch.Tensor | Sequence[Any], order: Sequence[int], given: tuple[int, int], size: tuple[int, int]
+    masks: torch.Tensor | Sequence[Any], order: Sequence[int], mask_size: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """For each pixel of an image of ``size`` (width, height) the number, counted from 1, of the last instance of
-    ``order`` that covers it, 0 where none does."""
-    # in the order of columns, as RLEs are
+    """(height, width) numbers, counted from 1, of the last instance in ``order`` that covers a pixel; 0 for none.
+
+    ``mask_size`` is (height, width), ``size`` (width, height) of the result.
+    """
+    # Fortran order, as RLEs have
     owners = np.zeros(size[::-1], dtype=np.min_scalar_type(len(order)), order="F")
     for number, index in enumerate(order, start=1):
         mask = masks[index]
         if isinstance(mask, Mapping):
             mask = torch.from_numpy(mask_util.decode(mask))
         elif not isinstance(mask, torch.Tensor):
-            mask = polygons_to_masks([mask], *given)[0]
+            mask = polygons_to_masks([mask], *mask_size)[0]
         mask = F.resize(mask.cpu()[None].to(torch.uint8), size[::-1], F.InterpolationMode.NEAREST)[0]
         np.copyto(owners, number, where=mask.numpy().view(bool), casting="unsafe")
     return owners
 
 
 def _draw_masks(image: Image.Image, owners: np.ndarray, colors: list[Color], alpha: float, line: int) -> None:
-    """Fill the masks and draw their outlines, in bands of rows: memory for a band only."""
+    """Fill the masks and draw their outlines, a band of rows at a time, to save memory."""
     palette = np.array([(0, 0, 0), *colors], dtype=np.uint8)
     height, width = owners.shape
     radius = line // 2
@@ -175,7 +177,7 @@ def _draw_masks(image: Image.Image, owners: np.ndarray, colors: list[Color], alp
         inside = band > 0
         pixels = np.array(image.crop((0, top, width, bottom)))
         pixels[inside] = (1 - alpha) * pixels[inside] + alpha * palette[band[inside]]
-        # An outline is where another number is within the radius; neighbouring bands count, the image's edge does not.
+        # max_pool2d: outline pixels have another number within the radius, also across bands, not beyond the image.
         above, below = min(radius, top), min(radius, height - bottom)
         near = torch.from_numpy(owners[top - above : bottom + below].astype(np.float32))[None]
         near = torch.nn.functional.pad(near, (radius, radius, radius - above, radius - below), mode="replicate")
@@ -188,7 +190,7 @@ def _draw_masks(image: Image.Image, owners: np.ndarray, colors: list[Color], alp
 
 
 def _label(name: str) -> str:
-    """A class name on one line: what cannot be printed becomes a space."""
+    """A class name on one line: unprintable characters become spaces."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(name))
     return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
 
@@ -201,7 +203,7 @@ def _draw_labels(image: Image.Image, boxes: list[list[float]], texts: list[str],
     ascent, descent = letters.getmetrics()
     height = ascent + descent + margin
     taken: list[tuple[float, float, float, float]] = []
-    # small objects, drawn last, choose their place first: they have the fewest
+    # place labels of small objects first: they have the fewest possible places
     for box, text, color in reversed(list(zip(boxes, texts, colors, strict=True))):
         width = draw.textlength(text, font=letters) + 2 * margin
         place = _place(box, width, height, image.size, taken)
@@ -219,7 +221,7 @@ def _place(
     image: tuple[int, int],
     taken: list[tuple[float, float, float, float]],
 ) -> tuple[float, float, float, float]:
-    """The place for a label at its box that hides the least of other labels; above the box if there is a choice."""
+    """The place of a label at its box with the least overlap with other labels; above the box on a tie."""
     x0, y0, x1, y1 = box
     spots = [(x0, y0 - height), (x1 - width, y0 - height), (x0, y0), (x0, y1), (x1 - width, y1)]
     spots += [(x1, y0), (x0 - width, y0), (x0, y1 - height), (x1, y1 - height), (x0 - width, y1 - height)]
@@ -232,5 +234,5 @@ def _place(
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    """Area that two rectangles share."""
+    """Area of the intersection of two rectangles."""
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))

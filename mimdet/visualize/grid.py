@@ -29,17 +29,17 @@ def comparison_grid(
     columns: int = 4,
     height: int = 420,
 ) -> torch.Tensor:
-    """Each image twice, with its ground truth and, below, with its predictions.
+    """Each image with its ground truth and, below, with its predictions.
 
     Args:
         images: uint8 (3, H, W) each.
         targets: for each a dict of ``boxes``, ``labels`` and, optionally, ``masks`` in its pixels.
         predictions: the same with ``scores``.
         classes: class names by label.
-        captions: a line above each image.
+        captions: a line of text above each image.
         path: file to write as PNG.
         score_threshold: predictions below it are left out.
-        columns: images side by side before a new band begins.
+        columns: images in a row.
         height: height of each image in the grid, in pixels.
 
     Returns:
@@ -52,8 +52,8 @@ def comparison_grid(
             draw_instances(image, target["boxes"], target["labels"], classes, masks=target.get("masks"), scale=scale)
         )
         keep = torch.as_tensor(prediction["scores"]) >= score_threshold
-        kept = {key: prediction[key][keep] for key in ("boxes", "labels", "scores", "masks") if key in prediction}
-        predicted.append(draw_instances(image, classes=classes, scale=scale, **kept))
+        shown = {key: prediction[key][keep] for key in ("boxes", "labels", "scores", "masks") if key in prediction}
+        predicted.append(draw_instances(image, classes=classes, scale=scale, **shown))
     grid = image_grid([truth, predicted], ["ground truth", "prediction"], captions, columns)
     if path is not None:
         save_png(grid, path)
@@ -66,13 +66,13 @@ def image_grid(
     captions: Sequence[str] | None = None,
     columns: int = 4,
 ) -> torch.Tensor:
-    """Rows of images that belong together column by column, on white.
+    """Rows of images on white; images of a column belong together.
 
     Args:
         rows: the same number of uint8 (3, H, W) images each; images of a column should be of one size.
-        titles: a name for each row, written upright at its left.
-        captions: a line above each column, cut to the column's width.
-        columns: after so many columns the next ones start a new band below.
+        titles: a name for each row, drawn vertically at its left.
+        captions: a line of text above each column, cut to the column's width.
+        columns: number of columns before the next ones continue below.
 
     Returns:
         uint8 (3, H, W).

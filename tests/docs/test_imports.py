@@ -60,7 +60,7 @@ def test_imports_are_allowed(package):
 
 
 def test_an_import_upward_is_noticed(tmp_path, monkeypatch):
-    file = tmp_path / "mimdet" / "modeling" / "odd.py"
+    file = tmp_path / "mimdet" / "modeling" / "upward.py"
     file.parent.mkdir(parents=True)
     file.write_text(
         "from ..engine import train\nfrom mimdet import cli\nimport mimdet.bench.cli\nfrom .vit import Block\n"

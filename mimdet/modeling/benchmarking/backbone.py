@@ -31,23 +31,23 @@ class PatchEmbed(nn.Module):
 
 
 class BenchmarkingViTDet(nn.Module):
-    """ViT for pictures of one size, with attention inside windows but for the last block of each quarter.
+    """ViT for images of one size. Attention is windowed, but global in the last block of each quarter.
 
-    Quarter i ends in feature s<i>, of 1/4, 1/2, 1 and 2 times the patches' stride: transposed convolutions, nothing,
-    max pooling. Tokens have a trainable absolute position embedding; attention inside windows has a relative position
-    bias that its blocks share, global attention another.
+    Quarter i ends in feature s<i>, of 1/4, 1/2, 1 and 2 times the stride of the patches, by transposed convolutions or
+    max pooling. Tokens have a trainable absolute position embedding. All windowed blocks share one relative position
+    bias, all global blocks another.
 
     Args:
         window_size: side of a window, tokens; divides the grid.
         with_cp: recompute blocks in backward.
         pretrained: path of a MAE checkpoint, with decoder or without; None for random weights.
         stop_grad_conv1: freeze the patch embedding.
-        sincos_pos_embed: the position embedding begins as sin-cos, [sin, cos] of the row before those of the column,
-            whatever ``pretrained`` says.
-        zero_pos_embed: it begins as zero, whatever the others say.
-        img_size: side of the pictures, pixels.
+        sincos_pos_embed: initialize the position embedding with sin-cos, [sin, cos] of the row before those of the
+            column, also where ``pretrained`` has one.
+        zero_pos_embed: initialize it with zeros, whatever ``pretrained`` and ``sincos_pos_embed`` say.
+        img_size: side of the images, pixels.
         patch_size: side of a patch, pixels.
-        in_chans: channels of the picture.
+        in_chans: channels of the image.
         embed_dim: width of the tokens.
         depth: number of blocks, a multiple of 4.
         num_heads: attention heads.
@@ -55,7 +55,7 @@ class BenchmarkingViTDet(nn.Module):
         drop_path_rate: stochastic depth rate of the last block; rates rise linearly from 0. Windows count as samples.
         norm_layer: called with embed_dim.
         init_values, beit_qkv_bias: see ``TransformerBlock`` and ``BiasedAttention``.
-        recompute: "lean" computes the outputs of LayerNorm and GELU a second time in backward, "none" keeps them.
+        recompute: "lean" recomputes the outputs of LayerNorm and GELU in backward, "none" saves them.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -142,7 +142,7 @@ class BenchmarkingViTDet(nn.Module):
         """Feature maps of a batch.
 
         Args:
-            images: normalised pictures, (B, C, img_size, img_size); what is padding counts as picture.
+            images: normalized images, (B, C, img_size, img_size); padding counts as image.
 
         Returns:
             s0, s1, s2, s3: (B, embed_dim, H / stride, W / stride) each.
@@ -153,12 +153,12 @@ class BenchmarkingViTDet(nn.Module):
         x = images if isinstance(images, torch.Tensor) else images.tensor
         if x.shape[-2:] != (self.img_size, self.img_size):
             raise ValueError(
-                f"BenchmarkingViTDet: pictures must be {self.img_size}x{self.img_size}, got "
+                f"BenchmarkingViTDet: images must be {self.img_size}x{self.img_size}, got "
                 f"{x.shape[-2]}x{x.shape[-1]}: let FixedSizeCrop be among the augmentations, or set img_size"
             )
         x = self.patch_embed(x) + self.pos_embed.unflatten(1, self.grid_size)
         dtype = compute_dtype(x) or x.dtype
-        # Once for all blocks: at 1024 pixels the global one is as large as attention's logits.
+        # Position biases once for all blocks: at 1024 pixels the global one is as large as attention's logits.
         local_bias, global_bias = self.windowed_rel_pos_bias(dtype), self.global_rel_pos_bias(dtype)
         quarter = len(self.blocks) // 4
         outputs = {}
@@ -181,7 +181,7 @@ class BenchmarkingViTDet(nn.Module):
             if isinstance(module, nn.Linear):
                 _truncated_normal(module.weight, 0.02, 1)
             elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                # LeCun's variance, 1 / fan-in, after the cut at two deviations.
+                # LeCun's variance, 1 / fan-in; 0.8796 is the std of a normal variable truncated at two.
                 _truncated_normal(module.weight, module.weight[0].numel() ** -0.5 / 0.87962566103423978, 2)
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -192,7 +192,7 @@ class BenchmarkingViTDet(nn.Module):
 
 
 def _truncated_normal(tensor: torch.Tensor, std: float, cut: float) -> None:
-    """Normal numbers, none further than ``cut`` deviations from 0."""
+    """Fill with normal numbers of mean 0, truncated at ``cut`` times ``std``."""
     nn.init.trunc_normal_(tensor, std=std, a=-cut * std, b=cut * std)
 
 

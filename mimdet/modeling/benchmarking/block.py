@@ -37,7 +37,7 @@ def window_partition(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def window_reverse(windows: torch.Tensor, size: int, height: int, width: int) -> torch.Tensor:
-    """The feature map (B, height, width, C) whose ``window_partition`` is ``windows``; padding is cut off.
+    """Inverse of ``window_partition``: the feature map (B, height, width, C), without the padding.
 
     Raises:
         ValueError: the windows do not fill maps of that height and width.
@@ -58,8 +58,8 @@ class RelativePositionBias(nn.Module):
     Attributes:
         relative_position_bias_table: ((2 * rows - 1) * (2 * columns - 1), num_heads), offsets of rows first, from
             1 - rows on; zero at first.
-        relative_position_index: (N, N) int64, N = rows * columns: the table's row for each query and key. Only part
-            of the checkpoints' format: looking 16 million rows up, and adding as many gradients, is slow.
+        relative_position_index: (N, N) int64, N = rows * columns: the table's row for each query and key. It is here
+            for checkpoints only: ``forward`` does without an index of up to 16 million rows, which is slow.
 
     Args:
         window_size: rows and columns of the grid.
@@ -76,20 +76,20 @@ class RelativePositionBias(nn.Module):
         self.register_buffer("relative_position_index", down * (2 * columns - 1) + right)
 
     def forward(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """(1, num_heads, N, N) in ``dtype`` (default: the table's), queries before keys. Gradients are of first order.
+        """(1, num_heads, N, N) in ``dtype`` (default: the table's), queries before keys. No second-order gradient.
 
-        Sums of gradients are in the table's dtype and in one order, so they repeat bitwise.
+        Gradients are summed in the table's dtype and in one order, so they repeat bitwise.
         """
         rows, columns = self.window_size
         table = self.relative_position_bias_table.view(2 * rows - 1, 2 * columns - 1, -1).permute(2, 0, 1)
-        # Reversed, so that offsets fall where keys rise. Then columns: (heads, reversed offset of rows, query, key).
+        # unfold over reversed offsets, as offsets fall where keys rise: (heads, reversed row offset, query, key).
         lines = table.flip(1, 2).unfold(2, columns, 1).flip(2)
         bias = _AllRows.apply(lines.transpose(1, 2), rows, dtype or table.dtype)
         return bias.view(1, -1, rows * columns, rows * columns)
 
 
 class _AllRows(torch.autograd.Function):
-    """(heads, C, 2R - 1, C) -> (heads, R, C, R, C): for each query row, the R offsets that its keys have."""
+    """(heads, C, 2R - 1, C) -> (heads, R, C, R, C): for each query row, the R row offsets of its keys."""
 
     @staticmethod
     def forward(ctx, lines, rows, dtype):
@@ -111,7 +111,7 @@ def _last_offsets(rows: int) -> range:
     return range(2 * rows - 2, rows - 2, -1)
 
 
-# Not cuDNN's, which PyTorch prefers on Hopper: its backward gives the bias no gradient.
+# cuDNN's attention, which PyTorch prefers on Hopper, has no gradient for the bias.
 _BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
@@ -144,7 +144,7 @@ class BiasedAttention(Attention):
 
 
 class BiasedBlock(TransformerBlock):
-    """``TransformerBlock`` with ``BiasedAttention``, whose bias is given at every call.
+    """``TransformerBlock`` with ``BiasedAttention``; ``forward`` takes its ``bias``.
 
     Args:
         dim, num_heads: of the tokens.
