@@ -1,4 +1,4 @@
-"""36 epochs of 120,000 images at batch 64: AdamW, a quarter epoch of warm-up, steps at epochs 27 and 33."""
+"""36 epochs of 120,000 images at batch 64: AdamW, a quarter epoch of warmup, steps at epochs 27 and 33."""
 
 import torch
 

@@ -55,18 +55,18 @@ def read_annotations(
     """
     content = _parse(json_file)
     names: set[str] = set()
-    categories, category_ids = _sift(content, "categories", json_file, report, lambda c: _category_flaw(c, names))
-    images, image_ids = _sift(content, "images", json_file, report, _image_flaw)
+    categories, category_ids = _sift(content, "categories", json_file, report, lambda c: _category_error(c, names))
+    images, image_ids = _sift(content, "images", json_file, report, _image_error)
     sizes = {image["id"]: (image["height"], image["width"]) for image in images}
 
-    def annotation_flaw(annotation: dict) -> str | None:
-        flaw = _reference_flaw(annotation, image_ids, category_ids)
-        flaw = flaw or _box_flaw(annotation, sizes.get(annotation["image_id"]))
-        if flaw is None and use_masks:
-            flaw = _mask_flaw(annotation, sizes.get(annotation["image_id"]), need_polygons)
-        return flaw and f"annotation {annotation['id']} of image {_repr.repr(annotation['image_id'])}{flaw}"
+    def annotation_error(annotation: dict) -> str | None:
+        error = _reference_error(annotation, image_ids, category_ids)
+        error = error or _box_error(annotation, sizes.get(annotation["image_id"]))
+        if error is None and use_masks:
+            error = _mask_error(annotation, sizes.get(annotation["image_id"]), need_polygons)
+        return error and f"annotation {annotation['id']} of image {_repr.repr(annotation['image_id'])}{error}"
 
-    annotations, _ = _sift(content, "annotations", json_file, report, annotation_flaw)
+    annotations, _ = _sift(content, "annotations", json_file, report, annotation_error)
     used = {category["id"] for category in categories}
     # annotations of an image or category that was left out are left out too
     annotations = [a for a in annotations if a["image_id"] in sizes and a["category_id"] in used]
@@ -147,7 +147,7 @@ def _parse(json_file: str | os.PathLike) -> dict:
 
 
 def _sift(
-    content: dict, key: str, json_file: str | os.PathLike, report: Callable[[str], None], find_flaw: Callable
+    content: dict, key: str, json_file: str | os.PathLike, report: Callable[[str], None], find_error: Callable
 ) -> tuple[list[dict], set[int]]:
     """The valid entries of a list, and the ids of all."""
     required = set(_REQUIRED[key])
@@ -155,16 +155,16 @@ def _sift(
     for position, entry in enumerate(content[key]):
         if type(entry) is not dict or not entry.keys() >= required:
             lacking = [field for field in _REQUIRED[key] if type(entry) is not dict or field not in entry]
-            flaw = f"{key}[{position}] must have {', '.join(lacking)}, is {_repr.repr(entry)}"
+            error = f"{key}[{position}] must have {', '.join(lacking)}, is {_repr.repr(entry)}"
         elif type(entry["id"]) is not int or abs(entry["id"]) >= 2**63 or entry["id"] in ids:
-            flaw = f"id {_repr.repr(entry['id'])} in {key} is not an integer of 64 bits, or occurs twice"
+            error = f"id {_repr.repr(entry['id'])} in {key} is not an integer of 64 bits, or occurs twice"
         else:
             ids.add(entry["id"])
-            flaw = find_flaw(entry)
-        if flaw is None:
+            error = find_error(entry)
+        if error is None:
             valid.append(entry)
         else:
-            report(f"{json_file}: {flaw}")
+            report(f"{json_file}: {error}")
     return valid, ids
 
 
@@ -172,7 +172,7 @@ def _is_printable(text: str) -> bool:
     return not any(unicodedata.category(character) in _UNPRINTABLE for character in text)
 
 
-def _category_flaw(category: dict, names: set[str]) -> str | None:
+def _category_error(category: dict, names: set[str]) -> str | None:
     where, name = f"category {category['id']}", category["name"]
     if type(name) is not str or not name.strip():
         return f"{where}: name must be a text that is not empty, is {_repr.repr(name)}"
@@ -184,7 +184,7 @@ def _category_flaw(category: dict, names: set[str]) -> str | None:
     return None
 
 
-def _image_flaw(image: dict) -> str | None:
+def _image_error(image: dict) -> str | None:
     where, name, height, width = f"image {image['id']}", image["file_name"], image["height"], image["width"]
     if type(name) is not str or not name or not _is_printable(name):
         return f"{where}: file_name must be the name of a file, is {_repr.repr(name)}"
@@ -196,7 +196,7 @@ def _image_flaw(image: dict) -> str | None:
     return None
 
 
-def _reference_flaw(annotation: dict, image_ids: set[int], category_ids: set[int]) -> str | None:
+def _reference_error(annotation: dict, image_ids: set[int], category_ids: set[int]) -> str | None:
     for field, known, kind in (("image_id", image_ids, "an image"), ("category_id", category_ids, "a category")):
         value = annotation[field]
         if type(value) is not int:
@@ -209,7 +209,7 @@ def _reference_flaw(annotation: dict, image_ids: set[int], category_ids: set[int
     return None
 
 
-def _box_flaw(annotation: dict, size: tuple[int, int] | None) -> str | None:
+def _box_error(annotation: dict, size: tuple[int, int] | None) -> str | None:
     bbox, area = annotation["bbox"], annotation.get("area")
     if not (type(bbox) is list and len(bbox) == 4 and _NUMBERS.issuperset(map(type, bbox))):
         return f": bbox must be [x, y, width, height] in numbers, is {_repr.repr(bbox)}"
@@ -225,12 +225,12 @@ def _box_flaw(annotation: dict, size: tuple[int, int] | None) -> str | None:
     return None
 
 
-def _mask_flaw(annotation: dict, size: tuple[int, int] | None, need_polygons: bool) -> str | None:
+def _mask_error(annotation: dict, size: tuple[int, int] | None, need_polygons: bool) -> str | None:
     segmentation = annotation.get("segmentation")
     if type(segmentation) is dict:
         if need_polygons and not is_ignored(annotation):
             return " has a run-length encoded mask; training needs polygons, convert the masks"
-        return None if size is None else _run_length_flaw(segmentation, size)
+        return None if size is None else _run_length_error(segmentation, size)
     if segmentation is not None and not (
         type(segmentation) is list and all(type(p) is list and _NUMBERS.issuperset(map(type, p)) for p in segmentation)
     ):
@@ -238,7 +238,7 @@ def _mask_flaw(annotation: dict, size: tuple[int, int] | None, need_polygons: bo
     return None
 
 
-def _run_length_flaw(segmentation: dict, size: tuple[int, int]) -> str | None:
+def _run_length_error(segmentation: dict, size: tuple[int, int]) -> str | None:
     """Check a mask before pycocotools reads it: its C code does not."""
     mask_size, counts = segmentation.get("size"), segmentation.get("counts")
     if not (type(mask_size) is list and all(type(side) is int for side in mask_size) and tuple(mask_size) == size):

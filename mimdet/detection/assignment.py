@@ -135,7 +135,7 @@ def matched_truth(
     candidates: torch.Tensor,
     num_classes: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class and ground-truth box of N candidates that a :class:`Matcher` has labelled.
+    """Class and ground-truth box of N candidates that a :class:`Matcher` has labeled.
 
     Args:
         target: one image's ``boxes`` (M, 4) and ``labels`` (M,).
