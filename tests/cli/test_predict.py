@@ -448,7 +448,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/cli"]
 from test_predict import META, config, weights
 from mimdet.predict import Predictor, predict_files
 
