@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+import numpy as np
+import pycocotools.mask as coco_mask
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +19,7 @@ from ..kernels import (
     gather_add_pos,
     group_norm_gelu,
     layer_norm_gelu,
+    rasterize_polygons,
     sample_tokens,
     scatter_fill,
 )
@@ -83,6 +86,7 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
         "gather_add_pos": [("encoder", (tokens, 768))],
         "group_norm_gelu": stem,
         "layer_norm_gelu": stem,
+        "rasterize_polygons": [("mask head", (128, 28))],
         "sample_tokens": [("encoder", (tokens,))],
         "scatter_fill": [("decoder", (tokens, 512))],
     }
@@ -92,7 +96,7 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
 
 def case(op: str, dtype: str, shape: Sequence[int]) -> Case:
     """The operation on one shape: (B, N, C), or (B, N, heads, head_dim) for attention, (B, C, H, W) for the norms of
-    images, (B, L) for sampling.
+    images, (B, L) for sampling, (B, boxes, size) for polygons.
 
     Raises:
         ValueError: an unknown operation, or a shape of another rank.
@@ -236,6 +240,50 @@ def _layer_norm_2d(t: Tensors) -> Outputs:
     x_centered = x - x.mean(1, keepdim=True)
     x_hat = x_centered / torch.sqrt(x_centered.pow(2).mean(1, keepdim=True) + _EPS)
     return (F.gelu(t["weight"][:, None, None] * x_hat + t["bias"][:, None, None]),)
+
+
+def _rasterize_polygons(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    """As many boxes an image as enter the mask loss, on instances of COCO's mean: 7 an image, of 24 points each."""
+    batch, count, size = shape
+    instances, corners = 7 * batch, 24
+
+    def make(device: str) -> Tensors:
+        generator = torch.Generator().manual_seed(0)
+        centers, radii, shift = (torch.rand(n, 2, generator=generator, dtype=torch.float64) for n in (instances,) * 3)
+        centers, radii = 200 + 600 * centers, 10 + 150 * radii
+        angles = torch.arange(corners) * (2 * torch.pi / corners)
+        circle = torch.stack([angles.cos(), angles.sin()], dim=1)
+        wobble = 0.6 + 0.4 * torch.rand(instances, corners, 1, generator=generator, dtype=torch.float64)
+        boxes = torch.cat([centers - radii, centers + radii], dim=1).float()
+        index = torch.arange(batch * count) % instances
+        jitter = 0.2 * (shift - 0.5) * radii
+        tensors = {
+            "points": (centers[:, None] + radii[:, None] * circle * wobble).flatten(0, 1),
+            "polygon_starts": torch.arange(0, instances * corners + 1, corners, dtype=torch.int32),
+            "instance_starts": torch.arange(instances + 1, dtype=torch.int32),
+            "index": index,
+            "boxes": (boxes + jitter.repeat(1, 2))[index],
+        }
+        return {key: tensor.to(device) for key, tensor in tensors.items()}
+
+    def run(t: Tensors, impl: str) -> Outputs:
+        return (rasterize_polygons(**t, size=size, impl=impl),)
+
+    def pycocotools(t: Tensors) -> Outputs:
+        """On the CPU, one box after the other: Detectron2's way."""
+        polygons = t["points"].cpu().numpy().reshape(instances, corners, 2)
+        masks = []
+        for i, box in zip(t["index"].tolist(), t["boxes"].double().cpu().numpy(), strict=True):
+            moved = (polygons[i] - box[:2]) * (size / np.maximum(box[2:] - box[:2], 0.1))
+            rles = coco_mask.frPyObjects([moved.reshape(-1)], size, size)
+            masks.append(coco_mask.decode(coco_mask.merge(rles)))
+        return (torch.from_numpy(np.stack(masks).astype(bool)).to(t["points"].device),)
+
+    moved = {"forward": instances * corners * 16 + batch * count * (8 + 16 + size * size)}
+    return Case(
+        "rasterize_polygons", "rasterize_polygons", name, shape, "fp32", make, run, (), moved,
+        baselines={"pycocotools": pycocotools},
+    )  # fmt: skip
 
 
 def _sample_tokens(name: str, shape: tuple[int, ...], dtype: str) -> Case:
@@ -385,6 +433,7 @@ OPS: dict[str, Callable[[str, tuple[int, ...], str], Case]] = {
     "gather_add_pos": _gather_add_pos,
     "group_norm_gelu": _image_norm("group_norm_gelu", group_norm_gelu),
     "layer_norm_gelu": _image_norm("layer_norm_gelu", layer_norm_gelu),
+    "rasterize_polygons": _rasterize_polygons,
     "sample_tokens": _sample_tokens,
     "scatter_fill": _scatter_fill,
 }

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..config import load
 from ..engine.model import build_model
+from ..polygons import PackedPolygons
 from ..testing import fixed_noise
 from .baselines import bottom_up
 from .equality import model_mismatch, reason
@@ -245,7 +246,7 @@ def random_batch(batch: int, size: tuple[int, int], num_classes: int, device: st
             {
                 "boxes": torch.from_numpy(boxes).float().to(device),
                 "labels": torch.from_numpy(draw.integers(0, num_classes, _OBJECTS)).to(device),
-                "masks": [[polygon.flatten()] for polygon in corners],
+                "masks": PackedPolygons.pack([[polygon] for polygon in corners]),
             }
         )
     return images, targets

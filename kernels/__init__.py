@@ -1,4 +1,4 @@
-"""Fused operations of the backbone: ``from mimdet.kernels import add_layer_norm``.
+"""Fused operations of the model: ``from mimdet.kernels import add_layer_norm``.
 
 Every operation takes ``impl="auto" | "triton" | "cuda" | "cpp" | "eager"``, see ``dispatch`` and docs/kernels.md.
 """
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the lazy names below, for static tools
     from .gather_add_pos.api import gather_add_pos
     from .group_norm_gelu.api import group_norm_gelu
     from .layer_norm_gelu.api import layer_norm_gelu
+    from .rasterize_polygons.api import rasterize_polygons
     from .sample_tokens.api import sample_packed_tokens, sample_tokens
     from .scatter_fill.api import scatter_fill
     from .tensors import valid_mask
@@ -34,6 +35,7 @@ OPS = (
     "gather_add_pos",
     "group_norm_gelu",
     "layer_norm_gelu",
+    "rasterize_polygons",
     "sample_tokens",
     "scatter_fill",
 )
@@ -57,6 +59,7 @@ __all__ = [
     "gather_add_pos",
     "group_norm_gelu",
     "layer_norm_gelu",
+    "rasterize_polygons",
     "sample_packed_tokens",
     "sample_tokens",
     "scatter_fill",

@@ -37,6 +37,32 @@ def check_unique_index(index: torch.Tensor, length: int, name: str, padding: int
         raise ValueError(f"{name}[{b}] holds {value} more than {'once' if value >= 0 else f'{padding} times'}")
 
 
+def check_index(index: torch.Tensor, length: int, name: str) -> None:
+    """``index`` (K,) must hold numbers of 0 .. length - 1.
+
+    Raises:
+        IndexError: a number outside of the range.
+    """
+    outside = (index < 0) | (index >= length)
+    if outside.any():
+        k = int(outside.nonzero()[0])
+        raise IndexError(f"{name}[{k}] is {index[k].item()}, outside of 0 .. {length - 1}")
+
+
+def check_starts(starts: torch.Tensor, total: int, name: str) -> None:
+    """``starts`` (K + 1,) must not descend, and be within 0 .. total.
+
+    Raises:
+        IndexError: a number outside of the range.
+        ValueError: a number smaller than the one before it.
+    """
+    check_index(starts, total + 1, name)
+    descends = starts.diff() < 0
+    if descends.any():
+        k = int(descends.nonzero()[0]) + 1
+        raise ValueError(f"{name} must not descend, got {starts[k].item()} after {starts[k - 1].item()} at {k}")
+
+
 def check_sizes(sizes: torch.Tensor, limits: tuple[int, int], name: str) -> None:
     """``sizes`` (B, 2) must hold numbers of 1 .. limits[0] and 1 .. limits[1].
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from ..polygons import PackedPolygons
 from .coco import read_image
 from .errors import DataError
 from .transforms import AugmentationList, clip_targets, mask_boxes
@@ -18,7 +19,7 @@ class DatasetMapper:
     source of randomness. A sample is a dict: `image` uint8 (3, H, W); `image_id` int; `file_name` str;
     `height`, `width` int, the image's before augmentation; and, when `is_train`, `targets`: `boxes` float32
     (N, 4) xyxy pixels of `image`, `labels` int64 (N,), and, when `use_instance_mask`, `masks`, N lists of
-    polygons (flat float64 arrays). N may be 0.
+    polygons (flat float64 arrays) as `PackedPolygons`. N may be 0.
 
     Args:
         image_format: order of the channels, "RGB" or "BGR".
@@ -59,6 +60,12 @@ class DatasetMapper:
             targets = {key: record[key] for key in keys}
         try:
             image, targets = self.augmentations(image, targets, rng)
+            if targets is not None:
+                if self.recompute_boxes:
+                    targets = {**targets, "boxes": mask_boxes(targets["masks"])}
+                targets = clip_targets(targets, image.width, image.height)
+                if "masks" in targets:
+                    targets["masks"] = PackedPolygons.pack(targets["masks"])
         except Exception as error:  # augmentations may be custom code and raise any type
             raise DataError(
                 f"image {record['file_name']} (image id {record['image_id']}), {record['width']}x{record['height']} "
@@ -70,9 +77,6 @@ class DatasetMapper:
             **{key: record[key] for key in ("image_id", "file_name", "height", "width")},
         }
         if targets is not None:
-            if self.recompute_boxes:
-                targets = {**targets, "boxes": mask_boxes(targets["masks"])}
-            targets = clip_targets(targets, image.width, image.height)
             targets["boxes"] = torch.from_numpy(targets["boxes"])
             targets["labels"] = torch.from_numpy(targets["labels"])
             sample["targets"] = targets

@@ -62,7 +62,7 @@ def make_records(
         record["labels"] = np.array(record["labels"], dtype=np.int64)
     skipped = {
         "with a box without area or not finite": bad_boxes,
-        "without a polygon of at least 3 points": bad_masks,
+        "without a polygon of at least 3 points, all finite": bad_masks,
         "with a run-length encoded mask": rle_masks,
     }
     return list(records.values()), {cause: ids for cause, ids in skipped.items() if ids}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..modeling.shapes import ImageList
+from ..polygons import PackedPolygons
 from .assignment import clip_boxes, nonempty, scale_boxes
 from .masks import paste_masks
 from .passes import InferencePasses
@@ -90,8 +91,8 @@ class Detector(nn.Module):
         Args:
             images: B tensors (3, H, W), RGB, 0..255, uint8 or float; sizes may differ.
             targets: in training, for each image ``boxes`` (N, 4) x0, y0, x1, y1 in pixels, ``labels`` (N,)
-                int64 from 0 and, for detectors that predict them, ``masks``: N lists of COCO polygons, or
-                (N, H, W) bool.
+                int64 from 0 and, for detectors that predict them, ``masks``: N lists of COCO polygons, those as
+                ``mimdet.polygons.PackedPolygons``, or (N, H, W) bool.
             output_sizes: in eval mode, (height, width) of each image that detections are scaled to; default: the
                 sizes of ``images``.
             paste: in eval mode, False returns ``mask_probabilities`` (N, S, S), soft maps of the boxes, instead of
@@ -108,7 +109,7 @@ class Detector(nn.Module):
         batch = self.preprocess(images)
         if self.training:
             check_targets(targets, len(batch), self.num_classes, self.predicts_masks)
-            targets = [self._to_device(t) for t in targets]
+            targets = [self._prepare(t, f"targets[{i}]") for i, t in enumerate(targets)]
             return self.compute_losses(self.backbone(batch), batch.image_sizes, targets)
         detections = self.inference(lambda **ratio: self.detect(self.backbone(batch, **ratio), batch.image_sizes))
         sizes = batch.image_sizes if output_sizes is None else output_sizes
@@ -118,12 +119,16 @@ class Detector(nn.Module):
             self._resize(d, old, new, paste) for d, old, new in zip(detections, batch.image_sizes, sizes, strict=True)
         ]
 
-    def _to_device(self, target: dict[str, Any]) -> dict[str, Any]:
-        return {
+    def _prepare(self, target: dict[str, Any], name: str) -> dict[str, Any]:
+        """Boxes and labels on the device, polygons packed."""
+        prepared = {
             **target,
             "boxes": target["boxes"].to(self.device, torch.float32),
             "labels": target["labels"].to(self.device, torch.int64),
         }
+        if self.predicts_masks and not isinstance(target["masks"], (torch.Tensor, PackedPolygons)):
+            prepared["masks"] = PackedPolygons.pack(target["masks"], f"{name}['masks']")
+        return prepared
 
     @torch.no_grad()
     def _resize(

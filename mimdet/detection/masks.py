@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
-import numpy as np
-import pycocotools.mask as coco_mask
 import torch
 import torch.nn.functional as F
 from torchvision.ops import roi_align
 
-Polygons = Sequence[np.ndarray]
+from ..kernels import rasterize_polygons
+from ..kernels.tensors import to_device
+from ..polygons import PackedPolygons
 
 # grid_sample processes this many pixels at once: 2**26 in float32 are 256 MiB.
 _CPU_PIXELS, _GPU_PIXELS = 2**22, 2**26
@@ -18,39 +19,43 @@ _CPU_PIXELS, _GPU_PIXELS = 2**22, 2**26
 _PART_PIXELS = 2**24
 
 
-def crop_and_resize(
-    masks: torch.Tensor | Sequence[Polygons], index: torch.Tensor, boxes: torch.Tensor, size: int
+def mask_targets(
+    masks: Sequence[torch.Tensor | PackedPolygons],
+    index: Sequence[torch.Tensor],
+    boxes: Sequence[torch.Tensor],
+    size: int,
 ) -> torch.Tensor:
-    """The part of ground-truth masks inside boxes, as small bitmaps: the mask head's targets.
+    """The mask head's targets: ``crop_and_resize`` for each image of a batch, for all of them at once if their masks
+    are polygons."""
+    if not all(isinstance(m, PackedPolygons) for m in masks):
+        return torch.cat([crop_and_resize(*image, size) for image in zip(masks, index, boxes, strict=True)])
+    starts = accumulate(map(len, masks), initial=0)
+    index = torch.cat([i + start for i, start in zip(index, starts, strict=False)])
+    return crop_and_resize(PackedPolygons.join(masks), index, torch.cat(list(boxes)), size)
+
+
+def crop_and_resize(
+    masks: torch.Tensor | PackedPolygons, index: torch.Tensor, boxes: torch.Tensor, size: int
+) -> torch.Tensor:
+    """The part of ground-truth masks inside boxes, as small bitmaps.
 
     Args:
-        masks: (M, H, W) bool, or M lists of COCO polygons [x0, y0, x1, y1, ...] in pixels.
+        masks: (M, H, W) bool, or M instances' polygons in pixels.
         index: (N,) int64, the mask of each box.
         boxes: (N, 4) pixels.
         size: side of the result.
 
     Returns:
-        (N, size, size) bool on the device of ``boxes``.
+        (N, size, size) bool on the device of ``boxes``. With polygons nothing waits for a GPU.
     """
     if isinstance(masks, torch.Tensor):
         rois = torch.cat([index.unsqueeze(1).to(boxes.dtype), boxes], dim=1)
         maps = masks.to(boxes.device, torch.float32).unsqueeze(1)
         return roi_align(maps, rois, size, 1.0, 0, aligned=True).squeeze(1) >= 0.5
-    chosen = index.tolist()
-    windows = boxes.detach().double().cpu().numpy()
-    out = np.zeros((len(chosen), size, size), dtype=bool)
-    for row, (mask, window) in enumerate(zip(chosen, windows, strict=True)):
-        out[row] = _rasterize(masks[mask], window, size)
-    return torch.from_numpy(out).to(boxes.device)
-
-
-def _rasterize(polygons: Polygons, window: np.ndarray, size: int) -> np.ndarray:
-    # Degenerate windows are treated as a tenth of a pixel wide.
-    scale = size / np.maximum(window[2:] - window[:2], 0.1)
-    moved = [((np.asarray(p, np.float64).reshape(-1, 2) - window[:2]) * scale).reshape(-1) for p in polygons]
-    if not moved:
-        return np.zeros((size, size), dtype=bool)
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(moved, size, size))).astype(bool)
+    device = torch.device("cpu") if boxes.device.type == "mps" else boxes.device  # MPS has no float64
+    points = to_device(masks.points, device, torch.float64)
+    starts = (to_device(s, device) for s in (masks.polygon_starts, masks.instance_starts))
+    return rasterize_polygons(points, *starts, index.to(device), boxes.to(device), size).to(boxes.device)
 
 
 def paste_masks(

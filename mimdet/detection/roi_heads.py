@@ -13,7 +13,7 @@ from ..modeling.areas import areas_of
 from ..modeling.noise import NoiseSource
 from .assignment import Matcher, matched_truth, subsample_labels
 from .mask_head import mask_loss
-from .masks import crop_and_resize
+from .masks import mask_targets
 from .rpn import Proposals
 
 
@@ -166,11 +166,9 @@ class StandardROIHeads(nn.Module):
         boxes = [s.boxes[k] for s, k in zip(sampled, keep, strict=True)]
         classes = torch.cat([s.classes[k] for s, k in zip(sampled, keep, strict=True)])
         logits = self._mask_logits(features, boxes, classes)
-        mask_targets = [
-            crop_and_resize(t["masks"], s.gt_index[k], b, logits.shape[-1])
-            for s, k, b, t in zip(sampled, keep, boxes, targets, strict=True)
-        ]
-        return {"loss_mask": mask_loss(logits, torch.cat(mask_targets))}
+        index = [s.gt_index[k] for s, k in zip(sampled, keep, strict=True)]
+        masks = mask_targets([t["masks"] for t in targets], index, boxes, logits.shape[-1])
+        return {"loss_mask": mask_loss(logits, masks)}
 
     def _detect(
         self,

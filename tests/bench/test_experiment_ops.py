@@ -89,7 +89,10 @@ def test_planted_errors_are_found(op):
     assert mismatch(actual, actual, exact, one.terms) is None
     for name, value in actual.items():
         spoilt, last = value.clone(), (-1,) * value.ndim
-        spoilt[last] += 0.01 * value.abs().max() if value.is_floating_point() else 1
+        if value.dtype == torch.bool:
+            spoilt[last] = ~spoilt[last]
+        else:
+            spoilt[last] += 0.01 * value.abs().max() if value.is_floating_point() else 1
         assert mismatch(actual | {name: spoilt}, actual, exact, one.terms).startswith(name)
         if value.is_floating_point():
             spoilt[last] = float("nan")

@@ -124,7 +124,7 @@ def test_all_problems_are_found_and_the_sound_part_is_counted(folder):
         "instances": 3,
         "annotations of crowds or to ignore": 1,
         "instances skipped with a box without area or not finite": 1,
-        "instances skipped without a polygon of at least 3 points": 1,
+        "instances skipped without a polygon of at least 3 points, all finite": 1,
     }
     assert report.pixels["image width"] == (60, 60, 80)
     assert report.pixels["box width"] == (20.5, 20.5, 20.5)

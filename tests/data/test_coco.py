@@ -24,6 +24,7 @@ from mimdet.data import (
     register,
 )
 from mimdet.data.annotations import _text_runs
+from mimdet.polygons import PackedPolygons
 
 TRIANGLE = [10.0, 10.0, 30.0, 10.0, 10.0, 25.0]
 RLE = {"size": [40, 60], "counts": [0, 5, 2395]}
@@ -114,6 +115,7 @@ def test_unusable_instances_are_skipped_with_one_warning(write, caplog):
         instance(5, segmentation=[[1, 1, 5, 5]]),
         instance(6, segmentation=[[1, 1, 5, 5], TRIANGLE]),
         instance(7, segmentation=[]),
+        instance(8, segmentation=[[1, 1, 5, 5, float("nan"), 9]]),
     ]
     dataset = CocoDataset(**write(content(annotations)))
     assert len(dataset[0]["labels"]) == 2
@@ -121,7 +123,7 @@ def test_unusable_instances_are_skipped_with_one_warning(write, caplog):
     (record,) = caplog.records
     assert "set.json" in record.message
     assert "3 with a box without area or not finite (annotations 2, 3, 4)" in record.message
-    assert "2 without a polygon of at least 3 points (annotations 5, 7)" in record.message
+    assert "3 without a polygon of at least 3 points, all finite (annotations 5, 7, 8)" in record.message
 
 
 def test_masks_are_not_needed_where_they_are_not_used(write, caplog):
@@ -430,6 +432,7 @@ class TestMapper:
         assert targets["labels"].tolist() == [1, 0]
         ((polygon,), _) = targets["masks"]
         assert (polygon.dtype, polygon.tolist()) == (np.float64, [100, 20, 60, 20, 100, 50])
+        assert isinstance(targets["masks"], PackedPolygons)  # the worker packs them
 
     def test_evaluation_sample_has_no_targets(self, record):
         sample = DatasetMapper(False, [ResizeShortestEdge(20)])(record, np.random.default_rng(0))
@@ -465,6 +468,14 @@ class TestMapper:
         with pytest.raises(DataError, match=r"7\.png \(image id 7\), 60x40 .*IndexError: list index") as error:
             DatasetMapper(True, [RandomFlip(), fail])(record, np.random.default_rng(0))
         assert isinstance(error.value.__cause__, IndexError)
+
+    @pytest.mark.parametrize("flawed", [[1.0, 2, 3, 4], [1.0, 2, 3, 4, float("inf"), 5]], ids=["points", "infinity"])
+    def test_flawed_polygons_of_augmentations_name_the_file(self, record, flawed):
+        def spoil(image, targets, rng):
+            return image, {**targets, "masks": [targets["masks"][0], [np.array(TRIANGLE), np.array(flawed)]]}
+
+        with pytest.raises(DataError, match=r"7\.png \(image id 7\).*ValueError: masks\[1\]\[1\] h"):
+            DatasetMapper(True, [spoil])(record, np.random.default_rng(0))
 
     def test_channel_order(self, record):
         rgb, bgr = (DatasetMapper(False, [], image_format=f)(record, None)["image"] for f in ("RGB", "BGR"))

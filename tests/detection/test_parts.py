@@ -17,11 +17,13 @@ from mimdet.detection import (
     ROIPooler,
     StandardRPNHead,
 )
+from mimdet.detection import masks as detection_masks
 from mimdet.detection.assignment import clip_boxes, grouped_nms, nonempty, scale_boxes, subsample_labels, top_scores
 from mimdet.detection.layers import get_norm
-from mimdet.detection.masks import crop_and_resize, paste_in_parts, paste_masks
+from mimdet.detection.masks import crop_and_resize, mask_targets, paste_in_parts, paste_masks
 from mimdet.evaluation.results import encode_masks
 from mimdet.modeling import ShapeSpec
+from mimdet.polygons import PackedPolygons
 
 
 def random_boxes(count, size=100.0):
@@ -144,16 +146,51 @@ def test_mask_targets_of_polygons_and_bitmaps_agree():
     bitmap = torch.zeros(1, 64, 64, dtype=torch.bool)
     bitmap[0, 10:50, 10:50] = True
     boxes, index = torch.tensor([[10.0, 10, 50, 50], [0, 0, 60, 60]]), torch.tensor([0, 0])
-    from_polygons, from_bitmap = crop_and_resize([square], index, boxes, 28), crop_and_resize(bitmap, index, boxes, 28)
+    from_polygons = crop_and_resize(PackedPolygons.pack([square]), index, boxes, 28)
+    from_bitmap = crop_and_resize(bitmap, index, boxes, 28)
     assert from_polygons[0].all()
     assert from_bitmap[0].all()
     assert (from_polygons[1] != from_bitmap[1]).float().mean() < 0.05
 
 
+def truth_of_three_images():
+    """masks, index and boxes: polygons of two instances, none at all, and three."""
+    draw = np.random.default_rng(0)
+    counts, boxes = (2, 0, 3), torch.from_numpy(draw.uniform(0, 10, (7, 4)).astype(np.float32))
+    boxes[:, 2:] += 40
+    masks = [
+        PackedPolygons.pack([[draw.uniform(0, 60, 10) for _ in range(k + 1)] for k in range(count)]) for count in counts
+    ]
+    index = [torch.tensor([1, 0, 1]), torch.zeros(0, dtype=torch.int64), torch.tensor([2, 0, 1, 2])]
+    return masks, index, boxes.split([3, 0, 4])
+
+
+def test_mask_targets_of_a_batch_are_those_of_its_images(monkeypatch):
+    calls = []
+    run = detection_masks.rasterize_polygons
+    monkeypatch.setattr(detection_masks, "rasterize_polygons", lambda *a: calls.append(a) or run(*a))
+    truth = truth_of_three_images()
+    together = mask_targets(*truth, 28)
+    assert len(calls) == 1
+    alone = torch.cat([crop_and_resize(*image, 28) for image in zip(*truth, strict=True)])
+    assert torch.equal(together, alone)
+    assert together.any(dim=(1, 2)).all()
+
+
+def test_mask_targets_of_polygons_beside_bitmaps():
+    polygons, index, boxes = truth_of_three_images()
+    bitmap = torch.zeros(3, 64, 64, dtype=torch.bool)
+    bitmap[:, 10:50, 10:50] = True
+    got = mask_targets([*polygons[:2], bitmap], index, boxes, 28)
+    assert torch.equal(got[:3], crop_and_resize(polygons[0], index[0], boxes[0], 28))
+    assert torch.equal(got[3:], crop_and_resize(bitmap, index[2], boxes[2], 28))
+
+
 @pytest.mark.parametrize("box", [[5.0, 5, 5, 9], [5.0, 5, 5.001, 5.001]], ids=["no-area", "tiny"])
 def test_masks_of_degenerate_boxes(box):
     box = torch.tensor([box])
-    assert crop_and_resize([[np.array([0.0, 0, 9, 0, 9, 9])]], torch.tensor([0]), box, 28).shape == (1, 28, 28)
+    triangle = PackedPolygons.pack([[np.array([0.0, 0, 9, 0, 9, 9])]])
+    assert crop_and_resize(triangle, torch.tensor([0]), box, 28).shape == (1, 28, 28)
     assert paste_masks(torch.ones(1, 28, 28), box, (16, 16)).shape == (1, 16, 16)
 
 
@@ -320,6 +357,9 @@ TINY = (64, 96)
         ({"labels": torch.tensor([-1])}, r"classes 0\.\.79"),
         ({"labels": torch.tensor([1, 2])}, "1 boxes"),
         ({"masks": []}, "0 masks"),
+        ({"masks": [[np.zeros(6), np.zeros(4)]]}, r"targets\[0\]\['masks'\]\[0\]\[1\] has 4 numbers"),
+        ({"masks": [[np.zeros(7)]]}, r"\['masks'\]\[0\]\[0\] has 7 numbers"),
+        ({"masks": [[[0, 0, 9, 0, float("nan"), 9]]]}, r"\['masks'\]\[0\]\[0\] holds NaN or infinity"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else None,
 )

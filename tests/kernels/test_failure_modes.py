@@ -64,6 +64,7 @@ RANKS = {
     "add_layer_norm": (2, 3, 4),
     "attention_varlen": (4,),
     "bias_gelu": (2, 3, 4),
+    "rasterize_polygons": (2,),
     "sample_tokens": (2,),
 } | dict.fromkeys(IMAGES, (4,))
 
@@ -74,8 +75,10 @@ def test_rank(op, impl, device, rank):
     """A backward that assumes a rank reads out of bounds [Liger #1375]: correct, or a named error."""
     example = case(op, device=device)
     shape = {2: (2, 24), 3: (2, 6, 24), 4: (2, 2, 3, 24)}[rank]
-    if op == "sample_tokens":
-        example = example._replace(others=example.others | {"noise": torch.rand(shape).to(device)})
+    if op not in DIFFERENTIABLE:
+        main = "noise" if op == "sample_tokens" else "points"
+        tensor = torch.rand(shape, dtype=example.others[main].dtype, device=device)
+        example = example._replace(others=example.others | {main: tensor})
     else:
         # Tensors of the main input's shape change their rank.
         main = next(iter(example.inputs.values())).shape
@@ -83,7 +86,7 @@ def test_rank(op, impl, device, rank):
             if value.shape == main:
                 example.inputs[name] = quantized(*shape).to(device) if len(main) != rank else value
     if rank in RANKS.get(op, (3,)):
-        if op != "sample_tokens":
+        if op in DIFFERENTIABLE:
             judge(example, differentiate(example, impl))
     else:
         with pytest.raises(ValueError, match=f"{op}: .* must (both )?be "):
@@ -443,7 +446,7 @@ def test_alias(op, impl, device):
     example = case(op, length=8, device=device)
     with Calls() as calls:
         differentiate(example, impl)
-    assert len(calls.calls) == (1 if op == "sample_tokens" else 2)
+    assert len(calls.calls) == (2 if op in DIFFERENTIABLE else 1)
     for function, args in calls.calls:
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         torch.library.opcheck(function, args, test_utils=("test_schema", "test_faketensor"))

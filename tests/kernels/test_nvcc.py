@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.kernel_cases import BF16, IMAGES, case, differentiate, pretend
+from support.kernel_cases import BF16, DIFFERENTIABLE, IMAGES, case, differentiate, pretend
 
 from mimdet.kernels import build, dispatch, library
 
@@ -19,7 +19,13 @@ from mimdet.kernels import build, dispatch, library
 CUDA_OPS = [op for op, operation in dispatch.operations().items() if "cuda" in operation.implementations]
 _DECLARATION = re.compile(r"MIMDET_CUDA_API\s+int\s+mimdet_(\w+)\((.*?)\)\s*\{", re.DOTALL)
 # C types of a tensor's elements; void takes any.
-_POINTEES = {"float": torch.float32, "int64_t": torch.int64, "bool": torch.bool}
+_POINTEES = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "int32_t": torch.int32,
+    "int64_t": torch.int64,
+    "bool": torch.bool,
+}
 
 
 def declared():
@@ -100,7 +106,7 @@ def run(op, variant):
 @pytest.mark.parametrize("op", CUDA_OPS)
 def test_calls_match_the_declarations(op, variant, calls):
     run(op, variant)
-    assert len({name for name, _ in calls}) == (1 if op == "sample_tokens" else 2)
+    assert len({name for name, _ in calls}) == (2 if op in DIFFERENTIABLE else 1)
     for name, arguments in calls:
         *parameters, stream = declared()[name]
         assert stream == "cudaStream_t"

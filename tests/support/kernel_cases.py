@@ -16,7 +16,7 @@ EPS = 1e-6
 IMAGES = ("group_norm_gelu", "layer_norm_gelu")
 NORMS = ("add_layer_norm", *IMAGES)
 PACKED = ("attention_varlen",)  # tokens of all images in one dimension
-DIFFERENTIABLE = tuple(op for op in OPS if op != "sample_tokens")
+DIFFERENTIABLE = tuple(op for op in OPS if op not in ("rasterize_polygons", "sample_tokens"))
 
 
 class Case(NamedTuple):
@@ -89,12 +89,33 @@ def case(
         return Case(op, {"x": tokens(length), "pos": pos}, {"index": order[:, :kept]})
     if op in IMAGES:
         return Case(op, {"x": main(batch, channels, *_sides(length)), **affine}, {"eps": EPS})
+    if op == "rasterize_polygons":
+        return Case(op, {}, _polygons(batch, length, channels, device))
     if op == "sample_tokens":
         noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(5)).to(device)
         return Case(op, {}, {"noise": noise, "valid_mask": noise < 0.9, "ratio": 0.5})
     assert op == "scatter_fill", op
     inputs = {"kept": tokens(kept), "fill": tokens(length - kept, seed=4), "pos": pos}
     return Case(op, inputs, {"ids_restore": order})
+
+
+def _polygons(batch, length, channels, device):
+    """Polygons with ``length`` points in each of ``batch`` instances, and one more that has none; bitmaps of at most
+    ``channels`` pixels a side."""
+    points = quantized(batch * length, 2, dtype=torch.float64, mean=8.0, std=4.0)
+    # Two polygons an instance, the first of three points if there are so many.
+    polygon_starts = [i * length + part for i in range(batch) for part in (0, min(length, 3))] + [batch * length]
+    instance_starts = [*range(0, 2 * batch + 1, 2), 2 * batch]
+    boxes = quantized(2 * batch + (3 if batch else 0), 4, seed=1, mean=6.0, std=2.0)
+    boxes[:, 2:] += boxes[:, :2]
+    arguments = {
+        "points": points,
+        "polygon_starts": torch.tensor(polygon_starts, dtype=torch.int32),
+        "instance_starts": torch.tensor(instance_starts, dtype=torch.int32),
+        "index": torch.arange(len(boxes)) % (batch + 1),
+        "boxes": boxes,
+    }
+    return {name: tensor.to(device) for name, tensor in arguments.items()} | {"size": max(1, min(channels, 28))}
 
 
 def lay_out(x, layout):

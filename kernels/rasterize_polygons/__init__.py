@@ -1,0 +1,1 @@
+"""Rasterization of polygons inside boxes, as pycocotools does it."""
