@@ -1,14 +1,13 @@
 """Loading MAE checkpoints: what goes where, and what is refused."""
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.fill_weights import gradient, tensor_for
+from support.mae_checkpoints import META, fake_mae, saved
 from support.paths import RECORDINGS
 from torch import nn
 
@@ -17,21 +16,7 @@ from mimdet.checkpoint.mae import load_mae
 from mimdet.checkpoint.read import CheckpointError
 from mimdet.modeling import MIMDetDecoder, MIMDetEncoder
 
-META = json.loads((RECORDINGS / "mae_load.json").read_text())
 NORM = partial(nn.LayerNorm, eps=1e-5)
-
-
-def fake_mae(prefix=""):
-    state = {}
-    for key, shape in META["fake_checkpoint"]["keys"].items():
-        value = 0.5 * gradient(900 + len(key), shape) if key.endswith("pos_embed") else tensor_for("mae." + key, shape)
-        state[prefix + key] = torch.from_numpy(np.asarray(value, np.float32))
-    return state
-
-
-def saved(path, state):
-    torch.save({"model": state}, path)
-    return str(path)
 
 
 def encoder(img_size=320, depth=3, width=192, pretrained=None):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.mae_checkpoints import fake_mae, saved
 from support.packed_images import STRIDES, batch, cells
 from support.relative_error import relative_error
-from test_mae import fake_mae, saved
 from timm.models.convnext import ConvNeXt
 
 from mimdet.checkpoint.read import CheckpointError
