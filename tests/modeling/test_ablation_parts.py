@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.fake_mae import fake_mae, saved
+from support.mae_checkpoints import fake_mae, saved
 from support.packed_images import STRIDES, batch, cells
 from support.relative_error import relative_error
 from timm.models.convnext import ConvNeXt
