@@ -246,7 +246,7 @@ def variant(detector: nn.Module, implementation: str, ratio: float, depth: int) 
     Only the modules' dictionaries are copied: all variants share their weights.
 
     Args:
-        implementation: word of ``IMPLEMENTATIONS``.
+        implementation: one of ``IMPLEMENTATIONS``.
     """
     backbone = bottom_up(detector)
     blocks = nn.ModuleList(list(backbone.decoder.decoder_blocks)[:depth])

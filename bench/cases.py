@@ -40,7 +40,7 @@ class Case:
         op: name; ``kernels_op`` is the registered operation that implements it.
         name: where the model uses it.
         shape: of the main input.
-        dtype: word of ``session.DTYPES``: of the main input. The residual stream and the position embedding are
+        dtype: one of ``session.DTYPES``: of the main input. The residual stream and the position embedding are
             float32, as they are under autocast.
         make: device -> inputs, random.
         run: (inputs, impl) -> outputs.

@@ -363,13 +363,13 @@ def _device(device: Device) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device is Device.auto else device.value
 
 
-def _dtype(word: str | None, device: str) -> str:
+def _dtype(name: str | None, device: str) -> str:
     from .session import DTYPES
 
-    word = word or ("bf16" if device == "cuda" else "fp32")
-    if word not in DTYPES:
-        raise ValueError(f"no dtype {word!r}; choose from {', '.join(DTYPES)}")
-    return word
+    name = name or ("bf16" if device == "cuda" else "fp32")
+    if name not in DTYPES:
+        raise ValueError(f"no dtype {name!r}; choose from {', '.join(DTYPES)}")
+    return name
 
 
 def _ratio(ratio: float) -> float:

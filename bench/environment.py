@@ -48,8 +48,8 @@ def device_name(device: str) -> str:
 
 def command() -> str:
     """The command line, without the folders of absolute paths."""
-    words = [PurePath(word).name if PurePath(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["mimdet", *words])
+    arguments = [PurePath(a).name if PurePath(a).is_absolute() else a for a in sys.argv[1:]]
+    return shlex.join(["mimdet", *arguments])
 
 
 def _processor() -> str:

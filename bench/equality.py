@@ -72,7 +72,7 @@ def model_mismatch(actual: Mapping[str, torch.Tensor], expected: Mapping[str, to
 
     Args:
         actual, expected: tensors by name; names of gradients have "gradient" in them.
-        dtype: word of ``session.DTYPES`` that both models computed in.
+        dtype: one of ``session.DTYPES`` that both models computed in.
     """
     for name, value in expected.items():
         allowed = _MODEL_TOLERANCE[dtype]["gradient" in name]

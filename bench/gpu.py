@@ -36,13 +36,13 @@ class Part:
     Attributes:
         name: of its files.
         seconds: most that it may take of a run of ``MINUTES``; in a longer run more.
-        words: what follows ``python -m``.
+        arguments: of ``python -m``.
         suffix: of its result. Of ".txt", the result is what it prints; else it gets ``--output <name><suffix>``.
     """
 
     name: str
     seconds: float
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     suffix: str = ".json"
 
     @property
@@ -64,8 +64,8 @@ class Part:
         return (folder / self.file).is_file() and not self.error(folder).exists()
 
 
-def _bench(name: str, seconds: float, *words: str, suffix: str = ".json") -> Part:
-    return Part(name, seconds, ("mimdet.bench", *words, "--device", "cuda"), suffix)
+def _bench(name: str, seconds: float, *arguments: str, suffix: str = ".json") -> Part:
+    return Part(name, seconds, ("mimdet.bench", *arguments, "--device", "cuda"), suffix)
 
 
 def _parity() -> Part:
@@ -79,7 +79,7 @@ def _parity() -> Part:
 
 
 def _impl(*names: str) -> tuple[str, ...]:
-    return tuple(word for name in names for word in ("--impl", name))
+    return tuple(argument for name in names for argument in ("--impl", name))
 
 
 # torch.compile takes a minute for every row of a table: only the default row has it.
@@ -148,7 +148,7 @@ def run_part(part: Part, folder: Path, seconds: float) -> str | None:
     """Run one part; None, or the error, which is in ``<part>.error.txt`` too."""
     marker, result = part.error(folder), folder / part.file
     write_bytes(marker, b"did not end: the machine or the run was stopped\n")
-    command = [sys.executable, "-m", *part.words, *(() if part.text else ("--output", str(result)))]
+    command = [sys.executable, "-m", *part.arguments, *(() if part.text else ("--output", str(result)))]
     # Full tracebacks, and lines as wide as the tables.
     variables = {**os.environ, "MIMDET_DEBUG": "1", "COLUMNS": "160"}
     with tempfile.TemporaryFile() as printed:

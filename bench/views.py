@@ -105,11 +105,11 @@ def speedup_over(name: str, rows: Sequence[dict]) -> Callable[[dict], Ratio | No
 
 def title(rows: Sequence[dict], *names: str) -> str:
     """The values of these columns, and the run's A/A control: the ratio of two equal measurements."""
-    words = ", ".join(f"{name} {rows[0][name]}" if name in ("batch", "ratio") else rows[0][name] for name in names)
+    described = ", ".join(f"{name} {rows[0][name]}" if name in ("batch", "ratio") else rows[0][name] for name in names)
     control = next((row for row in rows if "control" in row), None)
     if control is None:
-        return words
-    return f"{words}; A/A {Ratio(control['control'], control['control_low'], control['control_high'])}"
+        return described
+    return f"{described}; A/A {Ratio(control['control'], control['control_low'], control['control_high'])}"
 
 
 def figure(width: float, height: float):

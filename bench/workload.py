@@ -34,7 +34,7 @@ class Setting:
     Attributes:
         device: "cpu" or "cuda".
         output: file of results.
-        part: word of ``PARTS``.
+        part: one of ``PARTS``.
         config, overrides: the detector.
         size, batch, dtype: of the images; dtype other than fp32 means autocast.
         rounds: see ``measure``.
@@ -83,9 +83,9 @@ class Workload:
     resident: int
 
 
-def check_words(words: Iterable[str], known: Collection[str], what: str = "to measure") -> None:
-    """Raise ValueError, which names the choice, unless all words are known."""
-    unknown = [word for word in words if word not in known]
+def check_choices(names: Iterable[str], known: Collection[str], what: str = "to measure") -> None:
+    """Raise ValueError, which lists the choices, unless all names are known."""
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"no {', '.join(unknown)} {what}; choose from {', '.join(known)}")
 

@@ -18,7 +18,7 @@ import torch
 
 from . import build
 
-WORDS = ("auto", "triton", "cuda", "cpp", "eager")
+IMPLS = ("auto", "triton", "cuda", "cpp", "eager")
 ENVIRONMENT = "MIMDET_KERNELS"
 
 F32 = torch.float32
@@ -55,9 +55,9 @@ class Implementation(NamedTuple):
 
     Attributes:
         supports: call -> None if it runs, else the reason with the remedy in brackets.
-        device: where it runs, in words.
+        device: where it runs, as text.
         dtypes: of ``Call`` that it takes; empty means all.
-        limits: of shapes, in words; empty means none.
+        limits: of shapes, as text; empty means none.
     """
 
     supports: Callable[[Call], str | None]
@@ -166,7 +166,7 @@ def register(
         op: its name.
         implementations: by name, in auto's order of preference.
         order: call -> names in auto's order, where that depends on the call.
-        aliases: general word -> name of the implementation here.
+        aliases: general name -> name here.
     """
     _operations[op] = _Operation(implementations, order or (lambda call: tuple(implementations)), aliases or {})
 
@@ -179,16 +179,16 @@ def standard(limits: str = "", **changed: Callable[[Call], str | None]) -> dict[
 
 
 @contextmanager
-def use(word: str) -> Iterator[None]:
+def use(impl: str) -> Iterator[None]:
     """Choose the implementation of every operation inside the block.
 
     The choice belongs to the current thread or task (a ``ContextVar``). Code compiled with ``torch.compile`` keeps
     the choice of its tracing: open the block around the first call.
 
     Raises:
-        ValueError: not one of ``WORDS``.
+        ValueError: not one of ``IMPLS``.
     """
-    token = _use.set(_checked(word, "mimdet.kernels.use", WORDS))
+    token = _use.set(_checked(impl, "mimdet.kernels.use", IMPLS))
     try:
         yield
     finally:
@@ -196,7 +196,7 @@ def use(word: str) -> Iterator[None]:
 
 
 def requested(impl: str | None = None) -> str:
-    """The word that holds here: the argument, else the innermost ``use``, else the environment, else "auto"."""
+    """The argument, else that of the innermost ``use``, else the environment's, else "auto"."""
     return (_use.get() or os.environ.get(ENVIRONMENT) or "auto") if impl is None else impl
 
 
@@ -218,7 +218,7 @@ def resolve(
         device, dtypes, too_large, head_dim, equal_lengths: see ``Call``.
 
     Raises:
-        ValueError: a word that names no implementation.
+        ValueError: ``impl``, or that of the context or the environment, names no implementation.
         KernelUnavailableError: a named implementation cannot run; says why. Only "auto" falls back.
     """
     key = (op, requested(impl), device, dtypes, too_large, head_dim, equal_lengths)
@@ -232,19 +232,19 @@ def forget() -> None:
     _resolved.clear()
 
 
-def _resolve(op: str, impl: str | None, word: str, call: Call) -> str:
+def _resolve(op: str, argument: str | None, impl: str, call: Call) -> str:
     implementations, _, aliases = _operations[op]
-    names = WORDS if impl is None else tuple(dict.fromkeys((*WORDS, *implementations)))
-    _checked(word, ENVIRONMENT if impl is None else "impl", names)
-    word = aliases.get(word, word)
-    if word == "auto":
+    names = IMPLS if argument is None else tuple(dict.fromkeys((*IMPLS, *implementations)))
+    _checked(impl, ENVIRONMENT if argument is None else "impl", names)
+    impl = aliases.get(impl, impl)
+    if impl == "auto":
         return _auto(op, call)
-    if word not in implementations:
-        raise KernelUnavailableError(f"{op}: there is no {word} implementation; it has {', '.join(implementations)}")
-    reason = implementations[word].refusal(call)
+    if impl not in implementations:
+        raise KernelUnavailableError(f"{op}: there is no {impl} implementation; it has {', '.join(implementations)}")
+    reason = implementations[impl].refusal(call)
     if reason is not None:
-        raise KernelUnavailableError(f"{op}: {word} cannot run: {reason}. auto would choose {_auto(op, call)}.")
-    return word
+        raise KernelUnavailableError(f"{op}: {impl} cannot run: {reason}. auto would choose {_auto(op, call)}.")
+    return impl
 
 
 def _auto(op: str, call: Call) -> str:
@@ -255,10 +255,10 @@ def _auto(op: str, call: Call) -> str:
     return next(name for name in tried if implementations[name].refusal(call) is None)
 
 
-def _checked(word: str, source: str, words: Sequence[str]) -> str:
-    if word not in words:
-        raise ValueError(f"{source}: {word!r} is not an implementation; choose from {', '.join(words)}")
-    return word
+def _checked(impl: str, source: str, names: Sequence[str]) -> str:
+    if impl not in names:
+        raise ValueError(f"{source}: {impl!r} is not an implementation; choose from {', '.join(names)}")
+    return impl
 
 
 def table(device: str | None = None, dtype: torch.dtype = torch.float32) -> list[Row]:

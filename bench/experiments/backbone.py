@@ -12,7 +12,7 @@ from .. import session, views, workload
 from ..baselines import IMPLEMENTATIONS, bottom_up, variant
 from ..measure import rounded
 from ..row import Results
-from ..workload import MODES, PARTS, Setting, check_words
+from ..workload import MODES, PARTS, Setting, check_choices
 
 # Speed-ups are given over these.
 BASELINES = ("original", "original-sdpa", "sdpa-compile")
@@ -32,7 +32,7 @@ class Options(Setting):
     Attributes:
         ratios, depths: every ratio at ``default``'s depth and every depth at its ratio.
         default: (ratio, depth) of the row that the others are relative to.
-        modes, implementations: words of ``MODES`` and ``IMPLEMENTATIONS``.
+        modes, implementations: each one of ``MODES`` and ``IMPLEMENTATIONS``.
         rounds: see ``measure``; 0 counts memory alone.
     """
 
@@ -54,8 +54,8 @@ def run(options: Options) -> Results:
     Raises:
         ValueError: an unknown mode, part or implementation.
     """
-    for words, known in ((options.modes, MODES), ([options.part], PARTS), (options.implementations, IMPLEMENTATIONS)):
-        check_words(words, known)
+    for names, known in ((options.modes, MODES), ([options.part], PARTS), (options.implementations, IMPLEMENTATIONS)):
+        check_choices(names, known)
     results = session.begin(options.device, [options.dtype])
     deepest = max(depth for _, depth in options.points())
     detector = workload.build_detector(options.config, options.overrides, deepest, options.device)

@@ -17,7 +17,7 @@ from .. import session, views, workload
 from ..equality import model_mismatch
 from ..row import Results
 from ..session import Candidate
-from ..workload import Setting, check_words
+from ..workload import Setting, check_choices
 from .backbone import columns, title
 
 _ORIGINAL_CONFIG = "configs/mimdet/mimdet_vit_base_mask_rcnn_fpn_sr_0p5_800_1333_4xdec_coco_3x.py"
@@ -37,7 +37,7 @@ class Options(Setting):
     Attributes:
         original: checkout of the original MIMDet, which runs on today's libraries.
         ratio: keep ratio.
-        implementations: words of ``IMPLEMENTATIONS``.
+        implementations: each one of ``IMPLEMENTATIONS``.
     """
 
     original: Path
@@ -57,7 +57,7 @@ def run(options: Options) -> Results:
         FileNotFoundError: ``options.original`` is not a checkout of the original.
         ValueError: an unknown implementation, or outputs that are not the original's.
     """
-    check_words(options.implementations, IMPLEMENTATIONS)
+    check_choices(options.implementations, IMPLEMENTATIONS)
     original, ours = _build(options)
     difference = model_mismatch(_outputs(ours, options), _outputs(original, options), options.dtype)
     if difference:

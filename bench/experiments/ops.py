@@ -19,7 +19,7 @@ from ..limits import floor_seconds
 from ..measure import Run, measure, peak_bytes, rounded, timer_for
 from ..row import Results, key
 from ..session import DTYPES
-from ..workload import check_words
+from ..workload import check_choices
 
 DIRECTIONS = ("forward", "backward")
 # Seconds of a pass: CUDA events resolve half a microsecond, and all calls of a pass are queued first.
@@ -37,7 +37,7 @@ class Options:
     Attributes:
         device: "cpu" or "cuda".
         output: file of results.
-        ops, dtypes, directions: words of ``cases.OPS``, ``session.DTYPES`` and ``DIRECTIONS``; empty means all ops,
+        ops, dtypes, directions: each one of ``cases.OPS``, ``session.DTYPES`` and ``DIRECTIONS``; empty means all ops,
             float32 and on a GPU bfloat16, both directions.
         shapes: instead of the model's; see ``cases.case``.
         implementations: by name; empty means all.
@@ -70,11 +70,11 @@ def run(options: Options, limits: Mapping[str, float] | None = None) -> Results:
         limits: measured when None.
 
     Raises:
-        ValueError: an unknown word, or a shape that does not fit.
+        ValueError: an unknown name, or a shape that does not fit.
     """
     dtypes = options.dtypes or (("fp32", "bf16") if options.kind == "cuda" else ("fp32",))
-    check_words(dtypes, DTYPES, "as dtype")
-    check_words(options.directions, DIRECTIONS, "as direction")
+    check_choices(dtypes, DTYPES, "as dtype")
+    check_choices(options.directions, DIRECTIONS, "as direction")
     chosen = {}
     for op in options.ops or OPS:
         for dtype in dtypes:
@@ -148,8 +148,8 @@ def implementations_of(one: Case, options: Options) -> dict[str, Implementation]
     functions |= {impl: _with_impl(one, impl) for impl in usable if impl != "eager"}
     functions |= one.baselines
     aliases = ALIASES if one.kernels_op == "attention_varlen" else {}
-    chosen = [aliases.get(word, word) for word in options.implementations]
-    check_words(chosen, functions, f"for {one.op} here")
+    chosen = [aliases.get(name, name) for name in options.implementations]
+    check_choices(chosen, functions, f"for {one.op} here")
     return {name: f for name, f in functions.items() if not chosen or name in chosen}
 
 

@@ -15,7 +15,7 @@ from ..baselines import bottom_up
 from ..equality import model_mismatch
 from ..row import Results
 from ..session import Candidate
-from ..workload import MODES, Setting, Workload, check_words
+from ..workload import MODES, Setting, Workload, check_choices
 
 LAYOUTS = ("canvas", "packed", "one by one")
 _STRIDES = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
@@ -28,7 +28,7 @@ class Options(Setting):
     Attributes:
         sizes: height and width of each image of the batch, multiples of 32; instead of size and batch.
         ratio: keep ratio.
-        modes: words of ``MODES``.
+        modes: each one of ``MODES``.
     """
 
     sizes: Sequence[tuple[int, int]]
@@ -47,7 +47,7 @@ def run(options: Options) -> Results:
     Raises:
         ValueError: an unknown mode, or fewer than two images.
     """
-    check_words(options.modes, MODES)
+    check_choices(options.modes, MODES)
     if len(options.sizes) < 2:
         raise ValueError(f"a batch of different images needs two sizes or more, got {len(options.sizes)}")
     results = session.begin(options.device, [options.dtype])

@@ -12,7 +12,7 @@ from ..limits import floor_seconds
 from ..measure import Timings, measure, rounded, wall_timer
 from ..operations import OTHER, UPDATE, Counter, Key, Work
 from ..row import Results
-from ..workload import MODES, PARTS, Setting, check_words
+from ..workload import MODES, PARTS, Setting, check_choices
 
 # Component -> modules, by name in the detector.
 COMPONENTS = {
@@ -39,8 +39,8 @@ class Options(Setting):
 
     Attributes:
         ratio, depth: keep ratio and decoder blocks.
-        mode: word of ``MODES``.
-        implementation: word of ``IMPLEMENTATIONS``; not a compiled one, whose operations cannot be seen.
+        mode: one of ``MODES``.
+        implementation: one of ``IMPLEMENTATIONS``; not a compiled one, whose operations cannot be seen.
         rounds: of the step, and of each operation.
     """
 
@@ -61,8 +61,8 @@ def run(options: Options) -> Results:
     if options.rounds < 3:
         raise ValueError(f"a roofline needs at least 3 rounds, got {options.rounds}")
     visible = [name for name in IMPLEMENTATIONS if name != "sdpa-compile"]
-    for word, known in ((options.mode, MODES), (options.part, PARTS), (options.implementation, visible)):
-        check_words([word], known)
+    for name, known in ((options.mode, MODES), (options.part, PARTS), (options.implementation, visible)):
+        check_choices([name], known)
     results = session.begin(options.device, [options.dtype, "fp32"])
     detector = workload.build_detector(options.config, options.overrides, options.depth, options.device)
     optimizer = workload.idle_optimizer(detector)
@@ -143,8 +143,8 @@ def columns(rows: Sequence[dict]) -> list[views.Column]:
 
 def label(row: dict) -> str:
     """Component, direction, and the operation of a row that is not a sum."""
-    words = [row["component"]] + [row["direction"]] * (row["component"] != STEP)
-    return ", ".join(words) + "".join(f" {row[name]}" for name in ("operation", "shape") if name in row)
+    parts = [row["component"]] + [row["direction"]] * (row["component"] != STEP)
+    return ", ".join(parts) + "".join(f" {row[name]}" for name in ("operation", "shape") if name in row)
 
 
 def reached(row: dict) -> float | None:

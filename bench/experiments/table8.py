@@ -10,7 +10,7 @@ from .. import session, views, workload
 from ..baselines import bottom_up
 from ..measure import rounded
 from ..row import Results
-from ..workload import MODES, PARTS, Setting, check_words
+from ..workload import MODES, PARTS, Setting, check_choices
 from .backbone import add_relative, paper, title
 
 
@@ -19,7 +19,7 @@ class Options(Setting):
     """What to measure: the configs of the paper's table, with ``overrides`` for all of them.
 
     Attributes:
-        modes: words of ``MODES``.
+        modes: each one of ``MODES``.
     """
 
     modes: Sequence[str] = MODES[:1]
@@ -31,8 +31,8 @@ def run(options: Options) -> Results:
     Raises:
         ValueError: an unknown mode or part.
     """
-    check_words(options.modes, MODES)
-    check_words([options.part], PARTS)
+    check_choices(options.modes, MODES)
+    check_choices([options.part], PARTS)
     results = session.begin(options.device, [options.dtype])
     lines = paper()["table8"]
     detectors = [workload.build_detector(line["config"], options.overrides, None, options.device) for line in lines]

@@ -167,8 +167,8 @@ class StandardROIHeads(nn.Module):
         classes = torch.cat([s.classes[k] for s, k in zip(sampled, keep, strict=True)])
         logits = self._mask_logits(features, boxes, classes)
         index = [s.gt_index[k] for s, k in zip(sampled, keep, strict=True)]
-        expected = mask_targets([t["masks"] for t in targets], index, boxes, logits.shape[-1])
-        return {"loss_mask": mask_loss(logits, expected)}
+        masks = mask_targets([t["masks"] for t in targets], index, boxes, logits.shape[-1])
+        return {"loss_mask": mask_loss(logits, masks)}
 
     def _detect(
         self,

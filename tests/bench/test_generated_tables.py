@@ -57,7 +57,7 @@ def test_the_command_finds_the_pages(tmp_path, monkeypatch, bench, capsys):
     assert bench("readme") == 0
     assert capsys.readouterr().out.splitlines() == ["docs/benchmarks.md: filled"]
     assert bench("readme", "README.md") == 1
-    assert "no place for results" in capsys.readouterr().err
+    assert "no markers for results" in capsys.readouterr().err
 
 
 def test_every_config_has_a_row(tmp_path, monkeypatch):

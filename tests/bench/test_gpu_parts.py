@@ -168,7 +168,7 @@ def test_real_parts_are_commands_that_exist(bench, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "run", lambda options: asked.update({options.output.stem: options}))
     for part in PARTS:
         if not part.text:
-            assert bench(*part.words[1:], "--output", tmp_path / part.file) == 0
+            assert bench(*part.arguments[1:], "--output", tmp_path / part.file) == 0
     assert set(asked) == {part.name for part in PARTS if not part.text}
     assert {options.device for options in asked.values()} == {"cuda"}
     measured = [options for options in asked.values() if isinstance(options, ops.Options)]
@@ -181,7 +181,7 @@ def test_real_parts_are_commands_that_exist(bench, monkeypatch, tmp_path):
         step = asked[f"detector_batch{batch}"]
         assert (step.batch, step.part, step.modes) == (batch, "detector", ("train",))
     parity = next(part for part in PARTS if part.name == "parity")
-    files = [word for word in parity.words if word.endswith(".py")]
+    files = [argument for argument in parity.arguments if argument.endswith(".py")]
     assert len(files) >= 7
     assert all(Path(file).is_file() for file in files)
 

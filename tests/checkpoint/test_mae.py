@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.fake_mae import META, fake_mae, saved
+from support.mae_checkpoints import META, fake_mae, saved
 from support.paths import RECORDINGS
 from torch import nn
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.block_ops import DTYPES, add_layer_norm_inputs, check_add_layer_norm, differentiate
-from support.kernels import F32, here, native, needs_compiler
+from support.kernels import here, native, needs_compiler
 
 from mimdet.kernels import KernelUnavailableError, add_layer_norm
 from mimdet.kernels.add_layer_norm import ops, reference
@@ -62,14 +62,6 @@ def test_opcheck(runner, dtypes, kind):
     )
 
 
-def test_meta_tensors():
-    inputs, _ = add_layer_norm_inputs((2, 3, 16), DTYPES["amp"])
-    results = ops.run(*(t.to("meta") for t in inputs.values()), 1e-6, torch.bfloat16, "cpp")
-    assert [(tuple(t.shape), t.dtype) for t in results] == [
-        ((2, 3, 16), F32), ((2, 3, 16), torch.bfloat16), ((2, 3), F32), ((2, 3), F32)
-    ]  # fmt: skip
-
-
 def test_reference_gradients():
     inputs, _ = add_layer_norm_inputs((2, 3, 5), [torch.float64] * 3)
     residual, x, scale, weight, bias = (t.double() for t in inputs.values())
@@ -125,7 +117,6 @@ def test_mutations_are_caught(monkeypatch, mutation, cpp):
 
 
 BAD = {
-    "integer residual": (TypeError, "residual must be", {"residual": torch.zeros(2, 3, 8, dtype=torch.int64)}),
     "rank": (ValueError, "residual must be", {"residual": torch.zeros(8)}),
     "shape of x": (ValueError, "x must be", {"x": torch.zeros(2, 4, 8)}),
     "scale length": (ValueError, "scale must be", {"scale": torch.ones(3)}),
@@ -133,11 +124,9 @@ BAD = {
     "scale alone": (ValueError, "scale without", {"x": None}),
     "weight length": (ValueError, "weight must be", {"weight": torch.ones(7)}),
     "bias length": (ValueError, "bias must be", {"bias": torch.ones(9)}),
-    "device": (ValueError, "weight is on meta", {"weight": torch.ones(8, device="meta")}),
     "dtype": (TypeError, "dtype must be", {"dtype": torch.int32}),
     "double in C++": (KernelUnavailableError, "float64", {"residual": torch.zeros(2, 3, 8).double(), "impl": "cpp"}),
     "half x in C++": (KernelUnavailableError, "float16", {"x": torch.zeros(2, 3, 8).half(), "impl": "cpp"}),
-    "word": (ValueError, "impl", {"impl": "fast"}),
 }
 
 
@@ -173,8 +162,8 @@ def test_compiles_within_the_budget(capability, channels, dtypes):
         return add_layer_norm(**kw, dtype=DTYPES[dtypes][2], impl="triton")
 
     aligned = channels % 256 == 0
-    results = compile_pair(OP, capability, lambda: differentiate(function, inputs, gradients))
-    for one, registers in zip(results, REGISTERS[aligned], strict=True):
+    compiled = compile_pair(OP, capability, lambda: differentiate(function, inputs, gradients))
+    for one, registers in zip(compiled, REGISTERS[aligned], strict=True):
         assert one.stack == 0, one
         assert one.registers <= registers, one
         assert not aligned or (one.loads_16 and one.stores_16), one

@@ -66,9 +66,9 @@ def test_last_sequence(runner, many):
     alone = differentiate(last, gradient, (length,), impl)
 
     def after_zeros(rows):
-        values = rows.new_zeros(count * length, *rows.shape[1:])
-        values[-length:] = rows
-        return values
+        batch = rows.new_zeros(count * length, *rows.shape[1:])
+        batch[-length:] = rows
+        return batch
 
     among = differentiate(after_zeros(last), after_zeros(gradient), (length,) * count, impl)
     assert all(torch.equal(among[name][-length:], value) for name, value in alone.items())
@@ -323,8 +323,8 @@ def test_small_outputs_of_long_sequences_are_not_lost_beside_large_ones(monkeypa
 
 
 def good(**change):
-    values = {name: torch.zeros(5, 2, 8) for name in "qkv"}
-    return attention_varlen(**(values | {"cu_seqlens": cumulated((2, 3)), "max_seqlen": 3} | change))
+    arguments = {name: torch.zeros(5, 2, 8) for name in "qkv"}
+    return attention_varlen(**(arguments | {"cu_seqlens": cumulated((2, 3)), "max_seqlen": 3} | change))
 
 
 def bounds(*numbers):
@@ -565,9 +565,9 @@ def test_compiles_within_the_budget(capability, head_dim, dtype):
 
     heads = 768 // head_dim
     qkv, gradient = torch.empty(4200, 3, heads, head_dim, dtype=dtype), torch.empty(4200, heads, head_dim, dtype=dtype)
-    values = compile_pair(OP, capability, lambda: differentiate(qkv, gradient, (2100, 2100), "triton"))
-    assert len(values) == 4
-    for one in values:
+    compiled = compile_pair(OP, capability, lambda: differentiate(qkv, gradient, (2100, 2100), "triton"))
+    assert len(compiled) == 4
+    for one in compiled:
         assert one.stack <= SPILLED.get((one.name, dtype, head_dim), 0), one
         assert one.shared <= SHARED, one
         # A multiprocessor has 65536 registers, enough for one program of 8 warps.

@@ -71,11 +71,6 @@ def test_opcheck(runner):
     )
 
 
-def test_meta_tensors():
-    y = ops.run(torch.zeros(2, 8, dtype=BF16, device="meta"), torch.zeros(8, device="meta"), "cpp")
-    assert (y.shape, y.dtype) == ((2, 8), BF16)
-
-
 def test_reference_gradients():
     x, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (4,)))
     assert torch.autograd.gradcheck(reference.bias_gelu, (x, bias))
@@ -98,13 +93,9 @@ def test_mutations_are_caught(monkeypatch, mutation, cpp):
 
 
 BAD = {
-    "integer x": (TypeError, "x must be", {"x": torch.zeros(2, 8, dtype=torch.int64)}),
-    "integer bias": (TypeError, "bias must be", {"bias": torch.zeros(8, dtype=torch.int32)}),
     "scalar": (ValueError, "bias must be", {"x": torch.tensor(1.0)}),
     "length": (ValueError, "bias must be", {"bias": torch.zeros(7)}),
-    "device": (ValueError, "bias is on meta", {"bias": torch.zeros(8, device="meta")}),
     "double in C++": (KernelUnavailableError, "float64", {"x": torch.zeros(2, 8).double(), "impl": "cpp"}),
-    "word": (ValueError, "impl", {"impl": "fast"}),
 }
 
 

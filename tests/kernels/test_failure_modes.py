@@ -154,9 +154,9 @@ def test_int64_last_image(op, impl, device, many):
     last = case(op, 1, length, channels, dtype=BF16, parameters=BF16, device=device)
 
     def after_zeros(tensor):
-        example = tensor.new_zeros(count, *tensor.shape[1:])
-        example[-1:] = tensor
-        return example
+        batch = tensor.new_zeros(count, *tensor.shape[1:])
+        batch[-1:] = tensor
+        return batch
 
     def of_images(values, repeat):
         return {k: repeat(v) if isinstance(v, torch.Tensor) and len(v) == 1 else v for k, v in values.items()}
@@ -202,9 +202,9 @@ def test_compiled_output(op, impl, device):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     # The second value of a scalar becomes a SymFloat.
     for factor in (1.0, 0.5):
-        upstream = {k: v * factor for k, v in scalars.items()}
+        values = {k: v * factor for k, v in scalars.items()}
         expected, actual = (
-            differentiate(example, impl, function=lambda f=f, upstream=upstream, **inputs: f(inputs, tensors, upstream))
+            differentiate(example, impl, function=lambda f=f, values=values, **inputs: f(inputs, tensors, values))
             for f in (function, compiled)
         )
         assert_same_bits(expected, actual)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.kernels import BF16, F16, F32, IMPLS, Guarded, here, native, needs_compiler, quantized
 
-from mimdet.kernels import KernelUnavailableError, gather_add_pos
+from mimdet.kernels import gather_add_pos
 from mimdet.kernels.gather_add_pos import ops, reference
 from mimdet.testing import assert_within_budget
 
@@ -205,30 +205,18 @@ X, POS, INDEX = torch.zeros(2, 5, 8), torch.zeros(5, 8), torch.zeros(2, 3, dtype
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        ((X.int(), POS, INDEX), TypeError, "x must be of a float dtype"),
-        ((X, POS.int(), INDEX), TypeError, "pos must be of a float dtype"),
-        ((X, POS, INDEX.float()), TypeError, "index must be int32 or int64"),
         ((X[0], POS, INDEX), ValueError, r"x must be \(B, L, C\), got \(5, 8\)"),
         ((X, POS, INDEX[0]), ValueError, r"index must be \(2, K\), got \(3,\)"),
         ((X, POS, INDEX[:1]), ValueError, r"index must be \(2, K\), got \(1, 3\)"),
         ((X, POS[:4], INDEX), ValueError, r"pos must be \(5, 8\), got \(4, 8\)"),
         ((X, POS[:, :7], INDEX), ValueError, r"pos must be \(5, 8\), got \(5, 7\)"),
         ((X, X, INDEX), ValueError, r"pos must be \(5, 8\), got \(2, 5, 8\)"),
-        ((X, POS, INDEX.to("meta")), ValueError, "index is on meta, x on cpu"),
-        ((X, POS.to("meta"), INDEX), ValueError, "pos is on meta, x on cpu"),
     ],
     ids=lambda v: v if isinstance(v, str) else None,
 )
 def test_bad_input(args, error, message):
     with pytest.raises(error, match=message):
         gather_add_pos(*args)
-
-
-@native
-@pytest.mark.parametrize(("impl", "dtype"), [("triton", F32), ("cuda", F32), ("cpp", F64), ("cpp", F16)], ids=str)
-def test_what_cannot_run_says_why(impl, dtype):
-    with pytest.raises(KernelUnavailableError, match=f"gather_add_pos: {impl} cannot run: "):
-        gather_add_pos(X.to(dtype), POS.to(dtype), INDEX, impl=impl)
 
 
 @pytest.mark.parametrize(("x_dtype", "pos_dtype"), [(F16, F32), (F16, BF16), (F64, F32), (F32, F64)], ids=str)

@@ -18,16 +18,7 @@ OPERATIONS = ("add_layer_norm", "attention_varlen", "bias_gelu", "gather_add_pos
 @pytest.mark.parametrize("name", [*OPERATIONS, "failure_modes", "shim"])
 def test_under_the_interpreter(name):
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        str(HERE / f"test_{name}.py"),
-    ]
+    options = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider")
+    command = [sys.executable, "-m", "pytest", *options, str(HERE / f"test_{name}.py")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent.parent)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

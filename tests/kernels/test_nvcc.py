@@ -79,15 +79,15 @@ def test_kernels_spill_nothing(compiled):
 @pytest.fixture
 def calls(monkeypatch):
     """Records (function, arguments) of CUDA calls instead of making them; tensors are on the CPU."""
-    example = []
+    recorded = []
 
     def call_cuda(name, *arguments, sizes=(), typed=()):
-        example.append((name, (*arguments, *sizes, *(library._DTYPE_CODES[tensor.dtype] for tensor in typed))))
+        recorded.append((name, (*arguments, *sizes, *(library._DTYPE_CODES[tensor.dtype] for tensor in typed))))
 
     for module in (library, *(importlib.import_module(f"mimdet.kernels.{op}.cuda") for op in IMAGES)):
         monkeypatch.setattr(module, "call_cuda", call_cuda)
     with pretend("cuda", *CUDA_OPS):
-        yield example
+        yield recorded
 
 
 def run(op, variant):

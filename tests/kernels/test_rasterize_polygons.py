@@ -65,9 +65,9 @@ def on_all(test):
 def test_is_pycocotools(kind, size, impl, device):
     filled = 0
     for seed in range(here(6, 3)):
-        case, want = answered(seed, kind, size)
-        assert torch.equal(rasterize(*case, size, impl, device), want), seed
-        filled += int(want.sum())
+        case, expected = answered(seed, kind, size)
+        assert torch.equal(rasterize(*case, size, impl, device), expected), seed
+        filled += int(expected.sum())
     assert filled or kind == "collinear"
 
 
@@ -127,8 +127,8 @@ def test_products_are_rounded_before_sums(impl, device):
 def test_boxes_of_any_dtype_are_taken_as_they_are(dtype, impl, device):
     instances, index, windows = random_case(3, "plain", *here((24, 30), (3, 12)))
     windows = torch.tensor(windows, dtype=dtype)
-    want = pycocotools(instances, index, windows.double().numpy(), 14)
-    assert torch.equal(rasterize(instances, index, windows, 14, impl, device, dtype), want)
+    expected = pycocotools(instances, index, windows.double().numpy(), 14)
+    assert torch.equal(rasterize(instances, index, windows, 14, impl, device, dtype), expected)
 
 
 @on_all
@@ -170,13 +170,13 @@ def test_any_strides_and_integers(impl):
     instances, index, windows = random_case(5, "tenths", *here((24, 30), (3, 12)))
     points, polygon_starts, instance_starts = packed(instances)
     index, boxes = torch.as_tensor(index), torch.as_tensor(windows)
-    want = rasterize_polygons(points, polygon_starts, instance_starts, index, boxes, 14, impl=impl)
+    expected = rasterize_polygons(points, polygon_starts, instance_starts, index, boxes, 14, impl=impl)
     strided = points.t().contiguous().t(), polygon_starts.long(), instance_starts.repeat_interleave(2)[::2]
     wide = torch.zeros(len(boxes), 8, dtype=boxes.dtype)
     wide[:, ::2] = boxes
-    got = rasterize_polygons(*strided, index.int().repeat_interleave(2)[::2], wide[:, ::2], 14, impl=impl)
-    assert torch.equal(got, want)
-    assert want.any()
+    actual = rasterize_polygons(*strided, index.int().repeat_interleave(2)[::2], wide[:, ::2], 14, impl=impl)
+    assert torch.equal(actual, expected)
+    assert expected.any()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -228,8 +228,8 @@ def test_real_annotations(impl):
         windows = (boxes[index] + shift).astype(np.float32).astype(np.float64)
         windows[::3] = boxes
         for size in (7, 14, 28):
-            want = pycocotools(instances, index, windows, size)
-            assert torch.equal(rasterize(instances, index, windows, size, impl), want), (file.name, size)
+            expected = pycocotools(instances, index, windows, size)
+            assert torch.equal(rasterize(instances, index, windows, size, impl), expected), (file.name, size)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -287,21 +287,21 @@ def test_what_is_out_of_range_is_named(monkeypatch, place, value, error, message
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"points": [[0.0, 1.0]]}, TypeError, "points must be a tensor, got list"),
-        ({"points": torch.zeros(3, 2)}, TypeError, "points must be float64, got torch.float32"),
-        ({"points": torch.zeros(6, dtype=F64)}, ValueError, r"points must be \(P, 2\), got \(6,\)"),
-        ({"points": torch.zeros(2, 3, dtype=F64)}, ValueError, r"points must be \(P, 2\), got \(2, 3\)"),
+        ({"points": [[0.0, 1.0]]}, TypeError, "points must be a tensor, actual list"),
+        ({"points": torch.zeros(3, 2)}, TypeError, "points must be float64, actual torch.float32"),
+        ({"points": torch.zeros(6, dtype=F64)}, ValueError, r"points must be \(P, 2\), actual \(6,\)"),
+        ({"points": torch.zeros(2, 3, dtype=F64)}, ValueError, r"points must be \(P, 2\), actual \(2, 3\)"),
         ({"polygon_starts": torch.zeros(2)}, TypeError, "polygon_starts must be int32 or int64"),
-        ({"polygon_starts": torch.zeros(0).int()}, ValueError, r"polygon_starts must be \(Q \+ 1,\), got \(0,\)"),
+        ({"polygon_starts": torch.zeros(0).int()}, ValueError, r"polygon_starts must be \(Q \+ 1,\), actual \(0,\)"),
         ({"instance_starts": torch.zeros(1, 2).int()}, ValueError, r"instance_starts must be \(N \+ 1,\)"),
         ({"index": torch.zeros(5)}, TypeError, "index must be int32 or int64"),
-        ({"index": torch.zeros(5, 1).int()}, ValueError, r"index must be \(R,\), got \(5, 1\)"),
+        ({"index": torch.zeros(5, 1).int()}, ValueError, r"index must be \(R,\), actual \(5, 1\)"),
         ({"boxes": torch.zeros(5, 4).int()}, TypeError, "boxes must be of a float dtype"),
-        ({"boxes": torch.zeros(4, 4)}, ValueError, r"boxes must be \(5, 4\), got \(4, 4\)"),
-        ({"boxes": torch.zeros(5, 5)}, ValueError, r"boxes must be \(5, 4\), got \(5, 5\)"),
+        ({"boxes": torch.zeros(4, 4)}, ValueError, r"boxes must be \(5, 4\), actual \(4, 4\)"),
+        ({"boxes": torch.zeros(5, 5)}, ValueError, r"boxes must be \(5, 4\), actual \(5, 5\)"),
         ({"boxes": torch.zeros(5, 4, device="meta")}, ValueError, "boxes is on meta, points on cpu"),
         ({"index": torch.zeros(5, device="meta").int()}, ValueError, "index is on meta, points on cpu"),
-        ({"size": 0}, ValueError, "size must be 1 or more, got 0"),
+        ({"size": 0}, ValueError, "size must be 1 or more, actual 0"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
 )
@@ -334,12 +334,10 @@ def fused(target_name, assembly, pattern, **changes):
     from support.aot import launches, target
     from support.kernel_cases import pretend
 
-    with pretend("triton", OP), launches() as launched:
+    with pretend("triton", OP), launches() as kernels:
         rasterize_polygons(*arguments(), 28, impl="triton")
     with target(target_name):
-        one = launched[0].kernel.warmup(
-            *launched[0].arguments, grid=launched[0].grid, **launched[0].constants | changes
-        )
+        one = kernels[0].kernel.warmup(*kernels[0].arguments, grid=kernels[0].grid, **kernels[0].constants | changes)
     return len(re.findall(pattern, one.asm[assembly]))
 
 
@@ -353,7 +351,7 @@ def test_triton_does_not_fuse_products_with_sums():
 
 def test_cpp_does_not_fuse_products_with_sums(monkeypatch, tmp_path):
     commands = []
-    monkeypatch.setattr(build, "_compile", lambda folder, name, jobs, *others: commands.extend(jobs))
+    monkeypatch.setattr(build, "_compile", lambda folder, name, parts, *others: commands.extend(parts))
     try:
         build.compile_cpu(tmp_path)
     except build.BuildError as error:

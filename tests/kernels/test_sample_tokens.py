@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from support.kernels import IMPLS, INTERPRETED, Guarded, native, needs_compiler
+from support.kernels import IMPLS, INTERPRETED, Guarded, needs_compiler
 from support.sampling_cases import packed_cases, sampling_cases
 
-from mimdet.kernels import KernelUnavailableError, sample_packed_tokens, sample_tokens, valid_mask
+from mimdet.kernels import sample_packed_tokens, sample_tokens, valid_mask
 from mimdet.kernels.sample_tokens import ops, reference
 
 OP = "sample_tokens"
@@ -219,13 +219,6 @@ def test_bad_input(noise, valid, ratio, error, message):
 def test_bad_packed_input(noise, sizes, error, message):
     with pytest.raises(error, match=message):
         sample_packed_tokens(noise, sizes, (2, 3), 0.5)
-
-
-@native
-@pytest.mark.parametrize("impl", ["triton", "cuda"])
-def test_what_cannot_run_says_why(impl):
-    with pytest.raises(KernelUnavailableError, match=f"sample_tokens: {impl} cannot run: "):
-        sample_tokens(torch.rand(1, 4), torch.ones(1, 4, dtype=torch.bool), 0.5, impl=impl)
 
 
 @needs_compiler

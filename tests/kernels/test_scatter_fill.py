@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.kernels import BF16, F16, F32, IMPLS, Guarded, here, native, needs_compiler, quantized
 
-from mimdet.kernels import KernelUnavailableError, sample_packed_tokens, scatter_fill, valid_mask
+from mimdet.kernels import sample_packed_tokens, scatter_fill, valid_mask
 from mimdet.kernels.scatter_fill import ops
 from mimdet.testing import assert_within_budget
 
@@ -233,33 +233,19 @@ IDS_RESTORE = torch.arange(5).repeat(2, 1)
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        ((KEPT.int(), FILL, IDS_RESTORE, POS), TypeError, "kept must be of a float dtype"),
-        ((KEPT, FILL.int(), IDS_RESTORE, POS), TypeError, "fill must be of a float dtype"),
-        ((KEPT, FILL, IDS_RESTORE, POS.int()), TypeError, "pos must be of a float dtype"),
         ((KEPT, FILL.bfloat16(), IDS_RESTORE, POS), TypeError, "kept and fill must have one dtype"),
-        ((KEPT, FILL, IDS_RESTORE.float(), POS), TypeError, "ids_restore must be int32 or int64"),
         ((KEPT[0], FILL, IDS_RESTORE, POS), ValueError, r"kept must be \(B, K, D\), got \(3, 8\)"),
         ((KEPT, FILL[0], IDS_RESTORE, POS), ValueError, r"fill must be \(2, F, 8\), got \(2, 8\)"),
         ((KEPT, FILL[..., :7], IDS_RESTORE, POS), ValueError, r"fill must be \(2, F, 8\), got \(2, 2, 7\)"),
         ((KEPT, FILL[:1], IDS_RESTORE, POS), ValueError, r"fill must be \(2, F, 8\), got \(1, 2, 8\)"),
         ((KEPT, FILL, IDS_RESTORE[:, :4], POS), ValueError, r"ids_restore must be \(2, 5 or more\), got \(2, 4\)"),
         ((KEPT, FILL, IDS_RESTORE, POS[:4]), ValueError, r"pos must be \(5, 8\), got \(4, 8\)"),
-        ((KEPT, FILL, IDS_RESTORE.to("meta"), POS), ValueError, "ids_restore is on meta, kept on cpu"),
-        ((KEPT, FILL.to("meta"), IDS_RESTORE, POS), ValueError, "fill is on meta, kept on cpu"),
-        ((KEPT, FILL, IDS_RESTORE, POS.to("meta")), ValueError, "pos is on meta, kept on cpu"),
     ],
     ids=lambda v: v if isinstance(v, str) else None,
 )
 def test_bad_input(args, error, message):
     with pytest.raises(error, match=message):
         scatter_fill(*args)
-
-
-@native
-@pytest.mark.parametrize(("impl", "dtype"), [("triton", F32), ("cuda", F32), ("cpp", F64), ("cpp", F16)], ids=str)
-def test_what_cannot_run_says_why(impl, dtype):
-    with pytest.raises(KernelUnavailableError, match=f"scatter_fill: {impl} cannot run: "):
-        scatter_fill(KEPT.to(dtype), FILL.to(dtype), IDS_RESTORE, POS.to(dtype), impl=impl)
 
 
 @pytest.mark.parametrize(("dtype", "pos_dtype"), [(F16, F32), (F16, BF16), (F64, F32), (F32, F64)], ids=str)

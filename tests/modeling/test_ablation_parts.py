@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.fake_mae import fake_mae, saved
+from support.mae_checkpoints import fake_mae, saved
 from support.packed_images import STRIDES, batch, cells
 from support.relative_error import relative_error
 from timm.models.convnext import ConvNeXt
@@ -247,9 +247,9 @@ def test_weights_that_others_will_replace_are_not_read():
 def test_mask_token_comes_from_the_mae_file(tmp_path):
     state = fake_mae()
     sizes = {"img_size": 320, "embed_dim": 192, "decoder_embed_dim": 128, "depth": 2, "fill": "mask_token"}
-    decoded = MIMDetDecoder(**sizes, pretrained=saved(tmp_path / "mae.pth", state))
-    assert torch.equal(decoded.mask_token, state["mask_token"])
-    assert not any("conv_feat_proj" in key for key in decoded.state_dict())
+    decoder = MIMDetDecoder(**sizes, pretrained=saved(tmp_path / "mae.pth", state))
+    assert torch.equal(decoder.mask_token, state["mask_token"])
+    assert not any("conv_feat_proj" in key for key in decoder.state_dict())
     del state["mask_token"]
     with pytest.raises(CheckpointError, match="mask_token is not in the file"):
         MIMDetDecoder(**sizes, pretrained=saved(tmp_path / "mae.pth", state))

@@ -320,9 +320,9 @@ def test_a_shrunken_counterpart_trains_saves_loads_and_evaluates(tmp_path):
     again = load(tmp_path / "out/config.yaml", [f"train.init_checkpoint={json.dumps(str(tmp_path / 'detector.pth'))}"])
     assert evaluate_only(again)["bbox"] == pytest.approx(metrics["bbox"], nan_ok=True)
     image = torch.randint(256, (3, 40, 100), dtype=torch.uint8)
-    computed = Predictor(None, tmp_path / "detector.pth", device="cpu", score_threshold=0)(image)
-    assert len(computed["boxes"]) > 0
-    assert computed["masks"].shape[1:] == (40, 100)
-    assert (computed["boxes"].amax(0) <= torch.tensor([100, 40, 100, 40])).all()
+    detections = Predictor(None, tmp_path / "detector.pth", device="cpu", score_threshold=0)(image)
+    assert len(detections["boxes"]) > 0
+    assert detections["masks"].shape[1:] == (40, 100)
+    assert (detections["boxes"].amax(0) <= torch.tensor([100, 40, 100, 40])).all()
     with pytest.raises(CheckpointError, match=r"no backbone\.bottom_up\.encoder\.\* weights"):
         convert_checkpoint(weights, tmp_path / "mae.pth", "mae")

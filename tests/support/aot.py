@@ -98,18 +98,18 @@ def launches():
     """Inside, Triton kernels are not launched; yields the list of recorded launches."""
     from triton.runtime.jit import JITFunction
 
-    built = []
+    recorded = []
     run = JITFunction.run
 
     def record(kernel, *arguments, grid, warmup, **constants):
         if warmup:
             return run(kernel, *arguments, grid=grid, warmup=warmup, **constants)
-        built.append(Launch(kernel, grid, arguments, constants))
+        recorded.append(Launch(kernel, grid, arguments, constants))
         return None
 
     JITFunction.run = record
     try:
-        yield built
+        yield recorded
     finally:
         JITFunction.run = run
 
@@ -137,9 +137,9 @@ def compile_pair(op, capability, run):
     """``Compiled`` of every Triton kernel that ``run()`` would launch for ``op``; none runs."""
     from support.kernel_cases import pretend
 
-    with pretend("triton", op), launches() as built:
+    with pretend("triton", op), launches() as recorded:
         run()
-    return [compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in built]
+    return [compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in recorded]
 
 
 def _measure_nvidia(built, capability):
@@ -184,7 +184,7 @@ def narrow_products(ttir):
     Every integer has a bound: constants, ranges and program ids their value, arguments and loaded values that of their
     type. Sums are assumed to fit: int32 counts (channels, tokens) are far below 2**31.
     """
-    bounds, wrapped, usage_match = {}, set(), []
+    bounds, wrapped, narrow = {}, set(), []
     for line in ttir.splitlines():
         definition = _DEFINITION.search(line.split(" loc(")[0])
         if not definition:
@@ -219,8 +219,8 @@ def narrow_products(ttir):
             wrapped.add(name)
         bounds[name] = min(bound, widest)
         if operation == "tt.addptr" and operands[1] in wrapped:
-            usage_match.append(name)
-    return usage_match
+            narrow.append(name)
+    return narrow
 
 
 def table(*options):
@@ -241,7 +241,7 @@ def table(*options):
     rows = [["kernel", "target", "registers", "stack", "shared", "16-byte loads", "16-byte stores"]]
     rows += [["-"] * len(rows[0])]
     # Tests of several shapes may compile the same kernel.
-    rows += [list(map(str, built)) for built in dict.fromkeys(aot.made_so_far)]
+    rows += [list(map(str, kernel)) for kernel in dict.fromkeys(aot.compiled_so_far)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows), status
 
 

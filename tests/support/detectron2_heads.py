@@ -44,11 +44,11 @@ def first_candidates():
 
 def truth(case):
     """Ground truth of two images; the second's is missing in the case ``one_empty``, both in ``all_empty``."""
-    values = [target(31 + i, size, count) for i, (size, count) in enumerate(zip(SIZES, (3, 4), strict=True))]
-    for each in values:
+    targets = [target(31 + i, size, count) for i, (size, count) in enumerate(zip(SIZES, (3, 4), strict=True))]
+    for each in targets:
         each["labels"] %= CLASSES
     empty = {"full": 0, "one_empty": 1, "all_empty": 2}[case]
-    return values[: 2 - empty] + [NO_TRUTH] * empty
+    return targets[: 2 - empty] + [NO_TRUTH] * empty
 
 
 def roi_inputs():

@@ -108,14 +108,14 @@ def _polygons(batch, length, channels, device):
     instance_starts = [*range(0, 2 * batch + 1, 2), 2 * batch]
     boxes = quantized(2 * batch + (3 if batch else 0), 4, seed=1, mean=6.0, std=2.0)
     boxes[:, 2:] += boxes[:, :2]
-    tensors = {
+    arguments = {
         "points": points,
         "polygon_starts": torch.tensor(polygon_starts, dtype=torch.int32),
         "instance_starts": torch.tensor(instance_starts, dtype=torch.int32),
         "index": torch.arange(len(boxes)) % (batch + 1),
         "boxes": boxes,
     }
-    return {name: tensor.to(device) for name, tensor in tensors.items()} | {"size": max(1, min(channels, 28))}
+    return {name: tensor.to(device) for name, tensor in arguments.items()} | {"size": max(1, min(channels, 28))}
 
 
 def lay_out(x, layout):
@@ -186,13 +186,13 @@ def assert_same_bits(first, second):
 def runners(ops=OPS):
     """pytest parameters (op, impl, device): all implementations of ``ops`` that run on this machine, except eager."""
     places = {**PLACES, "aten_cpu": "cpu"} if "cpp" in PLACES else PLACES
-    example = [
+    parameters = [
         pytest.param(op, impl, device, id=f"{op}-{impl}")
         for op in ops
         for impl, device in places.items()
         if usable(op, impl, device)
     ]
-    return example or [pytest.param(None, None, None, marks=pytest.mark.skip(reason="neither a compiler nor a GPU"))]
+    return parameters or [pytest.param(None, None, None, marks=pytest.mark.skip(reason="neither a compiler nor a GPU"))]
 
 
 def on_runners(ops=OPS):
@@ -204,11 +204,11 @@ def triton_launches(op, length=12, channels=48, **sizes):
     """Launches that ``op``'s Triton kernels would make, forward and backward; images in both memory formats."""
     from support.aot import launches
 
-    with pretend("triton", op), launches() as example:
+    with pretend("triton", op), launches() as recorded:
         for layout in (None, "channels_last") if op in IMAGES else (None,):
             differentiate(case(op, length=length, channels=channels, layout=layout, **sizes), "triton")
-    assert example
-    return example
+    assert recorded
+    return recorded
 
 
 @contextlib.contextmanager

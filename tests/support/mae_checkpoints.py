@@ -1,4 +1,4 @@
-"""MAE checkpoints with weights that follow from their keys."""
+"""MAE checkpoints with the keys and shapes of the recordings."""
 
 import json
 
