@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -206,24 +206,6 @@ def peak_bytes(run: Run, device: str) -> int:
         now += event.nbytes()
         most = max(most, now)
     return most
-
-
-def activation_bytes(forward: Run, parameters: Iterable[torch.Tensor]) -> int:
-    """Bytes of the tensors that autograd saves for backward: each storage once, parameters excluded."""
-    weights = {p.untyped_storage().data_ptr() for p in parameters}
-    saved: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address and address not in weights:
-            saved[address] = tensor.detach()  # keeps the storage alive: its address is not used again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    del result
-    return total
 
 
 def rounded(value: float, digits: int = 5) -> float:

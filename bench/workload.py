@@ -15,11 +15,12 @@ from torch import nn
 
 from ..config import load
 from ..engine.model import build_model
+from ..modeling.memory import activation_bytes
 from ..polygons import PackedPolygons
 from ..testing import fixed_noise
 from .baselines import bottom_up
 from .equality import model_mismatch, reason
-from .measure import activation_bytes, peak_bytes, rounded
+from .measure import peak_bytes, rounded
 from .session import DTYPES, Candidate
 
 MODES = ("train", "inference")
@@ -94,7 +95,10 @@ def build_detector(config: str, overrides: Sequence[str], depth: int | None, dev
     """A config's detector with random weights, without checkpointing and with ``depth`` decoder blocks; None leaves
     the decoder to the config."""
     cfg = load(config, overrides)
-    cfg.model.backbone.bottom_up.encoder.checkpointing = False
+    encoder = cfg.model.backbone.bottom_up.encoder
+    encoder.checkpointing = False
+    if encoder.recompute == "auto":
+        encoder.recompute = "lean"  # what one machine has room for is no property of the model
     if depth is not None:
         cfg.model.backbone.bottom_up.decoder.depth = depth
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from torch import nn
 from .areas import PackedFeatures, ValidAreas
 from .decoder import MIMDetDecoder
 from .encoder import MIMDetEncoder
+from .memory import AutoRecompute
 from .pyramid import UpsampledTokens
 from .sampling import SAMPLING, check_ratio
 from .shapes import ImageList, ShapeSpec
@@ -77,6 +78,7 @@ class MIMDetBackbone(nn.Module):
             self._check_all_tokens(ratio)
         self.batch_mode = batch_mode
         self.sampling = sampling
+        self._recomputation = AutoRecompute(*encoder.recomputation) if "auto" in encoder.recomputation else None
         self.size_divisibility = size_divisibility
         self._out_feature_channels = list(_out_feature_channels)
         self._out_feature_strides = list(_out_feature_strides)
@@ -116,15 +118,37 @@ class MIMDetBackbone(nn.Module):
         if sample_ratio is None:
             sample_ratio = self.sample_ratio if self.training else self.inference_sample_ratio
         self._check_all_tokens(sample_ratio)
+        if self._recomputation is not None and self.training and torch.is_grad_enabled():
+            self._make_room(images.tensor, sample_ratio)
         padded = any(size != (height, width) for size in images.image_sizes)
         packed = self.batch_mode == "packed" and padded
-        encoded = self.encoder(images, sample_ratio, sampling=self.sampling, packed=packed)
-        c4 = encoded.map(encoded.tokens) if self.decoder is None else self.decoder(encoded)
-        c2, c3 = encoded.features[:2] if self.pyramid is None else self.pyramid(encoded)
-        maps = {"c2": c2, "c3": c3, "c4": c4, "c5": F.max_pool2d(c4, 2)}
+        maps = self._maps(images, sample_ratio, packed)
         if self.batch_mode == "canvas":
             return maps
         return PackedFeatures(maps, ValidAreas(images.image_sizes, (height, width), images.tensor.device))
+
+    def _maps(self, images: ImageList, ratio: float, packed: bool) -> dict[str, torch.Tensor]:
+        encoded = self.encoder(images, ratio, sampling=self.sampling, packed=packed)
+        c4 = encoded.map(encoded.tokens) if self.decoder is None else self.decoder(encoded)
+        c2, c3 = encoded.features[:2] if self.pyramid is None else self.pyramid(encoded)
+        return {"c2": c2, "c3": c3, "c4": c4, "c5": F.max_pool2d(c4, 2)}
+
+    def _make_room(self, images: torch.Tensor, ratio: float) -> None:
+        """Decide from the batch what backward recomputes."""
+        if torch.compiler.is_compiling() or type(images) is not torch.Tensor or images.is_meta:
+            return  # torch.compile decides itself; fake tensors take no memory
+        parts = [p for p in (self.encoder, self.decoder) if p and p.recomputation == self.encoder.recomputation]
+        batch, channels, height, width = images.shape
+
+        def run(side: int) -> object:
+            fixed, self.encoder.noise.fixed = self.encoder.noise.fixed, []
+            try:
+                image = ImageList(images.new_zeros(1, channels, side, side), [(side, side)])
+                return self._maps(image, ratio, packed=False)
+            finally:
+                self.encoder.noise.fixed = fixed
+
+        self._recomputation.fit(parts, (batch, height, width), run, images.device)
 
     def _check_all_tokens(self, ratio: float) -> None:
         needs_all = self.decoder is None or self.pyramid is not None or self.encoder.window

@@ -22,10 +22,10 @@ class GroupNormGELU(nn.GroupNorm):
     Args:
         channels: C.
         eps: added to the variance.
-        recompute: return a ``Recomputed``, which only a ``RecomputeConv2d`` accepts.
+        recompute: return a ``Recomputed``, which only a ``RecomputeConv2d`` accepts; None for never.
     """
 
-    def __init__(self, channels: int, eps: float, recompute: bool = False):
+    def __init__(self, channels: int, eps: float, recompute: bool | None = None):
         super().__init__(1, channels, eps=eps)
         self.recompute = recompute
 
@@ -38,7 +38,7 @@ class GroupNormGELU(nn.GroupNorm):
 class LayerNormGELU(nn.LayerNorm):
     """LayerNorm over the channels of each cell and exact GELU in one operation. Arguments: ``GroupNormGELU``."""
 
-    def __init__(self, channels: int, eps: float, recompute: bool = False):
+    def __init__(self, channels: int, eps: float, recompute: bool | None = None):
         super().__init__(channels, eps=eps)
         self.recompute = recompute
 
@@ -113,13 +113,12 @@ class ConvStem(nn.Module):
         self.patch_size = patch_size
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.checkpointing = checkpointing
-        recompute_first = is_selective(recompute) and depth > 1
         make_norm = LayerNormGELU if norm == "layer" else GroupNormGELU
         widths = [in_chans, *(embed_dim // 2**i for i in reversed(range(depth)))]
         self.proj = nn.ModuleList(
             Stage(
                 RecomputeConv2d(c_in, c_out, kernel_size=3, stride=2, padding=1),
-                make_norm(c_out, eps=1e-6, recompute=recompute_first and i == 0),
+                make_norm(c_out, eps=1e-6, recompute=is_selective(recompute) if depth > 1 and i == 0 else None),
                 nn.Identity(),  # state_dict: the original has its GELU here, so the 1x1 is number 3
             )
             for i, (c_in, c_out) in enumerate(pairwise(widths))

@@ -11,6 +11,7 @@ from ..checkpoint.mae import load_mae
 from ..kernels import gather_add_pos, scatter_fill
 from ..pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from .encoder import EncoderOutput
+from .recompute import is_checkpointing
 from .vit import init_vit_weights, make_blocks, run_layers
 
 FILL = ("conv_stem", "mask_token")
@@ -30,8 +31,9 @@ class MIMDetDecoder(nn.Module):
         dpr: stochastic depth rate of every block.
         norm_layer: called with decoder_embed_dim.
         pretrained: path of a full MAE checkpoint, or None for random weights.
-        checkpointing: recompute blocks in backward.
-        recompute: selective recomputation in backward: "lean" of the outputs of LayerNorm and GELU, "none" of nothing.
+        checkpointing: recompute blocks in backward. "auto": as the encoder, ``AutoRecompute`` decides.
+        recompute: selective recomputation in backward: "lean" of the outputs of LayerNorm and GELU, "none" of nothing;
+            "auto" as for ``checkpointing``.
         fill: input at unsampled positions: "conv_stem", its projected features, or "mask_token", MAE's [MASK] token.
 
     Raises:
@@ -50,14 +52,15 @@ class MIMDetDecoder(nn.Module):
         dpr: float = 0.0,
         norm_layer: Callable[[int], nn.LayerNorm] = nn.LayerNorm,
         pretrained: str | None = None,
-        checkpointing: bool = False,
-        recompute: str = "lean",
+        checkpointing: bool | str = "auto",
+        recompute: str = "auto",
         fill: str = "conv_stem",
     ):
         super().__init__()
         if fill not in FILL:
             raise ValueError(f"decoder: fill {fill!r} is unknown; choose from {', '.join(FILL)}")
-        self.checkpointing = checkpointing
+        self.recomputation = checkpointing, recompute
+        self.checkpointing = is_checkpointing(checkpointing)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         if fill == "mask_token":
             self.conv_feat_proj = None

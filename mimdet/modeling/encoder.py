@@ -17,6 +17,7 @@ from ..pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from .conv_stem import ConvStem
 from .convnext_stem import ConvNeXtStem
 from .noise import NoiseSource
+from .recompute import is_checkpointing
 from .sampling import TokenSplit, cell_sizes, check_ratio, sampling_noise, split_packed, split_padded
 from .shapes import ImageList
 from .vit import add, init_vit_weights, make_blocks, run_blocks, run_layers
@@ -65,9 +66,10 @@ class MIMDetEncoder(nn.Module):
         dpr: stochastic depth rate of the last block; rates rise linearly from 0.
         norm_layer: called with embed_dim.
         pretrained: path of a full MAE checkpoint, or None for random weights.
-        checkpointing: recompute ConvStem stages and blocks in backward.
+        checkpointing: recompute ConvStem stages and blocks in backward. "auto": ``AutoRecompute`` decides.
         recompute: selective recomputation in backward: "lean" of the outputs of LayerNorm and GELU, also in the
-            ConvStem's first stage; "none" of nothing.
+            ConvStem's first stage; "none" of nothing; "auto" as
+            for ``checkpointing``.
         stem: "conv", or "convnext" for the first two stages of ConvNeXt (paper, Table 5).
         stem_norm: norm of stem "conv": "group", as the original, or "layer"; see ``ConvStem``.
         stem_pretrained: path of ConvNeXt weights as timm names them, or None for random ones.
@@ -91,8 +93,8 @@ class MIMDetEncoder(nn.Module):
         dpr: float = 0.0,
         norm_layer: Callable[[int], nn.LayerNorm] = MAE_NORM,
         pretrained: str | None = None,
-        checkpointing: bool = False,
-        recompute: str = "lean",
+        checkpointing: bool | str = "auto",
+        recompute: str = "auto",
         stem: str = "conv",
         stem_norm: str = "group",
         stem_pretrained: str | None = None,
@@ -106,7 +108,8 @@ class MIMDetEncoder(nn.Module):
         self.taps = tuple(taps)
         if any(b <= a for a, b in pairwise((0, *self.taps, depth))):
             raise ValueError(f"encoder: taps must rise within 1 .. {depth - 1}, got {list(taps)}")
-        self.checkpointing = checkpointing
+        self.recomputation = checkpointing, recompute
+        self.checkpointing = checkpointing = is_checkpointing(checkpointing)
         sizes = img_size, patch_size, in_chans, embed_dim
         self.patch_embed = _make_stem(stem, *sizes, checkpointing, recompute, stem_norm, stem_pretrained)
         rows = self.patch_embed.grid_size[0]

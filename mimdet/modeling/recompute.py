@@ -15,11 +15,18 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels import use
 from ..kernels.dispatch import requested
 
-RECOMPUTE = ("lean", "none")
+RECOMPUTE = ("auto", "lean", "none")
+
+
+def is_checkpointing(checkpointing: bool | str) -> bool:
+    """``checkpointing`` if it is True or False; "auto" is decided at the first step. ValueError for another."""
+    if checkpointing not in (True, False, "auto"):
+        raise ValueError(f"checkpointing: {checkpointing!r} is unknown; choose from true, false, auto")
+    return checkpointing is True
 
 
 def is_selective(recompute: str) -> bool:
-    """Whether ``recompute`` is "lean" rather than "none"; ValueError if it is neither."""
+    """Whether ``recompute`` is "lean"; "auto" is decided at the first step. ValueError for an unknown one."""
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute: {recompute!r} is unknown; choose from {', '.join(RECOMPUTE)}")
     return recompute == "lean"

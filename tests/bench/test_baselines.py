@@ -5,9 +5,9 @@ import torch
 from tiny_model import BOTTOM_UP, CONFIG, OVERRIDES
 
 from mimdet.bench.baselines import IMPLEMENTATIONS, OriginalBackbone, bottom_up, variant
-from mimdet.bench.measure import activation_bytes
 from mimdet.bench.workload import build_detector, random_batch
 from mimdet.modeling import ImageList
+from mimdet.modeling.memory import activation_bytes
 from mimdet.testing import fixed_noise
 
 # Inductor takes most of a minute per model, so CompiledBackbone runs uncompiled here.

@@ -8,7 +8,7 @@ import torch
 
 from mimdet.bench.environment import command, describe
 from mimdet.bench.limits import gemm_key, measure_limits
-from mimdet.bench.measure import Ratio, activation_bytes, measure, paired_ratio, peak_bytes, unpaired_ratio
+from mimdet.bench.measure import Ratio, measure, paired_ratio, peak_bytes, unpaired_ratio
 
 
 def fake(cost, drift=0.0, noise=0.01, seed=0):
@@ -138,10 +138,3 @@ def test_peak_counts_what_is_alive_at_once():
         (lambda: [(x + 1).sum(), (x + 2).sum()], 1),
     ):
         assert 0 <= peak_bytes(run, "cpu") - megabytes * 2**20 < 1024
-
-
-def test_activation_bytes_count_each_memory_once_and_no_parameters():
-    layer = torch.nn.Linear(8, 8, bias=False)
-    x = torch.randn(4, 8, requires_grad=True)
-    assert activation_bytes(lambda: layer(x), layer.parameters()) == x.nbytes
-    assert activation_bytes(lambda: (x * x.detach()).view(-1) * x.view(-1).detach(), ()) == x.nbytes

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from mimdet.bench import measure
 from mimdet.kernels import dispatch
+from mimdet.modeling import memory
 
 INTERPRETED = dispatch.interpreting()
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -87,8 +87,8 @@ def poisoned_allocations():
 
 
 def activation_bytes(run, module):
-    """``measure.activation_bytes`` of ``run()``, the module's parameters and buffers excluded."""
-    return measure.activation_bytes(run, (*module.parameters(), *module.buffers()))
+    """``memory.activation_bytes`` of ``run()``, the module's parameters and buffers excluded."""
+    return memory.activation_bytes(run, (*module.parameters(), *module.buffers()))
 
 
 class Guarded:
