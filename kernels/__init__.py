@@ -1,4 +1,4 @@
-"""Fused operations of the backbone: ``from mimdet.kernels import add_layer_norm``.
+"""Fused operations of the model: ``from mimdet.kernels import add_layer_norm``.
 
 Every operation takes ``impl="auto" | "triton" | "cuda" | "cpp" | "eager"``, see ``dispatch`` and docs/kernels.md.
 """
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the lazy names below, for static tools
     from .gather_add_pos.api import gather_add_pos
     from .group_norm_gelu.api import group_norm_gelu
     from .layer_norm_gelu.api import layer_norm_gelu
+    from .roi_align_levels.api import roi_align_levels
     from .sample_tokens.api import sample_packed_tokens, sample_tokens, valid_tokens
     from .scatter_fill.api import scatter_fill
 
@@ -33,6 +34,7 @@ OPS = (
     "gather_add_pos",
     "group_norm_gelu",
     "layer_norm_gelu",
+    "roi_align_levels",
     "sample_tokens",
     "scatter_fill",
 )
@@ -56,6 +58,7 @@ __all__ = [
     "gather_add_pos",
     "group_norm_gelu",
     "layer_norm_gelu",
+    "roi_align_levels",
     "sample_packed_tokens",
     "sample_tokens",
     "scatter_fill",

@@ -19,7 +19,11 @@ from mimdet.kernels import build, dispatch, library
 CUDA_OPS = [op for op, operation in dispatch.operations().items() if "cuda" in operation.implementations]
 _DECLARATION = re.compile(r"MIMDET_CUDA_API\s+int\s+mimdet_(\w+)\((.*?)\)\s*\{", re.DOTALL)
 # What C calls the elements that a tensor points to; void takes any.
-_POINTEES = {"float": torch.float32, "int64_t": torch.int64, "bool": torch.bool}
+_POINTEES = {"float": torch.float32, "int32_t": torch.int32, "int64_t": torch.int64, "bool": torch.bool}
+# What a list becomes: an array of the host's.
+_ARRAYS = {"void*const*": torch.Tensor, "float*": float, "int64_t*": int}
+# Operations whose CUDA C++ gets scratch from a cuda.py.
+_SCRATCH = (*IMAGES, "roi_align_levels")
 
 
 def declared():
@@ -78,7 +82,7 @@ def calls(monkeypatch):
     def call_cuda(name, *arguments, sizes=(), typed=()):
         made.append((name, (*arguments, *sizes, *(library._DTYPE_CODES[tensor.dtype] for tensor in typed))))
 
-    for module in (library, *(importlib.import_module(f"mimdet.kernels.{op}.cuda") for op in IMAGES)):
+    for module in (library, *(importlib.import_module(f"mimdet.kernels.{op}.cuda") for op in _SCRATCH)):
         monkeypatch.setattr(module, "call_cuda", call_cuda)
     with pretend("cuda", *CUDA_OPS):
         yield made
@@ -107,7 +111,9 @@ def test_calls_match_the_declarations(op, variant, calls):
         assert len(arguments) == len(parameters), name
         for i, (argument, parameter) in enumerate(zip(arguments, parameters, strict=True)):
             where = f"{name}, parameter {i + 1}, {parameter}"
-            if parameter.endswith("*"):
+            if isinstance(argument, list):
+                assert {type(element) for element in argument} == {_ARRAYS[parameter]}, where
+            elif parameter.endswith("*"):
                 assert argument is None or isinstance(argument, torch.Tensor), where
                 wanted = _POINTEES.get(parameter.removesuffix("*"))
                 assert parameter == "void*" or argument is None or argument.dtype == wanted, where
@@ -123,10 +129,11 @@ def test_nothing_is_declared_in_vain(calls):
 
 PROBE = """
 #include <cstdint>
-extern "C" int mimdet_probe(const float* x, const void* none, int64_t big, float eps, int64_t flag, int64_t size,
+extern "C" int mimdet_probe(const float* x, const void* none, int64_t big, float eps, int64_t flag,
+                            const float* const* maps, const float* scales, const int64_t* heights, int64_t size,
                             int64_t dtype, void* stream) {
-  return !(x[1] == 2.0f && !none && big == (int64_t(1) << 40) && eps == 1e-6f && flag == 1 && size == 3 && dtype == 1 &&
-           stream == (void*)7);
+  return !(x[1] == 2.0f && *maps[1] == 2.0f && scales[1] == 0.25f && heights[1] == 3 && !none &&
+           big == (int64_t(1) << 40) && eps == 1e-6f && flag == 1 && size == 3 && dtype == 1 && stream == (void*)7);
 }
 extern "C" int mimdet_fail(const float*, void*) { return 700; }
 """
@@ -155,7 +162,8 @@ def probe(monkeypatch, tmp_path):
 
 def test_arguments_arrive(probe):
     x = torch.tensor([1.0, 2.0])
-    library.call_cuda("probe", x, None, 2**40, 1e-6, True, sizes=(3,), typed=(x.bfloat16(),))
+    lists = [x, x[1:]], [0.5, 0.25], [2, 3]
+    library.call_cuda("probe", x, None, 2**40, 1e-6, True, *lists, sizes=(3,), typed=(x.bfloat16(),))
     assert probe == [x.device]
 
 
