@@ -20,6 +20,7 @@ from ..kernels import (
     group_norm_gelu,
     layer_norm_gelu,
     rasterize_polygons,
+    roi_align_levels,
     sample_tokens,
     scatter_fill,
 )
@@ -29,6 +30,8 @@ Tensors = dict[str, torch.Tensor]
 Outputs = tuple[torch.Tensor, ...]
 
 _RATIO = 0.5
+# Place of ROIAlign -> boxes of an image in training, and cells along a side of their pooled maps.
+_BOXES = {"boxes": (512, 7), "masks": (128, 14)}
 _EPS = 1e-5
 
 
@@ -87,6 +90,7 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
         "group_norm_gelu": stem,
         "layer_norm_gelu": stem,
         "rasterize_polygons": [("mask head", (128, 28))],
+        "roi_align_levels": [(name, (256, height // 4, width // 4)) for name in _BOXES],
         "sample_tokens": [("encoder", (tokens,))],
         "scatter_fill": [("decoder", (tokens, 512))],
     }
@@ -96,13 +100,19 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
 
 def case(op: str, dtype: str, shape: Sequence[int]) -> Case:
     """The operation on one shape: (B, N, C), or (B, N, heads, head_dim) for attention, (B, C, H, W) for the norms of
-    images, (B, L) for sampling, (B, boxes, size) for polygons.
+    images and for the finest map of ROIAlign, (B, L) for sampling, (B, boxes, size) for polygons.
 
     Raises:
         ValueError: an unknown operation, or a shape of another rank.
     """
     _known(op)
-    rank = {"attention_varlen": 4, "group_norm_gelu": 4, "layer_norm_gelu": 4, "sample_tokens": 2}.get(op, 3)
+    rank = {
+        "attention_varlen": 4,
+        "group_norm_gelu": 4,
+        "layer_norm_gelu": 4,
+        "roi_align_levels": 4,
+        "sample_tokens": 2,
+    }.get(op, 3)
     if len(shape) != rank or min(shape) < 1:
         raise ValueError(f"{op}: the shape must have {rank} positive sizes, got {'x'.join(map(str, shape))}")
     return OPS[op]("given", tuple(shape), dtype)
@@ -377,6 +387,42 @@ def _scatter_fill(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     return Case("scatter_fill", "scatter_fill", name, shape, dtype, make, run, names, moved, baselines=baselines)
 
 
+def _roi_align_levels(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    batch, channels, height, width = shape
+    boxes, side = _BOXES.get(name, (32, 7))
+    canonical = 4 * width / 6  # 224 of 1344 pixels
+    grids = [(-(-height // 2**i), -(-width // 2**i)) for i in range(4)]
+    maps, scales = [f"p{i}" for i in range(2, 6)], [2.0**-i for i in range(2, 6)]
+
+    def make(device: str) -> Tensors:
+        levels = {p: _normal((batch, channels, *grid), device, i, DTYPES[dtype]) for i, (p, grid) in
+                enumerate(zip(maps, grids, strict=True))}  # fmt: skip
+        levels = {p: m.contiguous(memory_format=torch.channels_last) for p, m in levels.items()}
+        # Sides from a thirtieth of the image's to all of it, about places anywhere: boxes for every level.
+        generator = torch.Generator().manual_seed(9)
+        ends = torch.tensor([4.0 * width, 4.0 * height])
+        half = ends / 2 * 10 ** (-1.5 * torch.rand(batch, boxes, 1, generator=generator))
+        places = ends * torch.rand(batch, boxes, 2, generator=generator)
+        corners = [torch.minimum((places + sign * half).clamp(min=0), ends) for sign in (-1, 1)]
+        return levels | {"boxes": torch.cat(corners, -1).to(device)}
+
+    def run(t: Tensors, impl: str) -> Outputs:
+        valid = torch.ones(batch, boxes, dtype=torch.bool, device=t["boxes"].device)
+        return (
+            roi_align_levels(
+                [t[p] for p in maps], t["boxes"], valid, side, scales, canonical_size=canonical, impl=impl
+            ),
+        )
+
+    cells = sum(h * w for h, w in grids) * batch
+    pooled = batch * boxes * side**2
+    numbers = (cells + pooled) * channels * DTYPES[dtype].itemsize + batch * boxes * 16
+    return Case(
+        "roi_align_levels", "roi_align_levels", name, shape, dtype, make, run, tuple(maps),
+        {"forward": numbers, "backward": numbers}, terms={f"gradient of {p}": boxes for p in maps},
+    )  # fmt: skip
+
+
 def _decoder_assembly(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     """``scatter_fill`` with the projection of the ConvStem's rows, whose input is 1.5 times as wide."""
     batch, length, channels = shape
@@ -434,6 +480,7 @@ OPS: dict[str, Callable[[str, tuple[int, ...], str], Case]] = {
     "group_norm_gelu": _image_norm("group_norm_gelu", group_norm_gelu),
     "layer_norm_gelu": _image_norm("layer_norm_gelu", layer_norm_gelu),
     "rasterize_polygons": _rasterize_polygons,
+    "roi_align_levels": _roi_align_levels,
     "sample_tokens": _sample_tokens,
     "scatter_fill": _scatter_fill,
 }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the lazy names below, for static tools
     from .group_norm_gelu.api import group_norm_gelu
     from .layer_norm_gelu.api import layer_norm_gelu
     from .rasterize_polygons.api import rasterize_polygons
+    from .roi_align_levels.api import roi_align_levels
     from .sample_tokens.api import sample_packed_tokens, sample_tokens
     from .scatter_fill.api import scatter_fill
     from .tensors import valid_mask
@@ -36,6 +37,7 @@ OPS = (
     "group_norm_gelu",
     "layer_norm_gelu",
     "rasterize_polygons",
+    "roi_align_levels",
     "sample_tokens",
     "scatter_fill",
 )
@@ -60,6 +62,7 @@ __all__ = [
     "group_norm_gelu",
     "layer_norm_gelu",
     "rasterize_polygons",
+    "roi_align_levels",
     "sample_packed_tokens",
     "sample_tokens",
     "scatter_fill",

@@ -39,13 +39,15 @@ def define(name: str, schema: str, run: Callable, fake: Callable) -> Callable:
         _library.impl(name, run, key)
     torch.library.register_fake(f"mimdet::{name}", fake, lib=_library)
     overload = getattr(torch.ops.mimdet, name).default
+    takes_list = "Tensor[]" in schema.partition("->")[0]
 
     def call(*arguments):
-        if torch.compiler.is_compiling() or _is_observed(arguments):
+        tensors = _tensors(arguments)
+        if torch.compiler.is_compiling() or _is_observed(tensors):
             return overload(*arguments)
-        if not torch.is_grad_enabled() or not _want_gradients(arguments):
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
             return run(*arguments)
-        return _functions[name].apply(*arguments) if name in _functions else overload(*arguments)
+        return _functions[name].apply(*arguments) if name in _functions and not takes_list else overload(*arguments)
 
     _runs[name] = run
     return call
@@ -82,17 +84,24 @@ def _on_its_device(run: Callable) -> Callable:
     return guarded
 
 
-def _is_observed(arguments: tuple) -> bool:
+def _tensors(arguments: tuple) -> list[torch.Tensor]:
+    """All tensors among the arguments and in their lists."""
+    tensors = []
+    for a in arguments:
+        if isinstance(a, torch.Tensor):
+            tensors.append(a)
+        elif isinstance(a, list):
+            tensors += [t for t in a if isinstance(t, torch.Tensor)]
+    return tensors
+
+
+def _is_observed(tensors: list[torch.Tensor]) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return True
-    return any(isinstance(a, torch.Tensor) and not (type(a) in _PLAIN and (a.is_cpu or a.is_cuda)) for a in arguments)
+    return any(not (type(t) in _PLAIN and (t.is_cpu or t.is_cuda)) for t in tensors)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def _want_gradients(arguments: tuple) -> bool:
-    return any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
 
 
 def launch(name: str, impl: str, *arguments, sizes: tuple[int, ...] = (), typed: tuple[torch.Tensor, ...] = ()) -> None:
@@ -103,7 +112,7 @@ def launch(name: str, impl: str, *arguments, sizes: tuple[int, ...] = (), typed:
     Args:
         name: "<op>_fwd" or "<op>_bwd".
         impl: "triton", "cuda" or "cpp".
-        arguments: tensors, None and numbers.
+        arguments: tensors, None, numbers, and lists of tensors or numbers.
         sizes, typed: shapes and dtypes for C functions, which get bare pointers; see ``call_cuda``.
     """
     kernel = _kernel(name, impl)
@@ -128,8 +137,8 @@ def _kernel(name: str, impl: str) -> Callable | None:
 def call_cuda(name: str, *arguments, sizes: tuple[int, ...] = (), typed: tuple[torch.Tensor, ...] = ()) -> None:
     """Run the C function ``mimdet_<name>`` on the current stream of the first tensor's GPU.
 
-    Tensors become pointers, ints int64, floats float. ``sizes`` follow as int64, then the codes of the dtypes of
-    ``typed``, then the stream.
+    Tensors become pointers, ints int64, floats float, and lists of them arrays of these. ``sizes`` follow as int64,
+    then the codes of the dtypes of ``typed``, then the stream.
 
     Raises:
         RuntimeError: the launch failed; with CUDA's error number.
@@ -137,15 +146,22 @@ def call_cuda(name: str, *arguments, sizes: tuple[int, ...] = (), typed: tuple[t
     device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
     converted = []
     for argument in (*arguments, *sizes, *(_DTYPE_CODES[tensor.dtype] for tensor in typed)):
-        if argument is None or isinstance(argument, torch.Tensor):
-            converted.append(ctypes.c_void_p(argument.data_ptr() if argument is not None else None))
+        if isinstance(argument, list):
+            elements = [_c_value(element) for element in argument]
+            converted.append((type(elements[0]) * len(elements))(*elements))
         else:
-            converted.append((ctypes.c_float if isinstance(argument, float) else ctypes.c_int64)(argument))
+            converted.append(_c_value(argument))
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         code = getattr(build.cuda_library(), f"mimdet_{name}")(*converted, ctypes.c_void_p(stream))
     if code:
         raise RuntimeError(f"mimdet: CUDA kernel {name} failed with CUDA error {code}")
+
+
+def _c_value(argument: torch.Tensor | float | None) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int64:
+    if argument is None or isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr() if argument is not None else None)
+    return (ctypes.c_float if isinstance(argument, float) else ctypes.c_int64)(argument)
 
 
 def dense(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -26,6 +26,10 @@ _POINTEES = {
     "int64_t": torch.int64,
     "bool": torch.bool,
 }
+# C types of a list: an array in host memory.
+_ARRAYS = {"void*const*": torch.Tensor, "float*": float, "int64_t*": int}
+# Operations whose cuda.py allocates scratch memory.
+_SCRATCH = (*IMAGES, "roi_align_levels")
 
 
 def declared():
@@ -84,7 +88,7 @@ def calls(monkeypatch):
     def call_cuda(name, *arguments, sizes=(), typed=()):
         recorded.append((name, (*arguments, *sizes, *(library._DTYPE_CODES[tensor.dtype] for tensor in typed))))
 
-    for module in (library, *(importlib.import_module(f"mimdet.kernels.{op}.cuda") for op in IMAGES)):
+    for module in (library, *(importlib.import_module(f"mimdet.kernels.{op}.cuda") for op in _SCRATCH)):
         monkeypatch.setattr(module, "call_cuda", call_cuda)
     with pretend("cuda", *CUDA_OPS):
         yield recorded
@@ -113,7 +117,9 @@ def test_calls_match_the_declarations(op, variant, calls):
         assert len(arguments) == len(parameters), name
         for i, (argument, parameter) in enumerate(zip(arguments, parameters, strict=True)):
             where = f"{name}, parameter {i + 1}, {parameter}"
-            if parameter.endswith("*"):
+            if isinstance(argument, list):
+                assert {type(element) for element in argument} == {_ARRAYS[parameter]}, where
+            elif parameter.endswith("*"):
                 assert argument is None or isinstance(argument, torch.Tensor), where
                 dtype = _POINTEES.get(parameter.removesuffix("*"))
                 assert parameter == "void*" or argument is None or argument.dtype == dtype, where
@@ -129,10 +135,11 @@ def test_nothing_is_declared_in_vain(calls):
 
 PROBE = """
 #include <cstdint>
-extern "C" int mimdet_probe(const float* x, const void* none, int64_t big, float eps, int64_t flag, int64_t size,
+extern "C" int mimdet_probe(const float* x, const void* none, int64_t big, float eps, int64_t flag,
+                            const float* const* maps, const float* scales, const int64_t* heights, int64_t size,
                             int64_t dtype, void* stream) {
-  return !(x[1] == 2.0f && !none && big == (int64_t(1) << 40) && eps == 1e-6f && flag == 1 && size == 3 && dtype == 1 &&
-           stream == (void*)7);
+  return !(x[1] == 2.0f && *maps[1] == 2.0f && scales[1] == 0.25f && heights[1] == 3 && !none &&
+           big == (int64_t(1) << 40) && eps == 1e-6f && flag == 1 && size == 3 && dtype == 1 && stream == (void*)7);
 }
 extern "C" int mimdet_fail(const float*, void*) { return 700; }
 """
@@ -161,7 +168,8 @@ def probe(monkeypatch, tmp_path):
 
 def test_arguments_arrive(probe):
     x = torch.tensor([1.0, 2.0])
-    library.call_cuda("probe", x, None, 2**40, 1e-6, True, sizes=(3,), typed=(x.bfloat16(),))
+    lists = [x, x[1:]], [0.5, 0.25], [2, 3]
+    library.call_cuda("probe", x, None, 2**40, 1e-6, True, *lists, sizes=(3,), typed=(x.bfloat16(),))
     assert probe == [x.device]
 
 

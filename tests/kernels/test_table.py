@@ -29,6 +29,9 @@ CALLS = {
         7,
         **k,
     ),
+    "roi_align_levels": lambda f, **k: f(
+        [torch.ones(1, 8, 3, 3)], torch.ones(1, 1, 4), torch.ones(1, 1, dtype=torch.bool), 2, [0.5], **k
+    ),
     "sample_tokens": lambda f, **k: f(torch.rand(1, 8), torch.ones(1, 8, dtype=torch.bool), 0.5, **k),
     "scatter_fill": lambda f, **k: f(
         torch.ones(1, 2, 8), torch.ones(1, 2, 8), torch.tensor([[0, 2, 1, 3]]), torch.ones(4, 8), **k

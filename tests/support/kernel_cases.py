@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support.kernels import BF16, F32, PLACES, layouts, quantized, usable
+from support.kernels import BF16, F32, INTERPRETED, PLACES, layouts, quantized, usable
 
 from mimdet import kernels
 from mimdet.kernels import OPS, dispatch
@@ -36,8 +36,15 @@ class Case(NamedTuple):
 
 
 def public(op):
-    """The public function; attention's is the one that the model calls."""
+    """The public function; attention's is the one that the model calls, ROIAlign's takes its levels one by one."""
+    if op == "roi_align_levels":
+        return roi_align_levels
     return getattr(kernels, "attention_varlen_packed" if op == "attention_varlen" else op)
+
+
+def roi_align_levels(fine, coarse, **arguments):
+    """Of two levels: names for the tensors of a list."""
+    return kernels.roi_align_levels([fine, coarse], **arguments)
 
 
 def case(
@@ -91,6 +98,15 @@ def case(
         return Case(op, {"x": main(batch, channels, *_sides(length)), **affine}, {"eps": EPS})
     if op == "rasterize_polygons":
         return Case(op, {}, _polygons(batch, length, channels, device))
+    if op == "roi_align_levels":
+        # Boxes of both levels, some over the maps' ends; the last slot of an image is empty. The interpreter is slow.
+        slots = min(length, 8) if INTERPRETED else length
+        maps = {"fine": main(batch, channels, 8, 9), "coarse": main(batch, channels, 4, 5, seed=4)}
+        corners = quantized(batch, slots, 2, seed=5, mean=12.0, std=10.0)
+        boxes = torch.cat([corners, corners + quantized(batch, slots, 2, seed=6, mean=7.0, std=6.0).abs()], dim=-1)
+        valid = (torch.arange(slots) < max(slots - 1, 1)).repeat(batch, 1)
+        others = {"boxes": boxes.to(device), "valid": valid.to(device), "size": 2, "scales": (0.25, 0.125)}
+        return Case(op, maps, others | {"canonical_size": 8, "canonical_level": 2})
     if op == "sample_tokens":
         noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(5)).to(device)
         return Case(op, {}, {"noise": noise, "valid_mask": noise < 0.9, "ratio": 0.5})
@@ -167,8 +183,10 @@ def judge(example, actual, gradients=None):
             assert torch.equal(value.cpu(), same[name]), name
             continue
         summed = name in ("grad_weight", "grad_bias", "grad_pos")
-        # The gradients of attention are sums over a sequence.
+        # The gradients of attention are sums over a sequence, those of maps over boxes.
         terms = main.numel() // value.shape[-1] if summed else example.others.get("max_seqlen", 1)
+        if example.op == "roi_align_levels" and name.startswith("grad_"):
+            terms = example.others["boxes"].shape[1]
         assert_within_budget(value, same[name].to(value.dtype), exact[name], max(terms, 1), name)
 
 

@@ -1,0 +1,1 @@
+"""ROIAlign over all levels of a pyramid."""
