@@ -1,0 +1,228 @@
+"""Batch norm and ReLU on a GPU through Triton.
+
+The cells of a batch are counted through, map after map; a tile is some cells of some channels: of many channels where
+memory is channels_last (NHWC), of one otherwise. Sums over cells are made of the sums of programs, in their order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..triton_common import start
+
+# Elements that a program's registers hold at once, the widest tile (NHWC), and the most programs that share a channel.
+_TILE = 4096
+_WIDEST = 64
+_MOST_PARTS = 512
+
+
+@triton.jit
+def _tile(tile, M, C, S, W, sizes, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr,
+          BLOCK_C: tl.constexpr):  # fmt: skip
+    """Offsets (cells, channels) of a tile, which of them exist, which are valid too, its channels and their mask."""
+    cell = start(tile, BLOCK_R) + tl.arange(0, BLOCK_R)[:, None]
+    channel = start(tl.program_id(1), BLOCK_C) + tl.arange(0, BLOCK_C)[None, :]
+    here = cell < M
+    use = here
+    if HAS_SIZES:
+        sample = cell // S
+        position = cell % S
+        row = position // W
+        size = sizes + 2 * sample.to(tl.int64)
+        use = here & (row < tl.load(size, mask=here, other=0))
+        use = use & (position - row * W < tl.load(size + 1, mask=here, other=0))
+    if NHWC:
+        offs = cell.to(tl.int64) * C + channel
+    else:
+        offs = ((cell // S).to(tl.int64) * C + channel) * S + cell % S
+    return offs, here & (channel < C), use & (channel < C), channel, channel < C
+
+
+@triton.jit
+def _batch_norm_moments_kernel(
+    x, sizes, parts, M, C, S, W, steps, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """x: M cells of C channels; parts: (programs, 3, C) float32: mean, sum of squared deviations, count.
+
+    A program has steps tiles.
+    """
+    mean = tl.zeros((1, BLOCK_C), tl.float32)
+    m2 = tl.zeros((1, BLOCK_C), tl.float32)
+    count = tl.zeros((1, BLOCK_C), tl.float32)
+    for step in range(steps):
+        tile = start(tl.program_id(0), steps) + step
+        offs, _, mask, channel, channel_mask = _tile(tile, M, C, S, W, sizes, NHWC, HAS_SIZES, BLOCK_R, BLOCK_C)
+        value = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32)
+        n = tl.sum(mask.to(tl.float32), axis=0)[None, :]
+        own = tl.maximum(n, 1.0)
+        tile_mean = tl.sum(value, axis=0)[None, :] / own
+        centred = tl.where(mask, value - tile_mean, 0.0)
+        # What rounding left in the mean corrects both moments.
+        rest = tl.sum(centred, axis=0)[None, :] / own
+        both = tl.maximum(count + n, 1.0)
+        delta = tile_mean - mean + rest
+        m2 += tl.sum(centred * centred, axis=0)[None, :] - n * rest * rest + delta * delta * (count * n / both)
+        mean += delta * (n / both)
+        count += n
+    channel = start(tl.program_id(1), BLOCK_C) + tl.arange(0, BLOCK_C)[None, :]
+    out = parts + tl.program_id(0).to(tl.int64) * 3 * C + channel
+    tl.store(out, mean, mask=channel < C)
+    tl.store(out + C, m2, mask=channel < C)
+    tl.store(out + C + C, count, mask=channel < C)
+
+
+@triton.jit
+def _batch_norm_moments_combine_kernel(parts, moments, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """parts (P, 3, C) -> moments (2 * C + 1,): means, sums of squared deviations, count (Chan, Golub, LeVeque 1979)."""
+    channel = start(tl.program_id(0), BLOCK_C) + tl.arange(0, BLOCK_C)[None, :]
+    channel_mask = channel < C
+    count = tl.zeros((1, BLOCK_C), tl.float32)
+    mean = tl.zeros((1, BLOCK_C), tl.float32)
+    m2 = tl.zeros((1, BLOCK_C), tl.float32)
+    for first in range(0, P, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)[:, None]
+        mask = (part < P) & channel_mask
+        out = parts + part.to(tl.int64) * 3 * C + channel
+        means = tl.load(out, mask=mask, other=0.0)
+        m2s = tl.load(out + C, mask=mask, other=0.0)
+        counts = tl.load(out + C + C, mask=mask, other=0.0)
+        n = tl.sum(counts, axis=0)[None, :]
+        own = tl.maximum(n, 1.0)
+        # Deviations from one part's mean: adding up large means would lose what they differ in.
+        near = tl.max(tl.where(counts > 0, means, float("-inf")), axis=0)[None, :]
+        near = tl.where(n > 0, near, 0.0)
+        offset = tl.sum(tl.where(counts > 0, counts * (means - near), 0.0), axis=0)[None, :] / own
+        off = tl.where(counts > 0, means - near - offset, 0.0)
+        block_m2 = tl.sum(m2s + counts * off * off, axis=0)[None, :]
+        both = tl.maximum(count + n, 1.0)
+        delta = near - mean + offset
+        m2 += block_m2 + delta * delta * (count * n / both)
+        mean += delta * (n / both)
+        count += n
+    tl.store(moments + channel, mean, mask=channel_mask)
+    tl.store(moments + C + channel, m2, mask=channel_mask)
+    tl.store(moments + C + C + channel, count, mask=channel == 0)
+
+
+@triton.jit
+def _parameters(weight, bias, mean, rstd, channel, mask):
+    """Weight, bias, mean and rstd of channels."""
+    w = tl.load(weight + channel, mask=mask, other=0.0)
+    b = tl.load(bias + channel, mask=mask, other=0.0)
+    return w, b, tl.load(mean + channel, mask=mask, other=0.0), tl.load(rstd + channel, mask=mask, other=0.0)
+
+
+@triton.jit
+def _batch_norm_fwd_kernel(
+    x, weight, bias, mean, rstd, sizes, y, M, C, S, W, RELU: tl.constexpr, NHWC: tl.constexpr,
+    HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """x, y: M cells of C channels; weight, bias, mean, rstd: (C,). A program has one tile."""
+    offs, here, use, channel, channel_mask = _tile(
+        tl.program_id(0), M, C, S, W, sizes, NHWC, HAS_SIZES, BLOCK_R, BLOCK_C
+    )
+    value = tl.load(x + offs, mask=use, other=0.0).to(tl.float32)
+    w, b, center, scale = _parameters(weight, bias, mean, rstd, channel, channel_mask)
+    result = (value - center) * (w * scale) + b
+    if RELU:
+        result = tl.where(result < 0.0, 0.0, result)
+    if HAS_SIZES:
+        result = tl.where(use, result, 0.0)
+    tl.store(y + offs, result.to(y.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _batch_norm_sums_kernel(
+    dy, x, weight, bias, mean, rstd, sizes, parts, M, C, S, W, steps, RELU: tl.constexpr, NHWC: tl.constexpr,
+    HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dy, x: M cells of C channels; parts: (programs, 2, C) float32, sums of dz and of dz * x_hat over steps tiles."""
+    channel = start(tl.program_id(1), BLOCK_C) + tl.arange(0, BLOCK_C)[None, :]
+    w, b, center, scale = _parameters(weight, bias, mean, rstd, channel, channel < C)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    product = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for step in range(steps):
+        tile = start(tl.program_id(0), steps) + step
+        offs, _, use, _, _ = _tile(tile, M, C, S, W, sizes, NHWC, HAS_SIZES, BLOCK_R, BLOCK_C)
+        centred = tl.load(x + offs, mask=use, other=0.0).to(tl.float32) - center
+        dz = tl.load(dy + offs, mask=use, other=0.0).to(tl.float32)
+        if RELU:
+            dz = tl.where(centred * (w * scale) + b <= 0.0, 0.0, dz)
+        total += dz
+        product += dz * tl.where(use, centred * scale, 0.0)
+    out = parts + tl.program_id(0).to(tl.int64) * 2 * C + channel
+    tl.store(out, tl.sum(total, axis=0)[None, :], mask=channel < C)
+    tl.store(out + C, tl.sum(product, axis=0)[None, :], mask=channel < C)
+
+
+@triton.jit
+def _batch_norm_bwd_kernel(
+    dy, x, weight, bias, mean, rstd, means, sizes, dx, M, C, S, W, RELU: tl.constexpr, NHWC: tl.constexpr,
+    HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dy, x, dx: M cells of C channels; means: (2, C), of dz and of dz * x_hat. A program has one tile."""
+    offs, here, use, channel, channel_mask = _tile(
+        tl.program_id(0), M, C, S, W, sizes, NHWC, HAS_SIZES, BLOCK_R, BLOCK_C
+    )
+    dz = tl.load(dy + offs, mask=use, other=0.0).to(tl.float32)
+    value = tl.load(x + offs, mask=use, other=0.0).to(tl.float32)
+    w, b, center, scale = _parameters(weight, bias, mean, rstd, channel, channel_mask)
+    a = tl.load(means + channel, mask=channel_mask, other=0.0)
+    k = tl.load(means + C + channel, mask=channel_mask, other=0.0)
+    centred = value - center
+    if RELU:
+        dz = tl.where(centred * (w * scale) + b <= 0.0, 0.0, dz)
+    result = w * scale * (dz - a - centred * scale * k)
+    if HAS_SIZES:
+        result = tl.where(use, result, 0.0)
+    tl.store(dx + offs, result.to(dx.dtype.element_ty), mask=here)
+
+
+def _layout(x, sizes, nhwc):
+    """Numbers and constants of a kernel, its tiles of cells, and its tiles of channels."""
+    batch, channels, height, width = x.shape
+    positions = height * width
+    block_c = min(triton.next_power_of_2(channels), _WIDEST) if nhwc else 1
+    # With sizes a thread takes half as much at once: to know where it is takes registers too.
+    block_r = (_TILE if sizes is None else _TILE // 2) // block_c
+    numbers = batch * positions, channels, positions, width
+    options = {"NHWC": nhwc, "HAS_SIZES": sizes is not None, "BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": 8}
+    return numbers, options, triton.cdiv(batch * positions, block_r), triton.cdiv(channels, block_c)
+
+
+def launch_batch_norm_moments(x, sizes, nhwc, moments):
+    """Fill moments (2 * C + 1,) float32 from dense x (N, C, H, W); sizes (N, 2) int32 or None."""
+    numbers, options, tiles, across = _layout(x, sizes, nhwc)
+    steps = triton.cdiv(tiles, _MOST_PARTS)
+    programs, channels = triton.cdiv(tiles, steps), x.shape[1]
+    parts = torch.empty((programs, 3, channels), dtype=torch.float32, device=x.device)
+    _batch_norm_moments_kernel[(programs, across)](x, sizes, parts, *numbers, steps, **options)
+    grid, blocks = (triton.cdiv(channels, 8),), {"BLOCK_P": 64, "BLOCK_C": 8}
+    _batch_norm_moments_combine_kernel[grid](parts, moments, programs, channels, **blocks)
+
+
+def launch_batch_norm_fwd(x, weight, bias, mean, rstd, sizes, relu, nhwc, y):
+    """Fill y (as x) from dense x (N, C, H, W), float32 (C,) parameters, sizes (N, 2) int32 or None."""
+    numbers, options, tiles, across = _layout(x, sizes, nhwc)
+    _batch_norm_fwd_kernel[(tiles, across)](x, weight, bias, mean, rstd, sizes, y, *numbers, RELU=relu, **options)
+
+
+def launch_batch_norm_sums(dy, x, weight, bias, mean, rstd, sizes, relu, nhwc, sums):
+    """Fill sums (2, C) float32; dy and x dense with the same strides."""
+    numbers, options, tiles, across = _layout(x, sizes, nhwc)
+    steps = triton.cdiv(tiles, _MOST_PARTS)
+    programs = triton.cdiv(tiles, steps)
+    parts = torch.empty((programs, 2, x.shape[1]), dtype=torch.float32, device=x.device)
+    tensors = dy, x, weight, bias, mean, rstd, sizes, parts
+    _batch_norm_sums_kernel[(programs, across)](*tensors, *numbers, steps, RELU=relu, **options)
+    torch.sum(parts, 0, out=sums)
+
+
+def launch_batch_norm_bwd(dy, x, weight, bias, mean, rstd, means, sizes, relu, nhwc, dx):
+    """Fill dx (as x) from means (2, C) float32; dy and x dense with the same strides."""
+    numbers, options, tiles, across = _layout(x, sizes, nhwc)
+    tensors = dy, x, weight, bias, mean, rstd, means, sizes, dx
+    _batch_norm_bwd_kernel[(tiles, across)](*tensors, *numbers, RELU=relu, **options)
