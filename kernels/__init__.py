@@ -1,4 +1,4 @@
-"""Fused operations of the backbone: ``from mimdet.kernels import add_layer_norm``.
+"""Fused operations of the backbone and the detectors: ``from mimdet.kernels import add_layer_norm``.
 
 Every operation takes ``impl="auto" | "triton" | "cuda" | "cpp" | "eager"``, see ``dispatch`` and docs/kernels.md.
 """

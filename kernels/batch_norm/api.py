@@ -113,6 +113,9 @@ def _of_one(x, moments, sizes) -> _Statistics:
     mean, m2, count = moments.split([x.shape[1], x.shape[1], 1])
     if sizes is None:
         n = x.numel() // x.shape[1]
+        if n == 1:
+            shape = tuple(x.shape)
+            raise ValueError(f"{ops.NAME}: Expected more than 1 value per channel when training, got x {shape}")
         return _Statistics(mean, m2 / max(n, 1), m2 / max(n - 1, 1), 1 / max(n, 1), n > 0, n > 0)
     n = count.clamp(min=1).squeeze(0)
     moved = count[0] > 0

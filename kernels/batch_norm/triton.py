@@ -33,10 +33,7 @@ def _tile(tile, M, C, S, W, sizes, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr, 
         size = sizes + 2 * sample.to(tl.int64)
         use = here & (row < tl.load(size, mask=here, other=0))
         use = use & (position - row * W < tl.load(size + 1, mask=here, other=0))
-    if NHWC:
-        offs = cell.to(tl.int64) * C + channel
-    else:
-        offs = ((cell // S).to(tl.int64) * C + channel) * S + cell % S
+    offs = cell.to(tl.int64) * C + channel if NHWC else ((cell // S).to(tl.int64) * C + channel) * S + cell % S
     return offs, here & (channel < C), use & (channel < C), channel, channel < C
 
 
@@ -54,7 +51,7 @@ def _batch_norm_moments_kernel(
     count = tl.zeros((1, BLOCK_C), tl.float32)
     for step in range(steps):
         tile = start(tl.program_id(0), steps) + step
-        offs, _, mask, channel, channel_mask = _tile(tile, M, C, S, W, sizes, NHWC, HAS_SIZES, BLOCK_R, BLOCK_C)
+        offs, _, mask, _, _ = _tile(tile, M, C, S, W, sizes, NHWC, HAS_SIZES, BLOCK_R, BLOCK_C)
         value = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32)
         n = tl.sum(mask.to(tl.float32), axis=0)[None, :]
         own = tl.maximum(n, 1.0)

@@ -10,8 +10,8 @@ import pytest
 
 HERE = Path(__file__).parent
 # One process a file, so that they spread over test workers.
-OPERATIONS = ("add_layer_norm", "attention_varlen", "bias_gelu", "gather_add_pos", "image_norm", "sample_tokens",
-              "scatter_fill")  # fmt: skip
+OPERATIONS = ("add_layer_norm", "attention_varlen", "batch_norm", "bias_gelu", "gather_add_pos", "image_norm",
+              "sample_tokens", "scatter_fill")  # fmt: skip
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

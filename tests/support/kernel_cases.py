@@ -13,8 +13,9 @@ from mimdet.testing import assert_within_budget
 
 EPS = 1e-6
 # Operations by what they have in common.
-IMAGES = ("group_norm_gelu", "layer_norm_gelu")
+IMAGES = ("batch_norm", "group_norm_gelu", "layer_norm_gelu")
 NORMS = ("add_layer_norm", *IMAGES)
+MIXING = ("batch_norm",)  # each image depends on the others
 PACKED = ("attention_varlen",)  # pictures lie one after the other, without a dimension of their own
 DIFFERENTIABLE = tuple(op for op in OPS if op != "sample_tokens")
 
@@ -88,7 +89,8 @@ def case(
     if op == "gather_add_pos":
         return Case(op, {"x": tokens(length), "pos": pos}, {"index": order[:, :kept]})
     if op in IMAGES:
-        return Case(op, {"x": main(batch, channels, *_sides(length)), **affine}, {"eps": EPS})
+        others = {"eps": EPS} | ({"training": True, "relu": True} if op == "batch_norm" else {})
+        return Case(op, {"x": main(batch, channels, *_sides(length)), **affine}, others)
     if op == "sample_tokens":
         noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(5)).to(device)
         return Case(op, {}, {"noise": noise, "valid": noise < 0.9, "ratio": 0.5})
