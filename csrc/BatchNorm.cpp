@@ -13,6 +13,9 @@ namespace {
 
 using Maybe = std::optional<Tensor>;
 
+// Rows whose float sums stay exact enough to be added up in double.
+constexpr int64_t kMostRows = 128;
+
 // Cells of N maps of S positions: rows of C channels (nhwc), or N planes of each of C channels.
 struct Tasks {
   bool nhwc;
@@ -28,8 +31,11 @@ struct Tasks {
         areas(x, sizes, 0),
         whole_(!sizes) {}
 
-  // Tasks of cells of all channels (nhwc), of cells of one plane (nchw), and of one channel (nchw).
-  int64_t rows() const { return std::max<int64_t>(1, kGrain / (nhwc ? C : S)); }
+  // Rows of a task: cells of all channels (nhwc), or planes.
+  int64_t rows() const {
+    const int64_t length = std::max<int64_t>(1, kGrain / (nhwc ? C : S));
+    return nhwc ? std::min(length, kMostRows) : length;
+  }
   int64_t count() const { return ((nhwc ? N * S : N * C) + rows() - 1) / rows(); }
 
   template <class F>

@@ -8,7 +8,7 @@
 
 #include "isa.h"
 
-// A center of each channel near its mean, and sums of the deviations from it and of their squares.
+// The mean of each channel as float arithmetic has it, and sums of the deviations from it and of their squares.
 MIMDET_DECLARE_ISA(void bn_moments_nhwc(
     const void* x, bool bf16, int64_t n, int64_t C, float* center, float* sum, float* square))
 

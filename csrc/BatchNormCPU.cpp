@@ -8,7 +8,6 @@ namespace {
 
 constexpr int64_t kBlock = 2048;  // elements whose float sums stay exact enough to be added up in double
 constexpr int kRows = 8;          // rows that are read at once, so that sums are loaded and stored once for all of them
-constexpr int64_t kFirst = 16;    // rows whose mean is the center of all
 
 // R rows.
 template <int R, typename T>
@@ -36,16 +35,14 @@ void add_squares(const T* x, int64_t C, const float* center, float* sum, float* 
   }
 }
 
-// Of n numbers with sum of squared deviations m2, the mean of the first m is off by at most sqrt(m2 / m): what the
-// squares lose by the shift is bounded, however far the mean is from zero.
+// The rows are few: the second pass finds them in the cache.
 template <typename T>
 void moments_nhwc(const T* x, int64_t n, int64_t C, float* center, float* sum, float* square) {
-  const int64_t first = n < kFirst ? n : kFirst;
   for (int64_t c = 0; c < C; ++c) center[c] = sum[c] = square[c] = 0.0f;
   int64_t r = 0;
-  for (; r + kRows <= first; r += kRows) add_rows<kRows>(x + r * C, C, center);
-  for (; r < first; ++r) add_rows<1>(x + r * C, C, center);
-  for (int64_t c = 0; c < C; ++c) center[c] /= first;
+  for (; r + kRows <= n; r += kRows) add_rows<kRows>(x + r * C, C, center);
+  for (; r < n; ++r) add_rows<1>(x + r * C, C, center);
+  for (int64_t c = 0; c < C; ++c) center[c] /= n;
   for (r = 0; r + kRows <= n; r += kRows) add_squares<kRows>(x + r * C, C, center, sum, square);
   for (; r < n; ++r) add_squares<1>(x + r * C, C, center, sum, square);
 }
