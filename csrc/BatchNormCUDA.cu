@@ -34,26 +34,19 @@ __device__ __forceinline__ int64_t find(const Maps& maps, unsigned cell, int64_t
                    : (static_cast<int64_t>(sample) * maps.C + channel) * maps.positions() + position;
 }
 
-struct Moments {
-  float count, mean, m2;
-};
+// Where a is empty, b as it is: its rest would be lost.
+__device__ __forceinline__ Moments add(const Moments& a, const Moments& b) { return a.count == 0.0f ? b : merge(a, b); }
 
-__device__ __forceinline__ Moments merge(const Moments& a, const Moments& b) {
-  const float both = a.count + b.count;
-  if (both == 0.0f) return a;
-  const float share = __fdividef(b.count, both), delta = b.mean - a.mean;
-  return {both, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
-}
-
-// x -> parts (gridDim.x, 3, C): mean, sum of squared deviations and count of step cells.
+// x -> parts (gridDim.x, C): moments of step cells.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
-    moments(const T* __restrict__ x, float* __restrict__ parts, const Maps maps, unsigned step) {
+    moments(const T* __restrict__ x, Moments* __restrict__ parts, const Maps maps, unsigned step) {
   __shared__ Moments shared[kThreads * V];
   const Place place = Place::make<V>(maps);
   const unsigned cells = static_cast<unsigned>(maps.B * maps.positions()), first = blockIdx.x * step;
   const unsigned last = first + step < cells ? first + step : cells;
-  float count = 0.0f, mean[V] = {}, m2[V] = {};
+  // Deviations from a thread's first value, exact where they are small.
+  float count = 0.0f, center[V] = {}, sum[V] = {}, square[V] = {};
   if (place.channel < maps.C) {
 #pragma unroll 4
     for (unsigned cell = first + place.lane; cell < last; cell += place.lanes) {
@@ -62,20 +55,23 @@ __global__ void __launch_bounds__(kThreads)
       if (!valid) continue;
       float value[V];
       load<V>(x + at, value);
-      count += 1.0f;
-      const float share = __fdividef(1.0f, count);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float delta = value[i] - mean[i];
-        mean[i] += delta * share;
-        m2[i] += delta * (value[i] - mean[i]);
+        if (count == 0.0f) center[i] = value[i];
+        const float d = value[i] - center[i];
+        sum[i] += d;
+        square[i] += d * d;
       }
+      count += 1.0f;
     }
   }
   // The threads of one channel: those of one threadIdx.x (nhwc), else all.
   const unsigned mine = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
-  for (int i = 0; i < V; ++i) shared[mine * V + i] = {count, mean[i], m2[i]};
+  for (int i = 0; i < V; ++i) {
+    const float rest = count > 0.0f ? sum[i] / count : 0.0f;
+    shared[mine * V + i] = {count, center[i], rest, square[i] - sum[i] * rest};
+  }
   __syncthreads();
   const unsigned apart = maps.nhwc ? blockDim.x * V : V;
   unsigned others = maps.nhwc ? blockDim.y : kThreads;
@@ -84,42 +80,36 @@ __global__ void __launch_bounds__(kThreads)
     const unsigned half = (others + 1) / 2;
     if (place.lane < others - half) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) shared[mine * V + i] = merge(shared[mine * V + i], shared[mine * V + i + half * apart]);
+      for (int i = 0; i < V; ++i) shared[mine * V + i] = add(shared[mine * V + i], shared[mine * V + i + half * apart]);
     }
     __syncthreads();
     others = half;
   }
   if (place.lane != 0 || place.channel >= maps.C) return;
-  parts += static_cast<int64_t>(blockIdx.x) * 3 * maps.C + place.channel;
+  parts += static_cast<int64_t>(blockIdx.x) * maps.C + place.channel;
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const Moments all = shared[mine * V + i];
-    parts[i] = all.mean;
-    parts[maps.C + i] = all.m2;
-    parts[2 * maps.C + i] = all.count;
-  }
+  for (int i = 0; i < V; ++i) parts[i] = shared[mine * V + i];
 }
 
-// parts (count, 3, C) -> moments (2 * C + 1,). A block of 32 x 32 threads takes 32 channels.
+// parts (count, C) -> moments (2 * C + 1,). A block of 32 x 32 threads takes 32 channels.
 __global__ void __launch_bounds__(1024)
-    combine(const float* __restrict__ parts, float* __restrict__ moments, int64_t count, int64_t C) {
+    combine(const Moments* __restrict__ parts, float* __restrict__ moments, int64_t count, int64_t C) {
   __shared__ Moments shared[32][33];
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
   Moments all{};
   for (int64_t part = threadIdx.y; channel < C && part < count; part += 32) {
-    const float* p = parts + part * 3 * C + channel;
-    all = merge(all, {p[2 * C], p[0], p[C]});
+    all = add(all, parts[part * C + channel]);
   }
   shared[threadIdx.y][threadIdx.x] = all;
   for (int half = 16; half; half /= 2) {
     __syncthreads();
     if (threadIdx.y < half) {
-      all = merge(all, shared[threadIdx.y + half][threadIdx.x]);
+      all = add(all, shared[threadIdx.y + half][threadIdx.x]);
       shared[threadIdx.y][threadIdx.x] = all;
     }
   }
   if (threadIdx.y != 0 || channel >= C) return;
-  moments[channel] = all.mean;
+  moments[channel] = all.mean + all.rest;
   moments[C + channel] = all.m2;
   if (channel == 0) moments[2 * C] = all.count;
 }
@@ -281,15 +271,16 @@ int over_cells(const Maps& maps, int64_t dtype, bool are_aligned, F f) {
 }  // namespace
 }  // namespace mimdet
 
-// Scratch: parts (count, 3, C), of step cells each.
+// scratch: (count, C, 4), of step cells each.
 MIMDET_CUDA_API int mimdet_batch_norm_moments(const void* x, const int32_t* sizes, int64_t nhwc, float* moments_out,
-                                              float* parts, int64_t B, int64_t C, int64_t H, int64_t W, int64_t count,
+                                              float* scratch, int64_t B, int64_t C, int64_t H, int64_t W, int64_t count,
                                               int64_t step, int64_t dtype, cudaStream_t stream) {
   using namespace mimdet;
   const Maps maps{B, C, H, W, nhwc != 0, sizes};
   return over_cells(maps, dtype, aligned(x), [&](auto element, auto lanes, dim3 block, unsigned across, unsigned) {
     using T = decltype(element);
     constexpr int V = decltype(lanes)::value;
+    auto* parts = reinterpret_cast<Moments*>(scratch);
     const dim3 grid(static_cast<unsigned>(count), across);
     moments<T, V><<<grid, block, 0, stream>>>(static_cast<const T*>(x), parts, maps, static_cast<unsigned>(step));
     combine<<<blocks_for(C, 32), dim3(32, 32), 0, stream>>>(parts, moments_out, count, C);

@@ -14,8 +14,8 @@ _LEAST = 64
 def launch_batch_norm_moments(x, sizes, nhwc, moments):
     """Fill moments (2 * C + 1,) float32 from dense x (N, C, H, W); sizes (N, 2) int32 or None."""
     count, step = _parts(x, nhwc)
-    parts = torch.empty((count, 3, x.shape[1]), dtype=torch.float32, device=x.device)
-    call_cuda("batch_norm_moments", x, sizes, nhwc, moments, parts, sizes=(*x.shape, count, step), typed=(x,))
+    scratch = torch.empty((count, x.shape[1], 4), dtype=torch.float32, device=x.device)
+    call_cuda("batch_norm_moments", x, sizes, nhwc, moments, scratch, sizes=(*x.shape, count, step), typed=(x,))
 
 
 def launch_batch_norm_fwd(x, weight, bias, mean, rstd, sizes, relu, nhwc, y):

@@ -38,17 +38,37 @@ def _tile(tile, M, C, S, W, sizes, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr, 
 
 
 @triton.jit
+def _merge(count, mean, rest, m2, n, part_mean, part_rest, part_m2):
+    """Moments of two sets of numbers -> those of both (Chan, Golub, LeVeque 1979).
+
+    A mean is mean + rest: what rounding took from it would be large beside small deviations from a large mean.
+    """
+    both = tl.maximum(count + n, 1.0)
+    share = n / both
+    delta = part_mean - mean + (part_rest - rest)
+    step = delta * share
+    # Knuth's sum: total + lost is mean + step exactly.
+    total = mean + step
+    part = total - mean
+    lost = mean - (total - part) + (step - part)
+    first = count == 0
+    mean, rest = tl.where(first, part_mean, total), tl.where(first, part_rest, rest + lost)
+    return count + n, mean, rest, m2 + part_m2 + delta * delta * (count * share)
+
+
+@triton.jit
 def _batch_norm_moments_kernel(
     x, sizes, parts, M, C, S, W, steps, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """x: M cells of C channels; parts: (programs, 3, C) float32: mean, sum of squared deviations, count.
+    """x: M cells of C channels; parts: (programs, 4, C) float32: count, mean and its rest, sum of squared deviations.
 
     A program has steps tiles.
     """
-    mean = tl.zeros((1, BLOCK_C), tl.float32)
-    m2 = tl.zeros((1, BLOCK_C), tl.float32)
     count = tl.zeros((1, BLOCK_C), tl.float32)
+    mean = tl.zeros((1, BLOCK_C), tl.float32)
+    rest = tl.zeros((1, BLOCK_C), tl.float32)
+    m2 = tl.zeros((1, BLOCK_C), tl.float32)
     for step in range(steps):
         tile = start(tl.program_id(0), steps) + step
         offs, _, mask, _, _ = _tile(tile, M, C, S, W, sizes, NHWC, HAS_SIZES, BLOCK_R, BLOCK_C)
@@ -57,49 +77,44 @@ def _batch_norm_moments_kernel(
         own = tl.maximum(n, 1.0)
         tile_mean = tl.sum(value, axis=0)[None, :] / own
         centred = tl.where(mask, value - tile_mean, 0.0)
-        # What rounding left in the mean corrects both moments.
-        rest = tl.sum(centred, axis=0)[None, :] / own
-        both = tl.maximum(count + n, 1.0)
-        delta = tile_mean - mean + rest
-        m2 += tl.sum(centred * centred, axis=0)[None, :] - n * rest * rest + delta * delta * (count * n / both)
-        mean += delta * (n / both)
-        count += n
+        tile_rest = tl.sum(centred, axis=0)[None, :] / own
+        tile_m2 = tl.sum(centred * centred, axis=0)[None, :] - n * tile_rest * tile_rest
+        count, mean, rest, m2 = _merge(count, mean, rest, m2, n, tile_mean, tile_rest, tile_m2)
     channel = start(tl.program_id(1), BLOCK_C) + tl.arange(0, BLOCK_C)[None, :]
-    out = parts + tl.program_id(0).to(tl.int64) * 3 * C + channel
-    tl.store(out, mean, mask=channel < C)
-    tl.store(out + C, m2, mask=channel < C)
-    tl.store(out + C + C, count, mask=channel < C)
+    out = parts + tl.program_id(0).to(tl.int64) * 4 * C + channel
+    tl.store(out, count, mask=channel < C)
+    tl.store(out + C, mean, mask=channel < C)
+    tl.store(out + C + C, rest, mask=channel < C)
+    tl.store(out + C + C + C, m2, mask=channel < C)
 
 
 @triton.jit
 def _batch_norm_moments_combine_kernel(parts, moments, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """parts (P, 3, C) -> moments (2 * C + 1,): means, sums of squared deviations, count (Chan, Golub, LeVeque 1979)."""
+    """parts (P, 4, C) -> moments (2 * C + 1,): means, sums of squared deviations, count."""
     channel = start(tl.program_id(0), BLOCK_C) + tl.arange(0, BLOCK_C)[None, :]
     channel_mask = channel < C
     count = tl.zeros((1, BLOCK_C), tl.float32)
     mean = tl.zeros((1, BLOCK_C), tl.float32)
+    rest = tl.zeros((1, BLOCK_C), tl.float32)
     m2 = tl.zeros((1, BLOCK_C), tl.float32)
     for first in range(0, P, BLOCK_P):
         part = first + tl.arange(0, BLOCK_P)[:, None]
         mask = (part < P) & channel_mask
-        out = parts + part.to(tl.int64) * 3 * C + channel
-        means = tl.load(out, mask=mask, other=0.0)
-        m2s = tl.load(out + C, mask=mask, other=0.0)
-        counts = tl.load(out + C + C, mask=mask, other=0.0)
+        at = parts + part.to(tl.int64) * 4 * C + channel
+        counts = tl.load(at, mask=mask, other=0.0)
+        means = tl.load(at + C, mask=mask, other=0.0)
+        rests = tl.load(at + C + C, mask=mask, other=0.0)
+        m2s = tl.load(at + C + C + C, mask=mask, other=0.0)
+        filled = counts > 0
         n = tl.sum(counts, axis=0)[None, :]
-        own = tl.maximum(n, 1.0)
         # Deviations from one part's mean: adding up large means would lose what they differ in.
-        near = tl.max(tl.where(counts > 0, means, float("-inf")), axis=0)[None, :]
-        near = tl.where(n > 0, near, 0.0)
-        offset = tl.sum(tl.where(counts > 0, counts * (means - near), 0.0), axis=0)[None, :] / own
-        off = tl.where(counts > 0, means - near - offset, 0.0)
-        block_m2 = tl.sum(m2s + counts * off * off, axis=0)[None, :]
-        both = tl.maximum(count + n, 1.0)
-        delta = near - mean + offset
-        m2 += block_m2 + delta * delta * (count * n / both)
-        mean += delta * (n / both)
-        count += n
-    tl.store(moments + channel, mean, mask=channel_mask)
+        near = tl.where(n > 0, tl.max(tl.where(filled, means, float("-inf")), axis=0)[None, :], 0.0)
+        off = tl.where(filled, means - near + rests, 0.0)
+        near_rest = tl.sum(counts * off, axis=0)[None, :] / tl.maximum(n, 1.0)
+        centred = tl.where(filled, off - near_rest, 0.0)
+        near_m2 = tl.sum(m2s + counts * centred * centred, axis=0)[None, :]
+        count, mean, rest, m2 = _merge(count, mean, rest, m2, n, near, near_rest, near_m2)
+    tl.store(moments + channel, mean + rest, mask=channel_mask)
     tl.store(moments + C + channel, m2, mask=channel_mask)
     tl.store(moments + C + C + channel, count, mask=channel == 0)
 
@@ -195,7 +210,7 @@ def launch_batch_norm_moments(x, sizes, nhwc, moments):
     numbers, options, tiles, across = _layout(x, sizes, nhwc)
     steps = triton.cdiv(tiles, _MOST_PARTS)
     programs, channels = triton.cdiv(tiles, steps), x.shape[1]
-    parts = torch.empty((programs, 3, channels), dtype=torch.float32, device=x.device)
+    parts = torch.empty((programs, 4, channels), dtype=torch.float32, device=x.device)
     _batch_norm_moments_kernel[(programs, across)](x, sizes, parts, *numbers, steps, **options)
     grid, blocks = (triton.cdiv(channels, 8),), {"BLOCK_P": 64, "BLOCK_C": 8}
     _batch_norm_moments_combine_kernel[grid](parts, moments, programs, channels, **blocks)

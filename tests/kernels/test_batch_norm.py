@@ -1,5 +1,7 @@
 """Batch norm and ReLU over valid cells: the same numbers as plain PyTorch, whatever comes in."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,7 +70,7 @@ def judge(got, x, weight, bias, dy, relu, inside=None, training=True):
 # Channels around a vector and a tile; batches of less than one tile or task, of one more, and of several parts.
 SHAPES = here(
     [(2, 17, 5, 7), (2, 96, 24, 16), (1, 256, 31, 33), (40, 65, 7, 7), (3, 1000, 3, 1), (5, 24, 1, 1), (3, 1, 1, 9)],
-    [(2, 17, 5, 7), (1, 70, 9, 6), (1, 2, 70, 61), (3, 5, 1, 1), (3, 1, 1, 9)],
+    [(2, 17, 5, 7), (1, 70, 9, 6), (1, 12, 40, 31), (3, 5, 1, 1), (3, 1, 1, 9)],
 )
 
 
@@ -115,6 +117,23 @@ def test_small_deviations_from_a_large_mean(runner, nhwc):
     judge(got, *arguments, False)
     # E[x^2] - E[x]^2 would have lost all of it.
     torch.testing.assert_close(got[5], arguments[0].double().var((0, 2, 3)).float(), rtol=1e-5, atol=0)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("sized", [False, True], ids=["whole", "sizes"])
+def test_programs_that_take_several_tiles(runner, nhwc, sized, monkeypatch):
+    """As they do for maps that are too large for a test; of the last images nothing is valid."""
+    impl, device = runner
+    if impl == "cpp":
+        pytest.skip("its tasks are of a fixed size")
+    module = importlib.import_module(f"mimdet.kernels.batch_norm.{impl}")
+    monkeypatch.setattr(module, "_MOST_PARTS" if impl == "triton" else "_PARTS", 2)
+    arguments = inputs((4, 24, 31, 23), nhwc=nhwc, mean=1e4, std=0.1)
+    sizes = torch.tensor([[31, 23], [0, 0], [0, 0], [9, 20]]) if sized else None
+    inside = None if sizes is None else image_norm.valid(arguments[0], sizes)
+    moved = [t.to(device) for t in arguments]
+    got = forward_backward(*moved, sizes=None if sizes is None else sizes.to(device), impl=impl)
+    judge([t.cpu() for t in got], *arguments, False, inside)
 
 
 @native
