@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels import (
     add_layer_norm,
     attention_varlen_packed,
+    batch_norm,
     bias_gelu,
     gather_add_pos,
     group_norm_gelu,
@@ -84,6 +85,7 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
     places = {
         "add_layer_norm": [("encoder", (kept, 768)), ("decoder", (tokens, 512))],
         "attention_varlen": [("encoder", (kept, 12, 64)), ("decoder", (tokens, 16, 32))],
+        "batch_norm": [(f"FPN p{i + 2}", (256, grid[0] * 4 >> i, grid[1] * 4 >> i)) for i in range(4)],
         "bias_gelu": [("encoder", (kept, 3072)), ("decoder", (tokens, 2048))],
         "decoder_assembly": [("decoder", (tokens, 512))],
         "gather_add_pos": [("encoder", (tokens, 768))],
@@ -108,6 +110,7 @@ def case(op: str, dtype: str, shape: Sequence[int]) -> Case:
     _known(op)
     rank = {
         "attention_varlen": 4,
+        "batch_norm": 4,
         "group_norm_gelu": 4,
         "layer_norm_gelu": 4,
         "roi_align_levels": 4,
@@ -242,6 +245,32 @@ def _image_norm(op: str, function: Callable) -> Callable[[str, tuple[int, ...], 
         )
 
     return build
+
+
+def _batch_norm(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    """With ReLU, in training, in one process; parameters are float32 as they are under autocast."""
+    size, count = DTYPES[dtype].itemsize, prod(shape)
+
+    def make(device: str) -> Tensors:
+        x = _normal(shape, device, 0, DTYPES[dtype])
+        return {
+            "x": x.contiguous(memory_format=torch.channels_last),
+            "weight": 1 + 0.1 * _normal(shape[1:2], device, 1),
+            "bias": _normal(shape[1:2], device, 2),
+        }
+
+    def run(t: Tensors, impl: str) -> Outputs:
+        return (batch_norm(t["x"], t["weight"], t["bias"], training=True, eps=_EPS, relu=True, impl=impl),)
+
+    def pytorch(t: Tensors) -> Outputs:
+        return (F.relu(F.batch_norm(t["x"], None, None, t["weight"], t["bias"], training=True, eps=_EPS)),)
+
+    moved = {"forward": 2 * count * size, "backward": 3 * count * size}
+    terms = dict.fromkeys(("gradient of weight", "gradient of bias"), count // shape[1])
+    names, baselines = ("x", "weight", "bias"), {"batch_norm, relu": pytorch}
+    return Case(
+        "batch_norm", "batch_norm", name, shape, dtype, make, run, names, moved, baselines=baselines, terms=terms
+    )
 
 
 def _layer_norm_2d(t: Tensors) -> Outputs:
@@ -474,6 +503,7 @@ def _decoder_assembly(name: str, shape: tuple[int, ...], dtype: str) -> Case:
 OPS: dict[str, Callable[[str, tuple[int, ...], str], Case]] = {
     "add_layer_norm": _add_layer_norm,
     "attention_varlen": _attention_varlen,
+    "batch_norm": _batch_norm,
     "bias_gelu": _bias_gelu,
     "decoder_assembly": _decoder_assembly,
     "gather_add_pos": _gather_add_pos,

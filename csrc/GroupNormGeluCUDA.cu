@@ -31,20 +31,6 @@ struct Location {
   }
 };
 
-// The mean is mean + rest: rounding a large mean to float would lose as much as small values of x_centered.
-struct Moments {
-  float count, mean, rest, m2;
-};
-
-__device__ __forceinline__ Moments merge(const Moments& a, const Moments& b) {
-  const float both = a.count + b.count;
-  if (both == 0.0f) return a;
-  const float share = b.count / both, delta = b.mean - a.mean + (b.rest - a.rest), step = delta * share;
-  // Knuth's sum: mean + lost is a.mean + step exactly.
-  const float mean = a.mean + step, part = mean - a.mean, lost = a.mean - (mean - part) + (step - part);
-  return {both, mean, a.rest + lost, a.m2 + b.m2 + delta * delta * a.count * share};
-}
-
 // Moments of all threads of a block of kThreads, for its first thread.
 __device__ __forceinline__ Moments block_merge(Moments m) {
   __shared__ Moments warps[kThreads / 32];

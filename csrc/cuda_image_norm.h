@@ -55,6 +55,20 @@ __device__ __forceinline__ void store_floats(float* p, const float (&x)[V]) {
   }
 }
 
+// The mean is mean + rest: rounding a large mean to float would lose as much as small values of x_centered.
+struct Moments {
+  float count, mean, rest, m2;
+};
+
+__device__ __forceinline__ Moments merge(const Moments& a, const Moments& b) {
+  const float both = a.count + b.count;
+  if (both == 0.0f) return a;
+  const float share = b.count / both, delta = b.mean - a.mean + (b.rest - a.rest), step = delta * share;
+  // Knuth's sum: mean + lost is a.mean + step exactly.
+  const float mean = a.mean + step, part = mean - a.mean, lost = a.mean - (mean - part) + (step - part);
+  return {both, mean, a.rest + lost, a.m2 + b.m2 + delta * delta * a.count * share};
+}
+
 // sums (samples, parts, 2, C) -> totals (samples, 2, C) unless null, and over the samples dbias and dweight (C,).
 // A block of 32 x 32 threads takes 32 of the 2 * C columns; always adds in one order.
 __global__ void __launch_bounds__(1024)

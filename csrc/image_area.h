@@ -10,13 +10,14 @@ namespace mimdet {
 // Rows and columns at the top left of each map; without sizes, all of them.
 class Areas {
  public:
-  // x (B, C, H, W), sizes (B, 2) int32 or none.
-  Areas(const Tensor& x, const OptionalTensor& sizes)
+  // x (B, C, H, W), sizes (B, 2) int32 of at least least, or none.
+  Areas(const Tensor& x, const OptionalTensor& sizes, int64_t least = 1)
       : H_(x.size(2)), W_(x.size(3)), sizes_(sizes ? static_cast<const int32_t*>(sizes->data_ptr()) : nullptr) {
     for (int64_t i = 0; sizes_ && i < x.size(0); ++i) {
       // A size out of range would read outside of the tensor.
-      STD_TORCH_CHECK(rows(i) >= 1 && rows(i) <= H_ && columns(i) >= 1 && columns(i) <= W_, "mimdet: sizes[", i,
-                      "] is ", rows(i), ", ", columns(i), ", outside of 1 .. ", H_, " and 1 .. ", W_);
+      STD_TORCH_CHECK(rows(i) >= least && rows(i) <= H_ && columns(i) >= least && columns(i) <= W_, "mimdet: sizes[",
+                      i, "] is ", rows(i), ", ", columns(i), ", outside of ", least, " .. ", H_, " and ", least,
+                      " .. ", W_);
     }
   }
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the lazy names below, for static tools
     from .add_layer_norm.api import add_layer_norm
     from .attention_varlen.api import attention_varlen, attention_varlen_packed
+    from .batch_norm.api import batch_norm
     from .bias_gelu.api import bias_gelu
     from .dispatch import KernelUnavailableError, table, use
     from .gather_add_pos.api import gather_add_pos
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # the lazy names below, for static tools
 OPS = (
     "add_layer_norm",
     "attention_varlen",
+    "batch_norm",
     "bias_gelu",
     "gather_add_pos",
     "group_norm_gelu",
@@ -57,6 +59,7 @@ __all__ = [
     "add_layer_norm",
     "attention_varlen",
     "attention_varlen_packed",
+    "batch_norm",
     "bias_gelu",
     "gather_add_pos",
     "group_norm_gelu",

@@ -35,3 +35,14 @@ def integers(op: str, like: torch.Tensor, like_name: str, **arguments: object) -
             raise TypeError(f"{op}: {name} must be int32 or int64, got {value.dtype}")
         if value.device != like.device:
             raise ValueError(f"{op}: {name} is on {value.device}, {like_name} on {like.device}")
+
+
+def booleans(op: str, like: torch.Tensor, like_name: str, **arguments: object) -> None:
+    """Raise, naming the argument, unless all are bool tensors on the device of ``like``."""
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        if value.dtype != torch.bool:
+            raise TypeError(f"{op}: {name} must be bool, got {value.dtype}")
+        if value.device != like.device:
+            raise ValueError(f"{op}: {name} is on {value.device}, {like_name} on {like.device}")

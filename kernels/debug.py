@@ -63,16 +63,16 @@ def check_starts(starts: torch.Tensor, total: int, name: str) -> None:
         raise ValueError(f"{name} must not descend, got {starts[k].item()} after {starts[k - 1].item()} at {k}")
 
 
-def check_sizes(sizes: torch.Tensor, limits: tuple[int, int], name: str) -> None:
-    """``sizes`` (B, 2) must hold numbers of 1 .. limits[0] and 1 .. limits[1].
+def check_sizes(sizes: torch.Tensor, limits: tuple[int, int], name: str, least: int = 1) -> None:
+    """``sizes`` (B, 2) must hold numbers of least .. limits[0] and least .. limits[1].
 
     Raises:
         ValueError: a number outside of its range.
     """
-    outside = (sizes < 1) | (sizes > torch.tensor(limits, device=sizes.device))
+    outside = (sizes < least) | (sizes > torch.tensor(limits, device=sizes.device))
     if outside.any():
         b, k = outside.nonzero()[0].tolist()
-        raise ValueError(f"{name}[{b}, {k}] is {sizes[b, k].item()}, outside of 1 .. {limits[k]}")
+        raise ValueError(f"{name}[{b}, {k}] is {sizes[b, k].item()}, outside of {least} .. {limits[k]}")
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, total: int, max_seqlen: int, name: str) -> list[int]:

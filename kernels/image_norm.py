@@ -9,7 +9,8 @@ import torch
 from . import checks, debug, dispatch, library
 
 # Limits of the GPU kernels: channels that fit into registers, positions that fit into int32.
-WIDEST, LONGEST = 8192, 2**30
+WIDEST = 8192
+LONGEST = 2**30
 _runs: dict[str, Callable] = {}
 
 

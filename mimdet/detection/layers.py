@@ -6,33 +6,63 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
+from ..kernels import batch_norm
 from ..modeling.areas import ValidArea
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+class BatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` as one operation, with the ReLU that follows it, over valid cells alone."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        area: ValidArea | None = None,
+        *,
+        valid: torch.Tensor | None = None,
+        relu: bool = False,
+    ) -> torch.Tensor:
+        """(N, C, H, W) -> the same, behind a ReLU if asked.
+
+        Training statistics are those of the cells in ``area`` and of the maps that ``valid`` (N,) bool names, if
+        given; all else becomes zero.
+
+        Raises:
+            ValueError: training on one value a channel.
+        """
+        if area is not None and self.training and area.cell_count == 1 and self._processes() == 1:
+            raise ValueError("Expected more than 1 value per channel when training, the valid area has one cell")
+        tracked = not self.training or self.track_running_stats
+        return batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.num_batches_tracked if tracked else None,
+            training=self.training or self.running_mean is None,
+            momentum=self.momentum,
+            eps=self.eps,
+            relu=relu,
+            sizes=area.cells if area is not None and area.padded else None,
+            valid=valid,
+            sync=self._processes() > 1,
+            weigh=self._weigh(area),
+        )
+
+    def _processes(self) -> int:
+        """How many share training statistics."""
+        return 1
+
+    def _weigh(self, area: ValidArea | None) -> str:
+        """What a process counts by in them."""
+        return "cells"
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """Sum of a tensor over all processes; so is its gradient."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total)
-        return total
-
-
-class NaiveSyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d whose training statistics cover all processes, by differentiable all-reduce.
+class NaiveSyncBatchNorm(BatchNorm2d):
+    """BatchNorm2d whose training statistics cover all processes.
 
     Unlike ``nn.SyncBatchNorm`` it runs on CPU processes too and accepts an empty batch in a process.
 
@@ -61,44 +91,12 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
             raise ValueError(f'stats_mode must be "" or "N", got {stats_mode!r}')
         self.stats_mode = stats_mode
 
-    def forward(self, x: torch.Tensor, area: ValidArea | None = None) -> torch.Tensor:
-        """(N, C, H, W) -> (N, C, H, W). With ``area``, training statistics cover the valid area alone, and padding
-        becomes zero."""
-        if not self.training:
-            return super().forward(x)
-        if area is not None:
-            return area.unpack(self._in_training(area.pack(x), by_cells=True))
-        return self._in_training(x)
+    def _processes(self) -> int:
+        shared = self.training and dist.is_available() and dist.is_initialized()
+        return dist.get_world_size() if shared else 1
 
-    def _in_training(self, x: torch.Tensor, by_cells: bool = False) -> torch.Tensor:
-        world = _world_size()
-        if world == 1:
-            # BatchNorm rejects an empty batch, which happens when no proposal is foreground.
-            return super().forward(x) if x.numel() else x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
-        rows, _, height, width = x.shape
-        weight = rows * height * width if by_cells else rows if self.stats_mode == "N" else 1
-        return self._synced(x, float(weight))
-
-    def _synced(self, x: torch.Tensor, weight: float) -> torch.Tensor:
-        rows = x.shape[0]
-        values = x.float()
-        # All-reduce of sums, not means: an empty batch adds nothing. The variance is a second pass over x - mean.
-        cells = x.shape[2] * x.shape[3]
-        total = values.new_tensor([weight])
-        scale = weight / max(rows * cells, 1)
-        summed = _SumOverProcesses.apply(torch.cat([values.sum((0, 2, 3)) * scale, total]))
-        count = summed[-1].detach()
-        mean = summed[:-1] / count.clamp(min=1)
-        x_centered = values - mean.view(1, -1, 1, 1)
-        variance = _SumOverProcesses.apply(x_centered.square().sum((0, 2, 3)) * scale) / count.clamp(min=1)
-        factor = self.momentum * (count > 0)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor.to(self.running_mean.dtype))
-            self.running_var.lerp_(variance.to(self.running_var.dtype), factor.to(self.running_var.dtype))
-            self.num_batches_tracked.add_(1)
-        gain = self.weight * (variance + self.eps).rsqrt()
-        out = x_centered * gain.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
-        return out.to(x.dtype)
+    def _weigh(self, area: ValidArea | None) -> str:
+        return "cells" if area is not None else "maps" if self.stats_mode == "N" else "processes"
 
 
 def normalize(norm: nn.Module, x: torch.Tensor, area: ValidArea | None = None) -> torch.Tensor:
@@ -106,7 +104,7 @@ def normalize(norm: nn.Module, x: torch.Tensor, area: ValidArea | None = None) -
 
     Values in the padding are arbitrary afterwards.
     """
-    if isinstance(norm, NaiveSyncBatchNorm):
+    if isinstance(norm, BatchNorm2d):
         return norm(x, area)
     if area is None or not area.padded:
         return norm(x)
@@ -128,7 +126,7 @@ def get_norm(norm: str | Callable[[int], nn.Module] | None, channels: int) -> nn
     if callable(norm):
         return norm(channels)
     makers: dict[str, Callable[[int], nn.Module]] = {
-        "BN": nn.BatchNorm2d,
+        "BN": BatchNorm2d,
         "SyncBN": NaiveSyncBatchNorm,
         "naiveSyncBN": NaiveSyncBatchNorm,
         "naiveSyncBN_N": lambda c: NaiveSyncBatchNorm(c, stats_mode="N"),
@@ -157,12 +155,29 @@ class Conv2d(nn.Conv2d):
         self.norm = norm
         self.activation = activation
 
-    def forward(self, x: torch.Tensor, area: ValidArea | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, area: ValidArea | None = None, valid: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(N, C, H, W) -> (N, C', H', W'); maps that ``valid`` (N,) bool does not name become zero.
+
+        Raises:
+            ValueError: ``valid`` with a batch norm of another class than ``BatchNorm2d`` of this module.
+        """
         x = super().forward(x)
-        if self.norm is not None:
+        activation = self.activation
+        if isinstance(self.norm, BatchNorm2d):
+            relu = activation is F.relu
+            x = self.norm(x, area, valid=valid, relu=relu)
+            if relu or activation is None:
+                return x
+        elif self.norm is not None:
+            if valid is not None and isinstance(self.norm, nn.modules.batchnorm._BatchNorm):
+                raise ValueError(f"{type(self.norm).__name__} does not know valid maps; use BN, SyncBN or naiveSyncBN")
             x = normalize(self.norm, x, area)
-        if self.activation is not None:
-            x = self.activation(x)
+        if activation is not None:
+            x = activation(x)
+        if valid is not None:
+            x = x.masked_fill(~valid.view(-1, 1, 1, 1), 0.0)
         return x if area is None else area.zero_padding(x)
 
 

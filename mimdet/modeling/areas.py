@@ -28,6 +28,11 @@ class ValidArea:
         self.device = device
         self.padded = any(size != grid for size in self.sizes)
 
+    @property
+    def cell_count(self) -> int:
+        """Valid cells of all maps."""
+        return sum(rows * columns for rows, columns in self.sizes)
+
     @cached_property
     def cells(self) -> torch.Tensor:
         """(B, 2) int32, ``sizes``."""

@@ -6,14 +6,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from support.small_mimdet import make_images, small_model, target
-from torch import nn
 
 from mimdet.detection import (
     Box2BoxTransform,
     DefaultAnchorGenerator,
     MaskRCNNConvUpsampleHead,
     Matcher,
-    NaiveSyncBatchNorm,
     ROIPooler,
     StandardRPNHead,
 )
@@ -238,56 +236,6 @@ def test_masks_can_be_left_unpasted():
     masks = paste_masks(soft.pop("mask_probabilities"), soft["boxes"], sizes[0])
     for key, value in {**soft, "masks": masks}.items():
         torch.testing.assert_close(value, pasted[key], rtol=0, atol=0)
-
-
-def test_norm_of_one_process_is_batch_norm():
-    torch.manual_seed(0)
-    x = torch.randn(4, 8, 5, 6)
-    ours, plain = NaiveSyncBatchNorm(8, stats_mode="N"), nn.BatchNorm2d(8)
-    assert torch.equal(ours(x), plain(x))
-    assert torch.equal(ours.running_var, plain.running_var)
-    ours.eval(), plain.eval()
-    assert torch.equal(ours(x), plain(x))
-
-
-def test_norm_of_an_empty_batch_keeps_statistics_and_gradients():
-    norm = NaiveSyncBatchNorm(8, stats_mode="N")
-    norm(torch.zeros(0, 8, 5, 6)).sum().backward()
-    assert norm.running_mean.abs().sum() == 0
-    assert norm.weight.grad is not None
-    assert norm.bias.grad is not None
-
-
-def _sync_worker(rank, folder, mode, rows):
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    everything = torch.randn(sum(rows), 3, 4, 5) * 2 + 1
-    mine = everything.split(rows)[rank].clone().requires_grad_()
-    norm = NaiveSyncBatchNorm(3, stats_mode=mode)
-    weight = torch.linspace(-1, 1, everything.numel()).view_as(everything).split(rows)[rank]
-    out = norm(mine)
-    (out * weight).sum().backward()
-    torch.save({"out": out, "grad": mine.grad, "mean": norm.running_mean, "var": norm.running_var}, f"{folder}/{rank}")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    ("mode", "rows"), [("", [3, 3]), ("N", [1, 5]), ("N", [0, 4])], ids=["equal", "unequal", "empty"]
-)
-def test_norm_of_two_processes_equals_one(tmp_path, mode, rows):
-    torch.multiprocessing.spawn(_sync_worker, (str(tmp_path), mode, rows), nprocs=2)
-    parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
-    torch.manual_seed(0)
-    x = (torch.randn(sum(rows), 3, 4, 5) * 2 + 1).requires_grad_()
-    expected = F.batch_norm(x, None, None, training=True)
-    (expected * torch.linspace(-1, 1, x.numel()).view_as(x)).sum().backward()
-    torch.testing.assert_close(torch.cat([p["out"] for p in parts]), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.cat([p["grad"] for p in parts]), x.grad, atol=1e-5, rtol=1e-4)
-    for part in parts:
-        torch.testing.assert_close(part["mean"], 0.1 * x.mean((0, 2, 3)), atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(part["var"], 0.9 + 0.1 * x.var((0, 2, 3), unbiased=False), atol=1e-5, rtol=1e-5)
 
 
 def test_unknown_norm():

@@ -10,8 +10,8 @@ import pytest
 
 HERE = Path(__file__).parent
 # One process per file, so that test workers share them.
-OPERATIONS = ("add_layer_norm", "attention_varlen", "bias_gelu", "gather_add_pos", "image_norm", "rasterize_polygons",
-              "roi_align_levels",
+OPERATIONS = ("add_layer_norm", "attention_varlen", "batch_norm", "bias_gelu", "gather_add_pos", "image_norm",
+              "rasterize_polygons", "roi_align_levels",
               "sample_tokens", "scatter_fill")  # fmt: skip
 
 

@@ -16,6 +16,7 @@ CALLS = {
     "attention_varlen": lambda f, **k: f(
         *(torch.ones(4, 1, 8) for _ in range(3)), torch.tensor([0, 4], dtype=torch.int32), 4, **k
     ),
+    "batch_norm": lambda f, **k: f(torch.rand(1, 8, 2, 2), *_affine(), training=True, **k),
     "bias_gelu": lambda f, **k: f(torch.ones(3, 8), torch.ones(8), **k),
     "gather_add_pos": lambda f, **k: f(torch.ones(1, 4, 8), torch.ones(4, 8), torch.tensor([[0, 2]]), **k),
     "group_norm_gelu": lambda f, **k: f(torch.ones(1, 8, 2, 2), *_affine(), 1e-6, **k),

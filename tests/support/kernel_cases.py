@@ -13,8 +13,9 @@ from mimdet.testing import assert_within_budget
 
 EPS = 1e-6
 # Operations by what they have in common.
-IMAGES = ("group_norm_gelu", "layer_norm_gelu")
+IMAGES = ("batch_norm", "group_norm_gelu", "layer_norm_gelu")
 NORMS = ("add_layer_norm", *IMAGES)
+MIXING = ("batch_norm",)  # the result of an image depends on the others
 PACKED = ("attention_varlen",)  # tokens of all images in one dimension
 DIFFERENTIABLE = tuple(op for op in OPS if op not in ("rasterize_polygons", "sample_tokens"))
 
@@ -95,7 +96,8 @@ def case(
     if op == "gather_add_pos":
         return Case(op, {"x": tokens(length), "pos": pos}, {"index": order[:, :kept]})
     if op in IMAGES:
-        return Case(op, {"x": main(batch, channels, *_sides(length)), **affine}, {"eps": EPS})
+        others = {"eps": EPS} | ({"training": True, "relu": True} if op == "batch_norm" else {})
+        return Case(op, {"x": main(batch, channels, *_sides(length)), **affine}, others)
     if op == "rasterize_polygons":
         return Case(op, {}, _polygons(batch, length, channels, device))
     if op == "roi_align_levels":

@@ -1,0 +1,1 @@
+"""Batch norm over valid cells, with ReLU inside."""

@@ -1,0 +1,231 @@
+"""Batch norm over valid cells of one or several processes, with ReLU inside."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from .. import checks, debug, dispatch
+from ..image_norm import WIDEST
+from . import ops
+
+WEIGHTS = ("cells", "maps", "processes")
+
+
+def batch_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    num_batches_tracked: torch.Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    relu: bool = False,
+    sizes: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+    sync: bool = False,
+    weigh: str = "cells",
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Batch norm of feature maps, and ReLU if asked, in one operation.
+
+    Two passes forward and two backward. Several processes exchange 2 * C + 1 numbers forward and add up 2 * C backward.
+    Results repeat bitwise, whatever the number of threads, and statistics are the same bits in every process. Only x
+    and the statistics are kept for backward; gradients of first order.
+    Sources: Ioffe and Szegedy, "Batch Normalization", 2015; Chan, Golub and LeVeque, "Updating Formulae and a Pairwise
+    Algorithm for Computing Sample Variances", 1979.
+
+    Args:
+        x: (N, C, H, W) floating point. Contiguous and channels_last memory are read as they are, other strides are
+            copied first.
+        weight, bias: (C,) floating point, or None for ones and zeros.
+        running_mean, running_var: (C,) floating point, changed in place when training; or None when training. The
+            variance that is kept is unbiased in one process, biased in several. Without a valid cell neither moves.
+        num_batches_tracked: () integer or None; counts batches. In one process, a batch without a valid cell is none.
+        training: normalize by the statistics of this batch, not by the running ones.
+        momentum: share of this batch in the running statistics; None: 1 / num_batches_tracked.
+        eps: added to the variance.
+        relu: the result is behind a ReLU.
+        sizes: (N, 2) int32 or int64 on x's device, rows and columns of each map's valid area, which begins at its top
+            left: 0 .. H and 0 .. W (MIMDET_DEBUG_KERNELS=1 checks). Statistics are those of the valid areas alone.
+            Whatever x and the gradient hold outside of them, NaN too, is not looked at; result and gradient are zero
+            there. None: everything is valid.
+        valid: (N,) bool on x's device: which maps are valid at all; None: all of them.
+        sync: statistics are those of all processes of the default group, which must all call this; each may have
+            another N, 0 too.
+        weigh: how much the statistics of a process count: by its valid "cells", by its valid "maps", or all
+            "processes" that have a valid cell alike.
+        impl: see ``mimdet.kernels.dispatch``.
+
+    Returns:
+        (N, C, H, W) in x's dtype and memory format. Statistics and arithmetic are float32 (float64 for float64).
+
+    Raises:
+        TypeError: an argument of another dtype.
+        ValueError: an argument of another rank, size or device; training on one value a channel; not training without
+            running statistics; another word for ``weigh``; while debugging, sizes outside of their range (RuntimeError
+            from cpp, always).
+        KernelUnavailableError: ``impl`` names what cannot run.
+    """
+    _check(x, weight, bias, running_mean, running_var, training, sizes, valid, weigh)
+    impl = dispatch.resolve(ops.NAME, impl, x.device, (x.dtype,), _too_large(x))
+    weight = x.new_ones(x.shape[1]) if weight is None else weight
+    bias = x.new_zeros(x.shape[1]) if bias is None else bias
+    sizes = _with_valid(x, sizes, valid)
+    if not training:
+        rstd = (running_var.detach() + eps).rsqrt()
+        return _Normalize.apply(x, weight, bias, running_mean.detach(), rstd, None, sizes, relu, False, impl)
+    world = dist.get_world_size() if sync and dist.is_available() and dist.is_initialized() else 1
+    with torch.no_grad():
+        moments = ops.moments(x.detach(), sizes, impl)
+        statistics = _of_one(x, moments, sizes) if world == 1 else _of_all(x, moments, sizes, weigh, world)
+        _track(statistics, running_mean, running_var, num_batches_tracked, momentum)
+        rstd = (statistics.variance + eps).rsqrt().to(moments.dtype)
+        mean = statistics.mean.to(moments.dtype)
+    return _Normalize.apply(x, weight, bias, mean, rstd, statistics.share, sizes, relu, world > 1, impl)
+
+
+class _Statistics(NamedTuple):
+    """Statistics of a batch.
+
+    Attributes:
+        mean, variance, kept: (C,); ``kept`` is the variance that running statistics take.
+        share: of one valid cell of this process in the mean, a float or a tensor ().
+        moved: whether there is a valid cell anywhere, a bool or a tensor ().
+        counts: whether running statistics count the batch, likewise.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    kept: torch.Tensor
+    share: torch.Tensor | float
+    moved: torch.Tensor | bool
+    counts: torch.Tensor | bool
+
+
+def _of_one(x, moments, sizes) -> _Statistics:
+    mean, m2, count = moments.split([x.shape[1], x.shape[1], 1])
+    if sizes is None:
+        n = x.numel() // x.shape[1]
+        if n == 1:
+            shape = tuple(x.shape)
+            raise ValueError(f"{ops.NAME}: Expected more than 1 value per channel when training, got x {shape}")
+        return _Statistics(mean, m2 / max(n, 1), m2 / max(n - 1, 1), 1 / max(n, 1), n > 0, n > 0)
+    n = count.clamp(min=1).squeeze(0)
+    moved = count[0] > 0
+    return _Statistics(mean, m2 / n, m2 / (n - 1).clamp(min=1), 1 / n, moved, moved)
+
+
+def _of_all(x, moments, sizes, weigh, world) -> _Statistics:
+    """Chan's formula over processes, in the order of their ranks and in float64: the same bits in each of them."""
+    channels = x.shape[1]
+    # The weight of one valid cell of this process.
+    weight = 1.0
+    if weigh == "maps":
+        weight = 1 / max(x.shape[2] * x.shape[3], 1)
+    elif weigh == "processes":
+        cells = max(x.numel() // channels, 1)
+        weight = 1 / cells if sizes is None else 1 / moments[-1].clamp(min=1)
+    if weigh != "cells":
+        moments = torch.cat([moments[:channels], moments[channels:] * weight])
+    gathered = moments.new_empty((world, len(moments)))
+    dist.all_gather_into_tensor(gathered.view(-1), moments)
+    means, m2s, weights = gathered.double().split([channels, channels, 1], dim=1)
+    total = weights.sum()
+    both = total.where(total > 0, 1)
+    mean = (weights * means).sum(0) / both
+    variance = (m2s + weights * (means - mean).square()).sum(0) / both
+    share = (weight / both).to(moments.dtype)
+    return _Statistics(mean, variance, variance, share, total > 0, True)
+
+
+def _track(statistics: _Statistics, running_mean, running_var, num_batches_tracked, momentum) -> None:
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(statistics.counts)
+    if running_mean is None:
+        return
+    if momentum is None:
+        momentum = 1 if num_batches_tracked is None else 1 / num_batches_tracked.clamp(min=1)
+    step = momentum * statistics.moved
+    for running, value in ((running_mean, statistics.mean), (running_var, statistics.kept)):
+        running.lerp_(value.to(running.dtype), step.to(running.dtype) if isinstance(step, torch.Tensor) else step)
+
+
+class _Normalize(torch.autograd.Function):
+    """x -> y with given statistics. Its gradient is the one through the statistics too, unless ``share`` is None."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, rstd, share, sizes, relu, sync, impl):
+        kept = share if isinstance(share, torch.Tensor) else None
+        ctx.save_for_backward(x, weight, bias, mean, rstd, sizes, kept)
+        ctx.share = None if kept is not None else share
+        ctx.relu, ctx.sync, ctx.impl = relu, sync, impl
+        return ops.forward(x, weight, bias, mean, rstd, sizes, relu, impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, mean, rstd, sizes, kept = ctx.saved_tensors
+        share = ctx.share if kept is None else kept
+        sums = ops.sums(dy, x, weight, bias, mean, rstd, sizes, ctx.relu, ctx.impl)
+        dx = None
+        if share is None:
+            means = torch.zeros_like(sums)
+        elif ctx.sync:
+            means = sums.clone()
+            dist.all_reduce(means)
+            means = means * share
+        else:
+            means = sums * share
+        if ctx.needs_input_grad[0]:
+            dx = ops.backward(dy, x, weight, bias, mean, rstd, means, sizes, ctx.relu, ctx.impl)
+        return dx, sums[1].to(weight.dtype), sums[0].to(bias.dtype), *[None] * 7
+
+
+def _with_valid(x, sizes, valid):
+    """Sizes with those of maps that are not valid zero."""
+    if valid is None:
+        return sizes
+    if sizes is not None:
+        return sizes * valid[:, None]
+    return torch.stack([valid * x.shape[2], valid * x.shape[3]], dim=1).int()
+
+
+def _check(x, weight, bias, running_mean, running_var, training, sizes, valid, weigh):
+    op = ops.NAME
+    parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    checks.tensors(op, tuple(parameters), x=x, **parameters)
+    if x.ndim != 4:
+        raise ValueError(f"{op}: x must be (N, C, H, W), got {tuple(x.shape)}")
+    shapes = {name: (tensor, (x.shape[1],)) for name, tensor in parameters.items() if tensor is not None}
+    if sizes is not None:
+        checks.integers(op, x, "x", sizes=sizes)
+        shapes["sizes"] = sizes, (x.shape[0], 2)
+    if valid is not None:
+        checks.booleans(op, x, "x", valid=valid)
+        shapes["valid"] = valid, (x.shape[0],)
+    for name, (tensor, shape) in shapes.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{op}: {name} must be {shape} for x {tuple(x.shape)}, got {tuple(tensor.shape)}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{op}: running_mean and running_var must both be given, or neither")
+    if not training and running_mean is None:
+        raise ValueError(f"{op}: without training, running_mean and running_var must be given")
+    if weigh not in WEIGHTS:
+        raise ValueError(f"{op}: weigh must be one of {', '.join(WEIGHTS)}, got {weigh!r}")
+    if sizes is not None and debug.enabled():
+        debug.check_sizes(sizes, x.shape[2:], f"{op}: sizes", least=0)
+
+
+def _too_large(x):
+    if x.shape[1] > WIDEST:
+        return f"it takes at most {WIDEST} channels, got {x.shape[1]} (use eager)"
+    if x.shape[0] * x.shape[2] * x.shape[3] > ops.MOST_CELLS:
+        return f"it takes at most 2**30 positions, got {x.shape[0]} x {x.shape[2]} x {x.shape[3]} (use eager)"
+    return None

@@ -1,0 +1,139 @@
+"""The four steps of batch norm, each an operation: ``mimdet::batch_norm_moments``, ``batch_norm``, ``batch_norm_sums``
+and ``batch_norm_backward``. Between the first two, and between the last two, processes exchange what they found.
+
+Maps are (N, C, H, W); ``sizes`` (N, 2) are the rows and columns of the valid area at the top left of each, 0 .. H and
+0 .. W, or None: all of them. Parameters and statistics are float32 (C,).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import dispatch, library
+from ..image_norm import WIDEST
+from . import reference
+
+NAME = "batch_norm"
+# The most cells of a batch that the GPU kernels count in int32.
+MOST_CELLS = 2**30
+
+
+def moments(x: torch.Tensor, sizes: torch.Tensor | None, impl: str) -> torch.Tensor:
+    """See ``reference.moments``."""
+    return reference.moments(x, sizes) if impl == "eager" else _moments(x, sizes, impl)
+
+
+def forward(x, weight, bias, mean, rstd, sizes, relu: bool, impl: str) -> torch.Tensor:
+    """See ``reference.forward``."""
+    arguments = x, weight, bias, mean, rstd, sizes, relu
+    return reference.forward(*arguments) if impl == "eager" else _forward(*arguments, impl)
+
+
+def sums(dy, x, weight, bias, mean, rstd, sizes, relu: bool, impl: str) -> torch.Tensor:
+    """See ``reference.sums``."""
+    arguments = dy, x, weight, bias, mean, rstd, sizes, relu
+    return reference.sums(*arguments) if impl == "eager" else _sums(*arguments, impl)
+
+
+def backward(dy, x, weight, bias, mean, rstd, means, sizes, relu: bool, impl: str) -> torch.Tensor:
+    """See ``reference.backward``."""
+    arguments = dy, x, weight, bias, mean, rstd, means, sizes, relu
+    return reference.backward(*arguments) if impl == "eager" else _backward(*arguments, impl)
+
+
+def _dense(x):
+    """x without gaps, and whether its memory is (N, H, W, C) rather than (N, C, H, W)."""
+    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not (x.is_contiguous() and x.shape[2:] != (1, 1))
+    nhwc |= x.stride(1) == 1 and not x.is_contiguous()
+    return x.contiguous(memory_format=_memory(nhwc)), nhwc
+
+
+def _memory(nhwc):
+    return torch.channels_last if nhwc else torch.contiguous_format
+
+
+def _allocate_moments(x):
+    return x.new_empty((2 * x.shape[1] + 1,), dtype=torch.float32)
+
+
+def _run_moments(x, sizes, impl):
+    x, nhwc = _dense(x)
+    moments = _allocate_moments(x)
+    if not x.numel():
+        return moments.zero_()
+    library.launch("batch_norm_moments", impl, x, _int32(sizes), nhwc, moments)
+    return moments
+
+
+def _run_forward(x, weight, bias, mean, rstd, sizes, relu, impl):
+    x, nhwc = _dense(x)
+    y = torch.empty_like(x)
+    if x.numel():
+        parameters = _float32(weight, bias, mean, rstd)
+        library.launch("batch_norm_fwd", impl, x, *parameters, _int32(sizes), relu, nhwc, y)
+    return y
+
+
+def _allocate_sums(x):
+    return x.new_empty((2, x.shape[1]), dtype=torch.float32)
+
+
+def _run_sums(dy, x, weight, bias, mean, rstd, sizes, relu, impl):
+    x, nhwc = _dense(x)
+    sums = _allocate_sums(x)
+    if not x.numel():
+        return sums.zero_()
+    dy, parameters = dy.contiguous(memory_format=_memory(nhwc)), _float32(weight, bias, mean, rstd)
+    library.launch("batch_norm_sums", impl, dy, x, *parameters, _int32(sizes), relu, nhwc, sums)
+    return sums
+
+
+def _run_backward(dy, x, weight, bias, mean, rstd, means, sizes, relu, impl):
+    x, nhwc = _dense(x)
+    dx = torch.empty_like(x)
+    if x.numel():
+        dy, parameters = dy.contiguous(memory_format=_memory(nhwc)), _float32(weight, bias, mean, rstd, means)
+        library.launch("batch_norm_bwd", impl, dy, x, *parameters, _int32(sizes), relu, nhwc, dx)
+    return dx
+
+
+def _float32(*parameters):
+    return tuple(parameter.float().contiguous() for parameter in parameters)
+
+
+def _int32(sizes):
+    return None if sizes is None else sizes.int().contiguous()
+
+
+def _like_x(x):
+    return torch.empty_like(_dense(x)[0])
+
+
+_PARAMETERS = "Tensor weight, Tensor bias, Tensor mean, Tensor rstd"
+
+_moments = library.define(
+    "batch_norm_moments",
+    "(Tensor x, Tensor? sizes, str impl) -> Tensor",
+    _run_moments,
+    lambda x, *rest: _allocate_moments(x),
+)
+_forward = library.define(
+    NAME,
+    f"(Tensor x, {_PARAMETERS}, Tensor? sizes, bool relu, str impl) -> Tensor",
+    _run_forward,
+    lambda x, *rest: _like_x(x),
+)
+_sums = library.define(
+    "batch_norm_sums",
+    f"(Tensor dy, Tensor x, {_PARAMETERS}, Tensor? sizes, bool relu, str impl) -> Tensor",
+    _run_sums,
+    lambda dy, x, *rest: _allocate_sums(x),
+)
+_backward = library.define(
+    "batch_norm_backward",
+    f"(Tensor dy, Tensor x, {_PARAMETERS}, Tensor means, Tensor? sizes, bool relu, str impl) -> Tensor",
+    _run_backward,
+    lambda dy, x, *rest: _like_x(x),
+)
+
+dispatch.register(NAME, dispatch.standard(f"at most {WIDEST} channels and 2**30 positions"))
