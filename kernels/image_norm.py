@@ -9,7 +9,8 @@ import torch
 from . import checks, debug, dispatch, library
 
 # The most channels that the GPU kernels hold in registers, and positions whose numbers fit their int32.
-WIDEST, LONGEST = 8192, 2**30
+WIDEST = 8192
+LONGEST = 2**30
 _runs: dict[str, Callable] = {}
 
 
