@@ -3,6 +3,7 @@
 #include "BatchNorm.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -169,6 +170,30 @@ void batch_norm_moments(const Tensor& x, const Maybe& sizes, bool nhwc, const Te
   std::copy(all.m2.begin(), all.m2.end(), out + C);
 }
 
+// In the order of the parts and in double: the same bits in every process.
+void batch_norm_statistics(const Tensor& parts, double eps, bool unbiased, const Tensor& statistics) {
+  const int64_t P = parts.size(0), C = parts.size(1) / 2, row = 2 * C + 1;
+  const float* from = floats(parts);
+  float* out = floats(statistics);
+  double total = 0.0;
+  for (int64_t part = 0; part < P; ++part) total += from[part * row + 2 * C];
+  const double inverse = total > 0.0 ? 1.0 / total : 0.0;
+  for (int64_t c = 0; c < C; ++c) {
+    double mean = 0.0, m2 = 0.0;
+    for (int64_t part = 0; part < P; ++part) mean += from[part * row + 2 * C] * static_cast<double>(from[part * row + c]);
+    mean *= inverse;
+    for (int64_t part = 0; part < P; ++part) {
+      const double off = from[part * row + c] - mean;
+      m2 += from[part * row + C + c] + from[part * row + 2 * C] * off * off;
+    }
+    const double variance = m2 * inverse;
+    out[c] = static_cast<float>(mean);
+    out[C + c] = static_cast<float>(1.0 / std::sqrt(variance + eps));
+    out[2 * C + c] = static_cast<float>(unbiased ? m2 / std::max(total - 1.0, 1.0) : variance);
+  }
+  out[3 * C] = static_cast<float>(inverse);
+}
+
 // weight * rstd of each channel.
 std::vector<float> gains(const Tensor& weight, const Tensor& rstd, int64_t C) {
   std::vector<float> made(C);
@@ -280,6 +305,7 @@ void batch_norm_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mimdet_cpu, m) {
   m.def("batch_norm_moments(Tensor x, Tensor? sizes, bool nhwc, Tensor(a!) moments) -> ()");
+  m.def("batch_norm_statistics(Tensor parts, float eps, bool unbiased, Tensor(a!) statistics) -> ()");
   m.def(
       "batch_norm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor? sizes, bool relu, "
       "bool nhwc, Tensor(a!) y) -> ()");
@@ -293,6 +319,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mimdet_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(mimdet_cpu, CPU, m) {
   m.impl("batch_norm_moments", TORCH_BOX(&mimdet::batch_norm_moments));
+  m.impl("batch_norm_statistics", TORCH_BOX(&mimdet::batch_norm_statistics));
   m.impl("batch_norm_fwd", TORCH_BOX(&mimdet::batch_norm));
   m.impl("batch_norm_sums", TORCH_BOX(&mimdet::batch_norm_sums));
   m.impl("batch_norm_bwd", TORCH_BOX(&mimdet::batch_norm_backward));

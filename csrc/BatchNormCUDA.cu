@@ -114,6 +114,31 @@ __global__ void __launch_bounds__(1024)
   if (channel == 0) moments[2 * C] = all.count;
 }
 
+// parts (P, 2 * C + 1) -> statistics (3 * C + 1,): mean, rstd, variance to keep, 1 / total. In double, part by part.
+__global__ void __launch_bounds__(kThreads)
+    merge_parts(const float* __restrict__ parts, float* __restrict__ statistics, int64_t P, int64_t C, float eps,
+                bool unbiased) {
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, row = 2 * C + 1;
+  if (channel >= C) return;
+  double total = 0.0, mean = 0.0, m2 = 0.0;
+  for (int64_t part = 0; part < P; ++part) {
+    const double weight = parts[part * row + 2 * C];
+    total += weight;
+    mean += weight * parts[part * row + channel];
+  }
+  const double inverse = total > 0.0 ? 1.0 / total : 0.0;
+  mean *= inverse;
+  for (int64_t part = 0; part < P; ++part) {
+    const double off = parts[part * row + channel] - mean;
+    m2 += parts[part * row + C + channel] + parts[part * row + 2 * C] * off * off;
+  }
+  const double variance = m2 * inverse;
+  statistics[channel] = static_cast<float>(mean);
+  statistics[C + channel] = 1.0f / sqrtf(static_cast<float>(variance) + eps);
+  statistics[2 * C + channel] = static_cast<float>(unbiased ? m2 / (total > 2.0 ? total - 1.0 : 1.0) : variance);
+  if (channel == 0) statistics[3 * C] = static_cast<float>(inverse);
+}
+
 struct Parameters {
   const float *weight, *bias, *mean, *rstd;
 };
@@ -285,6 +310,13 @@ MIMDET_CUDA_API int mimdet_batch_norm_moments(const void* x, const int32_t* size
     moments<T, V><<<grid, block, 0, stream>>>(static_cast<const T*>(x), parts, maps, static_cast<unsigned>(step));
     combine<<<blocks_for(C, 32), dim3(32, 32), 0, stream>>>(parts, moments_out, count, C);
   });
+}
+
+MIMDET_CUDA_API int mimdet_batch_norm_statistics(const float* parts, float eps, int64_t unbiased, float* statistics,
+                                                 int64_t P, int64_t C, cudaStream_t stream) {
+  using namespace mimdet;
+  merge_parts<<<blocks_for(C, kThreads), kThreads, 0, stream>>>(parts, statistics, P, C, eps, unbiased != 0);
+  return cudaGetLastError();
 }
 
 MIMDET_CUDA_API int mimdet_batch_norm_fwd(const void* x, const float* weight, const float* bias, const float* mean,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
@@ -82,97 +80,67 @@ def batch_norm(
         rstd = (running_var.detach() + eps).rsqrt()
         return _Normalize.apply(x, weight, bias, running_mean.detach(), rstd, None, sizes, relu, False, impl)
     world = dist.get_world_size() if sync and dist.is_available() and dist.is_initialized() else 1
+    channels, cells = x.shape[1], x.numel() // max(x.shape[1], 1)
+    if world == 1 and sizes is None and cells == 1:
+        raise ValueError(f"{ops.NAME}: Expected more than 1 value per channel when training, got x {tuple(x.shape)}")
     with torch.no_grad():
-        moments = ops.moments(x.detach(), sizes, impl)
-        statistics = _of_one(x, moments, sizes) if world == 1 else _of_all(x, moments, sizes, weigh, world)
-        _track(statistics, running_mean, running_var, num_batches_tracked, momentum)
-        rstd = (statistics.variance + eps).rsqrt().to(moments.dtype)
-        mean = statistics.mean.to(moments.dtype)
-    return _Normalize.apply(x, weight, bias, mean, rstd, statistics.share, sizes, relu, world > 1, impl)
+        parts, cell_weight = _parts(x, ops.moments(x.detach(), sizes, impl), sizes, weigh, world)
+        statistics = ops.statistics(parts, eps, world == 1, impl)
+        mean, rstd, kept, inverse = statistics.split([channels, channels, channels, 1])
+        # Whether there is a valid cell anywhere.
+        moved = cells > 0 if world == 1 and sizes is None else inverse.squeeze(0) > 0
+        counts = moved if world == 1 else True
+        _track(mean, kept, moved, counts, running_mean, running_var, num_batches_tracked, momentum)
+        share = inverse if cell_weight is None else inverse * cell_weight
+    return _Normalize.apply(x, weight, bias, mean, rstd, share, sizes, relu, world > 1, impl)
 
 
-class _Statistics(NamedTuple):
-    """Statistics of a batch.
-
-    Attributes:
-        mean, variance, kept: (C,); ``kept`` is the variance that running statistics take.
-        share: of one valid cell of this process in the mean, a float or a tensor ().
-        moved: whether there is a valid cell anywhere, a bool or a tensor ().
-        counts: whether running statistics count the batch, likewise.
-    """
-
-    mean: torch.Tensor
-    variance: torch.Tensor
-    kept: torch.Tensor
-    share: torch.Tensor | float
-    moved: torch.Tensor | bool
-    counts: torch.Tensor | bool
-
-
-def _of_one(x, moments, sizes) -> _Statistics:
-    mean, m2, count = moments.split([x.shape[1], x.shape[1], 1])
-    if sizes is None:
-        n = x.numel() // x.shape[1]
-        if n == 1:
-            shape = tuple(x.shape)
-            raise ValueError(f"{ops.NAME}: Expected more than 1 value per channel when training, got x {shape}")
-        return _Statistics(mean, m2 / max(n, 1), m2 / max(n - 1, 1), 1 / max(n, 1), n > 0, n > 0)
-    n = count.clamp(min=1).squeeze(0)
-    moved = count[0] > 0
-    return _Statistics(mean, m2 / n, m2 / (n - 1).clamp(min=1), 1 / n, moved, moved)
-
-
-def _of_all(x, moments, sizes, weigh, world) -> _Statistics:
-    """Chan's formula over processes, in the order of their ranks and in float64: the same bits in each of them."""
-    channels = x.shape[1]
-    # The weight of one valid cell of this process.
-    weight = 1.0
+def _parts(x, moments, sizes, weigh, world):
+    """Moments of all processes (world, 2 * C + 1), by rank, and the weight of one cell of this one; None for 1."""
+    if world == 1:
+        return moments[None], None
+    weight = None
     if weigh == "maps":
         weight = 1 / max(x.shape[2] * x.shape[3], 1)
     elif weigh == "processes":
-        cells = max(x.numel() // channels, 1)
+        cells = max(x.numel() // x.shape[1], 1)
         weight = 1 / cells if sizes is None else 1 / moments[-1].clamp(min=1)
-    if weigh != "cells":
-        moments = torch.cat([moments[:channels], moments[channels:] * weight])
+    if weight is not None:
+        moments[x.shape[1] :].mul_(weight)
     gathered = moments.new_empty((world, len(moments)))
     dist.all_gather_into_tensor(gathered.view(-1), moments)
-    means, m2s, weights = gathered.double().split([channels, channels, 1], dim=1)
-    total = weights.sum()
-    both = total.where(total > 0, 1)
-    mean = (weights * means).sum(0) / both
-    variance = (m2s + weights * (means - mean).square()).sum(0) / both
-    share = (weight / both).to(moments.dtype)
-    return _Statistics(mean, variance, variance, share, total > 0, True)
+    return gathered, weight
 
 
-def _track(statistics: _Statistics, running_mean, running_var, num_batches_tracked, momentum) -> None:
+def _track(mean, kept, moved, counts, running_mean, running_var, num_batches_tracked, momentum) -> None:
+    """Update running statistics in place, unless ``moved``, a bool or a tensor (), is False."""
     if num_batches_tracked is not None:
-        num_batches_tracked.add_(statistics.counts)
+        num_batches_tracked.add_(counts)
     if running_mean is None:
         return
     if momentum is None:
         momentum = 1 if num_batches_tracked is None else 1 / num_batches_tracked.clamp(min=1)
-    step = momentum * statistics.moved
-    for running, value in ((running_mean, statistics.mean), (running_var, statistics.kept)):
+    step = momentum * moved
+    for running, value in ((running_mean, mean), (running_var, kept)):
         running.lerp_(value.to(running.dtype), step.to(running.dtype) if isinstance(step, torch.Tensor) else step)
 
 
 class _Normalize(torch.autograd.Function):
-    """x -> y with given statistics. Its gradient is the one through the statistics too, unless ``share`` is None."""
+    """x -> y with given statistics. ``share`` (1,) is that of one valid cell of this process in them.
+
+    The gradient is the one through the statistics too, unless share is None.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, rstd, share, sizes, relu, sync, impl):
-        kept = share if isinstance(share, torch.Tensor) else None
-        ctx.save_for_backward(x, weight, bias, mean, rstd, sizes, kept)
-        ctx.share = None if kept is not None else share
+        ctx.save_for_backward(x, weight, bias, mean, rstd, sizes, share)
         ctx.relu, ctx.sync, ctx.impl = relu, sync, impl
         return ops.forward(x, weight, bias, mean, rstd, sizes, relu, impl)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, bias, mean, rstd, sizes, kept = ctx.saved_tensors
-        share = ctx.share if kept is None else kept
+        x, weight, bias, mean, rstd, sizes, share = ctx.saved_tensors
         sums = ops.sums(dy, x, weight, bias, mean, rstd, sizes, ctx.relu, ctx.impl)
         dx = None
         if share is None:

@@ -18,6 +18,11 @@ def launch_batch_norm_moments(x, sizes, nhwc, moments):
     call_cuda("batch_norm_moments", x, sizes, nhwc, moments, scratch, sizes=(*x.shape, count, step), typed=(x,))
 
 
+def launch_batch_norm_statistics(parts, eps, unbiased, statistics):
+    """Fill statistics (3 * C + 1,) from dense parts (P, 2 * C + 1), both float32."""
+    call_cuda("batch_norm_statistics", parts, eps, unbiased, statistics, sizes=(len(parts), parts.shape[1] // 2))
+
+
 def launch_batch_norm_fwd(x, weight, bias, mean, rstd, sizes, relu, nhwc, y):
     """Fill y (as x) from dense x (N, C, H, W), float32 (C,) parameters, sizes (N, 2) int32 or None."""
     arguments = x, weight, bias, mean, rstd, sizes, relu, nhwc, y

@@ -1,5 +1,5 @@
-"""The four steps of batch norm, each an operation: ``mimdet::batch_norm_moments``, ``batch_norm``, ``batch_norm_sums``
-and ``batch_norm_backward``. Between the first two, and between the last two, processes exchange what they found.
+"""The steps of batch norm, each an operation under ``mimdet::``: ``batch_norm_moments``, ``batch_norm_statistics``,
+``batch_norm``, ``batch_norm_sums`` and ``batch_norm_backward``. Processes exchange what the first and the fourth find.
 
 Maps are (N, C, H, W); ``sizes`` (N, 2) are the rows and columns of the valid area at the top left of each, 0 .. H and
 0 .. W, or None: all of them. Parameters and statistics are float32 (C,).
@@ -21,6 +21,12 @@ MOST_CELLS = 2**30
 def moments(x: torch.Tensor, sizes: torch.Tensor | None, impl: str) -> torch.Tensor:
     """See ``reference.moments``."""
     return reference.moments(x, sizes) if impl == "eager" else _moments(x, sizes, impl)
+
+
+def statistics(parts: torch.Tensor, eps: float, unbiased: bool, impl: str) -> torch.Tensor:
+    """See ``reference.statistics``."""
+    arguments = parts, eps, unbiased
+    return reference.statistics(*arguments) if impl == "eager" else _statistics(*arguments, impl)
 
 
 def forward(x, weight, bias, mean, rstd, sizes, relu: bool, impl: str) -> torch.Tensor:
@@ -63,6 +69,16 @@ def _run_moments(x, sizes, impl):
         return moments.zero_()
     library.launch("batch_norm_moments", impl, x, _int32(sizes), nhwc, moments)
     return moments
+
+
+def _allocate_statistics(parts):
+    return parts.new_empty((parts.shape[1] // 2 * 3 + 1,))
+
+
+def _run_statistics(parts, eps, unbiased, impl):
+    outputs = _allocate_statistics(parts)
+    library.launch("batch_norm_statistics", impl, parts.contiguous(), eps, unbiased, outputs)
+    return outputs
 
 
 def _run_forward(x, weight, bias, mean, rstd, sizes, relu, impl):
@@ -116,6 +132,12 @@ _moments = library.define(
     "(Tensor x, Tensor? sizes, str impl) -> Tensor",
     _run_moments,
     lambda x, *rest: _allocate_moments(x),
+)
+_statistics = library.define(
+    "batch_norm_statistics",
+    "(Tensor parts, float eps, bool unbiased, str impl) -> Tensor",
+    _run_statistics,
+    lambda parts, *rest: _allocate_statistics(parts),
 )
 _forward = library.define(
     NAME,

@@ -1,4 +1,4 @@
-"""The four steps of batch norm in plain PyTorch: what every implementation is measured against.
+"""The steps of batch norm in plain PyTorch: what every implementation is measured against.
 
 Arguments and results are those of ``ops``. Statistics are float32, of float64 maps float64.
 """
@@ -26,6 +26,26 @@ def moments(x: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
     # What rounding left in the mean corrects both moments.
     rest = centered.sum(1) / n
     return torch.cat([mean + rest, centered.square().sum(1) - n * rest.square(), count])
+
+
+def statistics(parts: torch.Tensor, eps: float, unbiased: bool) -> torch.Tensor:
+    """(3 * C + 1,): mean, rstd, variance to keep and 1 / total weight (0 without any), from moments of processes.
+
+    Args:
+        parts: (P, 2 * C + 1) ``moments``, whose count is a weight, and whose sums were weighted alike.
+        eps: added to the variance.
+        unbiased: the variance to keep is that of a sample whose size is the weight.
+    """
+    channels = parts.shape[1] // 2
+    wide = parts if len(parts) == 1 else parts.double()
+    means, m2s, weights = wide.split([channels, channels, 1], dim=1)
+    total = weights.sum()
+    inverse = (1 / total).where(total > 0, 0)
+    mean = (weights * means).sum(0) * inverse
+    m2 = (m2s + weights * (means - mean).square()).sum(0)
+    variance = m2 * inverse
+    kept = m2 / (total - 1).clamp(min=1) if unbiased else variance
+    return torch.cat([mean, (variance + eps).rsqrt(), kept, inverse.view(1)]).to(parts.dtype)
 
 
 def forward(

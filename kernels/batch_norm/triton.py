@@ -120,6 +120,38 @@ def _batch_norm_moments_combine_kernel(parts, moments, P, C, BLOCK_P: tl.constex
 
 
 @triton.jit
+def _batch_norm_statistics_kernel(parts, out, P, C, eps, UNBIASED: tl.constexpr, BLOCK_C: tl.constexpr):
+    """parts (P, 2 * C + 1) -> out (3 * C + 1,): mean, rstd, variance to keep, 1 / total; in float64, part by part."""
+    channel = start(tl.program_id(0), BLOCK_C) + tl.arange(0, BLOCK_C)
+    mask = channel < C
+    row = C.to(tl.int64) * 2 + 1
+    total = tl.zeros((1,), tl.float64)
+    mean = tl.zeros((BLOCK_C,), tl.float64)
+    for part in range(P):
+        at = parts + part * row
+        weight = tl.load(at + row - 1 + tl.arange(0, 1)).to(tl.float64)
+        total += weight
+        mean += weight * tl.load(at + channel, mask=mask, other=0.0).to(tl.float64)
+    inverse = tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)
+    mean *= inverse
+    m2 = tl.zeros((BLOCK_C,), tl.float64)
+    for part in range(P):
+        at = parts + part * row
+        weight = tl.load(at + row - 1 + tl.arange(0, 1)).to(tl.float64)
+        off = tl.load(at + channel, mask=mask, other=0.0).to(tl.float64) - mean
+        m2 += tl.load(at + C + channel, mask=mask, other=0.0).to(tl.float64) + weight * off * off
+    variance = m2 * inverse
+    kept = variance
+    if UNBIASED:
+        kept = m2 / tl.maximum(total - 1.0, 1.0)
+    tl.store(out + channel, mean.to(tl.float32), mask=mask)
+    tl.store(out + C + channel, tl.rsqrt(variance.to(tl.float32) + eps), mask=mask)
+    tl.store(out + C + C + channel, kept.to(tl.float32), mask=mask)
+    first = tl.arange(0, 1) + tl.program_id(0) == 0
+    tl.store(out + C + C + C + tl.arange(0, 1), inverse.to(tl.float32), mask=first)
+
+
+@triton.jit
 def _parameters(weight, bias, mean, rstd, channel, mask):
     """Weight, bias, mean and rstd of channels."""
     w = tl.load(weight + channel, mask=mask, other=0.0)
@@ -214,6 +246,13 @@ def launch_batch_norm_moments(x, sizes, nhwc, moments):
     _batch_norm_moments_kernel[(programs, across)](x, sizes, parts, *numbers, steps, **options)
     grid, blocks = (triton.cdiv(channels, 8),), {"BLOCK_P": 64, "BLOCK_C": 8}
     _batch_norm_moments_combine_kernel[grid](parts, moments, programs, channels, **blocks)
+
+
+def launch_batch_norm_statistics(parts, eps, unbiased, statistics):
+    """Fill statistics (3 * C + 1,) from dense parts (P, 2 * C + 1), both float32."""
+    channels = parts.shape[1] // 2
+    grid, options = (triton.cdiv(channels, 128),), {"UNBIASED": unbiased, "BLOCK_C": 128, "num_warps": 4}
+    _batch_norm_statistics_kernel[grid](parts, statistics, len(parts), channels, eps, **options)
 
 
 def launch_batch_norm_fwd(x, weight, bias, mean, rstd, sizes, relu, nhwc, y):

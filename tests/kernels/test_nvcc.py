@@ -110,7 +110,7 @@ def run(op, variant):
 @pytest.mark.parametrize("op", CUDA_OPS)
 def test_calls_match_the_declarations(op, variant, calls):
     run(op, variant)
-    assert len({name for name, _ in calls}) == (4 if op == "batch_norm" else 2 if op in DIFFERENTIABLE else 1)
+    assert len({name for name, _ in calls}) == (5 if op == "batch_norm" else 2 if op in DIFFERENTIABLE else 1)
     for name, arguments in calls:
         *parameters, stream = declared()[name]
         assert stream == "cudaStream_t"
