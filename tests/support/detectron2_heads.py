@@ -18,6 +18,7 @@ from mimdet import detection
 from mimdet.config import instantiate
 from mimdet.detection.rpn import Proposals
 from mimdet.modeling import ShapeSpec
+from mimdet.polygons import PackedPolygons
 from mimdet.testing import tiny_config
 
 DATA = RECORDINGS / "detectron2_heads.npz"
@@ -134,7 +135,8 @@ def run_our_cascade(case):
             detections, _ = heads.eval()(features, wrapped, SIZES)
         return _detections([(d["boxes"], d["scores"], d["labels"], d["mask_probabilities"]) for d in detections])
     with first_candidates():
-        _, losses = heads.train()(features, wrapped, SIZES, truth(case))
+        targets = [t | {"masks": PackedPolygons.pack(t["masks"])} for t in truth(case)]
+        _, losses = heads.train()(features, wrapped, SIZES, targets)
     return _losses(losses, features, heads)
 
 
