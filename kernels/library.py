@@ -101,7 +101,7 @@ def launch(name: str, impl: str, *arguments, sizes: tuple[int, ...] = (), typed:
     That is ``launch_<name>`` in the operation's triton.py or cuda.py, else what ``csrc`` has under that name.
 
     Args:
-        name: "<op>_fwd" or "<op>_bwd".
+        name: "<op>_<step>", such as "bias_gelu_fwd".
         impl: "triton", "cuda" or "cpp".
         arguments: tensors, None and numbers.
         sizes, typed: what C functions without torch cannot see in pointers; see ``call_cuda``.
