@@ -110,7 +110,7 @@ def launch(name: str, impl: str, *arguments, sizes: tuple[int, ...] = (), typed:
     It is ``launch_<name>`` of the operation's triton.py, cuda.py or aten_cpu.py, else the function of csrc.
 
     Args:
-        name: "<op>_fwd" or "<op>_bwd".
+        name: "<op>_<step>", such as "bias_gelu_fwd".
         impl: "triton", "cuda" or "cpp".
         arguments: tensors, None, numbers, and lists of tensors or numbers.
         sizes, typed: shapes and dtypes for C functions, which get bare pointers; see ``call_cuda``.
