@@ -12,7 +12,6 @@
 namespace mimdet {
 namespace {
 
-using Maybe = std::optional<Tensor>;
 
 // Rows whose float sums stay exact enough to be added up in double.
 constexpr int64_t kMostRows = 128;
@@ -23,7 +22,7 @@ struct Tasks {
   int64_t bytes, N, C, S;
   Areas areas;
 
-  Tasks(const Tensor& x, const Maybe& sizes, bool nhwc)
+  Tasks(const Tensor& x, const OptionalTensor& sizes, bool nhwc)
       : nhwc(nhwc),
         bytes(is_bfloat16(x) ? 2 : 4),
         N(x.size(0)),
@@ -63,7 +62,7 @@ struct Tasks {
     }
     for (int64_t cell = first; cell < last;) {
       const int64_t sample = cell / S, position = cell % S, n = std::min(last - cell, S - position);
-      areas.stretches(sample, position, n, [&](int64_t at, int64_t length, bool valid) {
+      areas.each_run(sample, position, n, [&](int64_t at, int64_t length, bool valid) {
         f((sample * S + at) * C * bytes, length, int64_t(0), valid);
       });
       cell += n;
@@ -82,7 +81,7 @@ struct Tasks {
  private:
   template <class F>
   void of_plane(int64_t plane, F f) const {
-    areas.stretches(plane / C, 0, S, [&](int64_t at, int64_t n, bool valid) {
+    areas.each_run(plane / C, 0, S, [&](int64_t at, int64_t n, bool valid) {
       f((plane * S + at) * bytes, n, plane % C, valid);
     });
   }
@@ -113,7 +112,7 @@ struct Moments {
   }
 };
 
-void batch_norm_moments(const Tensor& x, const Maybe& sizes, bool nhwc, const Tensor& moments) {
+void batch_norm_moments(const Tensor& x, const OptionalTensor& sizes, bool nhwc, const Tensor& moments) {
   const bool bf16 = is_bfloat16(x);
   const Tasks tasks(x, sizes, nhwc);
   const int64_t C = tasks.C;
@@ -204,7 +203,7 @@ std::vector<float> gains(const Tensor& weight, const Tensor& rstd, int64_t C) {
 
 void batch_norm(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& rstd,
-    const Maybe& sizes, bool relu, bool nhwc, const Tensor& y) {
+    const OptionalTensor& sizes, bool relu, bool nhwc, const Tensor& y) {
   const bool bf16 = is_bfloat16(x);
   const Tasks tasks(x, sizes, nhwc);
   const char* xs = static_cast<const char*>(rows(x));
@@ -228,7 +227,7 @@ void batch_norm(
 
 void batch_norm_sums(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-    const Tensor& rstd, const Maybe& sizes, bool relu, bool nhwc, const Tensor& sums) {
+    const Tensor& rstd, const OptionalTensor& sizes, bool relu, bool nhwc, const Tensor& sums) {
   const bool bf16 = is_bfloat16(x);
   const Tasks tasks(x, sizes, nhwc);
   const int64_t C = tasks.C;
@@ -269,7 +268,7 @@ void batch_norm_sums(
 
 void batch_norm_backward(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-    const Tensor& rstd, const Tensor& means, const Maybe& sizes, bool relu, bool nhwc, const Tensor& dx) {
+    const Tensor& rstd, const Tensor& means, const OptionalTensor& sizes, bool relu, bool nhwc, const Tensor& dx) {
   const bool bf16 = is_bfloat16(x);
   const Tasks tasks(x, sizes, nhwc);
   const int64_t C = tasks.C;
