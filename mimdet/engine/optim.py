@@ -5,11 +5,33 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from omegaconf import DictConfig
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Adam, AdamW, Optimizer
+
+from ..config import instantiate
+from ..config.lazy import TARGET, resolve_target
 
 _ENCODER = "backbone.bottom_up.encoder"
 _CONV_STEM = _ENCODER + ".patch_embed"
+_UPDATES = ("foreach", "capturable", "differentiable")  # arguments of Adam that exclude fused
+
+
+def build_optimizer(cfg: DictConfig, model: nn.Module, scaled: bool = False) -> Optimizer:
+    """The optimizer of a config's ``optimizer`` section, for a model.
+
+    PyTorch's Adam and AdamW are ``fused`` unless the section says how they update: one pass over memory instead of
+    about ten, which differs by rounding.
+
+    Args:
+        scaled: whether gradients are scaled (float16). Lightning Fabric cannot clip those of a fused optimizer.
+    """
+    params = instantiate(cfg.params, model=model)
+    fused = {}
+    if not scaled and resolve_target(cfg[TARGET]) in (Adam, AdamW) and not {"fused", *_UPDATES} & set(cfg):
+        fused = {"fused": True}
+    return instantiate(cfg, params=params, **fused)
 
 
 def get_fpn_model_parameters(

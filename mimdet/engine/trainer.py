@@ -24,6 +24,7 @@ from .final_config import final_config
 from .lock import locked
 from .logger import MetricsWriter, RunLog, TrainingProgress, delete_metrics, flatten
 from .model import build_model
+from .optim import build_optimizer
 from .resume import check_resumable, isolated_random, pack, restore, restore_random, seed_all, warn_of_changes
 from .runtime import build_fabric, describe
 from .signals import GracefulStop, TrainingInterrupted
@@ -112,8 +113,8 @@ class _Training:
             load_state(self.model, state_dict_of(checkpoint, source), source)
         elif cfg.train.init_checkpoint:
             load_model_weights(self.model, cfg.train.init_checkpoint, cfg.train.get("init_checkpoint_ignore") or ())
-        params = instantiate(cfg.optimizer.params, model=self.model)
-        self.optimizer = instantiate(cfg.optimizer, params=params)
+        scaled = bool(fabric.strategy.precision.state_dict())  # of GradScaler
+        self.optimizer = build_optimizer(cfg.optimizer, self.model, scaled)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.lr_multiplier = instantiate(cfg.lr_multiplier)
         wrapped_model, wrapped_optimizer = fabric.setup(self.model, self.optimizer)

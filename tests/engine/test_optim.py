@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -5,7 +6,9 @@ import torch
 from support.paths import RECORDINGS
 from torch import nn
 
+from mimdet.config import LazyCall
 from mimdet.engine import get_fpn_model_parameters
+from mimdet.engine.optim import build_optimizer
 
 GROUPS = json.loads((RECORDINGS / "optim_groups.json").read_text())
 
@@ -77,3 +80,32 @@ def test_norm_decay_none_means_as_any_other():
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="no trainable parameter"):
         get_fpn_model_parameters(module_with([], [("pos_embed", (1, 2))]))
+
+
+def optimizer_section(**arguments):
+    params = LazyCall(get_fpn_model_parameters)(base_lr=1e-2)
+    return LazyCall(torch.optim.AdamW)(params=params, lr=1e-2, weight_decay=0.1, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "scaled", "fused"),
+    [({}, False, True), ({}, True, None), ({"foreach": True}, False, None), ({"fused": False}, False, False)],
+    ids=["plain", "float16", "foreach", "not fused"],
+)
+def test_adamw_is_fused_unless_it_cannot_be(arguments, scaled, fused):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7))
+    expected = copy.deepcopy(model)
+    optimizer = build_optimizer(optimizer_section(**arguments), model, scaled)
+    assert {group["fused"] for group in optimizer.param_groups} == {fused}
+    reference = torch.optim.AdamW(
+        get_fpn_model_parameters(expected, base_lr=1e-2), lr=1e-2, weight_decay=0.1, fused=False
+    )
+    x = torch.randn(3, 5)
+    for module, update in ((model, optimizer), (expected, reference)):
+        for _ in range(3):
+            update.zero_grad()
+            module(x).square().sum().backward()
+            update.step()
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

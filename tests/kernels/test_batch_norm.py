@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support.kernels import BF16, F16, F32, Guarded, here, native, needs_compiler, quantized, run_on_older_processor
 from torch.utils.checkpoint import checkpoint
 
-from mimdet.kernels import KernelUnavailableError, batch_norm, image_norm
+from mimdet.kernels import KernelUnavailableError, batch_norm, image_norm, valid_mask
 from mimdet.kernels.batch_norm import ops, reference
 from mimdet.testing import assert_within_budget
 
@@ -131,7 +131,7 @@ def test_programs_that_take_several_tiles(runner, nhwc, sized, monkeypatch):
     monkeypatch.setattr(module, "_MOST_PARTS" if impl == "triton" else "_PARTS", 2)
     arguments = inputs((4, 24, 31, 23), nhwc=nhwc, mean=1e4, std=0.1)
     sizes = torch.tensor([[31, 23], [0, 0], [0, 0], [9, 20]]) if sized else None
-    inside = None if sizes is None else image_norm.valid(arguments[0], sizes)
+    inside = None if sizes is None else valid_mask(sizes, arguments[0].shape[2:])[:, None]
     moved = [t.to(device) for t in arguments]
     got = forward_backward(*moved, sizes=None if sizes is None else sizes.to(device), impl=impl)
     judge([t.cpu() for t in got], *arguments, False, inside)
@@ -176,7 +176,7 @@ def test_sizes_give_what_the_valid_cells_get_alone(runner, shape, sizes, dtype, 
     impl, device = runner
     sizes = torch.tensor(sizes, dtype=torch.int64 if nhwc else torch.int32)
     x, weight, bias, dy = inputs(shape, dtype, nhwc)
-    inside = image_norm.valid(x, sizes)
+    inside = valid_mask(sizes, x.shape[2:])[:, None]
     x, dy = spoil(x, inside), spoil(dy, inside)
     arguments = [t.to(device) for t in (x, weight, bias, dy)]
     got = [t.cpu() for t in forward_backward(*arguments, sizes=sizes.to(device), relu=relu, impl=impl)]
@@ -203,7 +203,7 @@ def test_maps_that_are_not_valid_are_not_looked_at(runner, nhwc, relu):
 def test_valid_maps_and_sizes_together(cpp):
     x, weight, bias, dy = inputs((3, 5, 4, 4))
     sizes, valid = torch.tensor([[4, 4], [2, 3], [3, 1]]), torch.tensor([True, False, True])
-    inside = image_norm.valid(x, sizes) & valid.view(-1, 1, 1, 1)
+    inside = valid_mask(sizes, x.shape[2:])[:, None] & valid.view(-1, 1, 1, 1)
     got = forward_backward(spoil(x, inside), weight, bias, spoil(dy, inside), sizes=sizes, valid=valid, impl="cpp")
     judge(got, x, weight, bias, dy, False, inside)
 
