@@ -2,54 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from ..checkpoint.convnext import load_convnext
 from ..kernels.tensors import zero_padding
-from .recompute import checkpointed, is_selective
-from .vit import Mlp, add_norm, compute_dtype
-
-_EPS = 1e-6
-
-
-class ConvNeXtBlock(nn.Module):
-    """Depthwise 7x7 convolution, LayerNorm and MLP of each cell, LayerScale, residual; parameters have timm's names."""
-
-    def __init__(self, dim: int, recompute: str = "lean"):
-        super().__init__()
-        self.recompute = is_selective(recompute)
-        self.conv_dw = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
-        self.norm = nn.LayerNorm(dim, eps=_EPS)
-        self.mlp = Mlp(dim, 4 * dim, recompute)
-        self.gamma = nn.Parameter(torch.full((dim,), 1e-6))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        cells = self.conv_dw(x).permute(0, 2, 3, 1)
-        _, rows = add_norm(self.norm, cells.flatten(1, 2), dtype=compute_dtype(x), recompute=self.recompute)
-        branch = self.mlp(rows) * self.gamma
-        return (x + branch.view(cells.shape).permute(0, 3, 1, 2)).to(x.dtype)
-
-
-class CellNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each cell of a map."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        cells = x.permute(0, 2, 3, 1)
-        _, rows = add_norm(self, cells.flatten(1, 2), dtype=compute_dtype(x))
-        return rows.view(cells.shape).permute(0, 3, 1, 2)
-
-
-class ConvNeXtStage(nn.Module):
-    """Blocks; with ``downsample`` a norm and a 2x2 convolution of stride 2 before them."""
-
-    def __init__(self, c_in: int, c_out: int, depth: int, downsample: bool, recompute: str):
-        super().__init__()
-        parts = [CellNorm(c_in, eps=_EPS), nn.Conv2d(c_in, c_out, kernel_size=2, stride=2)] if downsample else []
-        self.downsample = nn.Sequential(*parts)
-        self.blocks = nn.ModuleList(ConvNeXtBlock(c_out, recompute) for _ in range(depth))
+from .recompute import checkpointed
 
 
 class ConvNeXtStem(nn.Module):
@@ -57,7 +17,7 @@ class ConvNeXtStem(nn.Module):
 
     For ViT-Base the widths are those of ConvNeXt-Large: 192, 384, 768. The paper takes "configuration / pre-trained
     weights of the first two stages of ConvNeXt-Large" and does not say how it reaches stride 16; here it is the next
-    downsampling of ConvNeXt. There is no stochastic depth.
+    downsampling of ConvNeXt. There is no stochastic depth. Stages are timm's.
 
     Args:
         img_size: side of the square image of the position table, pixels.
@@ -66,7 +26,6 @@ class ConvNeXtStem(nn.Module):
         embed_dim: channels of stride 16; stride 4 has a quarter of them, stride 8 half.
         depth: blocks of a stage.
         checkpointing: recompute blocks in backward.
-        recompute: "lean" recomputes the outputs of LayerNorm and GELU in backward; "none" saves them.
         pretrained: path of weights as timm names them, or None for random ones.
 
     Raises:
@@ -82,9 +41,11 @@ class ConvNeXtStem(nn.Module):
         embed_dim: int = 768,
         depth: int = 3,
         checkpointing: bool = False,
-        recompute: str = "lean",
         pretrained: str | None = None,
     ):
+        from timm.layers import LayerNorm, LayerNorm2d  # timm registers hundreds of models on import
+        from timm.models.convnext import ConvNeXtStage
+
         super().__init__()
         if embed_dim % 4 or patch_size != 16:
             raise ValueError(
@@ -94,12 +55,14 @@ class ConvNeXtStem(nn.Module):
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.checkpointing = checkpointing
         fine, middle = embed_dim // 4, embed_dim // 2
-        self.stem = nn.Sequential(nn.Conv2d(in_chans, fine, kernel_size=4, stride=4), CellNorm(fine, eps=_EPS))
+        norm = partial(LayerNorm2d, eps=1e-6)
+        options = {"norm_layer": norm, "norm_layer_cl": partial(LayerNorm, eps=1e-6), "ls_init_value": 1e-6}
+        self.stem = nn.Sequential(nn.Conv2d(in_chans, fine, kernel_size=4, stride=4), norm(fine))
         self.stages = nn.ModuleList(
             [
-                ConvNeXtStage(fine, fine, depth, False, recompute),
-                ConvNeXtStage(fine, middle, depth, True, recompute),
-                ConvNeXtStage(middle, embed_dim, 0, True, recompute),
+                ConvNeXtStage(fine, fine, stride=1, depth=depth, **options),
+                ConvNeXtStage(fine, middle, depth=depth, **options),
+                ConvNeXtStage(middle, embed_dim, depth=0, **options),
             ]
         )
         for module in self.modules():
@@ -121,8 +84,9 @@ class ConvNeXtStem(nn.Module):
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
             # Convolutions must read zeros in the padding. The 4x4 patches of the stem never cross an image's edge.
-            for module in stage.downsample:
-                x = module(_zero_padding(x, sizes, i) if isinstance(module, nn.Conv2d) else x)
+            if i > 0:
+                norm, convolution = stage.downsample
+                x = convolution(_zero_padding(norm(x), sizes, i))
             for block in stage.blocks:
                 x = _zero_padding(x, sizes, i + 1)
                 x = checkpointed(block, x) if self.checkpointing and x.requires_grad else block(x)

@@ -199,11 +199,10 @@ def _make_stem(
     if stem not in _STEMS:
         raise ValueError(f"encoder: stem {stem!r} is unknown; choose from {', '.join(_STEMS)}")
     sizes = {"img_size": img_size, "patch_size": patch_size, "in_chans": in_chans, "embed_dim": embed_dim}
-    memory = {"checkpointing": checkpointing, "recompute": recompute}
     if stem == "convnext":
         if norm != "group":
             raise ValueError(f"encoder: stem_norm {norm!r} needs stem 'conv'; the norms of ConvNeXt are LayerNorm")
-        return ConvNeXtStem(**sizes, **memory, pretrained=pretrained)
+        return ConvNeXtStem(**sizes, checkpointing=checkpointing, pretrained=pretrained)
     if pretrained:
         raise ValueError("encoder: stem_pretrained needs stem 'convnext': the ConvStem is never pre-trained")
-    return ConvStem(**sizes, **memory, norm=norm)
+    return ConvStem(**sizes, checkpointing=checkpointing, recompute=recompute, norm=norm)

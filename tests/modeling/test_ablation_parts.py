@@ -202,10 +202,10 @@ def test_layer_norm_stem_is_its_eager_counterpart(recompute):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("recompute", ["lean", "none"])
-def test_convnext_stem_is_timms(recompute):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_convnext_stem_is_timms(checkpointing):
     torch.manual_seed(0)
-    stem = convnext(recompute=recompute)
+    stem = convnext(checkpointing=checkpointing)
     baseline = baseline_of(stem)
     x = torch.randn(2, 3, 64, 96)
     actual = stem(x)
