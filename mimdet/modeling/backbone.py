@@ -143,7 +143,8 @@ class MIMDetBackbone(nn.Module):
         def run(side: int) -> object:
             fixed, self.encoder.noise.fixed = self.encoder.noise.fixed, []
             try:
-                image = ImageList(images.new_zeros(1, channels, side, side), [(side, side)])
+                zeros = images.new_zeros(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+                image = ImageList(zeros, [(side, side)])
                 return self._maps(image, ratio, packed=False)
             finally:
                 self.encoder.noise.fixed = fixed

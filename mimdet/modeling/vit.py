@@ -195,7 +195,7 @@ def run_layers(
 ) -> torch.Tensor:
     """``norm`` of tokens (*sequences.shape, C) after all ``blocks``. By default each row of the batch is a sequence."""
     sequences = sequences or Sequences.equal(*x.shape[:2], x.device)
-    return add_norm(norm, *run_blocks(blocks, x, checkpointing, sequences))[1]
+    return add_norm(norm, *run_blocks(blocks, x, checkpointing, sequences), compute_dtype(x))[1]
 
 
 def run_blocks(
