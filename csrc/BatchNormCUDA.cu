@@ -29,7 +29,7 @@ __device__ __forceinline__ int64_t find(const Maps& maps, unsigned cell, int64_t
   valid = true;
   if (maps.nhwc && maps.sizes == nullptr) return static_cast<int64_t>(cell) * maps.C + channel;
   const unsigned S = static_cast<unsigned>(maps.positions()), sample = cell / S, position = cell - sample * S;
-  valid = maps.valid(sample, position);
+  valid = maps.is_valid(sample, position);
   return maps.nhwc ? static_cast<int64_t>(cell) * maps.C + channel
                    : (static_cast<int64_t>(sample) * maps.C + channel) * maps.positions() + position;
 }
