@@ -137,7 +137,9 @@ class MIMDetBackbone(nn.Module):
         """Decide from the batch what backward recomputes."""
         if torch.compiler.is_compiling() or type(images) is not torch.Tensor or images.is_meta:
             return  # torch.compile decides itself; fake tensors take no memory
-        parts = [p for p in (self.encoder, self.decoder) if p and p.recomputation == self.encoder.recomputation]
+        parts = [
+            p for p in (self.encoder, self.decoder) if p is not None and p.recomputation == self.encoder.recomputation
+        ]
         batch, channels, height, width = images.shape
 
         def run(side: int) -> object:
