@@ -113,3 +113,15 @@ def test_every_parameter_learns_under_autocast(name):
     assert all(loss.dtype == torch.float32 and bool(loss.isfinite()) for loss in losses.values())
     sum(losses.values()).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", ["mimdet_b_mask_rcnn", "mimdet_b_retinanet"])
+def test_twenty_steps_twice_from_one_seed_are_the_same_bits(name, shapes, tmp_path):
+    weights = []
+    for run in ("first", "second"):
+        cfg = counterpart_on_shapes(name, shapes, tmp_path / run)
+        cfg.train.update(max_iter=20)
+        cfg.dataloader.evaluator = None
+        train(cfg)
+        weights.append(torch.load(tmp_path / run / "model_final.pth", weights_only=True)["model"])
+    assert [key for key in weights[0] if not torch.equal(weights[0][key], weights[1][key])] == []
