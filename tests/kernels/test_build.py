@@ -11,6 +11,13 @@ import pytest
 
 from mimdet.kernels import build
 
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
+def test_our_sources_compile():
+    """Without the library, tests of C++ are skipped and plain PyTorch runs: both would hide an error in the sources."""
+    assert build.cpp_unavailable() is None
+
+
 # Logs its start and end, and writes its output file.
 FAKE = """#!/bin/sh
 case $1 in --version) echo fake; exit 0;; esac
