@@ -8,7 +8,7 @@ demo: install
 	$(BIN)/mimdet demo
 
 test: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
