@@ -2,7 +2,7 @@
 
 import pytest
 
-d2 = pytest.importorskip("detectron2_testing")
+d2 = pytest.importorskip("support.detectron2_testing")
 
 from mimdet.bench.experiments import detectron2
 from mimdet.bench.row import Results

@@ -9,7 +9,7 @@ from support.paths import RECORDINGS
 from support.relative_error import relative_error
 from support.small_benchmarking import SMALL
 
-d2 = pytest.importorskip("detectron2_testing")
+d2 = pytest.importorskip("support.detectron2_testing")
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data.transforms import AugInput

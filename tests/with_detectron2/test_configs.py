@@ -11,7 +11,7 @@ from support.small_mimdet import small_model
 
 from mimdet.kernels import library, table
 
-d2 = pytest.importorskip("detectron2_testing")
+d2 = pytest.importorskip("support.detectron2_testing")
 
 import detectron2
 from detectron2.config import LazyConfig, instantiate

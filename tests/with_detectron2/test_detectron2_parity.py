@@ -10,7 +10,7 @@ import torch
 from support.paths import RECORDINGS
 from support.relative_error import relative_error
 
-d2 = pytest.importorskip("detectron2_testing")
+d2 = pytest.importorskip("support.detectron2_testing")
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyConfig, instantiate

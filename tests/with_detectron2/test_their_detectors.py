@@ -8,7 +8,7 @@ from support.small_mimdet import SIZES, target
 from mimdet.config import instantiate, load
 from mimdet.testing import tiny_config, tiny_overrides
 
-d2 = pytest.importorskip("detectron2_testing")
+d2 = pytest.importorskip("support.detectron2_testing")
 
 from detectron2.config import instantiate as their_instantiate
 from detectron2.utils.events import EventStorage

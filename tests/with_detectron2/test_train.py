@@ -12,7 +12,7 @@ import torch
 from support.paths import ROOT
 from support.small_mimdet import SMALL
 
-d2 = pytest.importorskip("detectron2_testing")
+d2 = pytest.importorskip("support.detectron2_testing")
 
 import detectron2
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
