@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..kernels.tensors import to_device
+from ..kernels.tensors import to_device, valid_mask
 from .sampling import cell_sizes
 
 
@@ -41,9 +41,7 @@ class ValidArea:
     @cached_property
     def padding(self) -> torch.Tensor:
         """(B, 1, H, W) bool, the padding mask: True in the padding."""
-        row, column = (torch.arange(length, device=self.device) for length in self.grid)
-        rows, columns = self.cells.unbind(1)
-        return (row >= rows[:, None])[:, None, :, None] | (column >= columns[:, None])[:, None, None, :]
+        return ~valid_mask(self.cells, self.grid)[:, None]
 
     @cached_property
     def index(self) -> torch.Tensor:
