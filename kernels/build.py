@@ -51,6 +51,8 @@ _ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ),
 }
+# Files ending in CPU.cpp in which every operation is rounded once, as PyTorch's are.
+_NOT_FUSED = ("MatchBoxesCPU.cpp",)
 _CUDA_ARCHITECTURES = "80;86;90"
 
 
@@ -134,8 +136,9 @@ def compile_cpu(folder: Path) -> Path:
     jobs = []
     for source in sorted(CSRC.glob("*.cpp")):
         if source.name.endswith("CPU.cpp"):
+            exact = ["-ffp-contract=off"] * (source.name in _NOT_FUSED)
             for isa, flags in isas.items():
-                jobs.append((source, [*_COMMON, "-fopenmp-simd", *flags, f"-DMIMDET_ISA={isa}"]))
+                jobs.append((source, [*_COMMON, "-fopenmp-simd", *exact, *flags, f"-DMIMDET_ISA={isa}"]))
         else:
             # Nothing here gains by a * b + c in one rounding, and the rasterizer must round twice.
             jobs.append(

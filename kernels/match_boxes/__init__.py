@@ -1,0 +1,1 @@
+"""Assignment of candidates to ground-truth boxes by their overlap."""
