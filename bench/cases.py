@@ -11,7 +11,9 @@ import pycocotools.mask as coco_mask
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import box_iou
 
+from ..detection.assignment import Matcher
 from ..kernels import (
     add_layer_norm,
     attention_varlen_packed,
@@ -20,6 +22,7 @@ from ..kernels import (
     gather_add_pos,
     group_norm_gelu,
     layer_norm_gelu,
+    match_boxes,
     rasterize_polygons,
     roi_align_levels,
     sample_tokens,
@@ -91,6 +94,7 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
         "gather_add_pos": [("encoder", (tokens, 768))],
         "group_norm_gelu": stem,
         "layer_norm_gelu": stem,
+        "match_boxes": [("RPN", (3 * sum(tokens * 16 >> 2 * i for i in range(5)), 7))],
         "rasterize_polygons": [("mask head", (128, 28))],
         "roi_align_levels": [(name, (256, height // 4, width // 4)) for name in _BOXES],
         "sample_tokens": [("encoder", (tokens,))],
@@ -102,7 +106,8 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
 
 def case(op: str, dtype: str, shape: Sequence[int]) -> Case:
     """The operation on one shape: (B, N, C), or (B, N, heads, head_dim) for attention, (B, C, H, W) for the norms of
-    images and for the finest map of ROIAlign, (B, L) for sampling, (B, boxes, size) for polygons.
+    images and for the finest map of ROIAlign, (B, L) for sampling, (B, anchors, boxes) for matching,
+    (B, boxes, size) for polygons.
 
     Raises:
         ValueError: an unknown operation, or a shape of another rank.
@@ -279,6 +284,37 @@ def _layer_norm_2d(t: Tensors) -> Outputs:
     x_centered = x - x.mean(1, keepdim=True)
     x_hat = x_centered / torch.sqrt(x_centered.pow(2).mean(1, keepdim=True) + _EPS)
     return (F.gelu(t["weight"][:, None, None] * x_hat + t["bias"][:, None, None]),)
+
+
+def _match_boxes(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    """Anchors of all images, of five sizes, and COCO's mean number of boxes an image."""
+    batch, count, slots = shape
+    thresholds, labels = (0.3, 0.7), (0, -1, 1)
+
+    def make(device: str) -> Tensors:
+        generator = torch.Generator().manual_seed(0)
+        side = 32 * 2 ** (torch.arange(count) * 5 // count)[:, None]
+        centers = 1000 * torch.rand(count, 2, generator=generator)
+        anchors = torch.cat([centers - side / 2, centers + side / 2], dim=1)
+        boxes = torch.rand(batch, slots, 2, generator=generator).repeat(1, 1, 2) * 800
+        boxes[..., 2:] += 20 + 200 * torch.rand(batch, slots, 2, generator=generator)
+        counts = torch.full((batch,), slots, dtype=torch.int32)
+        return {"boxes": boxes.to(device), "counts": counts.to(device), "candidates": anchors.to(device)}
+
+    def run(t: Tensors, impl: str) -> Outputs:
+        t = t | {name: t[name].float() for name in ("boxes", "candidates")}
+        return match_boxes(**t, thresholds=thresholds, labels=labels, low_quality=True, impl=impl)
+
+    def detectron2(t: Tensors) -> Outputs:
+        """All overlaps of an image in memory, one image after the other."""
+        matcher = Matcher(thresholds, labels, allow_low_quality_matches=True).to(t["boxes"].device)
+        index, label = zip(*(matcher(box_iou(boxes, t["candidates"])) for boxes in t["boxes"]), strict=True)
+        return torch.stack(index).int(), torch.stack(label)
+
+    moved = {"forward": batch * (slots * 16 + 4 + count * 5) + count * 16}
+    return Case(
+        "match_boxes", "match_boxes", name, shape, "fp32", make, run, (), moved, baselines={"Detectron2": detectron2}
+    )
 
 
 def _rasterize_polygons(name: str, shape: tuple[int, ...], dtype: str) -> Case:
@@ -509,6 +545,7 @@ OPS: dict[str, Callable[[str, tuple[int, ...], str], Case]] = {
     "gather_add_pos": _gather_add_pos,
     "group_norm_gelu": _image_norm("group_norm_gelu", group_norm_gelu),
     "layer_norm_gelu": _image_norm("layer_norm_gelu", layer_norm_gelu),
+    "match_boxes": _match_boxes,
     "rasterize_polygons": _rasterize_polygons,
     "roi_align_levels": _roi_align_levels,
     "sample_tokens": _sample_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -90,7 +91,7 @@ def _check(boxes, counts, candidates, outside):
 
 def _checked_bands(thresholds, labels) -> tuple[list[float], list[int]]:
     thresholds, labels = [float(t) for t in thresholds], list(labels)
-    if not thresholds or thresholds != sorted(thresholds) or not all(t > 0 for t in thresholds):
+    if not thresholds or not thresholds[0] > 0 or any(not a <= b for a, b in pairwise(thresholds)):
         raise ValueError(f"{ops.NAME}: thresholds must be one or more ascending numbers above 0, got {thresholds}")
     if len(labels) != len(thresholds) + 1:
         raise ValueError(f"{ops.NAME}: labels must be {len(thresholds) + 1}, one more than thresholds, got {labels}")

@@ -77,7 +77,7 @@ def test_rank(op, impl, device, rank):
     example = case(op, device=device)
     shape = {2: (2, 24), 3: (2, 6, 24), 4: (2, 2, 3, 24)}[rank]
     if op not in DIFFERENTIABLE:
-        main = "noise" if op == "sample_tokens" else "points"
+        main = {"match_boxes": "boxes", "sample_tokens": "noise"}.get(op, "points")
         tensor = torch.rand(shape, dtype=example.others[main].dtype, device=device)
         example = example._replace(others=example.others | {main: tensor})
     else:

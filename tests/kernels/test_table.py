@@ -21,6 +21,9 @@ CALLS = {
     "gather_add_pos": lambda f, **k: f(torch.ones(1, 4, 8), torch.ones(4, 8), torch.tensor([[0, 2]]), **k),
     "group_norm_gelu": lambda f, **k: f(torch.ones(1, 8, 2, 2), *_affine(), 1e-6, **k),
     "layer_norm_gelu": lambda f, **k: f(torch.ones(1, 8, 2, 2), *_affine(), 1e-6, **k),
+    "match_boxes": lambda f, **k: f(
+        torch.ones(1, 2, 4), torch.tensor([2]), torch.ones(3, 4), [0.3, 0.7], [0, -1, 1], **k
+    ),
     "rasterize_polygons": lambda f, **k: f(
         torch.ones(3, 2).double(),
         torch.tensor([0, 3]),

@@ -17,7 +17,7 @@ IMAGES = ("batch_norm", "group_norm_gelu", "layer_norm_gelu")
 NORMS = ("add_layer_norm", *IMAGES)
 MIXING = ("batch_norm",)  # the result of an image depends on the others
 PACKED = ("attention_varlen",)  # tokens of all images in one dimension
-DIFFERENTIABLE = tuple(op for op in OPS if op not in ("rasterize_polygons", "sample_tokens"))
+DIFFERENTIABLE = tuple(op for op in OPS if op not in ("match_boxes", "rasterize_polygons", "sample_tokens"))
 
 
 class Case(NamedTuple):
@@ -98,6 +98,8 @@ def case(
     if op in IMAGES:
         others = {"eps": EPS} | ({"training": True, "relu": True} if op == "batch_norm" else {})
         return Case(op, {"x": main(batch, channels, *_sides(length)), **affine}, others)
+    if op == "match_boxes":
+        return Case(op, {}, _boxes(batch, length, channels, device))
     if op == "rasterize_polygons":
         return Case(op, {}, _polygons(batch, length, channels, device))
     if op == "roi_align_levels":
@@ -115,6 +117,21 @@ def case(
     assert op == "scatter_fill", op
     inputs = {"kept": tokens(kept), "fill": tokens(length - kept, seed=4), "pos": pos}
     return Case(op, inputs, {"ids_restore": order})
+
+
+def _boxes(batch, length, channels, device):
+    """``length`` candidates and at most 32 slots for boxes in each of ``batch`` images; ``channels`` if less."""
+    slots = min(channels, 32)
+    corners, sides = (quantized(batch, slots + length, 2, seed=i, mean=9.0, std=5.0) for i in (0, 1))
+    boxes = torch.cat([corners, corners + sides.abs()], dim=-1)
+    arguments = {
+        "boxes": boxes[:, :slots].contiguous(),
+        "counts": slots - torch.arange(batch) % (slots + 1),
+        "candidates": boxes[:, slots:].contiguous(),
+        "outside": torch.rand(batch, length, generator=torch.Generator().manual_seed(2)) < 0.1,
+    }
+    bands = {"thresholds": (0.3, 0.7), "labels": (0, -1, 1), "low_quality": True}
+    return {name: tensor.to(device) for name, tensor in arguments.items()} | bands
 
 
 def _polygons(batch, length, channels, device):
