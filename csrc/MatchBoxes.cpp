@@ -63,7 +63,7 @@ void fwd(const Tensor& boxes, const Tensor& counts, const Tensor& candidates, st
         }
       }
       for (int64_t i = b * count; untouched && i < (b + 1) * count; ++i) {
-        if (!outside_at || !outside_at[i]) label_at[i] = 1;
+        label_at[i] = outside_at && outside_at[i] ? -1 : 1;
       }
     }
   });
