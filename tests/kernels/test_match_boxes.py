@@ -325,7 +325,7 @@ def two_threads():
 @native
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_older_processors(isa, cpp):
-    run_on_older_processor(isa, __file__, "cpp and (is_the_matcher or sizes or rounded_once)")
+    run_on_older_processor(isa, __file__, "cpp and (is_the_matcher or rounded_once)")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

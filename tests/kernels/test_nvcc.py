@@ -22,6 +22,7 @@ _DECLARATION = re.compile(r"MIMDET_CUDA_API\s+int\s+mimdet_(\w+)\((.*?)\)\s*\{",
 _POINTEES = {
     "float": torch.float32,
     "double": torch.float64,
+    "int8_t": torch.int8,
     "int32_t": torch.int32,
     "int64_t": torch.int64,
     "bool": torch.bool,
@@ -103,6 +104,8 @@ def run(op, variant):
     if variant == "fewest" and op == "gather_add_pos":
         example = example._replace(others=example.others | {"pos": None})
         del example.inputs["pos"]
+    if variant == "fewest" and op == "match_boxes":
+        example = example._replace(others=example.others | {"low_quality": False, "outside": None})
     differentiate(example, "cuda")
 
 
