@@ -70,8 +70,8 @@ def _bench(name: str, seconds: float, *arguments: str, suffix: str = ".json") ->
 
 def _parity() -> Part:
     """The kernels' tests on what only a GPU can run."""
-    ops = ("add_layer_norm", "attention_varlen", "bias_gelu", "gather_add_pos", "rasterize_polygons",
-           "roi_align_levels", "sample_tokens",
+    ops = ("add_layer_norm", "attention_varlen", "bias_gelu", "gather_add_pos", "nms_slots",
+           "rasterize_polygons", "roi_align_levels", "sample_tokens",
            "scatter_fill")  # fmt: skip
     files = [str(path) for name in ("failure_modes", *ops) for path in sorted(ROOT.glob(f"tests/**/test_*{name}.py"))]
     workers = ("-n", "4") if importlib.util.find_spec("xdist") else ()

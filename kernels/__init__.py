@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the lazy names below, for static tools
     from .gather_add_pos.api import gather_add_pos
     from .group_norm_gelu.api import group_norm_gelu
     from .layer_norm_gelu.api import layer_norm_gelu
+    from .nms_slots.api import nms_slots
     from .rasterize_polygons.api import rasterize_polygons
     from .roi_align_levels.api import roi_align_levels
     from .sample_tokens.api import sample_packed_tokens, sample_tokens
@@ -38,6 +39,7 @@ OPS = (
     "gather_add_pos",
     "group_norm_gelu",
     "layer_norm_gelu",
+    "nms_slots",
     "rasterize_polygons",
     "roi_align_levels",
     "sample_tokens",
@@ -64,6 +66,7 @@ __all__ = [
     "gather_add_pos",
     "group_norm_gelu",
     "layer_norm_gelu",
+    "nms_slots",
     "rasterize_polygons",
     "roi_align_levels",
     "sample_packed_tokens",

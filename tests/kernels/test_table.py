@@ -21,6 +21,7 @@ CALLS = {
     "gather_add_pos": lambda f, **k: f(torch.ones(1, 4, 8), torch.ones(4, 8), torch.tensor([[0, 2]]), **k),
     "group_norm_gelu": lambda f, **k: f(torch.ones(1, 8, 2, 2), *_affine(), 1e-6, **k),
     "layer_norm_gelu": lambda f, **k: f(torch.ones(1, 8, 2, 2), *_affine(), 1e-6, **k),
+    "nms_slots": lambda f, **k: f(torch.ones(1, 3, 4), torch.ones(1, 3, dtype=torch.bool), 0.5, **k),
     "rasterize_polygons": lambda f, **k: f(
         torch.ones(3, 2).double(),
         torch.tensor([0, 3]),
