@@ -10,6 +10,7 @@ import numpy as np
 import pycocotools.mask as coco_mask
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import (
@@ -20,6 +21,7 @@ from ..kernels import (
     gather_add_pos,
     group_norm_gelu,
     layer_norm_gelu,
+    nms_slots,
     rasterize_polygons,
     roi_align_levels,
     sample_tokens,
@@ -91,6 +93,7 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
         "gather_add_pos": [("encoder", (tokens, 768))],
         "group_norm_gelu": stem,
         "layer_norm_gelu": stem,
+        "nms_slots": [("RPN", (5, 2000))],
         "rasterize_polygons": [("mask head", (128, 28))],
         "roi_align_levels": [(name, (256, height // 4, width // 4)) for name in _BOXES],
         "sample_tokens": [("encoder", (tokens,))],
@@ -102,7 +105,8 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
 
 def case(op: str, dtype: str, shape: Sequence[int]) -> Case:
     """The operation on one shape: (B, N, C), or (B, N, heads, head_dim) for attention, (B, C, H, W) for the norms of
-    images and for the finest map of ROIAlign, (B, L) for sampling, (B, boxes, size) for polygons.
+    images and for the finest map of ROIAlign, (B, L) for sampling, (B, boxes, size) for polygons,
+    (B, problems of an image, boxes) for NMS.
 
     Raises:
         ValueError: an unknown operation, or a shape of another rank.
@@ -279,6 +283,38 @@ def _layer_norm_2d(t: Tensors) -> Outputs:
     x_centered = x - x.mean(1, keepdim=True)
     x_hat = x_centered / torch.sqrt(x_centered.pow(2).mean(1, keepdim=True) + _EPS)
     return (F.gelu(t["weight"][:, None, None] * x_hat + t["bias"][:, None, None]),)
+
+
+def _nms_slots(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    """Proposals around 50 objects a problem, half of them at most to be kept; boxes are float32 in every dtype."""
+    batch, each, rows = shape
+    problems, stop_at, threshold = batch * each, -(-rows // 2), 0.7
+
+    def make(device: str) -> Tensors:
+        generator = torch.Generator().manual_seed(0)
+        centers, sides = (torch.rand(50, 2, generator=generator) * size for size in (900.0, 150.0))
+        which = torch.randint(50, (problems, rows), generator=generator)
+        noise = torch.randn(problems, rows, 4, generator=generator) * 0.15
+        side = (20 + sides[which]) * noise[..., 2:].exp()
+        corner = centers[which] + noise[..., :2] * sides[which] - side / 2
+        boxes = torch.cat([corner, corner + side], dim=-1)
+        return {"boxes": boxes.to(device), "valid": torch.ones(problems, rows, dtype=torch.bool, device=device)}
+
+    def run(t: Tensors, impl: str) -> Outputs:
+        # The exact result is that of float32 boxes, which the check has as float64.
+        return (nms_slots(t["boxes"].float(), t["valid"], threshold, stop_at, impl=impl),)
+
+    def one_by_one(t: Tensors) -> Outputs:
+        keep = torch.zeros_like(t["valid"])
+        scores = torch.arange(rows, 0, -1, dtype=torch.float32, device=keep.device)
+        for boxes, kept in zip(t["boxes"], keep, strict=True):
+            kept[torchvision.ops.nms(boxes, scores, threshold)[:stop_at]] = True
+        return (keep,)
+
+    moved = {"forward": problems * rows * 18}
+    return Case(
+        "nms_slots", "nms_slots", name, shape, "fp32", make, run, (), moved, baselines={"torchvision": one_by_one}
+    )
 
 
 def _rasterize_polygons(name: str, shape: tuple[int, ...], dtype: str) -> Case:
@@ -509,6 +545,7 @@ OPS: dict[str, Callable[[str, tuple[int, ...], str], Case]] = {
     "gather_add_pos": _gather_add_pos,
     "group_norm_gelu": _image_norm("group_norm_gelu", group_norm_gelu),
     "layer_norm_gelu": _image_norm("layer_norm_gelu", layer_norm_gelu),
+    "nms_slots": _nms_slots,
     "rasterize_polygons": _rasterize_polygons,
     "roi_align_levels": _roi_align_levels,
     "sample_tokens": _sample_tokens,

@@ -2,7 +2,6 @@
 // a union would be rounded once where torchvision rounds twice.
 #include "NmsSlots.h"
 
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -24,8 +23,7 @@ int64_t next_valid(const uint8_t* valid, int64_t row, int64_t rows) {
   return row;
 }
 
-// Whether a box of the group, which comes earlier, has an IoU above the threshold with `box`. NaN is taken as std::max
-// and std::min of the earlier box first take it.
+// Whether a box of the group has an IoU above the threshold with `box`.
 bool overlaps(const float* a, const float* box, float threshold) {
   const float x0 = box[0], y0 = box[1], x1 = box[2], y1 = box[3], area = box[4];
   int any = 0;

@@ -20,12 +20,11 @@ __device__ __forceinline__ Box load_box(const float* boxes, int64_t row) {
   return {x0, y0, x1, y1, __fmul_rn(__fsub_rn(x1, x0), __fsub_rn(y1, y0))};
 }
 
-// Whether the IoU of an earlier and a later box is above the threshold. NaN is taken as std::max and std::min of the
-// earlier box first take it; fmaxf and fminf take it in another way.
+// Whether the IoU of two boxes is above the threshold.
 __device__ __forceinline__ bool overlaps(const Box& a, const Box& b, float threshold) {
-  const float width = __fsub_rn(b.x1 < a.x1 ? b.x1 : a.x1, a.x0 < b.x0 ? b.x0 : a.x0);
-  const float height = __fsub_rn(b.y1 < a.y1 ? b.y1 : a.y1, a.y0 < b.y0 ? b.y0 : a.y0);
-  const float intersection = __fmul_rn(0.0f < width ? width : 0.0f, 0.0f < height ? height : 0.0f);
+  const float width = __fsub_rn(fminf(a.x1, b.x1), fmaxf(a.x0, b.x0));
+  const float height = __fsub_rn(fminf(a.y1, b.y1), fmaxf(a.y0, b.y0));
+  const float intersection = __fmul_rn(fmaxf(width, 0.0f), fmaxf(height, 0.0f));
   return __fdiv_rn(intersection, __fsub_rn(__fadd_rn(a.area, b.area), intersection)) > threshold;
 }
 

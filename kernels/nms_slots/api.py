@@ -21,8 +21,8 @@ def nms_slots(
 
     A row is kept if it is valid and no kept row before it overlaps it by an IoU above the threshold. That is the result
     of ``torchvision.ops.nms`` on a CPU for scores that descend, of each problem alone: areas, intersection and IoU are
-    rounded to float32 at every step, and an IoU that is NaN suppresses nothing. Values of rows that are not valid
-    change nothing. Triton and CUDA never wait for the GPU, and no shape depends on values; eager on a GPU waits.
+    rounded to float32 at every step. A box with a NaN is kept and suppresses nothing. Values of rows that are not valid
+    change nothing. Triton and CUDA never wait for the GPU, eager does. No shape depends on values.
     There is no gradient.
 
     Args:

@@ -5,6 +5,8 @@ Plain PyTorch is inside of the operation too, for its loop depends on values, wh
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from .. import dispatch, library
@@ -26,15 +28,17 @@ def _fake_forward(boxes, valid, iou_threshold, stop_at, impl):
 
 
 def _forward(boxes, valid, iou_threshold, stop_at, impl):
+    iou_threshold = float_below(iou_threshold)
     if impl == "eager":
         return reference.nms_slots(boxes, valid, iou_threshold, stop_at)
     keep = _fake_forward(boxes, valid, iou_threshold, stop_at, impl)
     if keep.numel():
-        arguments = *library.dense(boxes, valid), float_below(iou_threshold), min(stop_at, keep.shape[1]), keep
-        library.launch(f"{NAME}_fwd", impl, *arguments)
+        boxes, valid = library.dense(boxes, valid)
+        library.launch(f"{NAME}_fwd", impl, boxes, valid, iou_threshold, min(stop_at, keep.shape[1]), keep)
     return keep
 
 
+@cache
 def float_below(number: float) -> float:
     """The largest float32 that is not above a double: a float32 is greater than one exactly if than the other."""
     rounded = torch.tensor(number, dtype=torch.float32)

@@ -17,7 +17,7 @@ def nms_slots(boxes: torch.Tensor, valid: torch.Tensor, iou_threshold: float, st
 
     Args:
         boxes: (Z, n, 4) float32, best first; valid: (Z, n) bool.
-        iou_threshold: an IoU above it suppresses.
+        iou_threshold: a float32 number; an IoU above it suppresses.
         stop_at: 0 or more.
 
     Returns:
@@ -49,13 +49,11 @@ def _greedy(boxes: torch.Tensor, valid: torch.Tensor, iou_threshold: float) -> t
 
 
 def _overlap(first: torch.Tensor, second: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-    """Whether boxes (Z, k, 4) and the later (Z, m, 4) have an IoU above the threshold, (Z, k, m): as std::max and
-    std::min take them, a NaN coordinate of the later box is ignored, one of the first makes the side zero."""
+    """Whether boxes (Z, k, 4) and (Z, m, 4) have an IoU above the threshold, (Z, k, m)."""
     areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (first.unbind(-1), second.unbind(-1))]
-    a, b = first[:, :, None], second[:, None]
-    sides = torch.where(b[..., 2:] < a[..., 2:], b[..., 2:], a[..., 2:])
-    sides = sides - torch.where(a[..., :2] < b[..., :2], b[..., :2], a[..., :2])
-    width, height = torch.where(sides > 0, sides, 0.0).unbind(-1)
-    intersection = width * height
-    iou = intersection / (areas[0][:, :, None] + areas[1][:, None] - intersection)
-    return iou.double() > iou_threshold
+    a, b = (boxes.movedim(-1, 0).contiguous() for boxes in (first, second))
+    a, b = a[..., None], b[:, :, None]
+    width, height = (torch.minimum(a[i + 2], b[i + 2]).sub_(torch.maximum(a[i], b[i])).clamp_(min=0) for i in (0, 1))
+    intersection = width.mul_(height)
+    union = (areas[0][:, :, None] + areas[1][:, None]).sub_(intersection)
+    return intersection.div_(union) > iou_threshold

@@ -35,12 +35,11 @@ def _nms_slots_pairs_fwd_kernel(boxes, valid, words, n, threshold, WORD: tl.cons
             bx0, by0 = tl.load(b, mask=later < n, other=0.0), tl.load(b + 1, mask=later < n, other=0.0)
             bx1, by1 = tl.load(b + 2, mask=later < n, other=0.0), tl.load(b + 3, mask=later < n, other=0.0)
             area = ((ax1 - ax0) * (ay1 - ay0))[:, None] + ((bx1 - bx0) * (by1 - by0))[None, :]
-            # As std::max and std::min take NaN: tl.maximum and tl.minimum take it in another way.
             ax0, ay0, ax1, ay1 = ax0[:, None], ay0[:, None], ax1[:, None], ay1[:, None]
             bx0, by0, bx1, by1 = bx0[None, :], by0[None, :], bx1[None, :], by1[None, :]
-            width = tl.where(bx1 < ax1, bx1, ax1) - tl.where(ax0 < bx0, bx0, ax0)
-            height = tl.where(by1 < ay1, by1, ay1) - tl.where(ay0 < by0, by0, ay0)
-            intersection = tl.where(width > 0.0, width, 0.0) * tl.where(height > 0.0, height, 0.0)
+            width = tl.minimum(ax1, bx1) - tl.maximum(ax0, bx0)
+            height = tl.minimum(ay1, by1) - tl.maximum(ay0, by0)
+            intersection = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
             over = tl.div_rn(intersection, area - intersection) > threshold
             over = over & (later[None, :] > row[:, None]) & (later[None, :] < n)
             # The bits differ, so that their sum joins them.

@@ -227,6 +227,18 @@ def test_rows_that_are_not_valid_change_nothing(impl, device):
 
 
 @on_all
+def test_a_box_with_a_nan_is_kept_and_suppresses_nothing(impl, device):
+    for i in range(4):
+        for row in range(3):
+            boxes = torch.tensor([0.0, 0.0, 9.0, 9.0]).repeat(1, 3, 1)
+            boxes[0, row, i] = NAN
+            keep = suppress(boxes, all_valid(boxes), 0.0, impl=impl, device=device)
+            assert torch.equal(keep, torchvisions(boxes, all_valid(boxes), 0.0))
+            # Of the two others the first.
+            assert keep[0].tolist() == [place in (row, int(row == 0)) for place in range(3)]
+
+
+@on_all
 def test_problems_do_not_touch(impl, device):
     boxes = torch.zeros(3, 2, 4)
     boxes[..., 2:] = 5
@@ -439,7 +451,6 @@ def test_compiles_within_the_budget(capability, rows):
 @needs_compiler
 def test_most_words_compile_without_spilling(monkeypatch):
     # Scratch of so many rows is half a gigabyte, of which the compiler needs only the shape.
-    monkeypatch.setattr(ops, "LARGEST", 0)
     from mimdet.kernels.nms_slots import triton as kernels
 
     words = torch.zeros(1, dtype=torch.int64).expand(1, 65536, 1024)
@@ -467,6 +478,10 @@ def test_triton_rounds_every_step():
     assert instructions(90, "ptx", r"fma\.rn\.f32") == 0
     assert instructions(90, "ptx", r"div\.rn\.f32") > 0
     assert instructions(90, "ptx", r"div\.(full|approx)|rcp|\.ftz") == 0
+    # A division on AMD consists of five; only with fusion there are more.
+    divisions = 5 * instructions("gfx942", "amdgcn", "v_div_fmas_f32")
+    assert instructions("gfx942", "amdgcn", "v_(pk_)?(fmac?|mad)_f32") == divisions > 0
+    assert instructions("gfx942", "amdgcn", "v_(pk_)?(fmac?|mad)_f32", enable_fp_fusion=True) > divisions
 
 
 def test_cpp_rounds_every_step(monkeypatch, tmp_path):
