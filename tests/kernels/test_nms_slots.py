@@ -21,7 +21,7 @@ from support.kernels import (
     usable,
 )
 
-from mimdet.kernels import KernelUnavailableError, build, dispatch, nms_slots
+from mimdet.kernels import KernelUnavailableError, build, dispatch, library, nms_slots
 from mimdet.kernels.nms_slots import ops, reference
 
 OP = "nms_slots"
@@ -358,7 +358,7 @@ def test_threads_change_nothing():
 @pytest.mark.usefixtures("cpp")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_older_processors(isa):
-    run_on_older_processor(isa, __file__, "cpp and (is_torchvision or threshold or rounded)")
+    run_on_older_processor(isa, __file__, "cpp and (threshold or rounded)")
 
 
 @pytest.mark.usefixtures("cpp")
@@ -430,6 +430,31 @@ def test_what_cannot_run_says_why(impl, monkeypatch):
     with pytest.raises(KernelUnavailableError, match=f"{impl} cannot run: a problem has at most 65536 rows"):
         nms_slots(boxes, all_valid(boxes), 0.5, impl=impl)
     dispatch.forget()
+
+
+@native
+def test_cuda_source_on_a_cpu(monkeypatch, tmp_path):
+    from support.cuda_on_cpu import run_cuda_on_cpu
+    from support.kernel_cases import pretend
+
+    from mimdet.kernels.nms_slots import cuda
+
+    run_cuda_on_cpu(monkeypatch, tmp_path, "NmsSlotsCUDA.cu")
+    monkeypatch.setattr(cuda, "call_cuda", library.call_cuda)
+    with pretend("cuda", OP):
+        for kind in KINDS:
+            generator = torch.Generator().manual_seed(0)
+            boxes = kind(generator, 2, 130)
+            valid = uniform(generator, 2, 130) < 0.8
+            valid[1, 30:] = False
+            complete = torchvisions(boxes, valid, 1 / 3)
+            for stop_at in (None, 20):
+                keep = nms_slots(boxes, valid, 1 / 3, stop_at, impl="cuda")
+                assert torch.equal(keep, complete & (complete.cumsum(1) <= (stop_at or 130))), (kind, stop_at)
+        # More words than a warp has lanes.
+        boxes, valid = clustered(generator, 1, 2200), torch.zeros(1, 2200, dtype=torch.bool)
+        valid[:, ::65] = True
+        assert torch.equal(nms_slots(boxes, valid, 0.5, impl="cuda"), torchvisions(boxes, valid, 0.5))
 
 
 def compiled_for(capability, rows, stop_at=None):
