@@ -36,7 +36,7 @@ def nms_slots(
         (Z, n) bool.
 
     Raises:
-        TypeError: boxes are not float32, valid is not bool, stop_at is not an integer.
+        TypeError: boxes are not float32, valid is not bool, iou_threshold is not a number, stop_at not an integer.
         ValueError: shapes or devices that do not fit together, a threshold outside [0, 1], a negative stop_at.
         KernelUnavailableError: ``impl`` names what cannot run.
     """
@@ -56,11 +56,13 @@ def _check(boxes, valid, iou_threshold, stop_at):
         raise ValueError(f"nms_slots: boxes must be (Z, n, 4), got {tuple(boxes.shape)}")
     if valid.shape != boxes.shape[:2]:
         raise ValueError(f"nms_slots: valid must be {tuple(boxes.shape[:2])}, got {tuple(valid.shape)}")
+    if not isinstance(iou_threshold, (int, float)):
+        raise TypeError(f"nms_slots: iou_threshold must be a number, got {type(iou_threshold).__name__}")
     if not 0.0 <= iou_threshold <= 1.0:  # NaN too
         raise ValueError(f"nms_slots: iou_threshold must be in [0, 1], got {iou_threshold}")
     if stop_at is None:
         return
-    if isinstance(stop_at, (bool, float, torch.Tensor)):
+    if not isinstance(stop_at, int) or isinstance(stop_at, bool):
         raise TypeError(f"nms_slots: stop_at must be an integer or None, got {type(stop_at).__name__}")
     if stop_at < 0:
         raise ValueError(f"nms_slots: stop_at must be 0 or more, got {stop_at}")
