@@ -10,10 +10,10 @@ import numpy as np
 import pycocotools.mask as coco_mask
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_iou
 
-from ..detection.assignment import Matcher
 from ..kernels import (
     add_layer_norm,
     attention_varlen_packed,
@@ -23,6 +23,7 @@ from ..kernels import (
     group_norm_gelu,
     layer_norm_gelu,
     match_boxes,
+    nms_slots,
     rasterize_polygons,
     roi_align_levels,
     sample_tokens,
@@ -95,6 +96,7 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
         "group_norm_gelu": stem,
         "layer_norm_gelu": stem,
         "match_boxes": [("RPN", (3 * sum(tokens * 16 >> 2 * i for i in range(5)), 7))],
+        "nms_slots": [("RPN", (5, 2000))],
         "rasterize_polygons": [("mask head", (128, 28))],
         "roi_align_levels": [(name, (256, height // 4, width // 4)) for name in _BOXES],
         "sample_tokens": [("encoder", (tokens,))],
@@ -107,7 +109,7 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
 def case(op: str, dtype: str, shape: Sequence[int]) -> Case:
     """The operation on one shape: (B, N, C), or (B, N, heads, head_dim) for attention, (B, C, H, W) for the norms of
     images and for the finest map of ROIAlign, (B, L) for sampling, (B, anchors, boxes) for matching,
-    (B, boxes, size) for polygons.
+    (B, problems of an image, boxes) for NMS, (B, boxes, size) for polygons.
 
     Raises:
         ValueError: an unknown operation, or a shape of another rank.
@@ -289,7 +291,7 @@ def _layer_norm_2d(t: Tensors) -> Outputs:
 def _match_boxes(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     """Anchors of all images, of five sizes, and COCO's mean number of boxes an image."""
     batch, count, slots = shape
-    thresholds, labels = (0.3, 0.7), (0, -1, 1)
+    low, high = thresholds = 0.3, 0.7
 
     def make(device: str) -> Tensors:
         generator = torch.Generator().manual_seed(0)
@@ -303,17 +305,55 @@ def _match_boxes(name: str, shape: tuple[int, ...], dtype: str) -> Case:
 
     def run(t: Tensors, impl: str) -> Outputs:
         t = t | {name: t[name].float() for name in ("boxes", "candidates")}
-        return match_boxes(**t, thresholds=thresholds, labels=labels, low_quality=True, impl=impl)
+        return match_boxes(**t, thresholds=thresholds, labels=(0, -1, 1), low_quality=True, impl=impl)
 
     def detectron2(t: Tensors) -> Outputs:
         """All overlaps of an image in memory, one image after the other."""
-        matcher = Matcher(thresholds, labels, allow_low_quality_matches=True).to(t["boxes"].device)
-        index, label = zip(*(matcher(box_iou(boxes, t["candidates"])) for boxes in t["boxes"]), strict=True)
-        return torch.stack(index).int(), torch.stack(label)
+        matched = []
+        for boxes in t["boxes"]:
+            overlaps = box_iou(boxes, t["candidates"])
+            best, index = overlaps.max(dim=0)
+            label = -((best >= low) & (best < high)).to(torch.int8)
+            label[(best >= high) | (overlaps == overlaps.amax(dim=1, keepdim=True)).any(dim=0)] = 1
+            matched.append((index.int(), label))
+        index, label = zip(*matched, strict=True)
+        return torch.stack(index), torch.stack(label)
 
     moved = {"forward": batch * (slots * 16 + 4 + count * 5) + count * 16}
     return Case(
         "match_boxes", "match_boxes", name, shape, "fp32", make, run, (), moved, baselines={"Detectron2": detectron2}
+    )
+
+
+def _nms_slots(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+    """Proposals around 50 objects a problem, half of them at most to be kept; boxes are float32 in every dtype."""
+    batch, each, rows = shape
+    problems, stop_at, threshold = batch * each, -(-rows // 2), 0.7
+
+    def make(device: str) -> Tensors:
+        generator = torch.Generator().manual_seed(0)
+        centers, sides = (torch.rand(50, 2, generator=generator) * size for size in (900.0, 150.0))
+        which = torch.randint(50, (problems, rows), generator=generator)
+        noise = torch.randn(problems, rows, 4, generator=generator) * 0.15
+        side = (20 + sides[which]) * noise[..., 2:].exp()
+        corner = centers[which] + noise[..., :2] * sides[which] - side / 2
+        boxes = torch.cat([corner, corner + side], dim=-1)
+        return {"boxes": boxes.to(device), "valid": torch.ones(problems, rows, dtype=torch.bool, device=device)}
+
+    def run(t: Tensors, impl: str) -> Outputs:
+        # The exact result is that of float32 boxes, which the check has as float64.
+        return (nms_slots(t["boxes"].float(), t["valid"], threshold, stop_at, impl=impl),)
+
+    def one_by_one(t: Tensors) -> Outputs:
+        keep = torch.zeros_like(t["valid"])
+        scores = torch.arange(rows, 0, -1, dtype=torch.float32, device=keep.device)
+        for boxes, kept in zip(t["boxes"], keep, strict=True):
+            kept[torchvision.ops.nms(boxes, scores, threshold)[:stop_at]] = True
+        return (keep,)
+
+    moved = {"forward": problems * rows * 18}
+    return Case(
+        "nms_slots", "nms_slots", name, shape, "fp32", make, run, (), moved, baselines={"torchvision": one_by_one}
     )
 
 
@@ -546,6 +586,7 @@ OPS: dict[str, Callable[[str, tuple[int, ...], str], Case]] = {
     "group_norm_gelu": _image_norm("group_norm_gelu", group_norm_gelu),
     "layer_norm_gelu": _image_norm("layer_norm_gelu", layer_norm_gelu),
     "match_boxes": _match_boxes,
+    "nms_slots": _nms_slots,
     "rasterize_polygons": _rasterize_polygons,
     "roi_align_levels": _roi_align_levels,
     "sample_tokens": _sample_tokens,

@@ -70,7 +70,7 @@ def _bench(name: str, seconds: float, *arguments: str, suffix: str = ".json") ->
 
 def _parity() -> Part:
     """The kernels' tests on what only a GPU can run."""
-    ops = ("add_layer_norm", "attention_varlen", "bias_gelu", "gather_add_pos", "match_boxes",
+    ops = ("add_layer_norm", "attention_varlen", "bias_gelu", "gather_add_pos", "match_boxes", "nms_slots",
            "rasterize_polygons", "roi_align_levels", "sample_tokens",
            "scatter_fill")  # fmt: skip
     files = [str(path) for name in ("failure_modes", *ops) for path in sorted(ROOT.glob(f"tests/**/test_*{name}.py"))]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the lazy names below, for static tools
     from .group_norm_gelu.api import group_norm_gelu
     from .layer_norm_gelu.api import layer_norm_gelu
     from .match_boxes.api import match_boxes
+    from .nms_slots.api import nms_slots
     from .rasterize_polygons.api import rasterize_polygons
     from .roi_align_levels.api import roi_align_levels
     from .sample_tokens.api import sample_packed_tokens, sample_tokens
@@ -40,6 +41,7 @@ OPS = (
     "group_norm_gelu",
     "layer_norm_gelu",
     "match_boxes",
+    "nms_slots",
     "rasterize_polygons",
     "roi_align_levels",
     "sample_tokens",
@@ -67,6 +69,7 @@ __all__ = [
     "group_norm_gelu",
     "layer_norm_gelu",
     "match_boxes",
+    "nms_slots",
     "rasterize_polygons",
     "roi_align_levels",
     "sample_packed_tokens",

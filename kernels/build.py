@@ -140,7 +140,7 @@ def compile_cpu(folder: Path) -> Path:
             for isa, flags in isas.items():
                 jobs.append((source, [*_COMMON, "-fopenmp-simd", *exact, *flags, f"-DMIMDET_ISA={isa}"]))
         else:
-            # Nothing here gains by a * b + c in one rounding, and the rasterizer must round twice.
+            # Nothing here gains by a * b + c in one rounding, and the rasterizer and NMS must round twice.
             jobs.append(
                 (source, [*_COMMON, "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020b000000000000", *includes])
             )

@@ -65,6 +65,7 @@ RANKS = {
     "add_layer_norm": (2, 3, 4),
     "attention_varlen": (4,),
     "bias_gelu": (2, 3, 4),
+    "nms_slots": (3,),
     "rasterize_polygons": (2,),
     "sample_tokens": (2,),
 } | dict.fromkeys((*IMAGES, "roi_align_levels"), (4,))
@@ -77,7 +78,7 @@ def test_rank(op, impl, device, rank):
     example = case(op, device=device)
     shape = {2: (2, 24), 3: (2, 6, 24), 4: (2, 2, 3, 24)}[rank]
     if op not in DIFFERENTIABLE:
-        main = {"match_boxes": "boxes", "sample_tokens": "noise"}.get(op, "points")
+        main = {"match_boxes": "boxes", "nms_slots": "boxes", "sample_tokens": "noise"}.get(op, "points")
         tensor = torch.rand(shape, dtype=example.others[main].dtype, device=device)
         example = example._replace(others=example.others | {main: tensor})
     else:

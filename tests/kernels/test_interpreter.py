@@ -11,8 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 # One process per file, so that test workers share them.
 OPERATIONS = ("add_layer_norm", "attention_varlen", "batch_norm", "bias_gelu", "gather_add_pos", "image_norm",
-              "match_boxes",
-              "rasterize_polygons", "roi_align_levels",
+              "match_boxes", "nms_slots", "rasterize_polygons", "roi_align_levels",
               "sample_tokens", "scatter_fill")  # fmt: skip
 # The longest file, by operation.
 PARTS = ("norm", "attention or roi_align", "not norm and not attention and not roi_align")

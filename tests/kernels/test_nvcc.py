@@ -30,7 +30,7 @@ _POINTEES = {
 # C types of a list: an array in host memory.
 _ARRAYS = {"void*const*": torch.Tensor, "float*": float, "int64_t*": int}
 # Operations whose cuda.py allocates scratch memory.
-_SCRATCH = (*IMAGES, "roi_align_levels")
+_SCRATCH = (*IMAGES, "nms_slots", "roi_align_levels")
 
 
 def declared():

@@ -24,6 +24,7 @@ CALLS = {
     "match_boxes": lambda f, **k: f(
         torch.ones(1, 2, 4), torch.tensor([2]), torch.ones(3, 4), [0.3, 0.7], [0, -1, 1], **k
     ),
+    "nms_slots": lambda f, **k: f(torch.ones(1, 3, 4), torch.ones(1, 3, dtype=torch.bool), 0.5, **k),
     "rasterize_polygons": lambda f, **k: f(
         torch.ones(3, 2).double(),
         torch.tensor([0, 3]),

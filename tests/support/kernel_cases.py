@@ -17,7 +17,8 @@ IMAGES = ("batch_norm", "group_norm_gelu", "layer_norm_gelu")
 NORMS = ("add_layer_norm", *IMAGES)
 MIXING = ("batch_norm",)  # the result of an image depends on the others
 PACKED = ("attention_varlen",)  # tokens of all images in one dimension
-DIFFERENTIABLE = tuple(op for op in OPS if op not in ("match_boxes", "rasterize_polygons", "sample_tokens"))
+DISCRETE = ("match_boxes", "nms_slots", "rasterize_polygons", "sample_tokens")
+DIFFERENTIABLE = tuple(op for op in OPS if op not in DISCRETE)
 
 
 class Case(NamedTuple):
@@ -100,6 +101,8 @@ def case(
         return Case(op, {"x": main(batch, channels, *_sides(length)), **affine}, others)
     if op == "match_boxes":
         return Case(op, {}, _boxes(batch, length, channels, device))
+    if op == "nms_slots":
+        return Case(op, {}, _overlapping(batch, length, device))
     if op == "rasterize_polygons":
         return Case(op, {}, _polygons(batch, length, channels, device))
     if op == "roi_align_levels":
@@ -132,6 +135,15 @@ def _boxes(batch, length, channels, device):
     }
     bands = {"thresholds": (0.3, 0.7), "labels": (0, -1, 1), "low_quality": True}
     return {name: tensor.to(device) for name, tensor in arguments.items()} | bands
+
+
+def _overlapping(batch, length, device):
+    """``batch`` problems of ``length`` boxes around a few places; scratch grows with the square of the length."""
+    rows = min(length, 100 if INTERPRETED else 2000)
+    corners = quantized(batch, rows, 2, std=4.0)
+    boxes = torch.cat([corners, corners + 12 + quantized(batch, rows, 2, seed=1, std=2.0)], dim=-1)
+    valid = (torch.arange(rows) % 5 != 1).repeat(batch, 1)
+    return {"boxes": boxes.to(device), "valid": valid.to(device), "iou_threshold": 0.6}
 
 
 def _polygons(batch, length, channels, device):
