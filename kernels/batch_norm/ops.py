@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .. import dispatch, library
-from ..image_norm import WIDEST
+from ..image_norm import WIDEST, float32, int32
 from . import reference
 
 NAME = "batch_norm"
@@ -67,7 +67,7 @@ def _run_moments(x, sizes, impl):
     moments = _allocate_moments(x)
     if not x.numel():
         return moments.zero_()
-    library.launch("batch_norm_moments", impl, x, _int32(sizes), nhwc, moments)
+    library.launch("batch_norm_moments", impl, x, int32(sizes), nhwc, moments)
     return moments
 
 
@@ -86,7 +86,7 @@ def _run_forward(x, weight, bias, mean, rstd, sizes, relu, impl):
     y = torch.empty_like(x)
     if x.numel():
         parameters = _float32(weight, bias, mean, rstd)
-        library.launch("batch_norm_fwd", impl, x, *parameters, _int32(sizes), relu, nhwc, y)
+        library.launch("batch_norm_fwd", impl, x, *parameters, int32(sizes), relu, nhwc, y)
     return y
 
 
@@ -100,7 +100,7 @@ def _run_sums(dy, x, weight, bias, mean, rstd, sizes, relu, impl):
     if not x.numel():
         return sums.zero_()
     dy, parameters = dy.contiguous(memory_format=_memory(nhwc)), _float32(weight, bias, mean, rstd)
-    library.launch("batch_norm_sums", impl, dy, x, *parameters, _int32(sizes), relu, nhwc, sums)
+    library.launch("batch_norm_sums", impl, dy, x, *parameters, int32(sizes), relu, nhwc, sums)
     return sums
 
 
@@ -109,16 +109,12 @@ def _run_backward(dy, x, weight, bias, mean, rstd, means, sizes, relu, impl):
     dx = torch.empty_like(x)
     if x.numel():
         dy, parameters = dy.contiguous(memory_format=_memory(nhwc)), _float32(weight, bias, mean, rstd, means)
-        library.launch("batch_norm_bwd", impl, dy, x, *parameters, _int32(sizes), relu, nhwc, dx)
+        library.launch("batch_norm_bwd", impl, dy, x, *parameters, int32(sizes), relu, nhwc, dx)
     return dx
 
 
 def _float32(*parameters):
-    return tuple(parameter.float().contiguous() for parameter in parameters)
-
-
-def _int32(sizes):
-    return None if sizes is None else sizes.int().contiguous()
+    return [float32(parameter) for parameter in parameters]
 
 
 def _like_x(x):
