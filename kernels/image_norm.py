@@ -138,7 +138,7 @@ def _dense(x):
 
 def _parameters(weight, bias, sizes):
     """Contiguous float32, sizes int32: what launchers take."""
-    return float32(weight), float32(bias), int32(sizes)
+    return *float32(weight, bias), int32(sizes)
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -146,9 +146,9 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def float32(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` as contiguous float32."""
-    return cast(tensor, torch.float32).contiguous()
+def float32(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Each as contiguous float32."""
+    return [t.contiguous() if t.dtype == torch.float32 else t.float().contiguous() for t in tensors]
 
 
 def int32(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -165,7 +165,7 @@ def _kernel(name: str, impl: str) -> Callable | None:
 
 
 def call_cuda(name: str, *arguments, sizes: tuple[int, ...] = (), typed: tuple[torch.Tensor, ...] = ()) -> None:
-    """Run the C function ``mimdet_<name>`` on the current stream of the first tensor's GPU.
+    """Run the C function ``mimdet_<name>`` on the current stream of the first tensor's GPU, the current device.
 
     Tensors become pointers, ints int64, floats float, and lists of them arrays of these. ``sizes`` follow as int64,
     then the codes of the dtypes of ``typed``, then the stream.
@@ -173,7 +173,7 @@ def call_cuda(name: str, *arguments, sizes: tuple[int, ...] = (), typed: tuple[t
     Raises:
         RuntimeError: the launch failed; with CUDA's error number.
     """
-    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    device = next(argument.get_device() for argument in arguments if isinstance(argument, torch.Tensor))
     converted = []
     for argument in (*arguments, *sizes, *(_DTYPE_CODES[tensor.dtype] for tensor in typed)):
         if isinstance(argument, list):
@@ -181,9 +181,8 @@ def call_cuda(name: str, *arguments, sizes: tuple[int, ...] = (), typed: tuple[t
             converted.append((type(elements[0]) * len(elements))(*elements))
         else:
             converted.append(_c_value(argument))
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        code = getattr(build.cuda_library(), f"mimdet_{name}")(*converted, ctypes.c_void_p(stream))
+    stream = torch._C._cuda_getCurrentRawStream(device)  # as Triton does, without a Stream object
+    code = getattr(build.cuda_library(), f"mimdet_{name}")(*converted, ctypes.c_void_p(stream))
     if code:
         raise RuntimeError(f"mimdet: CUDA kernel {name} failed with CUDA error {code}")
 

@@ -49,8 +49,9 @@ def backward(dy, x, weight, bias, mean, rstd, means, sizes, relu: bool, impl: st
 
 def _dense(x):
     """x without gaps, and whether its memory is (N, H, W, C) rather than (N, C, H, W)."""
-    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not (x.is_contiguous() and x.shape[2:] != (1, 1))
-    nhwc |= x.stride(1) == 1 and not x.is_contiguous()
+    dense = x.is_contiguous()
+    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not (dense and x.shape[2:] != (1, 1))
+    nhwc |= x.stride(1) == 1 and not dense
     return x.contiguous(memory_format=_memory(nhwc)), nhwc
 
 
@@ -85,7 +86,7 @@ def _run_forward(x, weight, bias, mean, rstd, sizes, relu, impl):
     x, nhwc = _dense(x)
     y = torch.empty_like(x)
     if x.numel():
-        parameters = _float32(weight, bias, mean, rstd)
+        parameters = float32(weight, bias, mean, rstd)
         library.launch("batch_norm_fwd", impl, x, *parameters, int32(sizes), relu, nhwc, y)
     return y
 
@@ -99,7 +100,7 @@ def _run_sums(dy, x, weight, bias, mean, rstd, sizes, relu, impl):
     sums = _allocate_sums(x)
     if not x.numel():
         return sums.zero_()
-    dy, parameters = dy.contiguous(memory_format=_memory(nhwc)), _float32(weight, bias, mean, rstd)
+    dy, parameters = dy.contiguous(memory_format=_memory(nhwc)), float32(weight, bias, mean, rstd)
     library.launch("batch_norm_sums", impl, dy, x, *parameters, int32(sizes), relu, nhwc, sums)
     return sums
 
@@ -108,13 +109,9 @@ def _run_backward(dy, x, weight, bias, mean, rstd, means, sizes, relu, impl):
     x, nhwc = _dense(x)
     dx = torch.empty_like(x)
     if x.numel():
-        dy, parameters = dy.contiguous(memory_format=_memory(nhwc)), _float32(weight, bias, mean, rstd, means)
+        dy, parameters = dy.contiguous(memory_format=_memory(nhwc)), float32(weight, bias, mean, rstd, means)
         library.launch("batch_norm_bwd", impl, dy, x, *parameters, int32(sizes), relu, nhwc, dx)
     return dx
-
-
-def _float32(*parameters):
-    return [float32(parameter) for parameter in parameters]
 
 
 def _like_x(x):
