@@ -150,7 +150,7 @@ def test_unknown_recomputation():
 
 
 def test_blocks_compile_whole():
-    _, ours = make_pair(depth=1, rate=0.0)
+    _, ours = make_pair(depth=1)
     compiled = torch.compile(run_ours, fullgraph=True, backend="aot_eager")
     (actual, _), (expected, _) = step(ours, compiled), step(ours, run_ours)
     for name, value in expected.items():
