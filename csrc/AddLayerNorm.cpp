@@ -32,7 +32,7 @@ void fwd(const Tensor& residual, const OptionalTensor& x, const OptionalTensor& 
 
 void bwd(const OptionalTensor& dresidual_out, const Tensor& dy, const Tensor& residual_out, const Tensor& mean,
          const Tensor& rstd, const OptionalTensor& scale, const Tensor& weight, int64_t step, const Tensor& dresidual,
-         const OptionalTensor& dx, const Tensor& dw_partial, const Tensor& db_partial) {
+         const OptionalTensor& dx, const Tensor& partials) {
   const int64_t count = residual_out.size(0) * residual_out.size(1), N = residual_out.size(1), C = residual_out.size(2);
   const auto kernel = MIMDET_PICK_ISA(add_layer_norm_bwd);
   const void* pg = rows(dresidual_out);
@@ -44,11 +44,12 @@ void bwd(const OptionalTensor& dresidual_out, const Tensor& dy, const Tensor& re
   const float* pw = mimdet::floats(weight);
   void* pdr = mimdet::rows(dresidual);
   void* pdx = rows(dx);
-  float* pdw = mimdet::floats(dw_partial);
-  float* pdb = mimdet::floats(db_partial);
+  const int64_t chunks = partials.size(1);
+  float* pdb = mimdet::floats(partials);
+  float* pdw = pdb + chunks * C;
   const bool bf16_r = is_bfloat16(residual_out), bf16_y = is_bfloat16(dy);
   const bool bf16_x = dx && is_bfloat16(*dx);
-  torch::stable::parallel_for(0, dw_partial.size(0), kGrain / (step * C) + 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, chunks, kGrain / (step * C) + 1, [&](int64_t first, int64_t last) {
     kernel(pg, py, pr, pm, pd, ps, pw, pdr, pdx, pdw, pdb, first, last, step, count, N, C, bf16_r,
            bf16_x, bf16_y);
   });
@@ -63,8 +64,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mimdet_cpu, m) {
       "Tensor(a!) residual_out, Tensor(b!) y, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
   m.def(
       "add_layer_norm_bwd(Tensor? dresidual_out, Tensor dy, Tensor residual_out, Tensor mean, Tensor rstd, "
-      "Tensor? scale, Tensor weight, int step, Tensor(a!) dresidual, Tensor(b!)? dx, Tensor(c!) dw_partial, "
-      "Tensor(d!) db_partial) -> ()");
+      "Tensor? scale, Tensor weight, int step, Tensor(a!) dresidual, Tensor(b!)? dx, Tensor(c!) partials) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mimdet_cpu, CPU, m) {

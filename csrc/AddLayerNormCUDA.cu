@@ -205,10 +205,11 @@ MIMDET_CUDA_API int mimdet_add_layer_norm_fwd(const void* residual, const void* 
 MIMDET_CUDA_API int mimdet_add_layer_norm_bwd(const void* dresidual_out, const void* dy, const void* residual_out,
                                               const float* mean, const float* rstd, const float* scale,
                                               const float* weight, int64_t step, void* dresidual, void* dx,
-                                              float* dw_partial, float* db_partial, int64_t rows, int64_t N, int64_t C,
+                                              float* partials, int64_t rows, int64_t N, int64_t C,
                                               int64_t residual_dtype, int64_t x_dtype, int64_t y_dtype,
                                               cudaStream_t stream) {
   using namespace mimdet;
+  float *db_partial = partials, *dw_partial = partials + (rows + step - 1) / step * C;
   const Backward p{dresidual_out, dy, residual_out, mean, rstd, scale, weight, dresidual, dx, dw_partial, db_partial,
                    rows, N, C, step};
   const bool wide = C % 4 == 0 && aligned(dresidual_out) && aligned(dy) && aligned(residual_out) && aligned(weight) &&

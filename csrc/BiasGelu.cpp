@@ -7,20 +7,20 @@ namespace mimdet {
 namespace {
 
 void fwd(const Tensor& x, const Tensor& bias, const Tensor& y) {
-  const int64_t C = x.size(1);
+  const int64_t C = bias.size(0);
   const auto kernel = MIMDET_PICK_ISA(bias_gelu_fwd);
   const void* px = rows(x);
   const float* pb = floats(bias);
   void* py = rows(y);
   const bool bf16_x = is_bfloat16(x);
-  torch::stable::parallel_for(0, x.size(0), kGrain / C + 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, x.numel() / C, kGrain / C + 1, [&](int64_t first, int64_t last) {
     kernel(px, pb, py, first, last, C, bf16_x);
   });
 }
 
 void bwd(const Tensor& dy, const Tensor& x, const Tensor& bias, int64_t step, const Tensor& dx,
          const Tensor& db_partial) {
-  const int64_t count = x.size(0), C = x.size(1);
+  const int64_t C = bias.size(0), count = x.numel() / C;
   const auto kernel = MIMDET_PICK_ISA(bias_gelu_bwd);
   const void* pdy = rows(dy);
   const void* px = rows(x);

@@ -131,7 +131,7 @@ void group_norm_gelu(
 
 void group_norm_gelu_backward(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& sizes,
-    const Tensor& mean, const Tensor& rstd, bool nhwc, const Tensor& dx, const Tensor& dweight, const Tensor& dbias) {
+    const Tensor& mean, const Tensor& rstd, bool nhwc, const Tensor& dx, const Tensor& dparameters) {
   const bool bf16 = is_bfloat16(x);
   const Tasks tasks(x, sizes, nhwc);
   const int64_t B = tasks.B, C = tasks.C;
@@ -189,8 +189,7 @@ void group_norm_gelu_backward(
     a[sample] = static_cast<float>(a_sum / tasks.elements(sample));
     k[sample] = static_cast<float>(k_sum / tasks.elements(sample));
   }
-  std::copy(total.begin(), total.begin() + C, floats(dbias));
-  std::copy(total.begin() + C, total.end(), floats(dweight));
+  std::copy(total.begin(), total.end(), floats(dparameters));
 
   const auto by_position = MIMDET_PICK_ISA(gng_backward_dx_nhwc);
   const auto by_channel = MIMDET_PICK_ISA(gng_backward_dx_nchw);
@@ -218,7 +217,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mimdet_cpu, m) {
       "Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
   m.def(
       "group_norm_gelu_bwd(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? sizes, Tensor mean, Tensor rstd, "
-      "bool nhwc, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias) -> ()");
+      "bool nhwc, Tensor(a!) dx, Tensor(b!) dparameters) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mimdet_cpu, CPU, m) {

@@ -334,7 +334,7 @@ MIMDET_CUDA_API int mimdet_group_norm_gelu_fwd(const void* x, const float* weigh
 MIMDET_CUDA_API int mimdet_group_norm_gelu_bwd(const void* dy, const void* x, const float* weight, const float* bias,
                                                const int32_t* sizes, const float* mean, const float* rstd,
                                                int64_t nhwc, float* sums, float* totals, float* means, void* dx,
-                                               float* dweight, float* dbias, int64_t B, int64_t C, int64_t H,
+                                               float* dparameters, int64_t B, int64_t C, int64_t H,
                                                int64_t W, int64_t parts, int64_t step, int64_t dtype,
                                                cudaStream_t stream) {
   using namespace mimdet;
@@ -358,7 +358,7 @@ MIMDET_CUDA_API int mimdet_group_norm_gelu_bwd(const void* dy, const void* x, co
       const unsigned grid = static_cast<unsigned>(B * C * parts);
       sums_nchw<T, V><<<grid, kThreads, 0, stream>>>(grad, from, weight, bias, mean, rstd, sums, maps, parts, step);
     }
-    launch_add_up(sums, totals, dbias, dweight, B, parts, C, stream);
+    launch_add_up(sums, totals, dparameters, dparameters + C, B, parts, C, stream);
     gradient_means<<<static_cast<unsigned>(B), kThreads, 0, stream>>>(totals, weight, means, maps);
     gradient<T, V><<<static_cast<unsigned>(B * blocks), kThreads, 0, stream>>>(grad, from, weight, bias, mean, rstd,
                                                                              means, static_cast<T*>(dx), maps, blocks);

@@ -80,7 +80,7 @@ void layer_norm_gelu(
 
 void layer_norm_gelu_backward(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& sizes,
-    const Tensor& mean, const Tensor& rstd, bool nhwc, const Tensor& dx, const Tensor& dweight, const Tensor& dbias) {
+    const Tensor& mean, const Tensor& rstd, bool nhwc, const Tensor& dx, const Tensor& dparameters) {
   const bool bf16 = is_bfloat16(x);
   const Tasks tasks(x, sizes, nhwc);
   const int64_t C = tasks.C;
@@ -111,8 +111,7 @@ void layer_norm_gelu_backward(
   for (int64_t i = 0; i < tasks.count(); ++i) {
     for (int64_t c = 0; c < 2 * C; ++c) total[c] += sums[i * 2 * C + c];
   }
-  std::copy(total.begin(), total.begin() + C, floats(dbias));
-  std::copy(total.begin() + C, total.end(), floats(dweight));
+  std::copy(total.begin(), total.end(), floats(dparameters));
 }
 
 }  // namespace
@@ -124,7 +123,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mimdet_cpu, m) {
       "Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
   m.def(
       "layer_norm_gelu_bwd(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? sizes, Tensor mean, Tensor rstd, "
-      "bool nhwc, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias) -> ()");
+      "bool nhwc, Tensor(a!) dx, Tensor(b!) dparameters) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mimdet_cpu, CPU, m) {

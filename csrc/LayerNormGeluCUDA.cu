@@ -358,7 +358,7 @@ MIMDET_CUDA_API int mimdet_layer_norm_gelu_fwd(const void* x, const float* weigh
 // Scratch: sums (parts, 2, C), where parts blocks share the work evenly.
 MIMDET_CUDA_API int mimdet_layer_norm_gelu_bwd(const void* dy, const void* x, const float* weight, const float* bias,
                                                const int32_t* sizes, const float* mean, const float* rstd,
-                                               int64_t nhwc, float* sums, void* dx, float* dweight, float* dbias,
+                                               int64_t nhwc, float* sums, void* dx, float* dparameters,
                                                int64_t B, int64_t C, int64_t H, int64_t W, int64_t parts,
                                                int64_t dtype, cudaStream_t stream) {
   using namespace mimdet;
@@ -390,6 +390,6 @@ MIMDET_CUDA_API int mimdet_layer_norm_gelu_bwd(const void* dy, const void* x, co
       run<<<static_cast<unsigned>(grid), block, 0, stream>>>(grad, from, weight, bias, mean, rstd, to, sums, maps,
                                                              rows, step);
     }
-    launch_add_up(sums, nullptr, dbias, dweight, 1, grid, C, stream);
+    launch_add_up(sums, nullptr, dparameters, dparameters + C, 1, grid, C, stream);
   });
 }

@@ -46,3 +46,10 @@ def booleans(op: str, like: torch.Tensor, like_name: str, **arguments: object) -
             raise TypeError(f"{op}: {name} must be bool, got {value.dtype}")
         if value.device != like.device:
             raise ValueError(f"{op}: {name} is on {value.device}, {like_name} on {like.device}")
+
+
+def shapes(op: str, main: str, expected: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]]) -> None:
+    """Raise ValueError, naming the argument, unless each tensor that is not None has its shape, that of ``main``."""
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{op}: {name} must be {tuple(shape)} for {main}, got {tuple(tensor.shape)}")

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -197,7 +198,13 @@ def use(impl: str) -> Iterator[None]:
 
 def requested(impl: str | None = None) -> str:
     """The argument, else that of the innermost ``use``, else the environment's, else "auto"."""
-    return (_use.get() or os.environ.get(ENVIRONMENT) or "auto") if impl is None else impl
+    return (_use.get() or _of_environment()) if impl is None else impl
+
+
+@cache
+def _of_environment() -> str:
+    """Read once: a look at the environment takes longer than the rest of ``resolve``."""
+    return os.environ.get(ENVIRONMENT) or "auto"
 
 
 @torch.compiler.assume_constant_result
@@ -222,13 +229,15 @@ def resolve(
         KernelUnavailableError: a named implementation cannot run; says why. Only "auto" falls back.
     """
     key = (op, requested(impl), device, dtypes, too_large, head_dim, equal_lengths)
-    if key not in _resolved:
-        _resolved[key] = _resolve(op, impl, key[1], Call(*key[2:]))
-    return _resolved[key]
+    chosen = _resolved.get(key)
+    if chosen is None:
+        chosen = _resolved[key] = _resolve(op, impl, key[1], Call(*key[2:]))
+    return chosen
 
 
 def forget() -> None:
-    """Clear the cache of choices; for tests that change what can run."""
+    """Clear what was read from the environment and the cache of choices; for tests that change what can run."""
+    _of_environment.cache_clear()
     _resolved.clear()
 
 

@@ -35,7 +35,8 @@ def run(
 def register(op: str, statistics: Callable[[torch.Tensor], tuple[int, ...]]) -> None:
     """Register ``mimdet::<op>`` and ``mimdet::<op>_backward``.
 
-    The first returns (y, mean, rstd), the second (dx, dweight, dbias). Mean, rstd, dweight and dbias are float32.
+    The first returns (y, mean, rstd), the second dx and dparameters (2, C), of bias and of weight. All but y and dx are
+    float32.
     Launchers of every implementation fill outputs that are allocated here.
 
     Args:
@@ -45,13 +46,11 @@ def register(op: str, statistics: Callable[[torch.Tensor], tuple[int, ...]]) -> 
 
     def allocate(x):
         y = torch.empty_like(x)
-        mean, rstd = (x.new_empty(statistics(x), dtype=torch.float32) for _ in range(2))
-        return y, mean, rstd
+        mean = x.new_empty(statistics(x), dtype=torch.float32)
+        return y, mean, torch.empty_like(mean)
 
-    def allocate_backward(x, weight):
-        dx = torch.empty_like(x)
-        dweight, dbias = (torch.empty(weight.shape, dtype=torch.float32, device=x.device) for _ in range(2))
-        return dx, dweight, dbias
+    def allocate_backward(x):
+        return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float32)
 
     def forward(x, weight, bias, sizes, eps, impl):
         x, nhwc = _dense(x)
@@ -66,17 +65,16 @@ def register(op: str, statistics: Callable[[torch.Tensor], tuple[int, ...]]) -> 
     def backward(dy, x, weight, bias, sizes, mean, rstd, impl):
         x, nhwc = _dense(x)
         dy = dy.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
-        outputs = allocate_backward(x, weight)
+        outputs = allocate_backward(x)
         if x.numel():
             parameters = _parameters(weight, bias, sizes)
             library.launch(f"{op}_bwd", impl, dy, x, *parameters, mean, rstd, nhwc, *outputs)
         else:
-            for gradient in outputs[1:]:
-                gradient.zero_()
+            outputs[1].zero_()
         return outputs
 
     def fake_backward(dy, x, weight, bias, sizes, mean, rstd, impl):
-        return allocate_backward(_dense(x)[0], weight)
+        return allocate_backward(_dense(x)[0])
 
     def setup_context(ctx, inputs, output):
         x, weight, bias, sizes, _, ctx.impl = inputs
@@ -85,8 +83,9 @@ def register(op: str, statistics: Callable[[torch.Tensor], tuple[int, ...]]) -> 
     def differentiate(ctx, dy, dmean, drstd):
         saved = ctx.saved_tensors
         _, weight, bias, *_ = saved
-        dx, dweight, dbias = run_backward(dy, *saved, ctx.impl)
-        return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None, None
+        dx, dparameters = run_backward(dy, *saved, ctx.impl)
+        dbias, dweight = (cast(dparameters[i], like.dtype) for i, like in enumerate((bias, weight)))
+        return dx, dweight, dbias, None, None, None
 
     _runs[op] = library.define(
         op,
@@ -98,7 +97,7 @@ def register(op: str, statistics: Callable[[torch.Tensor], tuple[int, ...]]) -> 
     run_backward = library.define(
         f"{op}_backward",
         "(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? sizes, Tensor mean, Tensor rstd, str impl)"
-        " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+        " -> (Tensor dx, Tensor dparameters)",
         backward,
         fake_backward,
     )
@@ -110,13 +109,12 @@ def _check(op, x, weight, bias, sizes):
     checks.tensors(op, x=x, weight=weight, bias=bias)
     if x.ndim != 4:
         raise ValueError(f"{op}: x must be (B, C, H, W), got {tuple(x.shape)}")
-    shapes = {"weight": (weight, (x.shape[1],)), "bias": (bias, (x.shape[1],))}
     if sizes is not None:
         checks.integers(op, x, "x", sizes=sizes)
-        shapes["sizes"] = sizes, (x.shape[0], 2)
-    for name, (tensor, shape) in shapes.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{op}: {name} must be {shape} for x {tuple(x.shape)}, got {tuple(tensor.shape)}")
+    row, pairs = (x.shape[1],), (x.shape[0], 2)
+    if weight.shape != row or bias.shape != row or (sizes is not None and sizes.shape != pairs):
+        expected = {"weight": (weight, row), "bias": (bias, row), "sizes": (sizes, pairs)}
+        checks.shapes(op, f"x {tuple(x.shape)}", expected)
     if sizes is not None and debug.enabled():
         debug.check_sizes(sizes, x.shape[2:], f"{op}: sizes")
 
@@ -140,4 +138,19 @@ def _dense(x):
 
 def _parameters(weight, bias, sizes):
     """Contiguous float32, sizes int32: what launchers take."""
-    return weight.float().contiguous(), bias.float().contiguous(), None if sizes is None else sizes.int().contiguous()
+    return *float32(weight, bias), int32(sizes)
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor.to(dtype)``, without a call of torch where nothing changes."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def float32(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Each as contiguous float32."""
+    return [t.contiguous() if t.dtype == torch.float32 else t.float().contiguous() for t in tensors]
+
+
+def int32(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """``tensor`` as contiguous int32; None stays None."""
+    return None if tensor is None else tensor.int().contiguous()

@@ -15,9 +15,17 @@ from . import build
 # Dtype codes of csrc/cuda_rows.h.
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+# Types of arguments without an observer. Looked up here once: ``call`` runs hundreds of times a step.
+_PLAIN = _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
+_OTHERS = frozenset((type(None), bool, int, float, str, list, torch.dtype))
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+
 _library = torch.library.Library("mimdet", "FRAGMENT")
 _runs: dict[str, Callable] = {}
-_functions: dict[str, type[torch.autograd.Function]] = {}
+_schemas: dict[str, str] = {}
+_functions: dict[str, Callable] = {}
 
 
 def define(name: str, schema: str, run: Callable, fake: Callable) -> Callable:
@@ -25,36 +33,64 @@ def define(name: str, schema: str, run: Callable, fake: Callable) -> Callable:
 
     torch's dispatcher and ``register_autograd`` cost tens of microseconds a call, as much as a small kernel. Where
     nothing observes the call (no compiler, dispatch mode, functorch transform or tensor subclass), it goes to ``run``
-    directly, through an ``autograd.Function`` if an input requires a gradient.
+    directly, through an ``autograd.Function`` if an input requires a gradient. The first tensor's GPU is then torch's
+    current device, where Triton launches.
 
     Args:
         name: of the operation.
-        schema: "(Tensor x, ...) -> Tensor"; functional, outputs never alias inputs.
+        schema: "(Tensor x, ...) -> Tensor"; functional, outputs never alias inputs. A list of tensors comes first.
         run: implementation for CPU and GPU tensors.
         fake: shapes, dtypes and strides of the outputs, for meta and fake tensors.
     """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    run = _on_its_device(run)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
+        _library.impl(name, _on_its_device(run), key)
     torch.library.register_fake(f"mimdet::{name}", fake, lib=_library)
     overload = getattr(torch.ops.mimdet, name).default
-    takes_list = "Tensor[]" in schema.partition("->")[0]
 
     def call(*arguments):
-        tensors = _tensors(arguments)
-        if torch.compiler.is_compiling() or _is_observed(tensors):
+        if _is_compiling() or _dispatch_modes() or _transforms():
             return overload(*arguments)
-        if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
-            return run(*arguments)
-        return _functions[name].apply(*arguments) if name in _functions and not takes_list else overload(*arguments)
+        first, differentiable = None, False
+        for argument in arguments:
+            kind = type(argument)
+            if kind is _Tensor or kind is _Parameter:
+                if first is None:
+                    first = argument
+                if argument.requires_grad:
+                    differentiable = True
+            elif kind is list and argument and isinstance(argument[0], _Tensor):
+                first = argument[0] if first is None else first
+                for tensor in argument:
+                    if type(tensor) not in _PLAIN:
+                        return overload(*arguments)
+                    differentiable |= tensor.requires_grad
+            elif kind not in _OTHERS:  # a tensor subclass, such as a fake tensor, or a symbolic number
+                return overload(*arguments)
+        function = run
+        if differentiable and torch.is_grad_enabled():
+            if name not in _functions:
+                return overload(*arguments)
+            function = _functions[name]
+        if first.is_cpu:
+            return function(*arguments)
+        if not first.is_cuda:
+            return overload(*arguments)
+        if first.get_device() == torch.cuda.current_device():
+            return function(*arguments)
+        with torch.cuda.device(first.device):
+            return function(*arguments)
 
-    _runs[name] = run
+    _runs[name], _schemas[name] = run, schema
     return call
 
 
-def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Attach the gradient formula of ``mimdet::<name>``, as ``torch.library.register_autograd`` takes it."""
+def autograd(name: str, backward: Callable, setup_context: Callable, outputs: int = 1) -> None:
+    """Attach the gradient formula of ``mimdet::<name>``, as ``torch.library.register_autograd`` takes it.
+
+    Of a tuple, callers use the first ``outputs``; the others are saved for backward. Where nothing observes the call
+    they are None: autograd takes a microsecond for every output.
+    """
     torch.library.register_autograd(f"mimdet::{name}", backward, setup_context=setup_context, lib=_library)
 
     run = _runs[name]
@@ -62,10 +98,24 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     def forward(ctx, *arguments):
         output = run(*arguments)
         setup_context(ctx, arguments, output)
-        return output
+        return (*output[:outputs], *[None] * (len(output) - outputs)) if isinstance(output, tuple) else output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    _functions[name] = type(f"mimdet_{name}", (torch.autograd.Function,), members)
+    # A Function sees no tensors inside of a list: a first argument that is one comes element by element.
+    def forward_of_list(ctx, length, *arguments):
+        return forward(ctx, list(arguments[:length]), *arguments[length:])
+
+    def backward_of_list(ctx, *gradients):
+        of_list, *others = backward(ctx, *gradients)
+        return None, *of_list, *others
+
+    def apply_to_list(tensors, *others):
+        return function.apply(len(tensors), *tensors, *others)
+
+    takes_list = "Tensor[]" in _schemas[name].partition("->")[0]
+    methods = (forward_of_list, backward_of_list) if takes_list else (forward, backward)
+    members = dict(zip(("forward", "backward"), map(staticmethod, methods), strict=True))
+    function = type(f"mimdet_{name}", (torch.autograd.Function,), members)
+    _functions[name] = apply_to_list if takes_list else function.apply
 
 
 def _on_its_device(run: Callable) -> Callable:
@@ -82,26 +132,6 @@ def _on_its_device(run: Callable) -> Callable:
             return run(*arguments)
 
     return guarded
-
-
-def _tensors(arguments: tuple) -> list[torch.Tensor]:
-    """All tensors among the arguments and in their lists."""
-    tensors = []
-    for a in arguments:
-        if isinstance(a, torch.Tensor):
-            tensors.append(a)
-        elif isinstance(a, list):
-            tensors += [t for t in a if isinstance(t, torch.Tensor)]
-    return tensors
-
-
-def _is_observed(tensors: list[torch.Tensor]) -> bool:
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return True
-    return any(not (type(t) in _PLAIN and (t.is_cpu or t.is_cuda)) for t in tensors)
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def launch(name: str, impl: str, *arguments, sizes: tuple[int, ...] = (), typed: tuple[torch.Tensor, ...] = ()) -> None:
@@ -135,7 +165,7 @@ def _kernel(name: str, impl: str) -> Callable | None:
 
 
 def call_cuda(name: str, *arguments, sizes: tuple[int, ...] = (), typed: tuple[torch.Tensor, ...] = ()) -> None:
-    """Run the C function ``mimdet_<name>`` on the current stream of the first tensor's GPU.
+    """Run the C function ``mimdet_<name>`` on the current stream of the first tensor's GPU, the current device.
 
     Tensors become pointers, ints int64, floats float, and lists of them arrays of these. ``sizes`` follow as int64,
     then the codes of the dtypes of ``typed``, then the stream.
@@ -143,7 +173,7 @@ def call_cuda(name: str, *arguments, sizes: tuple[int, ...] = (), typed: tuple[t
     Raises:
         RuntimeError: the launch failed; with CUDA's error number.
     """
-    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    device = next(argument.get_device() for argument in arguments if isinstance(argument, torch.Tensor))
     converted = []
     for argument in (*arguments, *sizes, *(_DTYPE_CODES[tensor.dtype] for tensor in typed)):
         if isinstance(argument, list):
@@ -151,9 +181,8 @@ def call_cuda(name: str, *arguments, sizes: tuple[int, ...] = (), typed: tuple[t
             converted.append((type(elements[0]) * len(elements))(*elements))
         else:
             converted.append(_c_value(argument))
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        code = getattr(build.cuda_library(), f"mimdet_{name}")(*converted, ctypes.c_void_p(stream))
+    stream = torch._C._cuda_getCurrentRawStream(device)  # as Triton does, without a Stream object
+    code = getattr(build.cuda_library(), f"mimdet_{name}")(*converted, ctypes.c_void_p(stream))
     if code:
         raise RuntimeError(f"mimdet: CUDA kernel {name} failed with CUDA error {code}")
 
@@ -166,7 +195,7 @@ def _c_value(argument: torch.Tensor | float | None) -> ctypes.c_void_p | ctypes.
 
 def dense(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """``contiguous()`` of each; None stays None."""
-    return tuple(tensor if tensor is None else tensor.contiguous() for tensor in tensors)
+    return tuple([tensor if tensor is None else tensor.contiguous() for tensor in tensors])
 
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:

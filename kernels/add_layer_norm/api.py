@@ -59,7 +59,10 @@ def add_layer_norm(
     if impl == "eager":
         residual_out, y = reference.add_layer_norm(flat, x, scale, weight, bias, eps, dtype)
     else:
-        scale, weight, bias = (t if t is None or t.dtype == torch.float32 else t.float() for t in (scale, weight, bias))
+        if scale is not None and scale.dtype != torch.float32:
+            scale = scale.float()
+        if weight.dtype != torch.float32 or bias.dtype != torch.float32:
+            weight, bias = weight.float(), bias.float()
         residual_out, y, _, _ = ops.run(flat, x, scale, weight, bias, eps, dtype, impl)
     if flat is not residual:
         residual_out, y = residual_out if x is None else residual_out.view(residual.shape), y.view(residual.shape)
@@ -74,12 +77,15 @@ def _check(residual, x, scale, weight, bias, dtype) -> None:
     if residual.dim() < 2:
         raise ValueError(f"{op}: residual must be (B, ..., C), got {tuple(residual.shape)}")
     shape = residual.shape
-    for name, tensor, expected in (
-        ("x", x, shape), ("scale", scale, shape[:1]), ("weight", weight, shape[-1:]), ("bias", bias, shape[-1:])
-    ):  # fmt: skip
-        if tensor is not None and tensor.shape != expected:
-            shapes = f"{tuple(expected)} for residual {tuple(shape)}, got {tuple(tensor.shape)}"
-            raise ValueError(f"{op}: {name} must be {shapes}")
+    row = (shape[-1],)
+    if (
+        weight.shape != row
+        or bias.shape != row
+        or (x is not None and x.shape != shape)
+        or (scale is not None and scale.shape != (shape[0],))
+    ):
+        expected = {"x": (x, shape), "scale": (scale, shape[:1]), "weight": (weight, row), "bias": (bias, row)}
+        checks.shapes(op, f"residual {tuple(shape)}", expected)
     if scale is not None and x is None:
         raise ValueError(f"{op}: scale without an x to scale")
     if scale is not None and scale.requires_grad:

@@ -9,6 +9,7 @@ from .. import dispatch, library
 NAME = "add_layer_norm"
 # Widest row that fits into the GPU kernels' registers.
 WIDEST = 8192
+_DENSE = torch.contiguous_format
 # Rows per partial sum of the parameters' gradients at least, and partial sums at most.
 _PARTIALS = {"triton": (1, 1024), "cuda": (16, 1024), "cpp": (16, 64)}
 
@@ -26,9 +27,10 @@ dispatch.register(NAME, dispatch.standard(f"at most {WIDEST} channels", cuda=_su
 
 
 def _outputs(residual, x, dtype):
-    mean, rstd = (residual.new_empty(residual.shape[:2], dtype=torch.float32) for _ in range(2))
-    residual_out = residual.new_empty(0 if x is None else residual.shape)
-    return residual_out, residual.new_empty(residual.shape, dtype=dtype), mean, rstd
+    residual_out = residual.new_empty(0) if x is None else torch.empty_like(residual, memory_format=_DENSE)
+    y = torch.empty_like(residual, dtype=dtype, memory_format=_DENSE)
+    mean = residual.new_empty(residual.shape[:2], dtype=torch.float32)
+    return residual_out, y, mean, torch.empty_like(mean)
 
 
 def _forward(residual, x, scale, weight, bias, eps, dtype, impl):
@@ -51,23 +53,27 @@ def _backward(dresidual_out, dy, residual_out, mean, rstd, scale, weight, x_dtyp
     dresidual_out, dy, residual_out, scale, weight = library.dense(dresidual_out, dy, residual_out, scale, weight)
     batch, length, channels = residual_out.shape
     rows = batch * length
-    dresidual = residual_out.new_empty(residual_out.shape)
-    dx = None if x_dtype is None else residual_out.new_empty(residual_out.shape, dtype=x_dtype)
+    dresidual, dx = _gradients(residual_out, x_dtype)
     step = library.rows_per_partial(rows, *_PARTIALS[impl])
-    dw_partial, db_partial = (mean.new_empty((-(-rows // step), channels)) for _ in range(2))
+    partials = mean.new_empty((2, -(-rows // step), channels))
     if residual_out.numel():
         library.launch(
             f"{NAME}_bwd", impl, dresidual_out, dy, residual_out, mean, rstd, scale, weight, step,
-            dresidual, dx, dw_partial, db_partial,
-            sizes=(rows, length, channels), typed=(residual_out, residual_out if dx is None else dx, dy),
+            dresidual, None if x_dtype is None else dx, partials,
+            sizes=(rows, length, channels), typed=(residual_out, residual_out if x_dtype is None else dx, dy),
         )  # fmt: skip
-    return dresidual, residual_out.new_empty(0) if dx is None else dx, dw_partial.sum(0), db_partial.sum(0)
+    return dresidual, dx, partials.sum(1)
+
+
+def _gradients(residual_out, x_dtype):
+    dresidual = torch.empty_like(residual_out, memory_format=_DENSE)
+    if x_dtype is None:
+        return dresidual, residual_out.new_empty(0)
+    return dresidual, torch.empty_like(residual_out, dtype=x_dtype, memory_format=_DENSE)
 
 
 def _fake_backward(dresidual_out, dy, residual_out, mean, rstd, scale, weight, x_dtype, impl):
-    dx = residual_out.new_empty(0) if x_dtype is None else residual_out.new_empty(residual_out.shape, dtype=x_dtype)
-    dweight, dbias = (weight.new_empty(weight.shape) for _ in range(2))
-    return residual_out.new_empty(residual_out.shape), dx, dweight, dbias
+    return *_gradients(residual_out, x_dtype), weight.new_empty((2, *weight.shape))
 
 
 run = library.define(
@@ -80,7 +86,7 @@ run = library.define(
 run_backward = library.define(
     f"{NAME}_backward",
     "(Tensor? dresidual_out, Tensor dy, Tensor residual_out, Tensor mean, Tensor rstd, Tensor? scale, Tensor weight,"
-    " ScalarType? x_dtype, str impl) -> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias)",
+    " ScalarType? x_dtype, str impl) -> (Tensor dresidual, Tensor dx, Tensor dparameters)",
     _backward,
     _fake_backward,
 )
@@ -103,9 +109,10 @@ def _differentiate(ctx, dresidual_out, dy, _dmean, _drstd):
     shared = has_x and scale is None and ctx.x_dtype == residual_out.dtype
     if dy is not None:
         x_dtype = None if shared else ctx.x_dtype
-        dresidual, dx, dweight, dbias = run_backward(
+        dresidual, dx, dparameters = run_backward(
             dresidual, dy, residual_out, mean, rstd, scale, weight, x_dtype, ctx.impl
         )
+        dbias, dweight = dparameters[0], dparameters[1]
     elif has_x and dresidual is not None and not shared:
         dx = (dresidual if scale is None else dresidual * scale.view(-1, 1, 1)).to(ctx.x_dtype)
     if shared:
@@ -113,4 +120,4 @@ def _differentiate(ctx, dresidual_out, dy, _dmean, _drstd):
     return dresidual, dx if has_x else None, None, dweight, dbias, None, None, None
 
 
-library.autograd(NAME, _differentiate, _setup_context)
+library.autograd(NAME, _differentiate, _setup_context, outputs=2)

@@ -37,10 +37,11 @@ def _add_layer_norm_fwd_kernel(
 
 @triton.jit
 def _add_layer_norm_bwd_kernel(
-    dresidual_out, dy, residual_out, mean, rstd, scale, weight, dresidual, dx, dw_partial, db_partial, M, N, C, step,
+    dresidual_out, dy, residual_out, mean, rstd, scale, weight, dresidual, dx, partials, M, N, C, step,
     HAS_DRESIDUAL: tl.constexpr, HAS_X: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """d*, residual_out: (M, C); mean, rstd: (M,); scale: (M // N,); weight: (C,); *_partial: (programs, C) float32."""
+    """d*, residual_out: (M, C); mean, rstd: (M,); scale: (M // N,); weight: (C,); partials: (2, programs, C) float32,
+    sums of the gradients of bias and of weight."""
     program = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
     mask = channel < C
@@ -65,8 +66,8 @@ def _add_layer_norm_bwd_kernel(
             if HAS_SCALE:
                 dtotal *= tl.load(scale + row // N).to(tl.float32)
             tl.store(dx + offs, dtotal.to(dx.dtype.element_ty), mask=mask)
-    tl.store(dw_partial + program * C + channel, dw, mask=mask)
-    tl.store(db_partial + program * C + channel, db, mask=mask)
+    tl.store(partials + program * C + channel, db, mask=mask)
+    tl.store(partials + (tl.num_programs(0) + program) * C + channel, dw, mask=mask)
 
 
 def _blocks(channels: int) -> dict[str, int]:
@@ -89,12 +90,12 @@ def launch_add_layer_norm_fwd(
 def launch_add_layer_norm_bwd(
     dresidual_out: torch.Tensor | None, dy: torch.Tensor, residual_out: torch.Tensor, mean: torch.Tensor,
     rstd: torch.Tensor, scale: torch.Tensor | None, weight: torch.Tensor, step: int, dresidual: torch.Tensor,
-    dx: torch.Tensor | None, dw_partial: torch.Tensor, db_partial: torch.Tensor,
+    dx: torch.Tensor | None, partials: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Contiguous gradients of the outputs -> dresidual, dx, and a row of both partials per ``step`` rows."""
+    """Contiguous gradients of the outputs -> dresidual, dx, and partials (2, programs, C), one per ``step`` rows."""
     batch, length, channels = residual_out.shape
-    _add_layer_norm_bwd_kernel[(len(dw_partial),)](
-        dresidual_out, dy, residual_out, mean, rstd, scale, weight, dresidual, dx, dw_partial, db_partial,
+    _add_layer_norm_bwd_kernel[(partials.shape[1],)](
+        dresidual_out, dy, residual_out, mean, rstd, scale, weight, dresidual, dx, partials,
         batch * length, length, channels, step, HAS_DRESIDUAL=dresidual_out is not None, HAS_X=dx is not None,
         HAS_SCALE=scale is not None, **_blocks(channels),
     )  # fmt: skip

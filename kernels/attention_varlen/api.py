@@ -69,7 +69,8 @@ def attention_varlen_packed(
         equal_lengths = True
     impl = resolve(ops.NAME, impl, qkv.device, (qkv.dtype,), None, _number(head_dim), equal_lengths)
     kind = qkv.device.type
-    check_values = debug.enabled() or (impl != "aten_cpu" and kind == "cpu" and not torch.compiler.is_compiling())
+    on_cpu = impl != "aten_cpu" and kind == "cpu" and not torch.compiler.is_compiling()  # aten_cpu checks them itself
+    check_values = on_cpu or (kind != "cpu" and debug.enabled())
     if check_values and type(cu_seqlens) is torch.Tensor:  # FakeTensor has no values
         debug.check_cu_seqlens(cu_seqlens, total, max_seqlen, ops.NAME)
     scale = head_dim**-0.5 if scale is None else scale

@@ -91,7 +91,7 @@ def _fake_forward(qkv, cu_seqlens, max_seqlen, scale, impl):
 
 
 def _backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, scale, impl):
-    dqkv = qkv.new_empty(qkv.shape)
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if qkv.numel():
         dout, qkv, cu_seqlens = library.rows(dout), library.rows(qkv), cu_seqlens.contiguous()
         library.launch(f"{NAME}_bwd", impl, dout, qkv, out, lse, cu_seqlens, max_seqlen, scale, dqkv)

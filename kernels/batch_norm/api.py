@@ -7,10 +7,11 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from .. import checks, debug, dispatch
-from ..image_norm import WIDEST
+from ..image_norm import WIDEST, cast
 from . import ops
 
 WEIGHTS = ("cells", "maps", "processes")
+_OPTIONAL = ("weight", "bias", "running_mean", "running_var")
 
 
 def batch_norm(
@@ -83,15 +84,15 @@ def batch_norm(
     channels, cells = x.shape[1], x.numel() // max(x.shape[1], 1)
     if world == 1 and sizes is None and cells == 1:
         raise ValueError(f"{ops.NAME}: Expected more than 1 value per channel when training, got x {tuple(x.shape)}")
-    with torch.no_grad():
-        parts, cell_weight = _parts(x, ops.moments(x.detach(), sizes, impl), sizes, weigh, world)
-        statistics = ops.statistics(parts, eps, world == 1, impl)
-        mean, rstd, kept, inverse = statistics.split([channels, channels, channels, 1])
-        # Whether there is a valid cell anywhere.
-        moved = cells > 0 if world == 1 and sizes is None else inverse.squeeze(0) > 0
-        counts = moved if world == 1 else True
-        _track(mean, kept, moved, counts, running_mean, running_var, num_batches_tracked, momentum)
-        share = inverse if cell_weight is None else inverse * cell_weight
+    # Nothing of what follows requires a gradient.
+    parts, cell_weight = _parts(x, ops.moments(x.detach(), sizes, impl), sizes, weigh, world)
+    statistics = ops.statistics(parts, eps, world == 1, impl)
+    mean, rstd, kept, inverse = statistics.split([channels, channels, channels, 1])
+    # Whether there is a valid cell anywhere.
+    moved = cells > 0 if world == 1 and sizes is None else inverse.squeeze(0) > 0
+    counts = moved if world == 1 else True
+    _track(mean, kept, moved, counts, running_mean, running_var, num_batches_tracked, momentum)
+    share = inverse if cell_weight is None else inverse * cell_weight
     return _Normalize.apply(x, weight, bias, mean, rstd, share, sizes, relu, world > 1, impl)
 
 
@@ -115,14 +116,15 @@ def _parts(x, moments, sizes, weigh, world):
 def _track(mean, kept, moved, counts, running_mean, running_var, num_batches_tracked, momentum) -> None:
     """Update running statistics in place, unless ``moved``, a bool or a tensor (), is False."""
     if num_batches_tracked is not None:
-        num_batches_tracked.add_(counts)
+        num_batches_tracked.add_(int(counts) if isinstance(counts, bool) else counts)
     if running_mean is None:
         return
     if momentum is None:
         momentum = 1 if num_batches_tracked is None else 1 / num_batches_tracked.clamp(min=1)
     step = momentum * moved
     for running, value in ((running_mean, mean), (running_var, kept)):
-        running.lerp_(value.to(running.dtype), step.to(running.dtype) if isinstance(step, torch.Tensor) else step)
+        kind = running.dtype
+        running.lerp_(cast(value, kind), cast(step, kind) if isinstance(step, torch.Tensor) else step)
 
 
 class _Normalize(torch.autograd.Function):
@@ -153,7 +155,7 @@ class _Normalize(torch.autograd.Function):
             means = sums * share
         if ctx.needs_input_grad[0]:
             dx = ops.backward(dy, x, weight, bias, mean, rstd, means, sizes, ctx.relu, ctx.impl)
-        return dx, sums[1].to(weight.dtype), sums[0].to(bias.dtype), *[None] * 7
+        return dx, cast(sums[1], weight.dtype), cast(sums[0], bias.dtype), None, None, None, None, None, None, None
 
 
 def _with_valid(x, sizes, valid):
@@ -167,20 +169,22 @@ def _with_valid(x, sizes, valid):
 
 def _check(x, weight, bias, running_mean, running_var, training, sizes, valid, weigh):
     op = ops.NAME
-    parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    checks.tensors(op, tuple(parameters), x=x, **parameters)
+    checks.tensors(
+        op, _OPTIONAL, x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+    )  # fmt: skip
     if x.ndim != 4:
         raise ValueError(f"{op}: x must be (N, C, H, W), got {tuple(x.shape)}")
-    shapes = {name: (tensor, (x.shape[1],)) for name, tensor in parameters.items() if tensor is not None}
+    row = (x.shape[1],)
+    for tensor in (weight, bias, running_mean, running_var):
+        if tensor is not None and tensor.shape != row:
+            parameters = zip(_OPTIONAL, (weight, bias, running_mean, running_var), strict=True)
+            checks.shapes(op, f"x {tuple(x.shape)}", {name: (value, row) for name, value in parameters})
     if sizes is not None:
         checks.integers(op, x, "x", sizes=sizes)
-        shapes["sizes"] = sizes, (x.shape[0], 2)
+        checks.shapes(op, f"x {tuple(x.shape)}", {"sizes": (sizes, (x.shape[0], 2))})
     if valid is not None:
         checks.booleans(op, x, "x", valid=valid)
-        shapes["valid"] = valid, (x.shape[0],)
-    for name, (tensor, shape) in shapes.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{op}: {name} must be {shape} for x {tuple(x.shape)}, got {tuple(tensor.shape)}")
+        checks.shapes(op, f"x {tuple(x.shape)}", {"valid": (valid, (x.shape[0],))})
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{op}: running_mean and running_var must both be given, or neither")
     if not training and running_mean is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .. import dispatch, library
-from ..image_norm import WIDEST
+from ..image_norm import WIDEST, float32, int32
 from . import reference
 
 NAME = "batch_norm"
@@ -49,8 +49,9 @@ def backward(dy, x, weight, bias, mean, rstd, means, sizes, relu: bool, impl: st
 
 def _dense(x):
     """x without gaps, and whether its memory is (N, H, W, C) rather than (N, C, H, W)."""
-    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not (x.is_contiguous() and x.shape[2:] != (1, 1))
-    nhwc |= x.stride(1) == 1 and not x.is_contiguous()
+    dense = x.is_contiguous()
+    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not (dense and x.shape[2:] != (1, 1))
+    nhwc |= x.stride(1) == 1 and not dense
     return x.contiguous(memory_format=_memory(nhwc)), nhwc
 
 
@@ -67,7 +68,7 @@ def _run_moments(x, sizes, impl):
     moments = _allocate_moments(x)
     if not x.numel():
         return moments.zero_()
-    library.launch("batch_norm_moments", impl, x, _int32(sizes), nhwc, moments)
+    library.launch("batch_norm_moments", impl, x, int32(sizes), nhwc, moments)
     return moments
 
 
@@ -85,8 +86,8 @@ def _run_forward(x, weight, bias, mean, rstd, sizes, relu, impl):
     x, nhwc = _dense(x)
     y = torch.empty_like(x)
     if x.numel():
-        parameters = _float32(weight, bias, mean, rstd)
-        library.launch("batch_norm_fwd", impl, x, *parameters, _int32(sizes), relu, nhwc, y)
+        parameters = float32(weight, bias, mean, rstd)
+        library.launch("batch_norm_fwd", impl, x, *parameters, int32(sizes), relu, nhwc, y)
     return y
 
 
@@ -99,8 +100,8 @@ def _run_sums(dy, x, weight, bias, mean, rstd, sizes, relu, impl):
     sums = _allocate_sums(x)
     if not x.numel():
         return sums.zero_()
-    dy, parameters = dy.contiguous(memory_format=_memory(nhwc)), _float32(weight, bias, mean, rstd)
-    library.launch("batch_norm_sums", impl, dy, x, *parameters, _int32(sizes), relu, nhwc, sums)
+    dy, parameters = dy.contiguous(memory_format=_memory(nhwc)), float32(weight, bias, mean, rstd)
+    library.launch("batch_norm_sums", impl, dy, x, *parameters, int32(sizes), relu, nhwc, sums)
     return sums
 
 
@@ -108,17 +109,9 @@ def _run_backward(dy, x, weight, bias, mean, rstd, means, sizes, relu, impl):
     x, nhwc = _dense(x)
     dx = torch.empty_like(x)
     if x.numel():
-        dy, parameters = dy.contiguous(memory_format=_memory(nhwc)), _float32(weight, bias, mean, rstd, means)
-        library.launch("batch_norm_bwd", impl, dy, x, *parameters, _int32(sizes), relu, nhwc, dx)
+        dy, parameters = dy.contiguous(memory_format=_memory(nhwc)), float32(weight, bias, mean, rstd, means)
+        library.launch("batch_norm_bwd", impl, dy, x, *parameters, int32(sizes), relu, nhwc, dx)
     return dx
-
-
-def _float32(*parameters):
-    return tuple(parameter.float().contiguous() for parameter in parameters)
-
-
-def _int32(sizes):
-    return None if sizes is None else sizes.int().contiguous()
 
 
 def _like_x(x):

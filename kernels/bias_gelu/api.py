@@ -35,5 +35,4 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, impl: str | None = None) -
     impl = resolve(ops.NAME, impl, x.device, (x.dtype,))
     if impl == "eager":
         return reference.bias_gelu(x, bias)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return ops.run(rows, bias if bias.dtype == torch.float32 else bias.float(), impl).view(x.shape)
+    return ops.run(x, bias if bias.dtype == torch.float32 else bias.float(), impl)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .. import dispatch, library
 
 NAME = "bias_gelu"
@@ -13,20 +15,20 @@ dispatch.register(NAME, dispatch.standard())
 
 def _forward(x, bias, impl):
     x, bias = library.dense(x, bias)
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x)
     if x.numel():
-        library.launch(f"{NAME}_fwd", impl, x, bias, y, sizes=tuple(x.shape), typed=(x,))
+        library.launch(f"{NAME}_fwd", impl, x, bias, y, sizes=(x.shape[:-1].numel(), x.shape[-1]), typed=(x,))
     return y
 
 
 def _fake_forward(x, bias, impl):
-    return x.new_empty(x.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _backward(dy, x, bias, impl):
     dy, x, bias = library.dense(dy, x, bias)
-    rows, channels = x.shape
-    dx = x.new_empty(x.shape)
+    rows, channels = x.shape[:-1].numel(), x.shape[-1]
+    dx = torch.empty_like(x)
     step = library.rows_per_partial(rows, *_PARTIALS[impl])
     db_partial = bias.new_empty((-(-rows // step), channels))
     if x.numel():
@@ -35,7 +37,7 @@ def _backward(dy, x, bias, impl):
 
 
 def _fake_backward(dy, x, bias, impl):
-    return x.new_empty(x.shape), bias.new_empty(bias.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), bias.new_empty(bias.shape)
 
 
 run = library.define(NAME, "(Tensor x, Tensor bias, str impl) -> Tensor", _forward, _fake_forward)

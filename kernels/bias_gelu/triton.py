@@ -37,17 +37,17 @@ def _bias_gelu_bwd_kernel(dy, x, bias, dx, db_partial, M, C, step, BLOCK_C: tl.c
 
 
 def launch_bias_gelu_fwd(x: torch.Tensor, bias: torch.Tensor, y: torch.Tensor) -> None:
-    """Contiguous x (M, C) and bias (C,) -> y (M, C)."""
-    block = 1024
-    _bias_gelu_fwd_kernel[(triton.cdiv(x.numel(), block),)](x, bias, y, x.numel(), x.shape[1], BLOCK=block, num_warps=4)
+    """Contiguous x (..., C) and bias (C,) -> y (..., C)."""
+    block, count = 1024, x.numel()
+    _bias_gelu_fwd_kernel[(triton.cdiv(count, block),)](x, bias, y, count, len(bias), BLOCK=block, num_warps=4)
 
 
 def launch_bias_gelu_bwd(
     dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, step: int, dx: torch.Tensor, db_partial: torch.Tensor
 ) -> None:
-    """Contiguous dy, x (M, C) and bias (C,) -> dx (M, C), and a row of db_partial (programs, C) per ``step`` rows."""
-    rows, channels = x.shape
+    """Contiguous dy, x (..., C), bias (C,) -> dx (..., C), and a row of db_partial (programs, C) per ``step`` rows."""
+    channels = len(bias)
     block = min(512, triton.next_power_of_2(channels))
     _bias_gelu_bwd_kernel[(len(db_partial), triton.cdiv(channels, block))](
-        dy, x, bias, dx, db_partial, rows, channels, step, BLOCK_C=block, num_warps=4
+        dy, x, bias, dx, db_partial, x.numel() // channels, channels, step, BLOCK_C=block, num_warps=4
     )

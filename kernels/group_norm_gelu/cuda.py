@@ -25,8 +25,8 @@ def launch_group_norm_gelu_fwd(x, weight, bias, sizes, eps, nhwc, y, mean, rstd)
     call_cuda("group_norm_gelu_fwd", *arguments, sizes=(*x.shape, parts, per_part), typed=(x,))
 
 
-def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx, dweight, dbias):
-    """Fill dx (as x), dweight and dbias (C,) float32; dy and x dense with the same strides."""
+def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx, dparameters):
+    """Fill dx (as x), dparameters (2, C) float32, of bias and of weight; dy and x dense with the same strides."""
     batch, channels, height, width = x.shape
     positions = height * width
     # Positions of all channels for a block, or of one channel.
@@ -35,7 +35,7 @@ def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx,
     sums = torch.empty((batch, parts, 2, channels), dtype=torch.float32, device=x.device)
     totals = torch.empty((batch, 2, channels), dtype=torch.float32, device=x.device)
     means = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
-    arguments = dy, x, weight, bias, sizes, mean, rstd, nhwc, sums, totals, means, dx, dweight, dbias
+    arguments = dy, x, weight, bias, sizes, mean, rstd, nhwc, sums, totals, means, dx, dparameters
     call_cuda("group_norm_gelu_bwd", *arguments, sizes=(*x.shape, parts, step), typed=(x,))
 
 

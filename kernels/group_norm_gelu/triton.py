@@ -263,8 +263,8 @@ def launch_group_norm_gelu_fwd(x, weight, bias, sizes, eps, nhwc, y, mean, rstd)
     )  # fmt: skip
 
 
-def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx, dweight, dbias):
-    """Fill dx (as x), dweight and dbias (C,) float32; dy and x dense with the same strides."""
+def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx, dparameters):
+    """Fill dx (as x), dparameters (2, C) float32, of bias and of weight; dy and x dense with the same strides."""
     batch, channels, height, width = x.shape
     positions, has_sizes = height * width, sizes is not None
     # The sums take registers too: half of forward's tile.
@@ -289,5 +289,4 @@ def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx,
     _group_norm_gelu_bwd_dx_kernel[(batch * tiles,)](
         dy, x, weight, bias, sizes, mean, rstd, means, dx, channels, positions, width, tiles, **options
     )
-    torch.sum(totals[:, 0], 0, out=dbias)
-    torch.sum(totals[:, 1], 0, out=dweight)
+    torch.sum(totals, 0, out=dparameters)

@@ -220,8 +220,8 @@ def launch_layer_norm_gelu_fwd(x, weight, bias, sizes, eps, nhwc, y, mean, rstd)
         _layer_norm_gelu_fwd_nchw_kernel[grid](*tensors, channels, positions, width, eps, **options)
 
 
-def launch_layer_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx, dweight, dbias):
-    """Fill dx (as x), dweight and dbias (C,) float32; dy and x dense with the same strides."""
+def launch_layer_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx, dparameters):
+    """Fill dx (as x), dparameters (2, C) float32, of bias and of weight; dy and x dense with the same strides."""
     batch, channels, height, width = x.shape
     positions, has_sizes = height * width, sizes is not None
     if nhwc:
@@ -238,5 +238,4 @@ def launch_layer_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx,
         _layer_norm_gelu_bwd_nhwc_kernel[(programs,)](*tensors, rows, channels, positions, width, steps, **options)
     else:
         _layer_norm_gelu_bwd_nchw_kernel[(programs,)](*tensors, channels, positions, width, **options)
-    torch.sum(sums[:, 0], 0, out=dbias)
-    torch.sum(sums[:, 1], 0, out=dweight)
+    torch.sum(sums, 0, out=dparameters)

@@ -20,7 +20,7 @@ from .noise import NoiseSource
 from .recompute import is_checkpointing
 from .sampling import TokenSplit, cell_sizes, check_ratio, sampling_noise, split_packed, split_padded
 from .shapes import ImageList
-from .vit import add, init_vit_weights, make_blocks, run_blocks, run_layers
+from .vit import add, draw_drop_path, init_vit_weights, make_blocks, run_blocks, run_layers
 from .window_sequences import split_windows
 
 _STEMS = ("conv", "convnext")
@@ -165,12 +165,15 @@ class MIMDetEncoder(nn.Module):
             pos = self._pos_embed_at(self.pos_embed, grid)
         tokens = tokens + pos if split.ids_keep is None else gather_add_pos(tokens, pos, split.ids_keep)
         tokens = tokens.reshape(*split.encoder.shape, dim)
+        drop_path = draw_drop_path(self.blocks, tokens, split.encoder)
         tapped, begin = [], 0
         for end in self.taps:
-            tokens = add(*run_blocks(self.blocks[begin:end], tokens, self.checkpointing, split.encoder))
+            part = self.blocks[begin:end]
+            tokens = add(*run_blocks(part, tokens, self.checkpointing, split.encoder, drop_path[begin:end]))
             tapped.append(tokens)
             begin = end
-        tokens = run_layers(self.blocks[begin:], self.norm, tokens, self.checkpointing, split.encoder)
+        rest = self.blocks[begin:]
+        tokens = run_layers(rest, self.norm, tokens, self.checkpointing, split.encoder, drop_path[begin:])
         return EncoderOutput(features, tokens, split, tuple(tapped), stage_sizes)
 
 

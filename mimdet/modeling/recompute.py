@@ -90,8 +90,9 @@ class _RecomputeLinear(torch.autograd.Function):
 
 
 def checkpointed(function: Callable[..., torch.Tensor], *args) -> torch.Tensor:
-    """``function(*args)``, recomputed in backward with the same random numbers and kernels."""
+    """``function(*args)``, which draws no random numbers, recomputed in backward with the same kernels."""
+    options = {"use_reentrant": False, "preserve_rng_state": False}
     if torch.compiler.is_compiling():
-        return checkpoint(function, *args, use_reentrant=False)
+        return checkpoint(function, *args, **options)
     kernels = requested()
-    return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), use(kernels)))
+    return checkpoint(function, *args, **options, context_fn=lambda: (nullcontext(), use(kernels)))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import nn
 
 from ..kernels import add_layer_norm, attention_varlen_packed, bias_gelu
+from ..kernels.tensors import to_device
 from .recompute import Recomputed, RecomputeLinear, checkpointed, is_selective
 from .sequences import Sequences
+
+# Drop path factors of a block's two branches, (rows,) each; None where nothing is dropped.
+Factors = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def add_norm(
@@ -47,25 +51,39 @@ def add(hidden: torch.Tensor, residual: torch.Tensor | None = None, scale: torch
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a branch for random images (Huang et al., 2016)."""
+    """The rate of a branch's stochastic depth (Huang et al., 2016); ``draw_drop_path`` draws for all branches."""
 
     def __init__(self, drop_prob: float):
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, branch: torch.Tensor, sequences: Sequences) -> torch.Tensor | None:
-        """(rows,) factors of a branch, 0 or 1 / (1 - drop_prob), one draw for each image; None in eval mode."""
-        if not self.training:
-            return None
-        keep = 1.0 - self.drop_prob
-        # Random numbers as in timm's DropPath: the same seed drops the same images.
-        scale = branch.new_empty((sequences.batch, 1, 1)).bernoulli_(keep).flatten()
-        scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
-        scale = scale / keep if keep > 0 else scale
-        return scale if sequences.owner is None else scale[sequences.owner]
-
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
+
+
+def draw_drop_path(blocks: Iterable[TransformerBlock], x: torch.Tensor, sequences: Sequences) -> list[Factors]:
+    """Drop path factors of both branches of each block, in one draw.
+
+    Args:
+        blocks: their rates; those in eval mode are not drawn for.
+        x: tokens, for their device and dtype.
+        sequences: of the tokens.
+
+    Returns:
+        For each block two tensors (rows,), 0 or 1 / (1 - rate), one number for each image; None where nothing is
+        dropped.
+    """
+    branches = [branch for block in blocks for branch in (block.drop_path1, block.drop_path2)]
+    drops = [branch is not None and branch.training for branch in branches]
+    factors = iter(())
+    if any(drops):
+        keep = [1.0 - branch.drop_prob for branch, drop in zip(branches, drops, strict=True) if drop]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rates, scales = to_device([keep, [1.0 / k if k > 0 else 0.0 for k in keep]], x.device, dtype)[:, :, None]
+        drawn = torch.bernoulli(rates.expand(-1, sequences.batch)) * scales
+        factors = iter((drawn if sequences.owner is None else drawn[:, sequences.owner]).unbind(0))
+    by_branch = [next(factors) if drop else None for drop in drops]
+    return list(zip(by_branch[::2], by_branch[1::2], strict=True))
 
 
 class Attention(nn.Module):
@@ -142,6 +160,7 @@ class TransformerBlock(nn.Module):
         residual: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
         sequences: Sequences | None = None,
+        drop_path: Factors | None = None,
         **attention: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(hidden, residual, scale) -> (hidden, residual, scale): the next norm adds up ``residual + scale * hidden``.
@@ -149,16 +168,17 @@ class TransformerBlock(nn.Module):
         Args:
             hidden, residual, scale: as ``add_norm`` takes them.
             sequences: which tokens attend to each other; by default each row of the batch is a sequence.
+            drop_path: of ``draw_drop_path``, the factors of both branches; by default drawn here.
             attention: further arguments of this block's attention.
         """
         sequences = sequences or Sequences.equal(*hidden.shape[:2], hidden.device)
+        scale1, scale2 = drop_path or draw_drop_path([self], hidden, sequences)[0]
         dtype = compute_dtype(hidden if residual is None else residual)
         residual, x = add_norm(self.norm1, hidden, residual, scale, dtype, self.recompute)
         hidden = _layer_scale(self.attn(x, sequences, **attention), self.gamma_1)
-        scale = self.drop_path1 and self.drop_path1(hidden, sequences)
-        residual, x = add_norm(self.norm2, hidden, residual, scale, dtype, self.recompute)
+        residual, x = add_norm(self.norm2, hidden, residual, scale1, dtype, self.recompute)
         hidden = _layer_scale(self.mlp(x), self.gamma_2)
-        return hidden, residual, self.drop_path2 and self.drop_path2(hidden, sequences)
+        return hidden, residual, scale2
 
 
 def make_blocks(
@@ -187,31 +207,39 @@ def init_vit_weights(module: nn.Module) -> None:
 
 
 def run_layers(
-    blocks: Iterable[TransformerBlock],
+    blocks: Collection[TransformerBlock],
     norm: nn.LayerNorm,
     x: torch.Tensor,
     checkpointing: bool,
     sequences: Sequences | None = None,
+    drop_path: Iterable[Factors] | None = None,
 ) -> torch.Tensor:
     """``norm`` of tokens (*sequences.shape, C) after all ``blocks``. By default each row of the batch is a sequence."""
     sequences = sequences or Sequences.equal(*x.shape[:2], x.device)
-    return add_norm(norm, *run_blocks(blocks, x, checkpointing, sequences), compute_dtype(x))[1]
+    return add_norm(norm, *run_blocks(blocks, x, checkpointing, sequences, drop_path), compute_dtype(x))[1]
 
 
 def run_blocks(
-    blocks: Iterable[TransformerBlock], x: torch.Tensor, checkpointing: bool, sequences: Sequences, **attention
+    blocks: Collection[TransformerBlock],
+    x: torch.Tensor,
+    checkpointing: bool,
+    sequences: Sequences,
+    drop_path: Iterable[Factors] | None = None,
+    **attention,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(hidden, residual, scale) after all ``blocks``; ``attention`` are further arguments of their attention.
 
-    ``checkpointing`` recomputes each block in backward, with the same random numbers; only the tokens between blocks
-    are saved. It has no effect without gradients.
+    ``drop_path`` has the factors of each block, by default of one draw. ``checkpointing`` recomputes each block in
+    backward, with the same factors; only the tokens between blocks are saved. It has no effect without gradients.
     """
     state = x, None, None
-    for block in blocks:
+    drop_path = draw_drop_path(blocks, x, sequences) if drop_path is None else drop_path
+    for block, factors in zip(blocks, drop_path, strict=True):
         if checkpointing and state[0].requires_grad:
-            state = checkpointed(partial(_run_block, block, sequences, **attention), add(*state)), None, None
+            function = partial(_run_block, block, sequences, factors, **attention)
+            state = checkpointed(function, add(*state)), None, None
         else:
-            state = block(*state, sequences, **attention)
+            state = block(*state, sequences, factors, **attention)
     return state
 
 
@@ -230,8 +258,10 @@ def _layer_scale(hidden: torch.Tensor, gamma: torch.Tensor | None) -> torch.Tens
     return hidden if gamma is None else hidden * gamma.to(hidden.dtype)
 
 
-def _run_block(block: TransformerBlock, sequences: Sequences, x: torch.Tensor, **attention) -> torch.Tensor:
-    return add(*block(x, sequences=sequences, **attention))
+def _run_block(
+    block: TransformerBlock, sequences: Sequences, drop_path: Factors, x: torch.Tensor, **attention
+) -> torch.Tensor:
+    return add(*block(x, None, None, sequences, drop_path, **attention))
 
 
 def _make_norm(norm_layer: Callable[[int], nn.Module], dim: int) -> nn.LayerNorm:

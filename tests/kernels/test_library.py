@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.host_time import Call, cost, no_launches
 from support.kernel_cases import DIFFERENTIABLE, OPS, case, differentiate, public
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,3 +72,37 @@ def test_two_ways_give_one_choice():
     """The registered operation refuses an unknown implementation."""
     with pytest.raises(ValueError, match="bias_gelu: 'fast' is not an implementation"):
         torch.ops.mimdet.bias_gelu(torch.ones(3, 8), torch.zeros(8), "fast")
+
+
+# Python functions of kernels/ that a call enters, forward and backward, from the public function to the launches.
+MOST_FUNCTIONS = {
+    "add_layer_norm": 19,
+    "attention_varlen": 18,
+    "batch_norm": 51,
+    "bias_gelu": 16,
+    "gather_add_pos": 23,
+    "group_norm_gelu": 32,
+    "layer_norm_gelu": 32,
+    "rasterize_polygons": 12,
+    "roi_align_levels": 40,
+    "sample_tokens": 15,
+    "scatter_fill": 27,
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_call_enters_few_python_functions(op):
+    """Each costs about as much as a check of an argument; there are hundreds of calls a step."""
+    example = case(op)
+    inputs = {name: value.requires_grad_() for name, value in example.inputs.items()}
+    with no_launches():
+        entered = cost(Call(op, public(op), (), {**inputs, **example.others}, True), repeats=1).entered
+    assert entered <= MOST_FUNCTIONS[op]
+
+
+def test_gradients_of_weight_and_bias_are_one_reduction(monkeypatch):
+    example, reductions = case("add_layer_norm"), []
+    real = torch.Tensor.sum
+    monkeypatch.setattr(torch.Tensor, "sum", lambda self, *a: (reductions.append(self.shape), real(self, *a))[1])
+    differentiate(example, "cpp")
+    assert [len(shape) for shape in reductions] == [3]

@@ -91,10 +91,23 @@ def test_rows_are_what_runs(op, ran):
     assert bool(ran) == (op in OURS and any(row.chosen and row.impl == "cpp" for row in rows))
 
 
-def test_argument_before_context_before_environment(monkeypatch):
-    monkeypatch.delenv("MIMDET_KERNELS", raising=False)
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets MIMDET_KERNELS; None deletes it."""
+
+    def change(value):
+        monkeypatch.setenv("MIMDET_KERNELS", value) if value else monkeypatch.delenv("MIMDET_KERNELS", raising=False)
+        dispatch.forget()
+
+    yield change
+    monkeypatch.undo()
+    dispatch.forget()
+
+
+def test_argument_before_context_before_environment(environment):
+    environment(None)
     assert requested() == "auto"
-    monkeypatch.setenv("MIMDET_KERNELS", "eager")
+    environment("eager")
     assert requested() == "eager"
     with use("cpp"):
         assert requested() == "cpp"
@@ -105,8 +118,8 @@ def test_argument_before_context_before_environment(monkeypatch):
     assert requested() == "eager"
 
 
-def test_context_belongs_to_its_thread(monkeypatch):
-    monkeypatch.delenv("MIMDET_KERNELS", raising=False)
+def test_context_belongs_to_its_thread(environment):
+    environment(None)
     seen = []
     with use("eager"):
         thread = threading.Thread(target=lambda: seen.append(requested()))
@@ -115,12 +128,12 @@ def test_context_belongs_to_its_thread(monkeypatch):
     assert seen == ["auto"]
 
 
-def test_unknown_words_name_where_they_came_from(monkeypatch):
+def test_unknown_words_name_where_they_came_from(environment):
     with pytest.raises(ValueError, match="impl: 'fast' is not an implementation"):
         call("bias_gelu", impl="fast")
     with pytest.raises(ValueError, match=r"mimdet\.kernels\.use: 'fast'"), use("fast"):
         pass
-    monkeypatch.setenv("MIMDET_KERNELS", "fast")
+    environment("fast")
     with pytest.raises(ValueError, match="MIMDET_KERNELS: 'fast'"):
         call("bias_gelu")
 

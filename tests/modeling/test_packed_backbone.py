@@ -13,7 +13,7 @@ from mimdet.modeling import ImageList
 from mimdet.modeling.noise import NoiseSource
 from mimdet.modeling.sampling import sampling_noise, split_packed
 from mimdet.modeling.sequences import Sequences
-from mimdet.modeling.vit import DropPath, make_blocks, run_layers
+from mimdet.modeling.vit import draw_drop_path, make_blocks, run_layers
 from mimdet.pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from mimdet.testing import fixed_noise
 
@@ -200,22 +200,18 @@ def test_packed_blocks_against_a_loop_of_plain_ones(dtype):
 
 
 def test_drop_path_draws_once_an_image():
-    drop = DropPath(0.25).train()
+    block, x = make_blocks(8, 2, 4.0, [0.25], nn.LayerNorm), torch.zeros(1)
     starts = torch.tensor([0, 3, 3, 8, 9], dtype=torch.int32)
     packed, dense = Sequences.packed(starts, 9, 5), Sequences.equal(4, 5, torch.device("cpu"))
-    kept, draws = torch.zeros(4), 4000
+    (factors,) = draw_drop_path(block, x, packed)
+    assert [tuple(rows.shape) for rows in factors] == [(9,), (9,)]
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    for _ in range(draws):
-        rows = drop(torch.empty(9, 1, 2), packed)
-        assert len(rows[:3].unique()) == len(rows[3:8].unique()) == 1
-        kept += torch.stack([rows[0], rows[0], rows[3], rows[8]])
-    # Factors are 0 or 1 / keep, of mean 1; five standard deviations.
-    assert (kept / draws - 1).abs().max() < 5 * (0.25 / 0.75 / draws) ** 0.5
+    (expected,) = draw_drop_path(block, x, dense)
     torch.set_rng_state(state)
-    expected = drop(torch.empty(4, 5, 2), dense)
-    torch.set_rng_state(state)
-    assert torch.equal(drop(torch.empty(9, 1, 2), packed), expected[packed.owner])
+    (actual,) = draw_drop_path(block, x, packed)
+    for rows, by_image in zip(actual, expected, strict=True):
+        assert torch.equal(rows, by_image[packed.owner])
 
 
 @pytest.mark.parametrize("mode", ["canvas", "packed"])

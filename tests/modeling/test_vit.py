@@ -1,15 +1,18 @@
 """Transformer blocks against timm's, and how they are run."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from support.kernels import activation_bytes
 from support.relative_error import relative_error
+from timm.layers import drop_path as timm_drop_path
 from timm.models.vision_transformer import Block
 from torch import nn
 
 from mimdet.kernels import build, use
 from mimdet.modeling.sequences import Sequences
-from mimdet.modeling.vit import TransformerBlock, make_blocks, run_layers
+from mimdet.modeling.vit import TransformerBlock, add, draw_drop_path, make_blocks, run_layers
 
 
 def make_pair(depth=3, rate=0.5, eps=1e-6, recompute="lean"):
@@ -35,6 +38,29 @@ def run_theirs(layers, x):
     return x
 
 
+class Scaled(nn.Module):
+    """In place of timm's DropPath: the branch times drawn factors."""
+
+    def __init__(self, factors):
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, branch):
+        return branch * self.factors.view(-1, 1, 1).to(branch.dtype)
+
+
+def with_draws_of(ours):
+    """``run_theirs`` with the factors that ``run_ours`` draws at this state of the generator."""
+
+    def run(theirs, x):
+        drawn = draw_drop_path(ours[:-1], x, Sequences.equal(*x.shape[:2], x.device))
+        for block, factors in zip(theirs[:-1], drawn, strict=True):
+            block.drop_path1, block.drop_path2 = (nn.Identity() if f is None else Scaled(f) for f in factors)
+        return run_theirs(theirs, x)
+
+    return run
+
+
 def run_ours(layers, x, checkpointing=False):
     return run_layers(layers[:-1], layers[-1], x, checkpointing)
 
@@ -54,10 +80,9 @@ def step(layers, run, autocast=False):
 @pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
 def test_same_as_timm(rate, train):
-    """Also the same draws from the generator."""
     theirs, ours = make_pair(rate=rate)
-    (expected, state), (actual, own_state) = step(theirs.train(train), run_theirs), step(ours.train(train), run_ours)
-    assert torch.equal(state, own_state)
+    run = run_theirs if rate == 0 or not train else with_draws_of(ours)
+    (expected, _), (actual, _) = step(theirs.train(train), run), step(ours.train(train), run_ours)
     for name, value in expected.items():
         if value is not None and value.norm() > 0:
             assert relative_error(actual[name], value) <= 5e-6, name
@@ -65,11 +90,8 @@ def test_same_as_timm(rate, train):
 
 def test_same_as_timm_under_autocast():
     theirs, ours = make_pair()
-    (exact, _), (expected, _), (actual, _) = (
-        step(theirs, run_theirs),
-        step(theirs, run_theirs, True),
-        step(ours, run_ours, True),
-    )
+    run = with_draws_of(ours)
+    (exact, _), (expected, _), (actual, _) = step(theirs, run), step(theirs, run, True), step(ours, run_ours, True)
     for name, value in exact.items():
         assert relative_error(actual[name], value) <= 2 * relative_error(expected[name], value) + 1e-3, name
 
@@ -128,19 +150,36 @@ def test_unknown_recomputation():
 
 
 def test_blocks_compile_whole():
-    _, ours = make_pair(depth=1, rate=0.0)
+    _, ours = make_pair(depth=1)
     compiled = torch.compile(run_ours, fullgraph=True, backend="aot_eager")
     (actual, _), (expected, _) = step(ours, compiled), step(ours, run_ours)
     for name, value in expected.items():
         assert relative_error(actual[name], value) <= 1e-6, name
 
 
-def test_each_sample_is_dropped_alone_and_kept_ones_are_scaled():
+@pytest.mark.parametrize("rate", [0.25, 1.0])
+def test_factors_have_the_values_and_the_share_of_timms(rate):
+    """A draw for each sample and branch."""
     torch.manual_seed(0)
-    block = TransformerBlock(8, 2, drop_path=0.25)
-    scale = block.drop_path1(torch.zeros(4000, 1, 8), Sequences.equal(4000, 1, torch.device("cpu")))
-    assert set(scale.tolist()) == {0.0, float(torch.tensor(1.0) / 0.75)}
-    assert scale.mean().item() == pytest.approx(1.0, abs=0.05)
+    blocks = make_blocks(8, 2, 4.0, [0.0, rate, rate], nn.LayerNorm)
+    samples = Sequences.equal(4000, 1, torch.device("cpu"))
+    nothing, *drawn = draw_drop_path(blocks, torch.zeros(1), samples)
+    assert nothing == (None, None)
+    theirs = timm_drop_path(torch.ones(4000, 1), rate, training=True)
+    rows = [row for pair in drawn for row in pair]
+    for row in rows:
+        assert set(row.tolist()) == set(theirs.flatten().tolist())
+        # Factors are 0 or 1 / keep; five standard deviations.
+        assert abs(row.mean() - float(rate < 1)) <= 5 * (rate * (1 - rate) / 4000) ** 0.5 / max(1 - rate, 0.1)
+    assert rate == 1 or not any(torch.equal(a, b) for a, b in combinations(rows, 2))
+    assert draw_drop_path(blocks.eval(), torch.zeros(1), samples) == [(None, None)] * 3
+
+
+def test_a_block_alone_draws_for_itself():
+    block = TransformerBlock(8, 2, drop_path=1.0)
+    x = torch.randn(3, 2, 8)
+    assert torch.equal(add(*block(x)), x)
+    assert not torch.equal(add(*block.eval()(x)), x)
 
 
 def test_norm_must_be_a_layer_norm():

@@ -12,7 +12,7 @@ from ...checkpoint.mae import load_mae
 from ...pos_embed import sincos_pos_embed_2d
 from ..sequences import Sequences
 from ..shapes import ImageList, ShapeSpec
-from ..vit import add, compute_dtype, run_blocks
+from ..vit import add, compute_dtype, draw_drop_path, run_blocks
 from .block import BiasedBlock, RelativePositionBias, window_partition, window_reverse
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -160,20 +160,25 @@ class BenchmarkingViTDet(nn.Module):
         dtype = compute_dtype(x) or x.dtype
         # Position biases once for all blocks: at 1024 pixels the global one is as large as attention's logits.
         local_bias, global_bias = self.windowed_rel_pos_bias(dtype), self.global_rel_pos_bias(dtype)
+        batch, tokens, window = len(x), self.grid_size[0] * self.grid_size[1], self.window_size**2
+        images = Sequences.equal(batch, tokens, x.device)
+        windows = Sequences.equal(batch * tokens // window, window, x.device)
+        # One draw for all blocks: global ones take the numbers of the first windows, one for each image.
+        drop_path = draw_drop_path(self.blocks, x, windows)
         quarter = len(self.blocks) // 4
         outputs = {}
         for i, (name, adaptor) in enumerate(zip(self.out_features, self.ms_adaptor, strict=True)):
             *local_blocks, global_block = self.blocks[i * quarter : (i + 1) * quarter]
+            *local_factors, factors = drop_path[i * quarter : (i + 1) * quarter]
             if local_blocks:
-                x = self._run(local_blocks, window_partition(x, self.window_size), local_bias)
+                x = window_partition(x, self.window_size)
+                x = add(*run_blocks(local_blocks, x, self.with_cp, windows, local_factors, bias=local_bias))
                 x = window_reverse(x, self.window_size, *self.grid_size)
-            x = self._run([global_block], x.flatten(1, 2), global_bias).unflatten(1, self.grid_size)
+            factors = tuple(f if f is None else f[:batch] for f in factors)
+            x = run_blocks([global_block], x.flatten(1, 2), self.with_cp, images, [factors], bias=global_bias)
+            x = add(*x).unflatten(1, self.grid_size)
             outputs[name] = adaptor(x.permute(0, 3, 1, 2))
         return outputs
-
-    def _run(self, blocks: list[BiasedBlock], x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        sequences = Sequences.equal(*x.shape[:2], x.device)
-        return add(*run_blocks(blocks, x, self.with_cp, sequences, bias=bias))
 
     def _init_weights(self) -> None:
         _truncated_normal(self.pos_embed, 0.02, 1)
