@@ -106,12 +106,15 @@ def matched(
     (boxes, classes), (their_boxes, their_classes) = actual, expected
     if boxes.shape != their_boxes.shape:
         return None
-    if not len(boxes):
-        return classes
     gaps = torch.cdist(their_boxes, boxes, p=torch.inf)
     gaps[their_classes[:, None] != classes] = torch.inf
-    gap, order = gaps.min(1)
-    return order if gap.max() <= tolerance and len(order.unique()) == len(order) else None
+    order = torch.zeros_like(classes)
+    for i, gap in enumerate(gaps):
+        order[i] = gap.argmin()
+        if not gap[order[i]] <= tolerance:
+            return None
+        gaps[:, order[i]] = torch.inf  # clipped boxes of one class can be equal
+    return order
 
 
 def detections_mismatch(actual: Sequence[Mapping], expected: Sequence[Mapping]) -> str | None:

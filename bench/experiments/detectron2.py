@@ -119,8 +119,6 @@ def run(options: Options) -> Results:
         works, candidates = {}, []
         for name in options.implementations:
             detector, as_configured = IMPLEMENTATIONS[name]
-            if mode == "inference" and not as_configured:
-                continue  # it checkpoints in training alone
             chosen = detectors[detector]
             forward = chosen.run if as_configured else partial(_without_checkpointing, chosen)
             work = workload.detector_step(chosen.model, forward, chosen.optimizer, mode, options)
