@@ -58,11 +58,13 @@ class Counter(TorchDispatchMode):
         components: component -> prefixes of module names; the longest match wins, and "" matches all.
         optimizer: its steps are ``UPDATE``. The rest, above all sums of parameters' gradients, is ``OTHER``.
         methods: component -> dotted name of a module's method.
+        operations: False leaves ``work`` empty: counting slows Python between operations.
 
     Attributes:
         work: of each kind of operation.
-        seconds: (component, "forward" or "backward") -> wall clock, Python between operations included; all add up to
-            the time inside ``with``, without what the counting takes.
+        seconds: (component, "forward" or "backward") -> wall clock in its modules, without the components inside; in
+            backward only what is recomputed, and the rest is in (``OTHER``, "forward"). All add up to the time inside
+            ``with``.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class Counter(TorchDispatchMode):
         components: Mapping[str, Iterable[str]],
         optimizer: torch.optim.Optimizer,
         methods: Mapping[str, str] | None = None,
+        operations: bool = True,
     ):
         super().__init__()
+        self._operations = operations
         register_flops()
         self.work: dict[Key, Work] = defaultdict(Work)
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)
@@ -103,12 +107,12 @@ class Counter(TorchDispatchMode):
 
     def __enter__(self):
         self._last = time.perf_counter()
-        return super().__enter__()
+        return super().__enter__() if self._operations else self
 
     def __exit__(self, *error):
         self._charge(self._owner())
         self._removal.close()
-        return super().__exit__(*error)
+        return super().__exit__(*error) if self._operations else None
 
     def _entering(self, component: str, method: Callable) -> Callable:
         def entering(*args, **kwargs):
@@ -155,23 +159,21 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        owner = self._owner()
         start = time.perf_counter()
         result = function(*args, **kwargs)
         _wait(result)
-        self._charge(owner)
+        seconds = time.perf_counter() - start
         if _moves_nothing(function):
             return result
         tensors = _tensors((args, kwargs))
         shapes = " ".join("x".join(map(str, t.shape)) for t in tensors if t.dim())
-        work = self.work[(*owner, function.name(), shapes)]
+        work = self.work[(*self._owner(), function.name(), shapes)]
         work.calls += 1
         work.flops += flops(function, args, kwargs, result)
         work.bytes += moved(function, args, kwargs, result)
-        work.seconds += self._last - start
+        work.seconds += seconds
         if work.dtype is None:
             work.dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
-        self._last = time.perf_counter()
         return result
 
 

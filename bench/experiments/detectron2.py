@@ -60,6 +60,7 @@ COMPONENTS = {
 }
 _METHODS = {"RPN proposals": "proposal_generator.predict_proposals"}
 STEP = "whole step"
+BACKWARD = "all components"
 _PROPOSALS_THAT_DIFFER = 0.01
 _GRADIENT_TOLERANCE = 1e-2  # rounding sends gradients through another side of max pooling and ReLU
 _SCORE_SPREAD = 3.0  # standard deviation of class logits; a few of 1000 proposals then pass the threshold of 0.05
@@ -326,9 +327,9 @@ class Outputs:
             model.proposal_generator.rpn_head.register_forward_hook(count_anchors),
             model.proposal_generator.register_forward_hook(share_proposals),
         ]
-        with _first_candidates(), workload.exact_convolutions(), contextlib.ExitStack() as stack:
+        with equal_tokens(), _first_candidates(), workload.exact_convolutions(), contextlib.ExitStack() as stack:
             mode = "eval"
-            torch.manual_seed(4)  # of the tokens and the drop path
+            torch.manual_seed(4)  # of the drop path
             with torch.no_grad():
                 model.eval()
                 outputs.detections = detector.detections(detector.run())
@@ -365,6 +366,20 @@ def _instances(boxes: torch.Tensor, logits: torch.Tensor, size: tuple[int, int])
     return Instances(size, proposal_boxes=Boxes(boxes), objectness_logits=logits)
 
 
+def equal_tokens() -> contextlib.AbstractContextManager:
+    """``torch.rand`` gives equal numbers for equal shapes and leaves the generator as it is.
+
+    At ratio 1 the original draws tokens and ours draws none; both draw the drop path after them.
+    """
+    real = torch.rand
+
+    def rand(*size, device=None):
+        shape = size if isinstance(size[0], int) else size[0]
+        return real(shape, generator=torch.Generator().manual_seed(3)).to(device)
+
+    return mock.patch.object(torch, "rand", rand)
+
+
 def _first_candidates() -> contextlib.AbstractContextManager:
     """Detectron2 draws candidates with ``torch.randperm``; ours takes the first of equal numbers."""
     return mock.patch.object(torch, "randperm", lambda n, **options: torch.arange(n, **options))
@@ -388,16 +403,19 @@ def _keys(options: Options, mode: str, model: nn.Module) -> dict[str, str | int 
 def _components(
     works: Mapping[str, tuple[Workload, torch.optim.Optimizer]], mode: str, options: Options, results: Results
 ) -> list[dict]:
-    """A row for each component, direction and implementation: its share of the wall clock in rounds of their own, its
-    FLOPs, and the least time that the machine needs for its operations."""
+    """A row for each component, direction and implementation: its time in rounds of their own, its FLOPs, and the least
+    time that the machine needs for its operations."""
     samples: dict[str, dict] = {name: defaultdict(list) for name in works}
     counters = {}
     with views.progress("components", options.rounds) as advance:
         for _ in range(options.rounds):
             for name, (work, optimizer) in works.items():
-                with Counter(work.model, _modules(work.model), optimizer, _METHODS) as counter:
+                parts = work.model, _modules(work.model), optimizer, _METHODS
+                with Counter(*parts, operations=False) as clock:
                     work.step()
-                for place, seconds in counter.seconds.items():
+                with Counter(*parts) as counter:
+                    work.step()
+                for place, seconds in _seconds(clock, counter, mode).items():
                     samples[name][place].append(seconds)
                 counters[name] = counter
             advance()
@@ -412,6 +430,18 @@ def _components(
             row = {**_keys(options, mode, work.model), **keys, "status": "ok"}
             rows.append({**row, **timings.columns((component, direction)), **values})
     return rows
+
+
+def _seconds(clock: Counter, counter: Counter, mode: str) -> dict[tuple[str, str], float]:
+    """(component, direction) -> wall clock in forward and of the whole backward, and in backward that of operations."""
+    seconds = {place: s for place, s in clock.seconds.items() if place[1] == "forward" and place[0] != OTHER}
+    for (component, direction, *_), work in counter.work.items():
+        if direction == "backward" or component == OTHER:
+            seconds[component, direction] = seconds.get((component, direction), 0.0) + work.seconds
+    if mode == "train":
+        recomputed = sum(s for (_, direction), s in clock.seconds.items() if direction == "backward")
+        seconds[BACKWARD, "backward"] = clock.seconds[OTHER, "forward"] + recomputed
+    return seconds
 
 
 def _modules(model: nn.Module) -> dict[str, Sequence[str]]:
@@ -441,7 +471,7 @@ def _step_columns(rows: Sequence[dict]) -> list[views.Column]:
 
 def published(rows: Sequence[dict]) -> list[dict]:
     """One row for each component and direction, in the order of the model, then the whole step."""
-    order = [*COMPONENTS, OTHER, UPDATE, STEP]
+    order = [*COMPONENTS, OTHER, BACKWARD, UPDATE, STEP]
     first = {_place(row): row for row in reversed(rows)}
     return sorted(first.values(), key=lambda row: _order(row, order))
 

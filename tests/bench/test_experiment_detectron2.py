@@ -93,7 +93,8 @@ def test_a_slow_part_is_seen_in_its_component(fakes, options, clock):
 
     model.roi_heads.mask_head.register_forward_hook(slow_backward)
     chosen = options(implementations=("ours", "original-sdpa-no-checkpoint"), modes=("train",))
-    slow = {"RPN head, forward": 1000, "RPN proposals, forward": 2000, "mask head, backward": 4000, "whole step": 7000}
+    slow = {"RPN head, forward": 1000, "RPN proposals, forward": 2000, "whole step": 7000}
+    slow[f"{detectron2.BACKWARD}, backward"] = 4000
     for row in detectron2.run(chosen).rows:
         place = ", ".join(row[name] for name in ("component", "direction") if name in row)
         expected = slow.get(place, 0) if row["implementation"] == "ours" else 0

@@ -19,7 +19,7 @@ from support.fill_weights import fill_module
 from support.small_mimdet import SIZES, SMALL, make_images, target
 
 from mimdet.bench import equality
-from mimdet.bench.experiments.detectron2 import make_importable
+from mimdet.bench.experiments.detectron2 import equal_tokens, make_importable
 
 BASE = "configs/detectron2/mimdet_b_mask_rcnn.py"
 _BASE = "mimdet_vit_base_mask_rcnn_fpn_sr_0p5_800_1333_4xdec_coco_3x.py"
@@ -104,13 +104,13 @@ def outputs(model, batch, proposals=None):
         model.proposal_generator.register_forward_hook(lambda m, a, out: seen.update(proposals=out[0])),
     ]
     torch.manual_seed(0)
-    with torch.no_grad():
+    with equal_tokens(), torch.no_grad():
         results = model.eval()(batch)
     evaluated = seen["features"], seen["proposals"], [r["instances"] for r in results]
     if proposals is not None:
         hooks.append(model.proposal_generator.register_forward_hook(lambda m, a, out: (proposals, out[1])))
     torch.manual_seed(0)
-    with torch.no_grad(), EventStorage(0):
+    with equal_tokens(), torch.no_grad(), EventStorage(0):
         losses = model.train()(batch)
     for hook in hooks:
         hook.remove()
