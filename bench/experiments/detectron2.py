@@ -426,9 +426,11 @@ def _components(
             kinds = [w for (c, d, *_), w in counters[name].work.items() if (c, d) == (component, direction)]
             floor = sum(floor_seconds(results.limits, w.dtype, w.flops, w.bytes) for w in kinds)
             keys = {"component": component, "direction": direction, "implementation": name}
-            values = {"gflop": rounded(sum(w.flops for w in kinds) / 1e9), "floor_ms": rounded(1e3 * floor)}
             row = {**_keys(options, mode, work.model), **keys, "status": "ok"}
-            rows.append({**row, **timings.columns((component, direction)), **values})
+            row |= timings.columns((component, direction))
+            if kinds:
+                row |= {"gflop": rounded(sum(w.flops for w in kinds) / 1e9), "floor_ms": rounded(1e3 * floor)}
+            rows.append(row)
     return rows
 
 

@@ -158,7 +158,14 @@ def test_beside_the_original(options, capsys):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     from support import detectron2_testing as d2
 
-    chosen = options(original=d2.folder("MIMDET_ORIGINAL"), overrides=tuple(d2.ORIGINAL_SMALL), size=(128, 160))
+    heads = (
+        "model.proposal_generator.post_nms_topk=[40,20]",
+        "model.roi_heads.batch_size_per_image=32",
+        "model.roi_heads.box_head.conv_dims=[16]",
+        "model.roi_heads.mask_head.conv_dims=[16,16]",
+    )
+    overrides = (*d2.ORIGINAL_SMALL, *heads)
+    chosen = options(original=d2.folder("MIMDET_ORIGINAL"), overrides=overrides, size=(128, 160), modes=("train",))
     results = detectron2.run(chosen)
     seen = {(row["implementation"], row["component"]) for row in results.rows if row["mode"] == "train"}
     missing = [(i, c) for i in detectron2.IMPLEMENTATIONS for c in detectron2.COMPONENTS if (i, c) not in seen]
