@@ -10,6 +10,9 @@ import torch
 _ULPS = 4
 # Relative L2 distance allowed between two models: features, gradients.
 _MODEL_TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (3e-2, 1e-1), "fp16": (4e-3, 2e-2)}
+BOX_TOLERANCE = 1e-2  # pixels
+_SCORE_TOLERANCE = 1e-4
+_MASK_TOLERANCE = 1e-3  # share of the pixels of an image
 
 
 def differentiate(
@@ -67,19 +70,69 @@ def _budget(plain: torch.Tensor, exact: torch.Tensor, terms: int) -> float:
     return 2 * reference + _ULPS * torch.finfo(plain.dtype).eps * exact.abs().max().item() * terms**0.5
 
 
-def model_mismatch(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], dtype: str) -> str | None:
+def model_mismatch(
+    actual: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    dtype: str,
+    gradient: float | None = None,
+) -> str | None:
     """Which feature or gradient of a model is too far from the expected one; None if none is.
 
     Args:
         actual, expected: tensors by name; names of gradients have "gradient" in them.
         dtype: one of ``session.DTYPES`` that both models computed in.
+        gradient: tolerance of gradients; default: the dtype's.
     """
+    tolerances = _MODEL_TOLERANCE[dtype][0], gradient or _MODEL_TOLERANCE[dtype][1]
     for name, value in expected.items():
-        allowed = _MODEL_TOLERANCE[dtype]["gradient" in name]
+        allowed = tolerances["gradient" in name]
         off, size = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (actual[name] - value, value))
         error = (off / size.clamp(min=1e-30)).item()
         if not error <= allowed:
             return f"{name}: relative error {error:.2g}, allowed {allowed:.2g}"
+    return None
+
+
+def matched(
+    actual: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor], tolerance: float
+) -> torch.Tensor | None:
+    """Index in ``actual`` of each expected detection, both boxes (N, 4) and classes (N,); None if they differ.
+
+    Order says nothing: detections with nearly equal scores may change places.
+
+    Args:
+        tolerance: of each coordinate, in pixels.
+    """
+    (boxes, classes), (their_boxes, their_classes) = actual, expected
+    if boxes.shape != their_boxes.shape:
+        return None
+    gaps = torch.cdist(their_boxes, boxes, p=torch.inf)
+    gaps[their_classes[:, None] != classes] = torch.inf
+    order = torch.zeros_like(classes)
+    for i, gap in enumerate(gaps):
+        order[i] = gap.argmin()
+        if not gap[order[i]] <= tolerance:
+            return None
+        gaps[:, order[i]] = torch.inf  # clipped boxes of one class can be equal
+    return order
+
+
+def detections_mismatch(actual: Sequence[Mapping], expected: Sequence[Mapping]) -> str | None:
+    """How the detections of the images differ; None if they are equal up to their order.
+
+    Args:
+        actual, expected: for each image boxes (N, 4), scores (N,), labels (N,) and masks (N, H, W) bool.
+    """
+    for i, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        order = matched(*((each["boxes"], each["labels"]) for each in (ours, theirs)), BOX_TOLERANCE)
+        if order is None:
+            return f"image {i}: other boxes or classes among {len(ours['boxes'])} and {len(theirs['boxes'])} detections"
+        if len(order):
+            score = (ours["scores"][order] - theirs["scores"]).abs().max().item()
+            mask = (ours["masks"][order] != theirs["masks"]).flatten(1).float().mean(1).max().item()
+            for name, off, allowed in (("score", score, _SCORE_TOLERANCE), ("mask", mask, _MASK_TOLERANCE)):
+                if not off <= allowed:
+                    return f"image {i}: a {name} differs by {off:.2g}, allowed {allowed:.2g}"
     return None
 
 

@@ -43,7 +43,7 @@ class Ratio:
 
 @dataclass
 class Timings:
-    """Seconds of one call in each round, by name; ``control`` is the first name measured a second time."""
+    """Seconds of one call in each round, by name; ``control`` is the first name measured a second time, if it was."""
 
     samples: dict[Hashable, list[float]]
     control: list[float] = field(default_factory=list)
@@ -70,11 +70,13 @@ class Timings:
         """Columns of a row from its rounds; empty if ``name`` was not timed."""
         if not self.samples.get(name):
             return {}
-        control = self.control_ratio()
         times = zip(("p20_ms", "p50_ms", "p80_ms"), (1e3 * s for s in self.percentiles(name)), strict=True)
-        intervals = {"control": control.median, "control_low": control.low, "control_high": control.high}
+        intervals = {}
+        if self.control:
+            control = self.control_ratio()
+            intervals = {"control": control.median, "control_low": control.low, "control_high": control.high}
         return {
-            "rounds": self.rounds,
+            "rounds": len(self.samples[name]),
             **{column: rounded(value) for column, value in (*times, *intervals.items())},
             "samples_ms": [rounded(1e3 * s) for s in self.samples[name]],
         }

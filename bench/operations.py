@@ -5,10 +5,12 @@ from __future__ import annotations
 import bisect
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from unittest import mock
 
 import torch
 from torch import nn
@@ -55,18 +57,37 @@ class Counter(TorchDispatchMode):
         model: whose modules name the components.
         components: component -> prefixes of module names; the longest match wins, and "" matches all.
         optimizer: its steps are ``UPDATE``. The rest, above all sums of parameters' gradients, is ``OTHER``.
+        methods: component -> dotted name of a module's method.
+        operations: False leaves ``work`` empty: counting slows Python between operations.
+
+    Attributes:
+        work: of each kind of operation.
+        seconds: (component, "forward" or "backward") -> wall clock in its modules, without the components inside; in
+            backward only what is recomputed, and the rest is in (``OTHER``, "forward"). All add up to the time inside
+            ``with``.
     """
 
-    def __init__(self, model: nn.Module, components: Mapping[str, Iterable[str]], optimizer: torch.optim.Optimizer):
+    def __init__(
+        self,
+        model: nn.Module,
+        components: Mapping[str, Iterable[str]],
+        optimizer: torch.optim.Optimizer,
+        methods: Mapping[str, str] | None = None,
+        operations: bool = True,
+    ):
         super().__init__()
+        self._operations = operations
         register_flops()
         self.work: dict[Key, Work] = defaultdict(Work)
+        self.seconds: dict[tuple[str, str], float] = defaultdict(float)
+        self._last = 0.0
         self._stack = [OTHER]
         # Autograd nodes have increasing sequence numbers: the first number of each component's forward.
         self._numbers: list[int] = []
         self._components: list[str] = []
         owner = {prefix: name for name, prefixes in components.items() for prefix in prefixes}
-        self._handles = [
+        self._removal = ExitStack()
+        handles = [
             optimizer.register_step_pre_hook(lambda *_: self._enter(UPDATE)),
             optimizer.register_step_post_hook(lambda *_: self._leave()),
         ]
@@ -74,21 +95,50 @@ class Counter(TorchDispatchMode):
             matching = [p for p in owner if not p or name == p or name.startswith(p + ".")]
             if matching:
                 component = owner[max(matching, key=len)]
-                self._handles.append(module.register_forward_pre_hook(lambda m, a, c=component: self._enter(c)))
-                self._handles.append(module.register_forward_hook(lambda m, a, o: self._leave(), always_call=True))
+                handles.append(module.register_forward_pre_hook(lambda m, a, c=component: self._enter(c)))
+                handles.append(module.register_forward_hook(lambda m, a, o: self._leave(), always_call=True))
+        for handle in handles:
+            self._removal.callback(handle.remove)
+        for component, name in (methods or {}).items():
+            path, _, attribute = name.rpartition(".")
+            module = model.get_submodule(path)
+            method = self._entering(component, getattr(module, attribute))
+            self._removal.enter_context(mock.patch.object(module, attribute, method))
+
+    def __enter__(self):
+        self._last = time.perf_counter()
+        return super().__enter__() if self._operations else self
 
     def __exit__(self, *error):
-        for handle in self._handles:
-            handle.remove()
-        return super().__exit__(*error)
+        self._charge(self._owner())
+        self._removal.close()
+        return super().__exit__(*error) if self._operations else None
+
+    def _entering(self, component: str, method: Callable) -> Callable:
+        def entering(*args, **kwargs):
+            self._enter(component)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._leave()
+
+        return entering
 
     def _enter(self, component: str) -> None:
+        self._charge(self._owner())
         self._stack.append(component)
         self._record()
 
     def _leave(self) -> None:
+        self._charge(self._owner())
         self._stack.pop()
         self._record()
+
+    def _charge(self, owner: tuple[str, str]) -> None:
+        """The time since the last call is ``owner``'s."""
+        now = time.perf_counter()
+        self.seconds[owner] += now - self._last
+        self._last = now
 
     def _record(self) -> None:
         number = torch._C._autograd._get_sequence_nr()

@@ -25,7 +25,7 @@ from .session import DTYPES, Candidate
 
 MODES = ("train", "inference")
 PARTS = ("backbone", "detector")
-_OBJECTS = 8  # in an image; COCO has 7.3
+OBJECTS = 8  # in an image; COCO has 7.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,35 +112,53 @@ def idle_optimizer(detector: nn.Module) -> torch.optim.Optimizer:
 
 def step_of(detector: nn.Module, optimizer: torch.optim.Optimizer, mode: str, setting: Setting) -> Workload:
     """One step of a detector, or of its backbone, which does without ``optimizer``."""
-    whole, training = setting.part == "detector", mode == "train"
-    model = (detector if whole else bottom_up(detector)).train(training)
-    parameters = list(model.parameters())
-    resident = sum(p.nbytes for p in parameters)
-    if whole:
-        images, targets = random_batch(setting.batch, setting.size, model.num_classes, setting.device)
-    else:
-        images, targets = random_images(setting), None
+    training = mode == "train"
+    if setting.part == "detector":
+        images, targets = random_batch(setting.batch, setting.size, detector.num_classes, setting.device)
+        inputs = (images, targets) if training else (images,)
+        return detector_step(detector, lambda: detector(*inputs), optimizer, mode, setting)
+    model = bottom_up(detector).train(training)
+    images = random_images(setting)
+
+    def forward() -> dict[str, torch.Tensor]:
+        with setting.autocast():
+            return model(images)
+
+    def train() -> None:
+        features = list(forward().values())
+        torch.autograd.backward(features, gradients_of(features))
+        forget_gradients(model)
+
+    resident = sum(p.nbytes for p in model.parameters())
+    return Workload(model, train if training else torch.inference_mode()(forward), forward, resident)
+
+
+def detector_step(
+    model: nn.Module,
+    run: Callable[[], object],
+    optimizer: torch.optim.Optimizer,
+    mode: str,
+    setting: Setting,
+) -> Workload:
+    """One step of a whole detector: losses, backward and update, or detections.
+
+    Args:
+        run: the forward of ``model``; in training it returns the losses by name.
+    """
+    training = mode == "train"
+    model.train(training)
 
     def forward() -> object:
         with setting.autocast():
-            return model(images, targets) if whole and training else model(images)
-
-    def inference() -> object:
-        with torch.inference_mode():
-            return forward()
+            return run()
 
     def train() -> None:
-        if whole:
-            sum(forward().values()).backward()
-            optimizer.step()
-        else:
-            features = list(forward().values())
-            torch.autograd.backward(features, gradients_of(features))
+        sum(forward().values()).backward()
+        optimizer.step()
         forget_gradients(model)
 
-    if whole and training:
-        resident += sum(2 * p.nbytes for p in parameters if p.requires_grad)
-    return Workload(model, train if training else inference, forward, resident)
+    resident = sum(p.nbytes * (3 if training and p.requires_grad else 1) for p in model.parameters())
+    return Workload(model, train if training else torch.inference_mode()(forward), forward, resident)
 
 
 def candidate(
@@ -244,12 +262,12 @@ def random_batch(batch: int, size: tuple[int, int], num_classes: int, device: st
     images, targets = [], []
     for _ in range(batch):
         images.append(torch.from_numpy(draw.integers(0, 256, (3, height, width), dtype=np.uint8)).to(device))
-        corners = draw.uniform(0, 1, (_OBJECTS, 3, 2)) * (width, height)
+        corners = draw.uniform(0, 1, (OBJECTS, 3, 2)) * (width, height)
         boxes = np.concatenate([corners.min(1), corners.max(1)], axis=1)
         targets.append(
             {
                 "boxes": torch.from_numpy(boxes).float().to(device),
-                "labels": torch.from_numpy(draw.integers(0, num_classes, _OBJECTS)).to(device),
+                "labels": torch.from_numpy(draw.integers(0, num_classes, OBJECTS)).to(device),
                 "masks": PackedPolygons.pack([[polygon] for polygon in corners]),
             }
         )

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         needed = ("model", "dataloader", "train") if args.eval_only else _PARTS
         if missing := [part for part in needed if part not in cfg]:
             raise ValueError(f"config {args.config_file} lacks {', '.join(missing)}: it must have {', '.join(needed)}")
-        _settle_device(cfg, args.opts)
+        _settle_device(cfg, override_keys(args.opts))
     except (ImportError, FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
     launch(

@@ -1,43 +1,173 @@
-"""``mimdet bench detectron2`` on a small model."""
+"""``mimdet bench detectron2``: on tiny detectors of ours in the place of Detectron2's, and on the original."""
+
+from functools import partial
 
 import pytest
+import torch
 
-d2 = pytest.importorskip("support.detectron2_testing")
-
+from mimdet.bench import measure, operations, workload
+from mimdet.bench.compare import compare
 from mimdet.bench.experiments import detectron2
+from mimdet.bench.plot import plot
+from mimdet.bench.readme import render
 from mimdet.bench.row import Results
+from mimdet.engine.model import build_model
+from mimdet.testing import tiny_config
 
 
-def options(tmp_path, **changes):
-    chosen = {
-        "device": "cpu", "original": d2.folder("MIMDET_ORIGINAL"), "output": tmp_path / "figures.json",
-        "size": (64, 64), "rounds": 3, "overrides": tuple(d2.ORIGINAL_SMALL),
-    }  # fmt: skip
-    return detectron2.Options(**chosen | changes)
+@pytest.fixture
+def options(tmp_path):
+    return partial(
+        detectron2.Options, device="cpu", original=tmp_path, output=tmp_path / "f.json", size=(64, 64), rounds=3
+    )
 
 
-def test_times_what_is_equal(tmp_path, capsys):
-    detectron2.run(options(tmp_path))
-    assert "original-sdpa-no-checkpoint" in capsys.readouterr().out
-    rows = Results.read(tmp_path / "figures.json").rows
-    assert [row["implementation"] for row in rows] == list(detectron2.IMPLEMENTATIONS)
-    assert all(len(row["samples_ms"]) == 3 and row["part"] == "detectron2" for row in rows)
+@pytest.fixture
+def fakes(monkeypatch):
+    """Detectors that ``build`` returns, with equal weights: all are ours, tiny."""
+    setting = workload.Setting(device="cpu", size=(64, 64))
+    cfg = tiny_config("mimdet_b_mask_rcnn")
+    images, targets = workload.random_batch(1, setting.size, cfg.model.roi_heads.num_classes, "cpu")
+    detectors = {}
+    for name in ("original", "ours-detectron2", "ours"):
+        model = build_model(cfg, pretrained=False)
+        workload.bottom_up(model).inference_sample_ratio = 0.5
+        forward = partial(detectron2._run_ours, model, images, targets)
+        detectors[name] = detectron2.Detector(model, forward, list, workload.idle_optimizer(model))
+    detectron2.equalize(detectors)
+    monkeypatch.setattr(detectron2, "build", lambda options: detectors)
+    monkeypatch.setattr(workload, "peak_bytes", lambda step, device: 2**20)  # the profiler takes seconds
+    return detectors
 
 
-def test_what_differs_is_not_timed(tmp_path, monkeypatch):
-    build = detectron2._build
+def test_rows_of_steps_and_components(fakes, options, tmp_path, capsys):
+    implementations = ("ours", "original-sdpa")
+    chosen = options(implementations=implementations)
+    results = detectron2.run(chosen)
+    rows = Results.read(chosen.output).rows
+    assert rows == results.rows
+    assert all(len(row["samples_ms"]) == 3 and row["experiment"] == "detectron2" for row in rows)
+    steps = [row for row in rows if row["component"] == detectron2.STEP]
+    trained = [row for row in steps if row["mode"] == "train"]
+    assert [row["implementation"] for row in trained] == list(implementations)
+    assert all(row["activation_mib"] > 0 and row["allocated_mib"] > 0 for row in trained)
+    for mode in ("train", "inference"):
+        present = {row["component"] for row in rows if row["mode"] == mode and row["implementation"] == "ours"}
+        assert set(detectron2.COMPONENTS) <= present
+    assert {"forward", "backward"} <= {row.get("direction") for row in rows if row["component"] == "pyramid"}
+    assert "ours vs original-sdpa" in capsys.readouterr().out
+    assert "| train, mask head, backward |" in render(results)
+    plot(results, tmp_path / "f.png")
+    assert len(compare(results, results)) == len(rows)
 
-    def other(chosen):
-        original, ours = build(chosen)
-        ours.bottom_up.decoder.conv_feat_proj.weight.data *= 1.1
-        return original, ours
 
-    monkeypatch.setattr(detectron2, "_build", other)
-    with pytest.raises(ValueError, match=r"nothing was timed: c4: relative error"):
-        detectron2.run(options(tmp_path))
-    assert not (tmp_path / "figures.json").exists()
+@pytest.fixture
+def clock(monkeypatch):
+    """A simulated clock that only ``advance`` moves by more than a microsecond."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self):
+            self.now += 1e-6
+            return self.now
+
+        def advance(self, seconds):
+            self.now += seconds
+
+    simulated = Clock()
+    monkeypatch.setattr(operations, "time", simulated)
+    monkeypatch.setattr(measure, "time", simulated)
+    return simulated
 
 
-def test_a_folder_without_the_original(tmp_path):
+def test_a_slow_part_is_seen_in_its_component(fakes, options, clock):
+    model = fakes["ours"].model
+    model.proposal_generator.rpn_head.register_forward_hook(lambda *_: clock.advance(1.0), prepend=True)
+    predict = model.proposal_generator.predict_proposals
+    model.proposal_generator.predict_proposals = lambda *args: (clock.advance(2.0), predict(*args))[1]
+
+    def slow_backward(module, args, logits):
+        if logits.requires_grad:
+            logits.grad_fn.register_hook(lambda *_: clock.advance(4.0))
+
+    model.roi_heads.mask_head.register_forward_hook(slow_backward)
+    chosen = options(implementations=("ours", "original-sdpa-no-checkpoint"), modes=("train",))
+    slow = {"RPN head, forward": 1000, "RPN proposals, forward": 2000, "whole step": 7000}
+    slow[f"{detectron2.BACKWARD}, backward"] = 4000
+    for row in detectron2.run(chosen).rows:
+        place = ", ".join(row[name] for name in ("component", "direction") if name in row)
+        expected = slow.get(place, 0) if row["implementation"] == "ours" else 0
+        assert row["p50_ms"] == pytest.approx(expected, abs=50), row
+
+
+def wrong_weights(model):
+    model.roi_heads.box_head.fc1.weight.data *= 1.1
+
+
+def wrong_masks(model):
+    model.roi_heads.mask_head.register_forward_hook(lambda m, a, logits: logits if m.training else -logits)
+
+
+def wrong_proposals(model):
+    generator, real = model.proposal_generator, model.proposal_generator.predict_proposals
+    generator.predict_proposals = lambda *args: [p._replace(boxes=p.boxes + 1) for p in real(*args)]
+
+
+def wrong_gradient(model):
+    model.backbone.bottom_up.encoder.blocks[0].mlp.fc1.weight.register_hook(lambda gradient: 2 * gradient)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "difference"),
+    [
+        ("ours", wrong_weights, "loss_cls: relative error"),
+        ("ours-detectron2", wrong_masks, "image 0: a mask differs by"),
+        ("ours", wrong_proposals, "proposals are more than 0.01 pixels away"),
+        ("ours", wrong_gradient, "gradient of backbone: relative error"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_differs_is_not_timed(fakes, options, name, spoil, difference):
+    spoil(fakes[name].model)
+    chosen = options(rounds=0, modes=("inference",))
+    with pytest.raises(ValueError, match=f"{name} differs from the original, so nothing was timed: .*{difference}"):
+        detectron2.run(chosen)
+    assert not chosen.output.exists()
+
+
+def test_nothing_to_compare(fakes, options):
+    for detector in fakes.values():
+        detector.model.roi_heads.box_predictor.test_score_thresh = 1.0
+    with pytest.raises(ValueError, match="the original detects nothing"):
+        detectron2.run(options())
+
+
+def test_a_folder_without_the_original(options, tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a checkout of the original MIMDet"):
-        detectron2.run(options(tmp_path, original=tmp_path))
+        detectron2.run(options())
+
+
+@pytest.mark.parametrize(("names", "message"), [({"modes": ("x",)}, "no x"), ({"implementations": ("y",)}, "no y")])
+def test_unknown_choices(options, names, message):
+    with pytest.raises(ValueError, match=message):
+        detectron2.run(options(**names))
+
+
+def test_beside_the_original(options, capsys):
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from support import detectron2_testing as d2
+
+    heads = (
+        "model.proposal_generator.post_nms_topk=[40,20]",
+        "model.roi_heads.batch_size_per_image=32",
+        "model.roi_heads.box_head.conv_dims=[16]",
+        "model.roi_heads.mask_head.conv_dims=[16,16]",
+    )
+    overrides = (*d2.ORIGINAL_SMALL, *heads)
+    chosen = options(original=d2.folder("MIMDET_ORIGINAL"), overrides=overrides, size=(128, 160), modes=("train",))
+    results = detectron2.run(chosen)
+    seen = {(row["implementation"], row["component"]) for row in results.rows if row["mode"] == "train"}
+    missing = [(i, c) for i in detectron2.IMPLEMENTATIONS for c in detectron2.COMPONENTS if (i, c) not in seen]
+    assert not missing
+    assert torch.isfinite(torch.tensor([row["p50_ms"] for row in results.rows])).all()

@@ -13,6 +13,7 @@ from support.fill_weights import fill_module, gradient, image
 from support.relative_error import relative_error
 from support.small_benchmarking import SMALL, loss, small_input
 
+from mimdet.bench.experiments.detectron2 import make_importable
 from mimdet.data import FixedSizeCrop, ResizeScale
 from mimdet.data.transforms import clip_targets, mask_boxes
 from mimdet.detection import GeneralizedRCNN
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(not ORIGINAL, reason="MIMDET_ORIGINAL does not n
 @pytest.fixture(scope="module")
 def original():
     """``original(name)`` is the original's module."""
-    sys.path.insert(0, ORIGINAL)
+    make_importable(ORIGINAL)
     yield import_module
     sys.path.remove(ORIGINAL)
     for name in [name for name in sys.modules if name.partition(".")[0] == "models"]:
@@ -77,7 +78,7 @@ def test_postprocess(original, new):
     boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
     masks = torch.from_numpy(gradient(6, (40, 28, 28))).sigmoid()
     detection = {"boxes": boxes, "scores": torch.rand(40), "labels": torch.arange(40), "mask_probabilities": masks}
-    ours = GeneralizedRCNN._resize(SimpleNamespace(lsj_postprocess=True), detection, (128, 128), new)
+    ours = GeneralizedRCNN._resize(SimpleNamespace(lsj_postprocess=True), detection, (128, 128), new, paste=True)
     instances = structures.Instances(
         (128, 128), pred_boxes=structures.Boxes(boxes.clone()), pred_classes=torch.arange(40), pred_masks=masks[:, None]
     )

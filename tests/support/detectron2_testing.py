@@ -1,10 +1,9 @@
-"""Helpers of the tests with Detectron2, which is not a dependency: without it they are skipped.
+"""Helpers of the tests with Detectron2, which is not a dependency: their files begin with ``pytest.importorskip``.
 
 ``MIMDET_ORIGINAL`` names a checkout of the original MIMDet, and ``MIMDET_COCO_SAMPLE`` a folder in COCO's layout
 (annotations/, train2017/, val2017/); tests that need one are skipped without it.
 """
 
-import contextlib
 import os
 import re
 import sys
@@ -13,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.fill_weights import fill_module, noise
-from support.small_mimdet import SIZES, SMALL, make_images, target
-
-pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-
 from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from support.fill_weights import fill_module
+from support.small_mimdet import SIZES, SMALL, make_images, target
+
+from mimdet.bench import equality
+from mimdet.bench.experiments.detectron2 import equal_tokens, make_importable
 
 BASE = "configs/detectron2/mimdet_b_mask_rcnn.py"
 _BASE = "mimdet_vit_base_mask_rcnn_fpn_sr_0p5_800_1333_4xdec_coco_3x.py"
@@ -43,9 +42,15 @@ def folder(variable):
 def original_config(size="base"):
     """The original's own config file, and the modules that it imports on the path."""
     root = folder("MIMDET_ORIGINAL")
-    if str(root) not in sys.path:
-        sys.path.append(str(root))
+    make_importable(root)
     return LazyConfig.load(str(root / "configs" / "mimdet" / (_BASE if size == "base" else _LARGE)))
+
+
+def hide_the_original(monkeypatch):
+    """Its modules cannot be imported until the test ends, though another test has put them on the path."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "models", None)
 
 
 def switched_config(scratch, size="base"):
@@ -87,24 +92,8 @@ def set_ratio(model, ratio):
     model.backbone.bottom_up.sample_ratio = model.backbone.bottom_up.inference_sample_ratio = ratio
 
 
-@contextlib.contextmanager
-def equal_noise(seed=0):
-    """``torch.rand`` of two sizes is the tokens' noise, the same for all; everything else is drawn from ``seed``."""
-    real = torch.rand
-
-    def rand(*size, **kwargs):
-        return torch.from_numpy(noise(7, *size)) if len(size) == 2 else real(*size, **kwargs)
-
-    torch.manual_seed(seed)
-    torch.rand = rand
-    try:
-        yield
-    finally:
-        torch.rand = real
-
-
 def outputs(model, batch, proposals=None):
-    """Features, proposals and results in eval mode, then losses in train mode and their proposals; equal noise.
+    """Features, proposals and results in eval mode, then losses in train mode and their proposals, each from one seed.
 
     In training the ROI heads see ``proposals`` instead of the model's: the order of nearly equal scores depends on
     rounding, and so would the candidates drawn from them.
@@ -114,23 +103,27 @@ def outputs(model, batch, proposals=None):
         model.backbone.bottom_up.register_forward_hook(lambda m, a, out: seen.update(features=out)),
         model.proposal_generator.register_forward_hook(lambda m, a, out: seen.update(proposals=out[0])),
     ]
-    with equal_noise(), torch.no_grad():
+    torch.manual_seed(0)
+    with equal_tokens(), torch.no_grad():
         results = model.eval()(batch)
     evaluated = seen["features"], seen["proposals"], [r["instances"] for r in results]
     if proposals is not None:
         hooks.append(model.proposal_generator.register_forward_hook(lambda m, a, out: (proposals, out[1])))
-    with equal_noise(), torch.no_grad(), EventStorage(0):
+    torch.manual_seed(0)
+    with equal_tokens(), torch.no_grad(), EventStorage(0):
         losses = model.train()(batch)
     for hook in hooks:
         hook.remove()
     return *evaluated, losses, seen["proposals"]
 
 
+def boxes_and_classes(instances):
+    """Of detections, for ``matched``."""
+    return instances.pred_boxes.tensor, instances.pred_classes
+
+
 def matched(actual, expected, tolerance):
-    """Index in ``actual`` of each expected box; boxes with nearly equal scores may change places."""
-    assert actual.shape == expected.shape
-    gaps = (actual[None] - expected[:, None]).abs().amax(2)
-    order = gaps.argmin(1)
-    assert gaps.amin(1).max() <= tolerance
-    assert sorted(order.tolist()) == list(range(len(actual)))
+    """``equality.matched``, of detections that must match."""
+    order = equality.matched(actual, expected, tolerance)
+    assert order is not None, (actual, expected)
     return order
