@@ -3,14 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
+
+_ALIGNMENT = 64  # bytes
 
 
 def to_device(numbers: Sequence, device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     """Nested lists, or an array, as a tensor, without waiting for the GPU."""
-    pinned = device.type == "cuda"  # a copy from pageable memory would wait for all work that the GPU has queued
-    return torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=pinned).to(device, non_blocking=pinned)
+    return to_device_together([torch.tensor(numbers, dtype=dtype, device="cpu")], device)[0]
+
+
+def to_device_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors on the device: those of the CPU in one copy to a GPU, from pinned memory.
+
+    A copy from pageable memory would wait for all work that the GPU has queued.
+    """
+    ours = [t for t in tensors if t.device.type == "cpu"]
+    if device.type != "cuda" or not ours:
+        return [t.to(device, non_blocking=True) for t in tensors]
+    ends = list(accumulate(-(-t.numel() * t.element_size() // _ALIGNMENT) * _ALIGNMENT for t in ours))
+    pinned = torch.empty(ends[-1], dtype=torch.uint8, device="cpu", pin_memory=True)
+    starts = [0, *ends[:-1]]
+    for t, start in zip(ours, starts, strict=True):
+        _view(pinned, start, t).copy_(t)
+    blob = pinned.to(device, non_blocking=True)
+    moved = iter([_view(blob, start, t) for t, start in zip(ours, starts, strict=True)])
+    return [next(moved) if t.device.type == "cpu" else t.to(device, non_blocking=True) for t in tensors]
+
+
+def to_host_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of one device on the CPU, by one copy from a GPU, which waits for it."""
+    if all(t.device.type == "cpu" for t in tensors):
+        return list(tensors)
+    # Larger elements come first: a view of another dtype must begin at a multiple of its size.
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
+    parts = [tensors[i].contiguous().view(-1).view(torch.uint8) for i in order]
+    blob, start, moved = torch.cat(parts).cpu(), 0, {}
+    for i, part in zip(order, parts, strict=True):
+        moved[i] = _view(blob, start, tensors[i])
+        start += part.numel()
+    return [moved[i] for i in range(len(tensors))]
+
+
+def _view(blob: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    return blob[start : start + like.numel() * like.element_size()].view(like.dtype).view(like.shape)
 
 
 def valid_mask(

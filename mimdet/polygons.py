@@ -58,6 +58,11 @@ class PackedPolygons:
             _join_starts([part.instance_starts for part in parts]),
         )
 
+    def padded(self, count: int) -> PackedPolygons:
+        """With instances without polygons at the end, so that there are ``count``."""
+        more = np.full(count - len(self), self.instance_starts[-1], dtype=np.int32)
+        return PackedPolygons(self.points, self.polygon_starts, np.concatenate([self.instance_starts, more]))
+
     def __len__(self) -> int:
         return len(self.instance_starts) - 1
 

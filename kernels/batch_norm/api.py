@@ -164,7 +164,10 @@ def _with_valid(x, sizes, valid):
         return sizes
     if sizes is not None:
         return sizes * valid[:, None]
-    return torch.stack([valid * x.shape[2], valid * x.shape[3]], dim=1).int()
+    height, width = x.shape[2:]
+    if height == width:
+        return (valid * height)[:, None].expand(-1, 2)
+    return torch.stack([valid * height, valid * width], dim=1)
 
 
 def _check(x, weight, bias, running_mean, running_var, training, sizes, valid, weigh):

@@ -39,8 +39,15 @@ class DefaultAnchorGenerator(nn.Module):
             )
         self.strides = list(strides)
         self.offset = offset
-        self.cells = [self._cell(s, r) for s, r in zip(sizes, aspect_ratios, strict=True)]
+        self._levels = len(sizes)
+        for i, level in enumerate(zip(sizes, aspect_ratios, strict=True)):
+            self.register_buffer(f"cell{i}", self._cell(*level), persistent=False)
         self._cache: dict[tuple, list[torch.Tensor]] = {}
+
+    @property
+    def cells(self) -> list[torch.Tensor]:
+        """(A, 4) anchors about the origin, of each level."""
+        return [getattr(self, f"cell{i}") for i in range(self._levels)]
 
     @property
     def num_anchors(self) -> list[int]:
@@ -55,7 +62,7 @@ class DefaultAnchorGenerator(nn.Module):
                 width = (size * size / ratio) ** 0.5
                 height = ratio * width
                 rows.append([-width / 2, -height / 2, width / 2, height / 2])
-        return torch.tensor(rows, device="cpu")
+        return torch.tensor(rows)
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """(B, C, H, W) of each level -> (H * W * A, 4) float32 anchors of each, in order row, column, anchor."""
@@ -75,4 +82,4 @@ class DefaultAnchorGenerator(nn.Module):
         x = (torch.arange(width, device=feature.device, dtype=torch.float32) + self.offset) * stride
         yy, xx = torch.meshgrid(y, x, indexing="ij")
         shifts = torch.stack([xx, yy, xx, yy], dim=-1).view(-1, 1, 4)
-        return (shifts + cell.to(feature.device)).view(-1, 4)
+        return (shifts + cell).view(-1, 4)

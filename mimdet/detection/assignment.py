@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torchvision.ops import box_iou, nms
 
+from ..kernels import match_boxes, nms_slots
 from ..modeling.areas import ValidArea
+
+if TYPE_CHECKING:
+    from .slots import GroundTruth
 
 # exp() would overflow for large deltas: a box grows by at most 1000 / 16.
 SCALE_CLAMP = math.log(1000.0 / 16)
 
 
-def clip_boxes(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Boxes clipped to an image of (height, width)."""
-    height, width = size
-    x = boxes[..., 0::2].clamp(min=0, max=width)
-    y = boxes[..., 1::2].clamp(min=0, max=height)
-    return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)
+def clip_boxes(boxes: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Boxes (B, ..., 4) clipped to images of ``sizes`` (B, 2), height and width."""
+    limits = sizes.flip(1).repeat(1, 2).view(len(sizes), *[1] * (boxes.dim() - 2), 4)
+    return boxes.clamp(min=0).minimum(limits.to(boxes.dtype))
 
 
 def nonempty(boxes: torch.Tensor) -> torch.Tensor:
@@ -28,49 +30,63 @@ def nonempty(boxes: torch.Tensor) -> torch.Tensor:
     return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
 
 
-def scale_boxes(boxes: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
-    """Boxes of an image of size ``old`` (height, width) in an image of size ``new``."""
-    sy, sx = new[0] / old[0], new[1] / old[1]
-    return boxes * boxes.new_tensor([sx, sy, sx, sy])
+def rank_keys(scores: torch.Tensor) -> torch.Tensor:
+    """Integers (..., N) that order float32 scores (..., N), the highest first: of equal ones the earlier first.
 
-
-def top_scores(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k highest scores of each row, best first, and their columns; of equal scores the earlier one first.
-
-    Args:
-        scores: (..., N) float32. NaN counts as the highest, -0 as 0.
-        k: at most; all N where there are fewer.
-
-    Returns:
-        (..., k) float32 and (..., k) int64. The order is total, so every device and every algorithm gives this answer.
+    NaN counts as the highest, -0 as 0. No two keys of a row are equal, so every device and every algorithm sorts them
+    alike. ``column_of`` gives a key's column.
     """
     bits = torch.where(scores.isnan(), torch.nan, scores + 0.0).view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers they rise with the floats
     last = torch.arange(0xFFFFFFFF, 0xFFFFFFFF - scores.shape[-1], -1, device=scores.device)
-    index = 0xFFFFFFFF - (((ordered.long() << 32) | last).topk(min(k, scores.shape[-1]), dim=-1).values & 0xFFFFFFFF)
+    return (ordered.long() << 32) | last
+
+
+def column_of(keys: torch.Tensor) -> torch.Tensor:
+    """The columns that ``rank_keys`` has made keys of."""
+    return 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+
+
+def top_scores(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k highest float32 scores of each row, best first, and their columns, in the order of ``rank_keys``.
+
+    Args:
+        scores: (..., N).
+        k: at most; all N where there are fewer.
+
+    Returns:
+        (..., k) float32 and (..., k) int64.
+    """
+    index = column_of(rank_keys(scores).topk(min(k, scores.shape[-1]), dim=-1).values)
     return scores.gather(-1, index), index
 
 
-def grouped_nms(boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-    """Non-maximum suppression in which boxes of different groups do not see each other.
+def nms_of_classes(
+    boxes: torch.Tensor,
+    labels: torch.Tensor,
+    valid: torch.Tensor,
+    num_classes: int,
+    iou_threshold: float,
+    stop_at: int | None = None,
+) -> torch.Tensor:
+    """Non-maximum suppression in which boxes of different classes do not see each other.
 
-    Each group is a problem of its own: no offsets are added to boxes, whose rounding would change overlaps.
+    Each class is a problem of its own: no offsets are added to boxes, whose rounding would change overlaps.
 
     Args:
-        boxes: (N, 4) float32.
-        scores: (N,) float32.
-        groups: (N,) int64, such as levels or classes.
+        boxes: (B, N, 4) float32, those of each image best first.
+        labels: (B, N) int64 in 0 .. ``num_classes`` - 1.
+        valid: (B, N) bool, the boxes that take part.
         iou_threshold: a box goes if its overlap with a better one that stays is higher.
+        stop_at: boxes of a class that stay at most.
 
     Returns:
-        (K,) int64 rows of the boxes that stay, best first; of equal scores the earlier one.
+        (B, N) bool, which stay.
     """
-    stays = torch.zeros_like(groups, dtype=torch.bool)
-    for group in groups.unique():
-        rows = (groups == group).nonzero().squeeze(1)
-        stays[rows[nms(boxes[rows], scores[rows], iou_threshold)]] = True
-    rows = stays.nonzero().squeeze(1)
-    return rows[scores[rows].sort(descending=True, stable=True).indices]
+    of_class = (labels[:, None] == torch.arange(num_classes, device=labels.device)[:, None]) & valid[:, None]
+    every = boxes[:, None].expand(-1, num_classes, -1, -1)
+    stays = nms_slots(every.flatten(0, 1), of_class.flatten(0, 1), iou_threshold, stop_at)
+    return stays.view_as(of_class).any(1)
 
 
 class Box2BoxTransform(nn.Module):
@@ -125,26 +141,28 @@ class Matcher(nn.Module):
             raise ValueError(f"matcher: labels must be -1, 0 or 1, got {list(labels)}")
         super().__init__()
         self.thresholds = list(thresholds)
-        self.register_buffer("labels", torch.tensor(list(labels), dtype=torch.int8), persistent=False)
+        self.labels = list(labels)
         self.allow_low_quality_matches = allow_low_quality_matches
 
-    def forward(self, iou: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(M, N) overlaps of M ground-truth boxes with N candidates.
+    def forward(
+        self, truth: GroundTruth, candidates: torch.Tensor, outside: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots of the best ground-truth boxes and labels, of candidates (N, 4) of all images or (B, N, 4).
+
+        Candidates ``outside`` (B, N) are never the best one of a box; their label is -1.
 
         Returns:
-            (N,) int64 index of the best ground-truth box (0 if there is none) and (N,) int8 label.
+            (B, N) int32, 0 where there is no ground truth, and (B, N) int8.
         """
-        if iou.shape[0] == 0:
-            return iou.new_zeros(iou.shape[1], dtype=torch.int64), self.labels[0].expand(iou.shape[1])
-        best, index = iou.max(dim=0)
-        band = torch.zeros_like(index)
-        for threshold in self.thresholds:
-            band += best >= threshold
-        labels = self.labels[band]
-        if self.allow_low_quality_matches:
-            best_of_each = iou.max(dim=1, keepdim=True).values
-            labels = torch.where((iou == best_of_each).any(dim=0), labels.new_ones(()), labels)
-        return index, labels
+        return match_boxes(
+            truth.boxes,
+            truth.counts,
+            candidates,
+            self.thresholds,
+            self.labels,
+            self.allow_low_quality_matches,
+            outside,
+        )
 
 
 def outside_images(areas: Sequence[ValidArea | None], num_anchors: Sequence[int]) -> list[torch.Tensor] | None:
@@ -153,42 +171,6 @@ def outside_images(areas: Sequence[ValidArea | None], num_anchors: Sequence[int]
     if not any(area is not None and area.padded for area in areas):
         return None
     return [area.outside(count) for area, count in zip(areas, num_anchors, strict=True)]
-
-
-def match_anchors(
-    matcher: Matcher, boxes: Sequence[torch.Tensor], anchors: torch.Tensor, outside: torch.Tensor | None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The matcher's result for each image's boxes (M, 4) and all anchors (N, 4).
-
-    Anchors ``outside`` (B, N) are never the best one of a box; their labels mean nothing.
-    """
-    for i, image_boxes in enumerate(boxes):
-        overlaps = box_iou(image_boxes, anchors)
-        yield matcher(overlaps if outside is None else overlaps.masked_fill(outside[i], -1.0))
-
-
-def matched_truth(
-    target: Mapping[str, torch.Tensor],
-    index: torch.Tensor,
-    labels: torch.Tensor,
-    candidates: torch.Tensor,
-    num_classes: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class and ground-truth box of N candidates that a :class:`Matcher` has labeled.
-
-    Args:
-        target: one image's ``boxes`` (M, 4) and ``labels`` (M,).
-        index, labels: the matcher's result, (N,) each.
-        candidates: (N, 4), the boxes returned where there is no ground truth.
-        num_classes: the class of background.
-
-    Returns:
-        (N,) int64 classes, -1 for ignored, and (N, 4) boxes.
-    """
-    if not len(target["boxes"]):
-        return torch.full_like(index, num_classes), candidates
-    classes = torch.where(labels == 1, target["labels"][index], num_classes)
-    return classes.masked_fill(labels < 0, -1), target["boxes"][index]
 
 
 def subsample_labels(
@@ -207,7 +189,7 @@ def subsample_labels(
 
     Returns:
         index: (B, P + num_samples) int64, P foreground slots first; entries of unused slots are arbitrary.
-        used: (B, P + num_samples) bool.
+        used: (B, P + num_samples) bool; of either kind the first slots.
     """
     count = labels.shape[1]
     num_positive = int(num_samples * positive_fraction)
@@ -224,3 +206,20 @@ def subsample_labels(
 def _smallest(key: torch.Tensor, candidate: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     values, index = key.masked_fill(~candidate, torch.inf).topk(min(k, key.shape[1]), dim=1, largest=False)
     return index, values.isfinite()
+
+
+def sample_slots(
+    labels: torch.Tensor, num_samples: int, positive_fraction: float, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`subsample_labels`, with the background right behind the foreground.
+
+    Returns:
+        index: (B, min(num_samples, N)) int64.
+        used: (B, min(num_samples, N)) bool, the first slots of each row.
+    """
+    index, used = subsample_labels(labels, num_samples, positive_fraction, noise)
+    most = min(int(num_samples * positive_fraction), labels.shape[1])
+    positive, negative = used[:, :most].sum(1, keepdim=True), used[:, most:].sum(1, keepdim=True)
+    slot = torch.arange(index.shape[1] - most, device=labels.device)
+    column = torch.where(slot < positive, slot, slot - positive + most)
+    return index.gather(1, column), slot < positive + negative

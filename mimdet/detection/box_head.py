@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels import nms_slots
 from ..modeling.shapes import ShapeSpec
-from .assignment import Box2BoxTransform, clip_boxes, grouped_nms
+from .assignment import Box2BoxTransform, clip_boxes, top_scores
 from .layers import Conv2d, get_norm, msra_fill, normal_fill, xavier_fill
+from .slots import Detections, blank, take
 
 
 class FastRCNNConvFCHead(nn.Sequential):
@@ -50,6 +52,12 @@ class FastRCNNConvFCHead(nn.Sequential):
             self.add_module(f"fc_relu{i}", nn.ReLU())
             width = dim
         self.output_shape = ShapeSpec(channels=width)
+
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, C, S, S) -> (N, width). Rows that are not ``valid`` (N,) bool enter no statistics; None: all are."""
+        for layer in self:
+            x = layer(x, valid=valid) if isinstance(layer, Conv2d) else layer(x)
+        return x
 
 
 class FastRCNNOutputLayers(nn.Module):
@@ -102,55 +110,65 @@ class FastRCNNOutputLayers(nn.Module):
         boxes: torch.Tensor,
         classes: torch.Tensor,
         gt_boxes: torch.Tensor,
+        valid: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Losses of N proposals, both divided by N.
+        """Losses of N proposals, both divided by their number.
 
         Args:
             scores, deltas: as :meth:`forward` returns them.
             boxes: (N, 4) proposals.
             classes: (N,) int64, ``num_classes`` for background.
             gt_boxes: (N, 4) matched ground truth; any finite box of positive size for background.
+            valid: (N,) bool, the proposals that count, all others being background; None: all.
         """
+        cls = F.cross_entropy(scores.float(), classes, reduction="none")
         count = max(len(classes), 1)
-        cls = F.cross_entropy(scores.float(), classes, reduction="sum") / count
+        if valid is not None:
+            cls, count = torch.where(valid, cls, 0.0), valid.sum().clamp(min=1)
         foreground = classes < self.num_classes
         column = classes.clamp(max=self.num_boxes - 1).view(-1, 1, 1).expand(-1, 1, 4)
         delta = deltas.float().view(-1, self.num_boxes, 4).gather(1, column).squeeze(1)
         target = self.box2box_transform.get_deltas(boxes, gt_boxes)
         loc = F.smooth_l1_loss(delta, target, beta=self.smooth_l1_beta, reduction="none").sum(dim=1)
-        loc = torch.where(foreground, loc, loc.new_zeros(())).sum() / count
-        return {"loss_cls": cls, "loss_box_reg": loc}
+        loc = torch.where(foreground, loc, loc.new_zeros(()))
+        return {"loss_cls": cls.sum() / count, "loss_box_reg": loc.sum() / count}
 
     @torch.no_grad()
     def inference(
         self,
         scores: torch.Tensor,
         deltas: torch.Tensor,
-        proposals: Sequence[torch.Tensor],
-        image_sizes: Sequence[tuple[int, int]],
-    ) -> list[dict[str, torch.Tensor]]:
-        """Detections of each image: boxes (N, 4), scores (N,), labels (N,), best first."""
-        return self.select(self.predict_boxes(deltas, proposals), scores.float().softmax(dim=1), image_sizes)
-
-    @torch.no_grad()
-    def predict_boxes(self, deltas: torch.Tensor, proposals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """(N_i, K * 4) boxes of each image, not clipped, without gradient."""
-        boxes = self.box2box_transform.apply_deltas(deltas, torch.cat(list(proposals)))
-        return list(boxes.split([len(p) for p in proposals]))
+        proposals: torch.Tensor,
+        valid: torch.Tensor,
+        sizes: torch.Tensor,
+    ) -> Detections:
+        """Detections among proposals (B, N, 4) of images of ``sizes`` (B, 2), by scores (B, N, num_classes + 1) and
+        deltas (B, N, K * 4); ``valid`` (B, N) says which are proposals."""
+        boxes = self.box2box_transform.apply_deltas(deltas, proposals)
+        return self.select(boxes, scores.float().softmax(dim=-1), valid, sizes)
 
     def select(
-        self, boxes: Sequence[torch.Tensor], probabilities: torch.Tensor, image_sizes: Sequence[tuple[int, int]]
-    ) -> list[dict[str, torch.Tensor]]:
-        """Detections among the boxes (N_i, K * 4) of each image, by probabilities (sum N_i, num_classes + 1)."""
-        parts = probabilities[:, :-1].split([len(b) for b in boxes])
-        return [
-            self._detect(b.view(-1, self.num_boxes, 4), p, size)
-            for b, p, size in zip(boxes, parts, image_sizes, strict=True)
-        ]
-
-    def _detect(self, boxes: torch.Tensor, scores: torch.Tensor, size: tuple[int, int]) -> dict[str, torch.Tensor]:
-        finite = boxes.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
-        row, label = ((scores > self.test_score_thresh) & finite.unsqueeze(1)).nonzero(as_tuple=True)
-        boxes, scores = clip_boxes(boxes[row, label.clamp(max=self.num_boxes - 1)], size), scores[row, label]
-        keep = grouped_nms(boxes, scores, label, self.test_nms_thresh)[: self.test_topk_per_image]
-        return {"boxes": boxes[keep], "scores": scores[keep], "labels": label[keep]}
+        self, boxes: torch.Tensor, probabilities: torch.Tensor, valid: torch.Tensor, sizes: torch.Tensor
+    ) -> Detections:
+        """The best detections of boxes (B, N, K * 4) by probabilities (B, N, num_classes + 1) after NMS, which
+        compares boxes of one class only."""
+        scores = probabilities[..., :-1]
+        valid = valid & boxes.isfinite().all(dim=-1) & scores.isfinite().all(dim=-1)
+        valid = valid.unsqueeze(-1) & (scores > self.test_score_thresh)
+        boxes = clip_boxes(boxes.unflatten(-1, (self.num_boxes, 4)), sizes)
+        # Every class is a problem of NMS.
+        ordered, order = top_scores(torch.where(valid, scores, -torch.inf).transpose(1, 2), scores.shape[1])
+        of_class = boxes.transpose(1, 2).expand(-1, self.num_classes, -1, -1)
+        of_class = of_class.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, 4))
+        stays = nms_slots(
+            of_class.flatten(0, 1),
+            (ordered > -torch.inf).flatten(0, 1),
+            self.test_nms_thresh,
+            self.test_topk_per_image,
+        ).view_as(ordered)
+        stays = torch.zeros_like(stays).scatter(2, order, stays).transpose(1, 2)
+        best, index = top_scores(torch.where(stays, scores, -torch.inf).flatten(1), self.test_topk_per_image)
+        row, label = index // self.num_classes, index % self.num_classes
+        column = row * self.num_boxes + label.clamp(max=self.num_boxes - 1)
+        valid = best > -torch.inf
+        return Detections(blank(take(boxes.flatten(1, 2), column), valid), best, label, valid)

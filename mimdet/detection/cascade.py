@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.ops import box_iou
 
-from .assignment import Matcher, clip_boxes, matched_truth, nonempty
+from .assignment import Matcher, clip_boxes, nonempty
 from .roi_heads import SampledProposals, StandardROIHeads
+from .rpn import Proposals
+from .slots import Detections, GroundTruth, Rows
 
 
 class CascadeROIHeads(StandardROIHeads):
@@ -57,61 +58,47 @@ class CascadeROIHeads(StandardROIHeads):
     def _box_losses(
         self,
         features: dict[str, torch.Tensor],
-        sampled: Sequence[SampledProposals],
-        image_sizes: Sequence[tuple[int, int]],
-        targets: Sequence[dict[str, Any]],
+        sampled: SampledProposals,
+        sizes: torch.Tensor,
+        truth: GroundTruth,
     ) -> dict[str, torch.Tensor]:
         losses = {}
         for stage, predictor in enumerate(self.box_predictor):
-            boxes = [s.boxes for s in sampled]
-            scores, deltas = self._run(stage, features, boxes)
-            stage_losses = self._losses_of(predictor, (scores, deltas), sampled)
+            rows = self._rows(sampled.valid)
+            scores, deltas = self._run(stage, features, sampled.boxes, rows)
+            stage_losses = self._losses_of(predictor, (scores, deltas), sampled, rows)
             losses |= {f"{name}_stage{stage}": loss for name, loss in stage_losses.items()}
             if stage + 1 < len(self.box_predictor):
-                refined = self._proposals(predictor.predict_boxes(deltas, boxes), image_sizes)
-                sampled = self._match(stage + 1, refined, targets)
+                with torch.no_grad():
+                    refined = predictor.box2box_transform.apply_deltas(rows.put(deltas), sampled.boxes)
+                    boxes = _as_proposals(refined, sizes)
+                    index, labels = self.proposal_matchers[stage + 1](truth, boxes)
+                    sampled = self._matched(boxes, sampled.valid & nonempty(boxes), index, labels, truth)
         return losses
 
-    def _detect(
-        self,
-        features: dict[str, torch.Tensor],
-        boxes: Sequence[torch.Tensor],
-        image_sizes: Sequence[tuple[int, int]],
-    ) -> list[dict[str, torch.Tensor]]:
-        probabilities = []
+    def _detect(self, features: dict[str, torch.Tensor], proposals: Proposals, sizes: torch.Tensor) -> Detections:
+        boxes, valid = proposals
+        rows, probabilities = self._rows(valid), []
         for stage, predictor in enumerate(self.box_predictor):
-            scores, deltas = self._run(stage, features, boxes)
-            refined = predictor.predict_boxes(deltas, boxes)
+            scores, deltas = self._run(stage, features, boxes, rows)
+            refined = predictor.box2box_transform.apply_deltas(rows.put(deltas), boxes)
             # A row whose box overflows in any stage drops out in the end: its mean score is NaN.
-            finite = torch.cat(refined).isfinite().all(dim=1, keepdim=True)
-            probabilities.append(scores.float().softmax(dim=1).masked_fill(~finite, torch.nan))
-            boxes = self._proposals(refined, image_sizes)
-        return predictor.select(refined, sum(probabilities) * (1 / len(probabilities)), image_sizes)
+            finite = refined.isfinite().all(dim=-1, keepdim=True)
+            probabilities.append(rows.put(scores).float().softmax(dim=-1).masked_fill(~finite, torch.nan))
+            boxes = _as_proposals(refined, sizes)
+        return predictor.select(refined, sum(probabilities) * (1 / len(probabilities)), valid, sizes)
 
     def _run(
-        self, stage: int, features: dict[str, torch.Tensor], boxes: Sequence[torch.Tensor]
+        self, stage: int, features: dict[str, torch.Tensor], boxes: torch.Tensor, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A stage's scores and deltas of boxes."""
-        pooled = self._pool_boxes(features, boxes)
+        """A stage's scores and deltas of the rows among boxes (B, S, 4)."""
+        pooled = self._pool_boxes(features, boxes, rows)
         if pooled.requires_grad:
             # Gradient of the features: the mean over the stages, as in Detectron2. Each head gets its gradient in full.
             pooled.register_hook(lambda grad: grad * (1 / len(self.box_head)))
-        return self.box_predictor[stage](self.box_head[stage](pooled))
+        return self.box_predictor[stage](rows.run(self.box_head[stage], pooled))
 
-    def _proposals(self, boxes: Sequence[torch.Tensor], image_sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-        """A stage's boxes as input of the next: clipped, and in training without empty ones."""
-        # NaN has no pyramid level in the pooler.
-        boxes = [clip_boxes(b.nan_to_num(0.0), size) for b, size in zip(boxes, image_sizes, strict=True)]
-        # In eval mode every stage must score the same rows: their probabilities are averaged.
-        return [b[nonempty(b)] for b in boxes] if self.training else boxes
 
-    @torch.no_grad()
-    def _match(
-        self, stage: int, boxes: Sequence[torch.Tensor], targets: Sequence[dict[str, Any]]
-    ) -> list[SampledProposals]:
-        matched = []
-        for box, target in zip(boxes, targets, strict=True):
-            index, label = self.proposal_matchers[stage](box_iou(target["boxes"], box))
-            classes, gt_boxes = matched_truth(target, index, label, box, self.num_classes)
-            matched.append(SampledProposals(box, classes, index, gt_boxes))
-        return matched
+def _as_proposals(boxes: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """A stage's boxes (B, S, 4) as input of the next: clipped, without NaN, which has no pyramid level."""
+    return clip_boxes(boxes.nan_to_num(0.0), sizes)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels import valid_mask
+from ..kernels.tensors import to_device, to_device_together, to_host_together
 from ..modeling.shapes import ImageList
-from ..polygons import PackedPolygons
-from .assignment import clip_boxes, nonempty, scale_boxes
+from .assignment import clip_boxes, nonempty
 from .masks import paste_masks
 from .passes import InferencePasses
+from .slots import Detections, GroundTruth
 from .targets import check_images, check_targets
 
 
@@ -28,10 +30,12 @@ class Detector(nn.Module):
     Attributes:
         predicts_masks: whether detections have masks and training needs them.
         lsj_postprocess: whether detections return to the images by one factor for both axes.
+        moves_data: :meth:`forward` moves images and targets to the device, and results to the CPU if asked.
     """
 
     predicts_masks = True
     lsj_postprocess = False
+    moves_data = True
 
     def __init__(
         self,
@@ -56,27 +60,33 @@ class Detector(nn.Module):
         return self.pixel_mean.device
 
     def compute_losses(
-        self,
-        features: dict[str, torch.Tensor],
-        image_sizes: Sequence[tuple[int, int]],
-        targets: Sequence[dict[str, Any]],
+        self, features: dict[str, torch.Tensor], sizes: torch.Tensor, truth: GroundTruth
     ) -> dict[str, torch.Tensor]:
-        """Losses of pyramid levels (B, C, H, W) and the ground truth of images of (height, width)."""
+        """Losses of pyramid levels (B, C, H, W) and the ground truth of images of ``sizes`` (B, 2), height and
+        width."""
         raise NotImplementedError
 
-    def detect(
-        self, features: dict[str, torch.Tensor], image_sizes: Sequence[tuple[int, int]]
-    ) -> list[dict[str, torch.Tensor]]:
-        """Detections in pixels of the images as they entered the backbone; masks as ``mask_probabilities``."""
+    def detect(self, features: dict[str, torch.Tensor], sizes: torch.Tensor) -> Detections:
+        """Detections in pixels of the images as they entered the backbone."""
         raise NotImplementedError
 
     def preprocess(self, images: Sequence[torch.Tensor]) -> ImageList:
         """Normalize (3, H, W) images of 0..255 and batch them, zeros at the bottom and right."""
         check_images(images)
-        tensors = [(i.to(self.device).to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std for i in images]
-        batch = ImageList.from_tensors(tensors, self.backbone.size_divisibility)
-        batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
+        batch = ImageList.from_tensors(self._on_one_device(images), self.backbone.size_divisibility)
+        (pixels,) = to_device_together([batch.tensor], self.device)
+        pixels = (pixels.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        batch = ImageList(pixels.contiguous(memory_format=torch.channels_last), batch.image_sizes)
+        if any(size != pixels.shape[2:] for size in batch.image_sizes):
+            inside = valid_mask(batch.sizes, tuple(pixels.shape[2:]))
+            batch.tensor.masked_fill_(~inside[:, None], 0.0)
         return batch
+
+    def _on_one_device(self, images: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Images of one dtype on the CPU, if all are, else on the detector's device."""
+        place = torch.device("cpu") if all(i.device.type == "cpu" for i in images) else self.device
+        dtype = images[0].dtype if len({i.dtype for i in images}) == 1 else self.pixel_mean.dtype
+        return [i.to(place, dtype, non_blocking=True) for i in images]
 
     def forward(
         self,
@@ -85,6 +95,7 @@ class Detector(nn.Module):
         *,
         output_sizes: Sequence[tuple[int, int]] | None = None,
         paste: bool = True,
+        to_host: bool = False,
     ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
         """Losses in training, detections in eval mode.
 
@@ -97,6 +108,7 @@ class Detector(nn.Module):
                 sizes of ``images``.
             paste: in eval mode, False returns ``mask_probabilities`` (N, S, S), soft maps of the boxes, instead of
                 masks; the caller pastes them a few at a time (``masks.paste_in_parts``).
+            to_host: in eval mode, the results of each image go to the CPU in one copy, and masks are pasted there.
 
         Returns:
             Training: scalar losses by name, to be added up.
@@ -109,39 +121,35 @@ class Detector(nn.Module):
         batch = self.preprocess(images)
         if self.training:
             check_targets(targets, len(batch), self.num_classes, self.predicts_masks)
-            targets = [self._prepare(t, f"targets[{i}]") for i, t in enumerate(targets)]
-            return self.compute_losses(self.backbone(batch), batch.image_sizes, targets)
-        detections = self.inference(lambda **ratio: self.detect(self.backbone(batch, **ratio), batch.image_sizes))
-        sizes = batch.image_sizes if output_sizes is None else output_sizes
-        if len(sizes) != len(detections):
-            raise ValueError(f"output_sizes must name one size for each of {len(detections)} images, got {len(sizes)}")
-        return [
-            self._resize(d, old, new, paste) for d, old, new in zip(detections, batch.image_sizes, sizes, strict=True)
-        ]
-
-    def _prepare(self, target: dict[str, Any], name: str) -> dict[str, Any]:
-        """Boxes and labels on the device, polygons packed."""
-        prepared = {
-            **target,
-            "boxes": target["boxes"].to(self.device, torch.float32),
-            "labels": target["labels"].to(self.device, torch.int64),
-        }
-        if self.predicts_masks and not isinstance(target["masks"], (torch.Tensor, PackedPolygons)):
-            prepared["masks"] = PackedPolygons.pack(target["masks"], f"{name}['masks']")
-        return prepared
+            truth = GroundTruth.from_targets(targets, self.device, self.predicts_masks)
+            return self.compute_losses(self.backbone(batch), batch.sizes, truth)
+        new = batch.image_sizes if output_sizes is None else [(int(h), int(w)) for h, w in output_sizes]
+        if len(new) != len(batch):
+            raise ValueError(f"output_sizes must name one size for each of {len(batch)} images, got {len(new)}")
+        detections = self.inference(
+            lambda **ratio: self.detect(self.backbone(batch, **ratio), batch.sizes), self.num_classes
+        )
+        results = self._resize(detections, batch.image_sizes, new).tolist()
+        if to_host:
+            results = [dict(zip(r, to_host_together(list(r.values())), strict=True)) for r in results]
+        if not paste:
+            return results
+        return [self._paste(result, size) for result, size in zip(results, new, strict=True)]
 
     @torch.no_grad()
     def _resize(
-        self, detection: dict[str, torch.Tensor], old: tuple[int, int], new: tuple[int, int], paste: bool
-    ) -> dict[str, torch.Tensor]:
-        new = (int(new[0]), int(new[1]))
+        self, detections: Detections, old: Sequence[tuple[int, int]], new: Sequence[tuple[int, int]]
+    ) -> Detections:
+        """Detections in pixels of images of size ``new``, without those that are empty there."""
+        scales = [(w1 / w0, h1 / h0) for (h0, w0), (h1, w1) in zip(old, new, strict=True)]
         if self.lsj_postprocess:
-            scaled = detection["boxes"] * max(new[0] / old[0], new[1] / old[1])
-        else:
-            scaled = scale_boxes(detection["boxes"], old, new)
-        boxes = clip_boxes(scaled, new)
-        keep = nonempty(boxes)
-        resized = {**{key: value[keep] for key, value in detection.items()}, "boxes": boxes[keep]}
-        if paste and "mask_probabilities" in resized:
-            resized["masks"] = paste_masks(resized.pop("mask_probabilities"), resized["boxes"], new)
-        return resized
+            scales = [(max(scale),) * 2 for scale in scales]
+        numbers = to_device([(*s, *s, *size) for s, size in zip(scales, new, strict=True)], self.device, torch.float32)
+        boxes = clip_boxes(detections.boxes * numbers[:, None, :4], numbers[:, 4:])
+        return detections._replace(boxes=boxes, valid=detections.valid & nonempty(boxes))
+
+    @staticmethod
+    def _paste(result: dict[str, torch.Tensor], size: tuple[int, int]) -> dict[str, torch.Tensor]:
+        if "mask_probabilities" in result:
+            result["masks"] = paste_masks(result.pop("mask_probabilities"), result["boxes"], size)
+        return result

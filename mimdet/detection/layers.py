@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -135,6 +136,12 @@ def get_norm(norm: str | Callable[[int], nn.Module] | None, channels: int) -> nn
     if norm not in makers:
         raise ValueError(f"unknown norm {norm!r}; one of {', '.join(makers)}")
     return makers[norm](channels)
+
+
+def knows_valid_maps(head: nn.Module) -> bool:
+    """Whether a head takes ``valid``, and all its batch norms can leave maps out of their statistics."""
+    norms = [module for module in head.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return "valid" in inspect.signature(head.forward).parameters and all(isinstance(m, BatchNorm2d) for m in norms)
 
 
 class Conv2d(nn.Conv2d):

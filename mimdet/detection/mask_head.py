@@ -47,10 +47,13 @@ class MaskRCNNConvUpsampleHead(nn.Module):
         self.predictor = nn.Conv2d(up, num_classes, 1)
         normal_fill(self.predictor, std=0.001)
 
-    def forward(self, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """(N, C, S, S) and the class (N,) int64 of each row -> float32 logits (N, 2S, 2S) of that class."""
+    def forward(self, x: torch.Tensor, classes: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, C, S, S) and the class (N,) int64 of each row -> float32 logits (N, 2S, 2S) of that class.
+
+        Rows that are not ``valid`` (N,) bool enter no statistics; None: all are.
+        """
         for name in self._convs:
-            x = getattr(self, name)(x)
+            x = getattr(self, name)(x, valid=valid)
         x = F.relu(self.deconv(x)).permute(0, 2, 3, 1)
         # F.embedding, not indexing: its gradient has one order of sums on a GPU too.
         weight, bias = (
@@ -59,11 +62,16 @@ class MaskRCNNConvUpsampleHead(nn.Module):
         return torch.baddbmm(bias.unsqueeze(2), x.flatten(1, 2), weight.unsqueeze(2)).view(x.shape[:3]).float()
 
 
-def mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def mask_loss(logits: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
     """Mean binary cross entropy of foreground rows; 0, with gradient, without rows.
 
     Args:
         logits: (N, S, S), of each row's class.
         targets: (N, S, S) bool.
+        valid: (N,) bool, the rows that count; None: all.
     """
-    return F.binary_cross_entropy_with_logits(logits, targets.float()) if len(logits) else logits.sum() * 0.0
+    loss = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+    if valid is None:
+        return loss.sum() / max(loss.numel(), 1)
+    loss = torch.where(valid[:, None, None], loss, 0.0)
+    return loss.sum() / (valid.sum() * logits.shape[1:].numel()).clamp(min=1)

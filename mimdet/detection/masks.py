@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torchvision.ops import roi_align
 
 from ..kernels import rasterize_polygons
-from ..kernels.tensors import to_device
-from ..polygons import PackedPolygons
+from ..kernels.tensors import to_device_together
 
 # grid_sample processes this many pixels at once: 2**26 in float32 are 256 MiB.
 _CPU_PIXELS, _GPU_PIXELS = 2**22, 2**26
@@ -19,43 +18,61 @@ _CPU_PIXELS, _GPU_PIXELS = 2**22, 2**26
 _PART_PIXELS = 2**24
 
 
-def mask_targets(
-    masks: Sequence[torch.Tensor | PackedPolygons],
-    index: Sequence[torch.Tensor],
-    boxes: Sequence[torch.Tensor],
-    size: int,
-) -> torch.Tensor:
-    """The mask head's targets: ``crop_and_resize`` for each image of a batch, for all of them at once if their masks
-    are polygons."""
-    if not all(isinstance(m, PackedPolygons) for m in masks):
-        return torch.cat([crop_and_resize(*image, size) for image in zip(masks, index, boxes, strict=True)])
-    starts = accumulate(map(len, masks), initial=0)
-    index = torch.cat([i + start for i, start in zip(index, starts, strict=False)])
-    return crop_and_resize(PackedPolygons.join(masks), index, torch.cat(list(boxes)), size)
+class GroundTruthMasks(NamedTuple):
+    """Masks of the ground truth of B images in G slots each: polygons, bitmaps, or both.
 
-
-def crop_and_resize(
-    masks: torch.Tensor | PackedPolygons, index: torch.Tensor, boxes: torch.Tensor, size: int
-) -> torch.Tensor:
-    """The part of ground-truth masks inside boxes, as small bitmaps.
-
-    Args:
-        masks: (M, H, W) bool, or M instances' polygons in pixels.
-        index: (N,) int64, the mask of each box.
-        boxes: (N, 4) pixels.
-        size: side of the result.
-
-    Returns:
-        (N, size, size) bool on the device of ``boxes``. With polygons nothing waits for a GPU.
+    Attributes:
+        points, polygon_starts, instance_starts: B * G + 1 instances' polygons, as ``rasterize_polygons`` takes them;
+            the last instance has none.
+        bitmaps: (M, H, W) of the images, by number, that have them instead of polygons.
+        slots: G.
     """
-    if isinstance(masks, torch.Tensor):
-        rois = torch.cat([index.unsqueeze(1).to(boxes.dtype), boxes], dim=1)
-        maps = masks.to(boxes.device, torch.float32).unsqueeze(1)
-        return roi_align(maps, rois, size, 1.0, 0, aligned=True).squeeze(1) >= 0.5
-    device = torch.device("cpu") if boxes.device.type == "mps" else boxes.device  # MPS has no float64
-    points = to_device(masks.points, device, torch.float64)
-    starts = (to_device(s, device) for s in (masks.polygon_starts, masks.instance_starts))
-    return rasterize_polygons(points, *starts, index.to(device), boxes.to(device), size).to(boxes.device)
+
+    points: torch.Tensor
+    polygon_starts: torch.Tensor
+    instance_starts: torch.Tensor
+    bitmaps: Mapping[int, torch.Tensor]
+    slots: int
+
+    def targets(self, index: torch.Tensor, boxes: torch.Tensor, valid: torch.Tensor, size: int) -> torch.Tensor:
+        """The mask head's targets: the part of masks inside boxes.
+
+        Args:
+            index: (B, S) int64, slot of each box's instance.
+            boxes: (B, S, 4) pixels.
+            valid: (B, S) bool; the others give empty masks.
+            size: side of the result.
+
+        Returns:
+            (B, S, size, size) bool.
+        """
+        instance = index + torch.arange(0, len(index) * self.slots, self.slots, device=index.device)[:, None]
+        instance = torch.where(valid, instance, len(index) * self.slots).flatten()
+        # MPS has no float64, so the points are on the CPU there.
+        place = self.points.device
+        masks = rasterize_polygons(
+            self.points,
+            self.polygon_starts,
+            self.instance_starts,
+            instance.to(place),
+            boxes.flatten(0, 1).to(place),
+            size,
+        )
+        masks = masks.to(boxes.device).unflatten(0, index.shape)
+        if not self.bitmaps:
+            return masks
+        images = list(masks)
+        for i, bitmap in self.bitmaps.items():
+            if len(bitmap):
+                images[i] = _crop_bitmaps(bitmap, index[i], boxes[i], size) & valid[i, :, None, None]
+        return torch.stack(images)
+
+
+def _crop_bitmaps(masks: torch.Tensor, index: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
+    """(M, H, W) bitmaps, the number (S,) and the box (S, 4) of each crop -> (S, size, size) bool."""
+    rois = torch.cat([index.unsqueeze(1).to(boxes.dtype), boxes], dim=1)
+    (maps,) = to_device_together([masks], boxes.device)
+    return roi_align(maps.float().unsqueeze(1), rois, size, 1.0, 0, aligned=True).squeeze(1) >= 0.5
 
 
 def paste_masks(

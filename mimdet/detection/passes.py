@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torchvision.ops import box_iou
 
-from .assignment import grouped_nms
+from .assignment import nms_of_classes, top_scores
+from .slots import Detections, take
 
 
 class InferencePasses:
@@ -37,27 +38,30 @@ class InferencePasses:
             raise ValueError(f"inference.passes={passes} need an inference.ratio below 1: else all see the same tokens")
         self.passes, self.ratio, self.nms_thresh, self.topk = passes, ratio, nms_thresh, topk
 
-    def __call__(self, detect: Callable[..., list[dict[str, torch.Tensor]]]) -> list[dict[str, torch.Tensor]]:
+    def __call__(self, detect: Callable[..., Detections], num_classes: int) -> Detections:
         """The merged result of ``passes`` calls of ``detect()``, or ``detect(sample_ratio=ratio)``."""
         ratio = {} if self.ratio is None else {"sample_ratio": self.ratio}
-        return self.merge([detect(**ratio) for _ in range(self.passes)])
+        return self.merge([detect(**ratio) for _ in range(self.passes)], num_classes)
 
-    def merge(self, detections: Sequence[Sequence[dict[str, torch.Tensor]]]) -> list[dict[str, torch.Tensor]]:
-        """Detections of each image, best first, from those of each pass: boxes (N, 4), scores (N,), labels (N,) and,
-        where there are masks, mask_probabilities (N, M, M)."""
+    def merge(self, detections: Sequence[Detections], num_classes: int) -> Detections:
+        """Detections from those of each pass."""
         if len(detections) == 1:
-            return list(detections[0])
-        return [self._merge(passes) for passes in zip(*detections, strict=True)]
-
-    def _merge(self, passes: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        every = {key: torch.cat([detections[key] for detections in passes]) for key in passes[0]}
-        boxes, scores, labels = (every[key] for key in ("boxes", "scores", "labels"))
-        keep = grouped_nms(boxes, scores, labels, self.nms_thresh)[: self.topk]
-        same = (box_iou(boxes[keep], boxes) > self.nms_thresh) & (labels[keep, None] == labels)
-        same[torch.arange(len(keep), device=keep.device), keep] = True  # the IoU of an empty box with itself is 0
-        weight = same * scores.clamp(min=torch.finfo(scores.dtype).tiny)
-        weight = weight / weight.sum(1, keepdim=True)
-        merged = {key: value[keep] for key, value in every.items()}
-        for key in {"boxes", "mask_probabilities"} & every.keys():
-            merged[key] = torch.tensordot(weight, every[key].to(weight.dtype), dims=1)
-        return merged
+            return detections[0]
+        columns = zip(*(d for d in detections), strict=True)
+        every = Detections(*(None if column[0] is None else torch.cat(column, 1) for column in columns))
+        scores, order = top_scores(torch.where(every.valid, every.scores, -torch.inf), every.scores.shape[1])
+        every = Detections(*(None if column is None else take(column, order) for column in every))
+        stays = nms_of_classes(every.boxes, every.labels, every.valid, num_classes, self.nms_thresh, self.topk)
+        best, keep = top_scores(torch.where(stays, scores, -torch.inf), self.topk)
+        merged = Detections(*(None if column is None else take(column, keep) for column in every))
+        # Box voting.
+        same = torch.stack([box_iou(*pair) for pair in zip(merged.boxes, every.boxes, strict=True)]) > self.nms_thresh
+        same &= (merged.labels[:, :, None] == every.labels[:, None]) & every.valid[:, None]
+        same |= keep[:, :, None] == torch.arange(scores.shape[1], device=keep.device)  # an empty box has no overlap
+        weight = same * every.scores.clamp(min=torch.finfo(scores.dtype).tiny)[:, None]
+        weight = weight / weight.sum(2, keepdim=True)
+        voted = {"boxes": weight @ every.boxes, "valid": best > -torch.inf}
+        if every.mask_probabilities is not None:
+            maps = every.mask_probabilities.to(weight.dtype)
+            voted["mask_probabilities"] = (weight @ maps.flatten(2)).unflatten(2, maps.shape[2:])
+        return merged._replace(**voted)

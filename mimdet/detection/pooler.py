@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ..kernels import roi_align_levels
 from ..kernels.roi_align_levels.api import pyramid
@@ -48,26 +47,29 @@ class ROIPooler(nn.Module):
         self.canonical_level = canonical_level
 
     def forward(
-        self, features: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor], areas: ValidAreas | None = None
+        self,
+        features: Sequence[torch.Tensor],
+        boxes: torch.Tensor,
+        valid: torch.Tensor,
+        areas: ValidAreas | None = None,
     ) -> torch.Tensor:
         """Pool boxes of every image.
 
         Args:
             features: the levels, (B, C, H, W) each; read without a copy in channels_last memory.
-            boxes: B tensors (N_i, 4) in pixels of the padded batch.
+            boxes: (B, S, 4) in pixels of the padded batch.
+            valid: (B, S) bool; the others give zeros.
             areas: of a packed batch. ROIAlign then ends at the last row and column of each image, not of the map.
 
         Returns:
-            (sum N_i, C, output_size, output_size) in the features' dtype and channels_last, in the order of ``boxes``.
+            (B * S, C, output_size, output_size) in the features' dtype and channels_last.
         """
-        slots = pad_sequence(list(boxes), batch_first=True)
-        valid = pad_sequence([b.new_ones(len(b), dtype=torch.bool) for b in boxes], batch_first=True)
         sizes = None
         if areas is not None and areas.padded:
             sizes = torch.stack([areas.at(round(1 / scale)).cells for scale in self.scales])
-        pooled = roi_align_levels(
+        return roi_align_levels(
             features,
-            slots,
+            boxes,
             valid,
             self.output_size,
             self.scales,
@@ -76,5 +78,3 @@ class ROIPooler(nn.Module):
             canonical_level=self.canonical_level,
             sizes=sizes,
         )
-        lengths = [length for b in boxes for length in (len(b), slots.shape[1] - len(b))]
-        return torch.cat(pooled.split(lengths)[::2]) if any(lengths[1::2]) else pooled

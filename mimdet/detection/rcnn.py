@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from .detector import Detector
 from .passes import InferencePasses
+from .slots import Detections, GroundTruth
 
 
 class GeneralizedRCNN(Detector):
@@ -57,18 +57,13 @@ class GeneralizedRCNN(Detector):
         return self.roi_heads.num_classes
 
     def compute_losses(
-        self,
-        features: dict[str, torch.Tensor],
-        image_sizes: Sequence[tuple[int, int]],
-        targets: Sequence[dict[str, Any]],
+        self, features: dict[str, torch.Tensor], sizes: torch.Tensor, truth: GroundTruth
     ) -> dict[str, torch.Tensor]:
-        proposals, rpn_losses = self.proposal_generator(features, image_sizes, [t["boxes"] for t in targets])
-        _, losses = self.roi_heads(features, proposals, image_sizes, targets)
+        proposals, rpn_losses = self.proposal_generator(features, sizes, truth)
+        _, losses = self.roi_heads(features, proposals, sizes, truth)
         return rpn_losses | losses
 
-    def detect(
-        self, features: dict[str, torch.Tensor], image_sizes: Sequence[tuple[int, int]]
-    ) -> list[dict[str, torch.Tensor]]:
-        proposals, _ = self.proposal_generator(features, image_sizes)
-        detections, _ = self.roi_heads(features, proposals, image_sizes)
+    def detect(self, features: dict[str, torch.Tensor], sizes: torch.Tensor) -> Detections:
+        proposals, _ = self.proposal_generator(features, sizes)
+        detections, _ = self.roi_heads(features, proposals, sizes)
         return detections

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +13,11 @@ from torchvision.ops import sigmoid_focal_loss
 from ..modeling.areas import ValidArea, levels_of
 from ..modeling.shapes import ShapeSpec
 from .anchors import DefaultAnchorGenerator
-from .assignment import Box2BoxTransform, Matcher, grouped_nms, match_anchors, matched_truth, outside_images, top_scores
+from .assignment import Box2BoxTransform, Matcher, nms_of_classes, outside_images, top_scores
 from .detector import Detector
 from .layers import get_norm, normal_fill, normalize
 from .passes import InferencePasses
+from .slots import Detections, GroundTruth, blank, take
 
 _FIRST_NORMALIZER = 100.0
 _NORMALIZER_MOMENTUM = 0.9
@@ -193,17 +193,14 @@ class RetinaNet(Detector):
         self.register_buffer("loss_normalizer", torch.tensor(_FIRST_NORMALIZER), persistent=False)
 
     def compute_losses(
-        self,
-        features: dict[str, torch.Tensor],
-        image_sizes: Sequence[tuple[int, int]],
-        targets: Sequence[dict[str, Any]],
+        self, features: dict[str, torch.Tensor], sizes: torch.Tensor, truth: GroundTruth
     ) -> dict[str, torch.Tensor]:
         levels = [features[name] for name in self.head_in_features]
         anchors = torch.cat(self.anchor_generator(levels))
         areas = levels_of(features, self.anchor_generator.strides)
         logits, deltas = (torch.cat(parts, dim=1).float() for parts in self.head(levels, areas))
         outside = outside_images(areas, self.anchor_generator.num_anchors)
-        classes, boxes = self.label_anchors(anchors, targets, None if outside is None else torch.cat(outside, 1))
+        classes, boxes = self.label_anchors(anchors, truth, None if outside is None else torch.cat(outside, 1))
         foreground = (classes >= 0) & (classes < self.num_classes)
         normalizer = self._update_normalizer(foreground)
 
@@ -220,18 +217,14 @@ class RetinaNet(Detector):
 
     @torch.no_grad()
     def label_anchors(
-        self, anchors: torch.Tensor, targets: Sequence[dict[str, Any]], outside: torch.Tensor | None = None
+        self, anchors: torch.Tensor, truth: GroundTruth, outside: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Classes (B, N) and boxes (B, N, 4) of N anchors. ``num_classes`` is background, -1 is ignored; anchors
-        ``outside`` (B, N) are ignored."""
-        classes, boxes = [], []
-        matched = match_anchors(self.anchor_matcher, [t["boxes"] for t in targets], anchors, outside)
-        for target, (index, label) in zip(targets, matched, strict=True):
-            image_classes, image_boxes = matched_truth(target, index, label, anchors, self.num_classes)
-            classes.append(image_classes)
-            boxes.append(image_boxes)
-        classes = torch.stack(classes)
-        return classes if outside is None else classes.masked_fill(outside, -1), torch.stack(boxes)
+        """Classes (B, N) of N anchors, ``num_classes`` for background and -1 for those that are ignored, as are those
+        ``outside`` (B, N); and the boxes (B, N, 4) of foreground."""
+        index, labels = self.anchor_matcher(truth, anchors, outside)
+        index = index.long()
+        classes = torch.where(labels == 1, truth.labels.gather(1, index), self.num_classes)
+        return classes.masked_fill(labels < 0, -1), blank(take(truth.boxes, index), labels == 1)
 
     @torch.no_grad()
     def _update_normalizer(self, foreground: torch.Tensor) -> torch.Tensor:
@@ -241,30 +234,35 @@ class RetinaNet(Detector):
         return self.loss_normalizer.clone()
 
     @torch.no_grad()
-    def detect(
-        self, features: dict[str, torch.Tensor], image_sizes: Sequence[tuple[int, int]]
-    ) -> list[dict[str, torch.Tensor]]:
+    def detect(self, features: dict[str, torch.Tensor], sizes: torch.Tensor) -> Detections:
         levels = [features[name] for name in self.head_in_features]
         anchors = self.anchor_generator(levels)
         areas = levels_of(features, self.anchor_generator.strides)
         logits, deltas = self.head(levels, areas)
-        scores = [x.float().sigmoid() for x in logits]
-        if outside := outside_images(areas, self.anchor_generator.num_anchors):
-            scores = [x.masked_fill(o.unsqueeze(2), -torch.inf) for x, o in zip(scores, outside, strict=True)]
-        return [self._detect(anchors, [x[i] for x in scores], [x[i] for x in deltas]) for i in range(len(image_sizes))]
+        outside = outside_images(areas, self.anchor_generator.num_anchors) or [None] * len(levels)
+        best = [self._best_of_level(*level) for level in zip(anchors, logits, deltas, outside, strict=True)]
+        boxes, scores, labels = (torch.cat(column, 1) for column in zip(*best, strict=True))
+        scores, order = top_scores(scores, scores.shape[1])
+        boxes, labels = take(boxes, order), labels.gather(1, order)
+        valid, most = scores > -torch.inf, self.max_detections_per_image
+        stays = nms_of_classes(boxes, labels, valid, self.num_classes, self.test_nms_thresh, most)
+        scores, keep = top_scores(torch.where(stays, scores, -torch.inf), most)
+        valid = scores > -torch.inf
+        # Boxes are clipped with those of all detectors, after the cap on their number.
+        return Detections(blank(take(boxes, keep), valid), scores, labels.gather(1, keep), valid)
 
-    def _detect(
-        self, anchors: Sequence[torch.Tensor], scores: Sequence[torch.Tensor], deltas: Sequence[torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Detections of one image. Boxes are clipped later, after the cap on their number."""
-        levels = []
-        for anchor, score, delta in zip(anchors, scores, deltas, strict=True):
-            row, label = (score > self.test_score_thresh).nonzero(as_tuple=True)
-            best, order = top_scores(score[row, label], self.test_topk_candidates)
-            row, label = row[order], label[order]
-            boxes = self.box2box_transform.apply_deltas(delta[row], anchor[row])
-            finite = boxes.isfinite().all(dim=1)
-            levels.append((boxes[finite], best[finite], label[finite]))
-        boxes, best, label = (torch.cat(column) for column in zip(*levels, strict=True))
-        keep = grouped_nms(boxes, best, label, self.test_nms_thresh)[: self.max_detections_per_image]
-        return {"boxes": boxes[keep], "scores": best[keep], "labels": label[keep]}
+    def _best_of_level(
+        self, anchors: torch.Tensor, logits: torch.Tensor, deltas: torch.Tensor, outside: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Boxes (B, S, 4), scores (B, S) and labels (B, S) of the best pairs of anchor and class; the score is -inf
+        where there is none."""
+        scores = logits.float().sigmoid()
+        scores = torch.where(scores > self.test_score_thresh, scores, -torch.inf)
+        if outside is not None:
+            scores = scores.masked_fill(outside.unsqueeze(2), -torch.inf)
+        # The k best pairs belong to the k anchors with the best pairs; these in their order, so that ties stay in it.
+        rows = top_scores(scores.amax(2), self.test_topk_candidates)[1].sort(1).values
+        best, index = top_scores(take(scores, rows).flatten(1), self.test_topk_candidates)
+        rows, labels = rows.gather(1, index // self.num_classes), index % self.num_classes
+        boxes = self.box2box_transform.apply_deltas(take(deltas, rows), anchors[rows])
+        return boxes, torch.where(boxes.isfinite().all(dim=-1), best, -torch.inf), labels

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torchvision.ops import box_iou
 
 from ..modeling.areas import areas_of
 from ..modeling.noise import NoiseSource
-from .assignment import Matcher, matched_truth, subsample_labels
+from .assignment import Matcher, sample_slots
+from .layers import knows_valid_maps
 from .mask_head import mask_loss
-from .masks import mask_targets
 from .rpn import Proposals
+from .slots import Detections, GroundTruth, HostCount, Rows, blank, counting_is_free, take
+
+# Images of a batch in which the mask head computes all slots, and the multiple to which it rounds up their number in a
+# larger one, so that cuDNN sees few shapes.
+_BATCH_OF_ALL_SLOTS = 2
+_ROUNDING = 16
 
 
 class SampledProposals(NamedTuple):
-    """Training proposals of one image, foreground first.
+    """Training proposals of B images in S slots each, foreground first.
 
     Attributes:
-        boxes: (N, 4).
-        classes: (N,) int64, ``num_classes`` for background.
-        gt_index: (N,) int64, matched ground truth (0 where there is none).
-        gt_boxes: (N, 4), its box (the proposal itself where there is none).
+        boxes: (B, S, 4); (0, 0, 1, 1) where not valid.
+        valid: (B, S) bool.
+        classes: (B, S) int64, ``num_classes`` for background and where not valid.
+        gt_index: (B, S) int64, slot of the matched ground truth; 0 where there is none.
+        gt_boxes: (B, S, 4), its box; (0, 0, 1, 1) for background.
     """
 
     boxes: torch.Tensor
+    valid: torch.Tensor
     classes: torch.Tensor
     gt_index: torch.Tensor
     gt_boxes: torch.Tensor
@@ -78,113 +85,136 @@ class StandardROIHeads(nn.Module):
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
         self.noise = NoiseSource("proposals")
+        self._count = not all(map(knows_valid_maps, (*_modules(box_head), mask_head)))
 
     def forward(
         self,
         features: dict[str, torch.Tensor],
-        proposals: Sequence[Proposals],
-        image_sizes: Sequence[tuple[int, int]],
-        targets: Sequence[dict[str, Any]] | None = None,
-    ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-        """Detections (eval mode) or losses (training), the other one empty.
+        proposals: Proposals,
+        sizes: torch.Tensor,
+        truth: GroundTruth | None = None,
+    ) -> tuple[Detections | None, dict[str, torch.Tensor]]:
+        """Detections (eval mode) or losses (training), without the other one.
 
         Args:
             features: pyramid levels, (B, C, H, W) each; the padding of ``PackedFeatures`` is not pooled.
-            proposals: of each image.
-            image_sizes: B pairs (height, width) before padding.
-            targets: of each image boxes, labels and masks; needed in training.
+            proposals: of all images.
+            sizes: (B, 2), height and width of the images before padding.
+            truth: needed in training.
 
         Returns:
-            Detections with boxes, scores, labels and ``mask_probabilities`` (N, 28, 28) of each image; and
-            ``loss_cls``, ``loss_box_reg``, ``loss_mask``.
+            Detections with ``mask_probabilities`` (B, S, 28, 28); and ``loss_cls``, ``loss_box_reg``, ``loss_mask``.
         """
         if self.training:
-            sampled = self.sample_proposals(proposals, targets)
-            losses = self._box_losses(features, sampled, image_sizes, targets)
-            return [], losses | self._mask_losses(features, sampled, targets)
-        detections = self._detect(features, [p.boxes for p in proposals], image_sizes)
-        return self._add_masks(features, detections), {}
+            sampled = self.sample_proposals(proposals, truth)
+            count = self._count_masks(sampled)
+            losses = self._box_losses(features, sampled, sizes, truth)
+            return None, losses | self._mask_losses(features, sampled, truth, count)
+        return self._add_masks(features, self._detect(features, proposals, sizes)), {}
 
     @torch.no_grad()
-    def sample_proposals(
-        self, proposals: Sequence[Proposals], targets: Sequence[dict[str, Any]]
-    ) -> list[SampledProposals]:
+    def sample_proposals(self, proposals: Proposals, truth: GroundTruth) -> SampledProposals:
         """Label each image's proposals and draw the training sample."""
-        boxes, matched, labels, counts = [], [], [], []
-        for proposal, target in zip(proposals, targets, strict=True):
-            candidates = torch.cat([proposal.boxes, target["boxes"]]) if self.proposal_append_gt else proposal.boxes
-            index, label = self.proposal_matcher(box_iou(target["boxes"], candidates))
-            boxes.append(candidates)
-            matched.append(index)
-            labels.append(label)
-            counts.append((len(proposal.boxes), len(candidates) - len(proposal.boxes)))
-        # pad_sequence gives padding the label -1, which is never drawn.
-        padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-1)
-        noise = self.noise.draw_candidates(counts, padded.device)
-        index, used = subsample_labels(padded, self.batch_size_per_image, self.positive_fraction, noise)
-        sampled = []
-        for i, target in enumerate(targets):
-            rows = index[i][used[i]]
-            box, gt_index = boxes[i][rows], matched[i][rows]
-            classes, gt_boxes = matched_truth(target, gt_index, labels[i][rows], box, self.num_classes)
-            sampled.append(SampledProposals(box, classes, gt_index, gt_boxes))
-        return sampled
+        boxes, valid = proposals
+        noise = self.noise.draw_candidates(*boxes.shape[:2], truth.boxes.shape[1], truth.most, boxes.device)
+        if self.proposal_append_gt:
+            boxes, valid = torch.cat([boxes, truth.boxes], 1), torch.cat([valid, truth.filled], 1)
+        index, labels = self.proposal_matcher(truth, boxes)
+        labels = torch.where(valid, labels, -1)
+        drawn, used = sample_slots(
+            labels, self.batch_size_per_image, self.positive_fraction, noise[:, : labels.shape[1]]
+        )
+        return self._matched(take(boxes, drawn), used, index.gather(1, drawn), labels.gather(1, drawn), truth)
+
+    def _matched(
+        self,
+        boxes: torch.Tensor,
+        valid: torch.Tensor,
+        index: torch.Tensor,
+        labels: torch.Tensor,
+        truth: GroundTruth,
+    ) -> SampledProposals:
+        """Slots with what a matcher has found for them."""
+        index, foreground = index.long(), (labels == 1) & valid
+        classes = torch.where(foreground, truth.labels.gather(1, index), self.num_classes)
+        return SampledProposals(blank(boxes, valid), valid, classes, index, blank(take(truth.boxes, index), foreground))
 
     def _box_losses(
         self,
         features: dict[str, torch.Tensor],
-        sampled: Sequence[SampledProposals],
-        image_sizes: Sequence[tuple[int, int]],
-        targets: Sequence[dict[str, Any]],
+        sampled: SampledProposals,
+        sizes: torch.Tensor,
+        truth: GroundTruth,
     ) -> dict[str, torch.Tensor]:
-        pooled = self._pool_boxes(features, [s.boxes for s in sampled])
-        return self._losses_of(self.box_predictor, self.box_predictor(self.box_head(pooled)), sampled)
+        rows = self._rows(sampled.valid)
+        predictions = self._predict(features, sampled.boxes, rows)
+        return self._losses_of(self.box_predictor, predictions, sampled, rows)
 
-    def _pool_boxes(self, features: dict[str, torch.Tensor], boxes: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.box_pooler([features[f] for f in self.box_in_features], boxes, areas_of(features))
+    def _rows(self, valid: torch.Tensor) -> Rows:
+        return Rows(valid, count=self._count)
+
+    def _predict(
+        self, features: dict[str, torch.Tensor], boxes: torch.Tensor, rows: Rows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and deltas of the rows among boxes (B, S, 4)."""
+        return self.box_predictor(rows.run(self.box_head, self._pool_boxes(features, boxes, rows)))
+
+    def _pool_boxes(self, features: dict[str, torch.Tensor], boxes: torch.Tensor, rows: Rows) -> torch.Tensor:
+        levels = [features[f] for f in self.box_in_features]
+        return rows.take(self.box_pooler(levels, boxes, rows.slots, areas_of(features)))
 
     def _mask_logits(
-        self, features: dict[str, torch.Tensor], boxes: Sequence[torch.Tensor], classes: torch.Tensor
+        self, features: dict[str, torch.Tensor], boxes: torch.Tensor, classes: torch.Tensor, rows: Rows
     ) -> torch.Tensor:
-        pooled = self.mask_pooler([features[f] for f in self.mask_in_features], boxes, areas_of(features))
-        return self.mask_head(pooled, classes)
+        """(R, M, M) of the rows among boxes (B, S, 4) of classes (B, S)."""
+        levels = [features[f] for f in self.mask_in_features]
+        pooled = rows.take(self.mask_pooler(levels, boxes, rows.slots, areas_of(features)))
+        return rows.run(self.mask_head, pooled, rows.take(classes.flatten()))
 
     @staticmethod
     def _losses_of(
-        predictor: nn.Module, predictions: tuple[torch.Tensor, torch.Tensor], sampled: Sequence[SampledProposals]
+        predictor: nn.Module, predictions: tuple[torch.Tensor, torch.Tensor], sampled: SampledProposals, rows: Rows
     ) -> dict[str, torch.Tensor]:
-        columns = (torch.cat([getattr(s, name) for s in sampled]) for name in ("boxes", "classes", "gt_boxes"))
-        return predictor.losses(*predictions, *columns)
+        columns = (rows.take(x.flatten(0, 1)) for x in (sampled.boxes, sampled.classes, sampled.gt_boxes))
+        return predictor.losses(*predictions, *columns, rows.valid)
+
+    def _count_masks(self, sampled: SampledProposals) -> HostCount | None:
+        """The largest number of foreground proposals of an image; None if the mask head shall compute all slots.
+
+        In a large batch empty slots cost more than a wait, and the box head is the GPU's work meanwhile.
+        """
+        if len(sampled.boxes) <= _BATCH_OF_ALL_SLOTS or counting_is_free(sampled.boxes.device):
+            return None
+        return HostCount((sampled.classes < self.num_classes).sum(1).amax())
 
     def _mask_losses(
         self,
         features: dict[str, torch.Tensor],
-        sampled: Sequence[SampledProposals],
-        targets: Sequence[dict[str, Any]],
+        sampled: SampledProposals,
+        truth: GroundTruth,
+        count: HostCount | None,
     ) -> dict[str, torch.Tensor]:
-        keep = [s.classes < self.num_classes for s in sampled]
-        boxes = [s.boxes[k] for s, k in zip(sampled, keep, strict=True)]
-        classes = torch.cat([s.classes[k] for s, k in zip(sampled, keep, strict=True)])
-        logits = self._mask_logits(features, boxes, classes)
-        index = [s.gt_index[k] for s, k in zip(sampled, keep, strict=True)]
-        masks = mask_targets([t["masks"] for t in targets], index, boxes, logits.shape[-1])
-        return {"loss_mask": mask_loss(logits, masks)}
+        most = int(self.batch_size_per_image * self.positive_fraction)
+        if count is not None:
+            most = min(most, -(-count.read() // _ROUNDING) * _ROUNDING)
+        boxes, classes, index = (x[:, :most] for x in (sampled.boxes, sampled.classes, sampled.gt_index))
+        foreground = classes < self.num_classes
+        rows = self._rows(foreground)
+        logits = self._mask_logits(features, boxes, classes.clamp(max=self.num_classes - 1), rows)
+        masks = truth.masks.targets(index, boxes, foreground, logits.shape[-1])
+        return {"loss_mask": mask_loss(logits, rows.take(masks.flatten(0, 1)), rows.valid)}
 
-    def _detect(
-        self,
-        features: dict[str, torch.Tensor],
-        boxes: Sequence[torch.Tensor],
-        image_sizes: Sequence[tuple[int, int]],
-    ) -> list[dict[str, torch.Tensor]]:
-        pooled = self._pool_boxes(features, boxes)
-        scores, deltas = self.box_predictor(self.box_head(pooled))
-        return self.box_predictor.inference(scores, deltas, boxes, image_sizes)
+    def _detect(self, features: dict[str, torch.Tensor], proposals: Proposals, sizes: torch.Tensor) -> Detections:
+        boxes, valid = proposals
+        rows = self._rows(valid)
+        scores, deltas = self._predict(features, boxes, rows)
+        return self.box_predictor.inference(rows.put(scores), rows.put(deltas), boxes, valid, sizes)
 
-    def _add_masks(
-        self, features: dict[str, torch.Tensor], detections: list[dict[str, torch.Tensor]]
-    ) -> list[dict[str, torch.Tensor]]:
-        boxes = [d["boxes"] for d in detections]
-        probabilities = self._mask_logits(features, boxes, torch.cat([d["labels"] for d in detections])).sigmoid()
-        for detection, maps in zip(detections, probabilities.split([len(b) for b in boxes]), strict=True):
-            detection["mask_probabilities"] = maps
-        return detections
+    def _add_masks(self, features: dict[str, torch.Tensor], detections: Detections) -> Detections:
+        rows = self._rows(detections.valid)
+        logits = self._mask_logits(features, detections.boxes, detections.labels, rows)
+        return detections._replace(mask_probabilities=rows.put(logits.sigmoid()))
+
+
+def _modules(heads: nn.Module) -> Sequence[nn.Module]:
+    return list(heads) if isinstance(heads, nn.ModuleList) else [heads]

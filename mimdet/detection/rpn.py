@@ -9,19 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels import nms_slots
 from ..modeling.areas import ValidArea, levels_of
 from ..modeling.noise import NoiseSource
 from .assignment import (
     Box2BoxTransform,
     Matcher,
     clip_boxes,
-    grouped_nms,
-    match_anchors,
+    column_of,
     outside_images,
+    rank_keys,
     subsample_labels,
     top_scores,
 )
 from .layers import Conv2d, normal_fill
+from .slots import GroundTruth, blank, take
 
 
 class StandardRPNHead(nn.Module):
@@ -72,10 +74,15 @@ class StandardRPNHead(nn.Module):
 
 
 class Proposals(NamedTuple):
-    """Proposals of one image, best first: boxes (N, 4) in pixels of the padded batch, logits (N,)."""
+    """Proposals of B images in S slots each, best first.
+
+    Attributes:
+        boxes: (B, S, 4) in pixels of the padded batch; (0, 0, 1, 1) where not valid.
+        valid: (B, S) bool, the first ones of each image.
+    """
 
     boxes: torch.Tensor
-    logits: torch.Tensor
+    valid: torch.Tensor
 
 
 class RPN(nn.Module):
@@ -133,109 +140,90 @@ class RPN(nn.Module):
     def forward(
         self,
         features: dict[str, torch.Tensor],
-        image_sizes: Sequence[tuple[int, int]],
-        gt_boxes: Sequence[torch.Tensor] | None = None,
-    ) -> tuple[list[Proposals], dict[str, torch.Tensor]]:
-        """Proposals of each image and, in training, the losses.
+        sizes: torch.Tensor,
+        truth: GroundTruth | None = None,
+    ) -> tuple[Proposals, dict[str, torch.Tensor]]:
+        """Proposals and, in training, the losses.
 
         Args:
             features: pyramid levels, (B, C, H, W) each. Anchors in the padding of
                 ``PackedFeatures`` propose nothing and enter no loss.
-            image_sizes: B pairs (height, width) before padding.
-            gt_boxes: B tensors (M, 4), needed in training.
+            sizes: (B, 2), height and width of the images before padding.
+            truth: needed in training.
 
         Returns:
-            Proposals of each image, and ``loss_rpn_cls``, ``loss_rpn_loc`` (empty in eval mode).
+            Proposals, and ``loss_rpn_cls``, ``loss_rpn_loc`` (empty in eval mode).
         """
         levels = [features[name] for name in self.in_features]
         anchors = self.anchor_generator(levels)
+        counts, anchors = [len(a) for a in anchors], torch.cat(anchors)
         areas = levels_of(features, self.anchor_generator.strides)
-        logits, deltas = self.rpn_head(levels, areas)
+        logits, deltas = (torch.cat(parts, 1) for parts in self.rpn_head(levels, areas))
         outside = outside_images(areas, self.anchor_generator.num_anchors)
-        losses = {}
-        if self.training:
-            every = None if outside is None else torch.cat(outside, 1)
-            losses = self.losses(torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1), gt_boxes, every)
+        outside = None if outside is None else torch.cat(outside, 1)
+        losses = self.losses(anchors, logits, deltas, truth, outside) if self.training else {}
         if outside is not None:
-            logits = [x.masked_fill(o, -torch.inf) for x, o in zip(logits, outside, strict=True)]
-        return self.predict_proposals(anchors, logits, deltas, image_sizes), losses
-
-    @torch.no_grad()
-    def label_anchors(
-        self, anchors: torch.Tensor, gt_boxes: Sequence[torch.Tensor], outside: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels (B, N) int8 of all anchors, -1 where ``outside`` (B, N), and their matched boxes (B, N, 4)."""
-        labels, targets = [], []
-        matched = match_anchors(self.anchor_matcher, gt_boxes, anchors, outside)
-        for boxes, (index, label) in zip(gt_boxes, matched, strict=True):
-            labels.append(label)
-            targets.append(boxes[index] if len(boxes) else anchors)
-        labels = torch.stack(labels)
-        return labels if outside is None else labels.masked_fill(outside, -1), torch.stack(targets)
+            logits = logits.masked_fill(outside, -torch.inf)
+        return self.predict_proposals(anchors, counts, logits, deltas, sizes), losses
 
     def losses(
         self,
         anchors: torch.Tensor,
         logits: torch.Tensor,
         deltas: torch.Tensor,
-        gt_boxes: Sequence[torch.Tensor],
+        truth: GroundTruth,
         outside: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Binary cross entropy of sampled anchors and box loss of foreground ones, both divided by
-        ``batch_size_per_image`` times the number of images."""
-        labels, targets = self.label_anchors(anchors, gt_boxes, outside)
+        ``batch_size_per_image`` times the number of images; anchors ``outside`` (B, N) are never sampled."""
+        matched, labels = self.anchor_matcher(truth, anchors, outside)
         noise = self.noise.draw(labels.shape, labels.device)
         index, used = subsample_labels(labels, self.batch_size_per_image, self.positive_fraction, noise)
-        label = labels.gather(1, index)
-        logit = logits.gather(1, index).float()
-        rows = index.unsqueeze(-1).expand(-1, -1, 4)
-        delta = deltas.gather(1, rows).float()
-        foreground = used & (label == 1)
-        target_deltas = self.box2box_transform.get_deltas(anchors[index], targets.gather(1, rows))
-        cls = F.binary_cross_entropy_with_logits(logit, (label == 1).float(), reduction="none")
-        loc = F.smooth_l1_loss(delta, target_deltas, beta=self.smooth_l1_beta, reduction="none").sum(dim=-1)
-        scale = self.loss_weight / (self.batch_size_per_image * len(gt_boxes))
+        is_object = labels.gather(1, index) == 1
+        boxes = blank(take(truth.boxes, matched.gather(1, index).long()), is_object)
+        target = self.box2box_transform.get_deltas(anchors[index], boxes)
+        logit, delta = logits.gather(1, index).float(), take(deltas, index).float()
+        cls = F.binary_cross_entropy_with_logits(logit, is_object.float(), reduction="none")
+        loc = F.smooth_l1_loss(delta, target, beta=self.smooth_l1_beta, reduction="none").sum(dim=-1)
+        scale = self.loss_weight / (self.batch_size_per_image * len(labels))
         zero = cls.new_zeros(())
         return {
             "loss_rpn_cls": torch.where(used, cls, zero).sum() * scale,
-            "loss_rpn_loc": torch.where(foreground, loc, zero).sum() * scale,
+            "loss_rpn_loc": torch.where(used & is_object, loc, zero).sum() * scale,
         }
 
     @torch.no_grad()
     def predict_proposals(
         self,
-        anchors: Sequence[torch.Tensor],
-        logits: Sequence[torch.Tensor],
-        deltas: Sequence[torch.Tensor],
-        image_sizes: Sequence[tuple[int, int]],
-    ) -> list[Proposals]:
-        """The best boxes of each level after NMS, which compares boxes of one level only."""
-        pre, post = (pair[0 if self.training else 1] for pair in (self.pre_nms_topk, self.post_nms_topk))
-        boxes, scores, levels = [], [], []
-        for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
-            score, index = top_scores(logit.float(), pre)
-            delta = delta.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
-            boxes.append(self.box2box_transform.apply_deltas(delta, anchor[index]))
-            scores.append(score)
-            levels.append(torch.full_like(index[0], level))
-        all_boxes, all_scores, level_of = torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(levels)
-        return [
-            self._select(b, s, level_of, size, post)
-            for b, s, size in zip(all_boxes, all_scores, image_sizes, strict=True)
-        ]
-
-    def _select(
-        self,
-        boxes: torch.Tensor,
-        scores: torch.Tensor,
-        levels: torch.Tensor,
-        size: tuple[int, int],
-        count: int,
+        anchors: torch.Tensor,
+        counts: Sequence[int],
+        logits: torch.Tensor,
+        deltas: torch.Tensor,
+        sizes: torch.Tensor,
     ) -> Proposals:
-        finite = boxes.isfinite().all(dim=1) & scores.isfinite()
-        boxes = clip_boxes(boxes, size)
-        sides = boxes[:, 2:] - boxes[:, :2]
-        keep = finite & (sides > self.min_box_size).all(dim=1)
-        boxes, scores, levels = boxes[keep], scores[keep], levels[keep]
-        order = grouped_nms(boxes, scores, levels, self.nms_thresh)[:count]
-        return Proposals(boxes[order], scores[order])
+        """The best boxes of each level after NMS, which compares boxes of one level only.
+
+        Args:
+            anchors: (N, 4) of all levels, ``counts`` of each.
+            logits, deltas: (B, N) and (B, N, 4).
+            sizes: (B, 2), height and width of the images.
+        """
+        pre, post = (pair[0 if self.training else 1] for pair in (self.pre_nms_topk, self.post_nms_topk))
+        logits = logits.float()
+        best = [keys.topk(min(pre, keys.shape[1])).values for keys in rank_keys(logits).split(counts, 1)]
+        # Every level is a problem of NMS, all of one size: the smaller ones get slots that are not valid.
+        most = max(keys.shape[1] for keys in best)
+        none = torch.iinfo(torch.int64).min
+        best = torch.stack([F.pad(keys, (0, most - keys.shape[1]), value=none) for keys in best], 1)
+        index = column_of(best).clamp(max=len(anchors) - 1).flatten(1)
+        boxes = self.box2box_transform.apply_deltas(take(deltas, index), anchors[index])
+        scores = logits.gather(1, index)
+        finite = boxes.isfinite().all(dim=-1) & scores.isfinite() & (best.flatten(1) > none)
+        boxes = clip_boxes(boxes, sizes)
+        valid = finite & (boxes[..., 2:] - boxes[..., :2] > self.min_box_size).all(dim=-1)
+        problems = (x.view(-1, most, *x.shape[2:]) for x in (boxes, valid))
+        stays = nms_slots(*problems, self.nms_thresh, post).view_as(valid)
+        total = sum(min(pre, count) for count in counts)
+        best, index = top_scores(torch.where(stays, scores, -torch.inf), min(post, total))
+        valid = best > -torch.inf
+        return Proposals(blank(take(boxes, index), valid), valid)

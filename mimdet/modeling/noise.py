@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 
@@ -39,26 +37,27 @@ class NoiseSource:
             raise ValueError(f"noise of {self.name} must be {tuple(shape)}, got {tuple(fixed.shape)}")
         return fixed.to(device)
 
-    def draw_candidates(self, counts: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
-        """(B, N) numbers for the candidates of each image: ``counts`` of proposals, then of ground-truth boxes.
+    def draw_candidates(
+        self, batch: int, proposals: int, truths: int, filled: int, device: torch.device
+    ) -> torch.Tensor:
+        """(batch, proposals + truths) numbers for the slots of proposals, then for those of ground-truth boxes.
 
-        N is the largest number of candidates of an image; numbers past an image's last candidate are arbitrary.
+        Slots beyond the first ``filled`` of the latter hold no box in any image.
 
         Raises:
-            ValueError: fixed numbers for fewer candidates.
+            ValueError: fixed numbers of another batch, or for fewer candidates.
         """
-        length = max(sum(count) for count in counts)
         if not self.fixed:
-            return torch.rand(len(counts), length, device=device)
+            return torch.rand(batch, proposals + truths, device=device)
         fixed, first = self._next(), self.first_truth
-        proposals, truths = (max(count) for count in zip(*counts, strict=True))
-        if len(fixed) != len(counts) or first < proposals or fixed.shape[1] < first + truths:
+        if len(fixed) != batch or first < proposals or fixed.shape[1] < first + filled:
             raise ValueError(
-                f"noise of {self.name} must be ({len(counts)}, {first} proposals + at least {truths} ground-truth "
-                f"boxes), got {tuple(fixed.shape)}"
+                f"noise of {self.name} must be ({batch}, {first} proposals + at least {filled} ground-truth boxes), "
+                f"got {tuple(fixed.shape)}"
             )
-        rows = [torch.cat([row[:n], row[first : first + m]]) for row, (n, m) in zip(fixed, counts, strict=True)]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        of_truths = fixed[:, first : first + truths]
+        rest = fixed.new_ones(batch, truths - of_truths.shape[1])
+        return torch.cat([fixed[:, :proposals], of_truths, rest], dim=1).to(device)
 
     def _next(self) -> torch.Tensor:
         self.fixed.append(self.fixed.pop(0))

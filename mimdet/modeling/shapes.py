@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+
+from ..kernels.tensors import to_device
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class ImageList:
 
     def __len__(self) -> int:
         return len(self.image_sizes)
+
+    @cached_property
+    def sizes(self) -> torch.Tensor:
+        """``image_sizes`` as (B, 2) int32 on the device of ``tensor``."""
+        return to_device(self.image_sizes, self.tensor.device)
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[torch.Tensor], size_divisibility: int = 0) -> ImageList:

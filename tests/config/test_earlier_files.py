@@ -30,7 +30,8 @@ def test_targets_of_earlier_configs_resolve(target):
 def test_an_earlier_run_resumes(folder):
     """Two more iterations lead near the weights that the earlier version reached.
 
-    Not nearer: boxes are added up in float32 since, which labels other anchors where overlaps tie.
+    Not nearer: one seed draws other proposals and drops other branches since, and boxes are added up in float32, which
+    labels other anchors where overlaps tie.
     """
     train(load("run/config.yaml"), resume=True)
     weights = torch.load("run/model_final.pth", weights_only=True)["model"]
@@ -39,7 +40,7 @@ def test_an_earlier_run_resumes(folder):
     for key, norm in expected.items():
         if "running_" in key:
             continue  # of the pooled proposals: their sample is another one
-        assert float(weights[key].double().norm()) == pytest.approx(norm, rel=1e-2, abs=1e-3), key
+        assert float(weights[key].double().norm()) == pytest.approx(norm, rel=1e-2, abs=5e-3), key
 
 
 def test_an_earlier_checkpoint_predicts_with_its_own_config(folder):

@@ -3,15 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.slots import proposals_of, sizes_of, truth_of
 from torch import nn
 
 from mimdet.config import instantiate
 from mimdet.detection import Box2BoxTransform, CascadeROIHeads, FastRCNNOutputLayers, Matcher
-from mimdet.detection.rpn import Proposals
 from mimdet.modeling import ShapeSpec
 from mimdet.testing import tiny_config
 
 SIZE = (100, 100)
+SIZES = sizes_of([SIZE])
 BOXES = torch.tensor([[10.0, 10, 30, 30], [60, 10, 80, 30], [10, 60, 30, 80]])
 STEP = 20.0
 
@@ -23,9 +24,9 @@ class BoxPooler(nn.Module):
         super().__init__()
         self.seen = []
 
-    def forward(self, levels, boxes, areas=None):
-        self.seen.append([b.clone() for b in boxes])
-        return torch.cat(boxes) / 100 * levels[0].mean()
+    def forward(self, levels, boxes, valid, areas=None):
+        self.seen.append([b[v] for b, v in zip(boxes, valid, strict=True)])
+        return boxes.flatten(0, 1) / 100 * levels[0].mean()
 
 
 class NoMasks(nn.Module):
@@ -72,18 +73,19 @@ def features():
 
 
 def proposals(boxes=BOXES):
-    return [Proposals(boxes, torch.zeros(len(boxes)))]
+    return proposals_of([boxes])
 
 
 def truth(boxes=BOXES[:1]):
     square = torch.zeros(len(boxes), *SIZE, dtype=torch.bool)
-    return [{"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64), "masks": square}]
+    return truth_of([{"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64), "masks": square}])
 
 
 def test_scores_are_the_mean_over_stages_each_on_its_own_boxes():
     model = heads(steps=(0.5, 0.25, 1.0)).eval()
     with torch.no_grad():
-        (detections,), losses = model(features(), proposals(), [SIZE])
+        detections, losses = model(features(), proposals(), SIZES)
+    (detections,) = detections.tolist()
     moved = [BOXES + STEP * shift * torch.tensor([1.0, 0, 1, 0]) for shift in (0.0, 0.5, 0.75, 1.75)]
     moved = [b.clamp(max=100) for b in moved]
     assert losses == {}
@@ -104,10 +106,10 @@ def test_empty_boxes_go_in_training_only():
     # The second box leaves the image in the first stage.
     model = heads(steps=(2.5, 0.0, 0.0))
     with torch.no_grad():
-        model.eval()(features(), proposals(), [SIZE])
+        model.eval()(features(), proposals(), SIZES)
         assert [len(seen) for (seen,) in model.box_pooler.seen] == [3, 3, 3]
         model.box_pooler.seen.clear()
-        _, losses = model.train()(features(), proposals(), [SIZE], truth())
+        _, losses = model.train()(features(), proposals(), SIZES, truth())
     first, second, third = (seen for (seen,) in model.box_pooler.seen)
     assert len(first) == 4, "three proposals, and the ground truth once"
     assert len(second) == len(third) == 3, "no new sample, no ground truth again"
@@ -120,7 +122,7 @@ def test_empty_boxes_go_in_training_only():
 def test_stages_match_by_their_own_threshold():
     # An overlap of 16/24 with the ground truth: foreground for 0.5 and 0.6, background for 0.7.
     near = BOXES[:1] + torch.tensor([[4.0, 0, 4, 0]])
-    _, losses = heads(proposal_append_gt=False)(features(), proposals(near), [SIZE], truth())
+    _, losses = heads(proposal_append_gt=False)(features(), proposals(near), SIZES, truth())
     assert losses["loss_box_reg_stage0"] > 0
     assert losses["loss_box_reg_stage1"] > 0
     assert losses["loss_box_reg_stage2"] == 0
@@ -128,7 +130,7 @@ def test_stages_match_by_their_own_threshold():
 
 def test_gradients_of_features_are_averaged_and_stop_between_stages():
     model, levels = heads(steps=(0.1, 0.1, 0.1)), features()
-    _, losses = model(levels, proposals(), [SIZE], truth())
+    _, losses = model(levels, proposals(), SIZES, truth())
     losses["loss_cls_stage1"].backward()
     assert model.box_predictor[0].bbox_pred.bias.grad is None
     predictor, (rows,) = model.box_predictor[1], model.box_pooler.seen[1]
@@ -143,20 +145,20 @@ def test_gradients_of_features_are_averaged_and_stop_between_stages():
 
 def test_masks_learn_from_the_first_stages_foreground():
     model = heads(steps=(0.1, 0.1, 0.1), proposal_append_gt=False)
-    model(features(), proposals(), [SIZE], truth())
+    model(features(), proposals(), SIZES, truth())
     assert torch.equal(model.mask_pooler.seen[0][0], BOXES[:1])
 
 
 @pytest.mark.parametrize("boxes", [0, 3], ids=["no-proposals", "no-truth"])
 def test_an_image_without_proposals_or_ground_truth(boxes):
     model = heads()
-    _, losses = model(features(), proposals(BOXES[:boxes]), [SIZE], truth(BOXES[:0]))
+    _, losses = model(features(), proposals(BOXES[:boxes]), SIZES, truth(BOXES[:0]))
     assert len(losses) == 7
     assert all(bool(loss.isfinite()) for loss in losses.values())
     sum(losses.values()).backward()
     with torch.no_grad():
-        (detections,), _ = model.eval()(features(), proposals(BOXES[:0]), [SIZE])
-    assert detections["boxes"].shape == (0, 4)
+        detections, _ = model.eval()(features(), proposals(BOXES[:0]), SIZES)
+    assert not detections.valid.any()
 
 
 def test_a_row_that_overflows_is_dropped():
@@ -164,11 +166,11 @@ def test_a_row_that_overflows_is_dropped():
     model.box_predictor[-1].test_score_thresh = 0.0
     levels = {f"p{n}": torch.ones(1, 16, 128 >> n, 128 >> n) for n in range(2, 6)}
     with torch.no_grad():
-        (detections,), _ = model(levels, proposals(), [SIZE])
-        assert len(detections["boxes"]) > 0
+        detections, _ = model(levels, proposals(), SIZES)
+        assert detections.valid.any()
         model.box_predictor[0].bbox_pred.bias.data[0] = torch.nan
-        (detections,), _ = model(levels, proposals(), [SIZE])
-    assert len(detections["boxes"]) == 0
+        detections, _ = model(levels, proposals(), SIZES)
+    assert not detections.valid.any()
 
 
 def test_keys_are_detectron2s():
@@ -210,8 +212,8 @@ def test_class_agnostic_boxes_of_every_class():
         test_score_thresh=0.2,
     )
     assert predictor.bbox_pred.weight.shape == (4, 4)
-    scores = torch.tensor([[0.0, 5, 0, 0], [0, 0, 5, 0]])
-    (detections,) = predictor.inference(scores, torch.zeros(2, 4), [BOXES[:2]], [SIZE])
+    scores, every = torch.tensor([[0.0, 5, 0, 0], [0, 0, 5, 0]]), torch.ones(1, 2, dtype=torch.bool)
+    (detections,) = predictor.inference(scores[None], torch.zeros(1, 2, 4), BOXES[None, :2], every, SIZES).tolist()
     assert sorted(detections["labels"].tolist()) == [1, 2]
     # Background's deltas enter no loss, and foreground's do whatever its class.
     deltas = torch.tensor([[1.0, 0, 0, 0], [7, 0, 0, 0]])

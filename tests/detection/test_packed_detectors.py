@@ -7,55 +7,26 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from support.fill_weights import fill_module
-from support.small_mimdet import SMALL, make_images, target
+from support.slots import truth_of
+from support.small_mimdet import make_images, target
+from support.tiny_detectors import DETECTORS, detector
 from torch import nn
 
-from mimdet.config import instantiate, load
+from mimdet.config import load
 from mimdet.data.synthetic import generate_shapes
 from mimdet.detection import FPN, LastLevelP6P7, Matcher, NaiveSyncBatchNorm, ROIPooler
-from mimdet.detection.assignment import match_anchors, outside_images
+from mimdet.detection.assignment import outside_images
 from mimdet.detection.layers import get_norm, normalize
 from mimdet.engine.evaluate import Evaluation
 from mimdet.modeling.areas import PackedFeatures, ValidArea, ValidAreas
 
-TINY = [
-    *SMALL,
-    "model.backbone.bottom_up.batch_mode=packed",
-    "model.backbone.bottom_up.encoder.embed_dim=64",
-    "model.backbone.bottom_up.encoder.num_heads=2",
-    "model.backbone.bottom_up.encoder.depth=1",
-    "model.backbone.bottom_up.decoder.decoder_embed_dim=64",
-    "model.backbone.bottom_up.decoder.num_heads=2",
-    "model.backbone.bottom_up.decoder.depth=1",
-    "model.backbone.bottom_up._out_feature_channels=[16,32,64,64]",
-    "model.backbone.out_channels=64",
-]
-TWO_STAGES = [
-    "model.proposal_generator.pre_nms_topk=[200,100]",
-    "model.proposal_generator.post_nms_topk=[100,50]",
-    "model.roi_heads.num_classes=4",
-    "model.roi_heads.mask_head.conv_dims=[32,32]",
-]
-HEAD = ("conv_dims=[32]", "fc_dims=[64]")
-DETECTORS = {
-    "mask_rcnn": [*TWO_STAGES, *(f"model.roi_heads.box_head.{h}" for h in HEAD)],
-    "cascade_mask_rcnn": [*TWO_STAGES, *(f"model.roi_heads.box_heads.{i}.{h}" for i in range(3) for h in HEAD)],
-    "retinanet": [
-        "model.head.conv_dims=[64,64]",
-        "model.num_classes=4",
-        "model.test_topk_candidates=100",
-        "model.test_score_thresh=0.005",
-    ],
-}
 # A multiple of 32, odd sides, one pixel, the whole width of the canvas, one smaller than p5's cells.
 SIZES = [(96, 128), (75, 141), (1, 1), (40, 160), (20, 30)]
 AREAS = ValidAreas([(20, 28), (9, 40), (32, 1)], (32, 64), torch.device("cpu"))
 
 
-def detector(name, *overrides):
-    model = instantiate(load(f"configs/mimdet_b_{name}.py", [*TINY, *DETECTORS[name], *overrides]).model)
-    fill_module(model)
-    return model.to(memory_format=torch.channels_last)
+def packed(name, *options):
+    return detector(name, "model.backbone.bottom_up.batch_mode=packed", *options)
 
 
 def with_garbage(model, value):
@@ -89,7 +60,7 @@ def assert_same(actual, expected):
 def test_detections_are_those_of_the_image_alone(name):
     """For any batch, order, and content of the padding."""
     options = ["model.backbone.norm=GN", "model.head.norm=GN"] if name == "group_norm" else []
-    model = detector("retinanet" if options else name, *options).eval()
+    model = packed("retinanet" if options else name, *options).eval()
     # GroupNorm over the two channels of a single cell magnifies rounding: tiny images do without it.
     images = make_images([(96, 128), (75, 141), (70, 160)] if options else SIZES)
     with torch.no_grad():
@@ -105,7 +76,7 @@ def test_detections_are_those_of_the_image_alone(name):
 
 
 def test_a_pixel_beside_a_wide_image():
-    model = detector("mask_rcnn").eval()
+    model = packed("mask_rcnn").eval()
     images = make_images([(1, 1), (100, 400)])
     with torch.no_grad():
         for actual, image in zip(model(images), images, strict=True):
@@ -115,16 +86,15 @@ def test_a_pixel_beside_a_wide_image():
 @pytest.mark.parametrize("name", DETECTORS)
 def test_without_padding_the_same_as_on_the_canvas(name):
     images = make_images([(96, 128), (96, 128)])
-    canvas = detector(name, "model.backbone.bottom_up.batch_mode=canvas").eval()
     with torch.no_grad():
-        for actual, expected in zip(detector(name).eval()(images), canvas(images), strict=True):
+        for actual, expected in zip(packed(name).eval()(images), detector(name).eval()(images), strict=True):
             assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("norm", ["SyncBN", "BN", "GN", ""])
 @pytest.mark.parametrize("name", ["mask_rcnn", "retinanet"])
 def test_padding_of_every_level_is_zero(name, norm):
-    model = detector(name, f"model.backbone.norm={norm!r}").train()
+    model = packed(name, f"model.backbone.norm={norm!r}").train()
     batch = model.preprocess(make_images(SIZES))
     for level, maps in model.backbone(batch).items():
         area = ValidAreas(batch.image_sizes, batch.tensor.shape[2:], maps.device).at(2 ** int(level[1:]))
@@ -140,9 +110,9 @@ def parts_of_losses(model, images, targets, monkeypatch):
         predictor = model.roi_heads.box_predictor
         plain = type(predictor).losses
 
-        def spy(scores, deltas, boxes, classes, gt_boxes):
+        def spy(scores, deltas, boxes, classes, *others):
             seen.update(box=len(classes), mask=int((classes < predictor.num_classes).sum()))
-            return plain(predictor, scores, deltas, boxes, classes, gt_boxes)
+            return plain(predictor, scores, deltas, boxes, classes, *others)
 
         monkeypatch.setattr(predictor, "losses", spy)
     else:
@@ -168,7 +138,7 @@ def test_losses_and_gradients_are_the_sums_of_those_alone(name, monkeypatch):
             norms += [f"model.{part}.batch_size_per_image=20000", f"model.{part}.positive_fraction=0.5"]
     else:
         norms += ["model.head.norm=GN"]
-    model = detector(name, *norms).train()
+    model = packed(name, *norms).train()
     sizes = [(96, 128), (75, 141), (40, 50)]
     images, targets = make_images(sizes), [target(7 + i, size, 3) for i, size in enumerate(sizes)]
     # At the edges, where an anchor in the padding would overlap most; and an image without objects.
@@ -247,7 +217,7 @@ class Recorder:
 
 @cache
 def _model():
-    return detector("mask_rcnn")
+    return packed("mask_rcnn")
 
 
 def _evaluate(folder, batch_size, mode):
@@ -328,11 +298,12 @@ def test_pooling_ends_with_the_image():
     pooler = ROIPooler(3, (1 / 4, 1 / 8), canonical_box_size=16, canonical_level=3)
     levels = [AREAS.at(stride) for stride in (4, 8)]
     maps = [(torch.randn(3, 5, *a.grid) + 3).masked_fill(a.padding, torch.nan).requires_grad_() for a in levels]
-    boxes = [torch.tensor([[0.0, 0, w, h], [w - 1.0, h - 1.0, w, h]]) for h, w in AREAS.image_sizes]
-    boxes[1] = boxes[1][:0]
-    actual = pooler(maps, boxes, AREAS)
+    boxes = torch.tensor([[[0.0, 0, w, h], [w - 1.0, h - 1.0, w, h]] for h, w in AREAS.image_sizes])
+    valid = torch.tensor([[True, True], [False, False], [True, False]])
+    actual = pooler(maps, boxes, valid, AREAS)
     expected = [
-        pooler([a.crop(m, i).contiguous() for a, m in zip(levels, maps, strict=True)], [boxes[i]]) for i in (0, 1, 2)
+        pooler([a.crop(m, i).contiguous() for a, m in zip(levels, maps, strict=True)], boxes[[i]], valid[[i]])
+        for i in (0, 1, 2)
     ]
     assert torch.equal(actual, torch.cat(expected))
     for m, a, gradient in zip(maps, levels, torch.autograd.grad(actual.sum(), maps), strict=True):
@@ -346,10 +317,10 @@ def test_anchors_in_the_padding_are_no_candidates():
     (outside,) = outside_images([areas.at(8)], [1])
     assert outside.tolist() == [[False, True], [False, False]]
     anchors = torch.tensor([[-4.0, -4, 4, 4], [4.0, -4, 12, 4]])
-    boxes = [torch.tensor([[3.0, 0, 8, 4]])] * 2
+    target = {"boxes": torch.tensor([[3.0, 0, 8, 4]]), "labels": torch.zeros(1, dtype=torch.int64)}
     matcher = Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)
-    labels = [label.tolist() for _, label in match_anchors(matcher, boxes, anchors, outside)]
-    assert labels == [[1, 0], [0, 1]]
+    _, labels = matcher(truth_of([target] * 2, masks=False), anchors, outside)
+    assert labels.tolist() == [[1, -1], [0, 1]]
     assert outside_images([areas.at(16), None], [1, 1]) is None
 
 

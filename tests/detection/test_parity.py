@@ -163,14 +163,13 @@ def test_inference(model, ratio):
             deltas = deltas.unflatten(1, (height, width, 3)).permute(0, 3, 4, 1, 2).flatten(1, 2)
             assert relative(f"{case}.rpn_logits{i}", logits) <= 1e-5
             assert relative(f"{case}.rpn_deltas{i}", deltas) <= 1e-5
-    for i, (proposals, detection, result) in enumerate(
-        zip(seen["proposals"], seen["detections"], results, strict=True)
+    for i, (boxes, valid, detection, result) in enumerate(
+        zip(*seen["proposals"], seen["detections"].tolist(), results, strict=True)
     ):
         key = f"{case}.im{i}"
         stored = GOLDEN.expected(f"{key}.proposal_boxes")
-        gap = np.abs(take(proposals.boxes.numpy(), GOLDEN.meta[f"{key}.proposal_boxes"]["index"]) - stored).max(axis=1)
+        gap = np.abs(take(boxes[valid].numpy(), GOLDEN.meta[f"{key}.proposal_boxes"]["index"]) - stored).max(axis=1)
         assert (gap <= 5e-3).mean() >= 0.99
-        np.testing.assert_allclose(proposals.logits, GOLDEN.expected(f"{key}.proposal_logits"), atol=1e-4)
         order = _same_order(detection["boxes"].numpy(), GOLDEN.expected(f"{key}.boxes"), 5e-3)
         np.testing.assert_array_equal(detection["labels"][order], GOLDEN.expected(f"{key}.labels"))
         np.testing.assert_allclose(detection["scores"][order], GOLDEN.expected(f"{key}.scores"), atol=1e-4)

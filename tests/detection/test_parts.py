@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
+from support.slots import sizes_of, truth_of
 from support.small_mimdet import make_images, small_model, target
 
 from mimdet.detection import (
@@ -16,9 +16,9 @@ from mimdet.detection import (
     StandardRPNHead,
 )
 from mimdet.detection import masks as detection_masks
-from mimdet.detection.assignment import clip_boxes, grouped_nms, nonempty, scale_boxes, subsample_labels, top_scores
+from mimdet.detection.assignment import clip_boxes, nonempty, sample_slots, subsample_labels, top_scores
 from mimdet.detection.layers import get_norm
-from mimdet.detection.masks import crop_and_resize, mask_targets, paste_in_parts, paste_masks
+from mimdet.detection.masks import paste_in_parts, paste_masks
 from mimdet.evaluation.results import encode_masks
 from mimdet.modeling import ShapeSpec
 from mimdet.polygons import PackedPolygons
@@ -45,11 +45,11 @@ def test_box_growth_is_bounded():
     assert bool(box.isfinite().all())
 
 
-def test_boxes_clip_scale_and_emptiness():
+def test_boxes_clip_and_emptiness():
     boxes = torch.tensor([[-5.0, 2.0, 30.0, 40.0], [50.0, 50.0, 60.0, 60.0]])
-    assert clip_boxes(boxes, (20, 25)).tolist() == [[0, 2, 25, 20], [25, 20, 25, 20]]
-    assert nonempty(clip_boxes(boxes, (20, 25))).tolist() == [True, False]
-    assert scale_boxes(boxes[1], (100, 200), (50, 400)).tolist() == [100, 25, 120, 30]
+    clipped = clip_boxes(boxes[None], sizes_of([(20, 25)]))
+    assert clipped.tolist() == [[[0, 2, 25, 20], [25, 20, 25, 20]]]
+    assert nonempty(clipped).tolist() == [[True, False]]
 
 
 def test_anchors_follow_cells_and_areas():
@@ -64,19 +64,20 @@ def test_anchors_follow_cells_and_areas():
     torch.testing.assert_close((size[:, 1] / size[:, 0])[:3], torch.tensor([0.5, 1.0, 2.0]))
 
 
+def boxes_of(*rows):
+    return {"boxes": torch.tensor(rows).view(-1, 4).float(), "labels": torch.zeros(len(rows), dtype=torch.int64)}
+
+
 def test_matcher_bands_and_low_quality():
-    iou = torch.tensor([[0.1, 0.45, 0.8, 0.25], [0.1, 0.2, 0.1, 0.25]])
-    index, labels = Matcher([0.3, 0.7], [0, -1, 1])(iou)
-    assert index.tolist() == [0, 0, 0, 0]
-    assert labels.tolist() == [0, -1, 1, 0]
-    # The second object's best candidate counts although its overlap is low and the first object has it too.
-    assert Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)(iou)[1].tolist() == [0, -1, 1, 1]
-
-
-def test_matcher_without_ground_truth():
-    index, labels = Matcher([0.5], [0, 1])(torch.zeros(0, 3))
-    assert index.tolist() == [0, 0, 0]
-    assert labels.tolist() == [0, 0, 0]
+    # Overlaps with the first object: 0.1, 0.5, 0.8, 0; with the second, which is elsewhere: 0, 0, 0, 0.25.
+    truth = truth_of([boxes_of([0, 0, 10, 10], [50, 0, 60, 10]), boxes_of()], masks=False)
+    candidates = torch.tensor([[0.0, 0, 10, 1], [0, 0, 10, 5], [0, 0, 10, 8], [50, 0, 60, 2.5]])
+    index, labels = Matcher([0.3, 0.7], [0, -1, 1])(truth, candidates)
+    assert index.tolist() == [[0, 0, 0, 1], [0] * 4]
+    assert labels.tolist() == [[0, -1, 1, 0], [0] * 4]
+    # The second object's best candidate counts although its overlap is low.
+    matcher = Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)
+    assert matcher(truth, candidates)[1].tolist() == [[0, -1, 1, 1], [0] * 4]
 
 
 @pytest.mark.parametrize(
@@ -115,13 +116,27 @@ def test_subsample_of_nothing():
     assert index.shape == used.shape
 
 
+def test_sampled_slots_are_the_subsample_without_gaps():
+    torch.manual_seed(0)
+    labels = torch.tensor([[1] * 30 + [0] * 50, [1] * 2 + [0] * 78, [1] * 70 + [0] * 10, [-1] * 79 + [0]])
+    noise = torch.rand(labels.shape)
+    index, used = sample_slots(labels, 40, 0.25, noise)
+    assert index.shape == (4, 40)
+    assert used.sum(1).tolist() == [40, 40, 20, 1]
+    every, drawn = subsample_labels(labels, 40, 0.25, noise)
+    for i in range(4):
+        assert index[i][used[i]].tolist() == every[i][drawn[i]].tolist()
+        assert used[i, : used[i].sum()].all()
+
+
 def test_pooler_picks_levels_and_keeps_order():
     pooler = ROIPooler(7, (1 / 4, 1 / 8, 1 / 16, 1 / 32))
     sides = torch.tensor([300.0, 20.0, 120.0, 900.0, 60.0])
-    boxes = torch.stack([torch.zeros(5), torch.zeros(5), sides, sides], dim=1)
-    levels = [torch.full((1, 2, 1024 // s, 1024 // s), float(i)) for i, s in enumerate((4, 8, 16, 32))]
-    assert pooler(levels, [boxes])[:, 0, 3, 3].tolist() == [2, 0, 1, 3, 0]
-    assert pooler(levels, [boxes[:0]]).shape == (0, 2, 7, 7)
+    boxes = torch.stack([torch.zeros(5), torch.zeros(5), sides, sides], dim=1)[None]
+    levels = [torch.full((1, 2, 1024 // s, 1024 // s), i + 1.0) for i, s in enumerate((4, 8, 16, 32))]
+    valid = torch.tensor([[True, True, True, True, False]])
+    assert pooler(levels, boxes, valid)[:, 0, 3, 3].tolist() == [3, 1, 2, 4, 0]
+    assert pooler(levels, boxes[:, :0], valid[:, :0]).shape == (0, 2, 7, 7)
 
 
 @pytest.mark.parametrize("kwargs", [{"pooler_type": "ROIAlign"}, {"scales": (1 / 4, 1 / 16)}], ids=["type", "scales"])
@@ -138,57 +153,72 @@ def test_rpn_head_keys(dims, keys):
     assert {k for k in head.state_dict() if k.startswith("conv") and k.endswith("weight")} == keys
 
 
+def masks_of(*images):
+    return truth_of([{**boxes_of(*[[0, 0, 1, 1]] * len(m)), "masks": m} for m in images]).masks
+
+
+SQUARE = [np.array([10.0, 10, 50, 10, 50, 50, 10, 50])]
+
+
+def bitmap_of_square(count=1):
+    bitmap = torch.zeros(count, 64, 64, dtype=torch.bool)
+    bitmap[:, 10:50, 10:50] = True
+    return bitmap
+
+
 def test_mask_targets_of_polygons_and_bitmaps_agree():
-    square = [np.array([10.0, 10, 50, 10, 50, 50, 10, 50])]
-    bitmap = torch.zeros(1, 64, 64, dtype=torch.bool)
-    bitmap[0, 10:50, 10:50] = True
-    boxes, index = torch.tensor([[10.0, 10, 50, 50], [0, 0, 60, 60]]), torch.tensor([0, 0])
-    from_polygons = crop_and_resize(PackedPolygons.pack([square]), index, boxes, 28)
-    from_bitmap = crop_and_resize(bitmap, index, boxes, 28)
+    boxes, index = torch.tensor([[[10.0, 10, 50, 50], [0, 0, 60, 60], [0, 0, 60, 60]]]), torch.zeros(1, 3).long()
+    valid = torch.tensor([[True, True, False]])
+    (from_polygons,), (from_bitmap,) = (
+        masks_of(masks).targets(index, boxes, valid, 28) for masks in ([SQUARE], bitmap_of_square())
+    )
     assert from_polygons[0].all()
     assert from_bitmap[0].all()
     assert (from_polygons[1] != from_bitmap[1]).float().mean() < 0.05
+    assert not from_polygons[2].any()
+    assert not from_bitmap[2].any()
 
 
-def truth_of_three_images():
-    """masks, index and boxes: polygons of two instances, none at all, and three."""
+def masks_of_three_images():
+    """Polygons of two instances, none at all, and three; index and boxes of four slots each."""
     draw = np.random.default_rng(0)
-    counts, boxes = (2, 0, 3), torch.from_numpy(draw.uniform(0, 10, (7, 4)).astype(np.float32))
-    boxes[:, 2:] += 40
+    boxes = torch.from_numpy(draw.uniform(0, 10, (3, 4, 4)).astype(np.float32))
+    boxes[..., 2:] += 40
     masks = [
-        PackedPolygons.pack([[draw.uniform(0, 60, 10) for _ in range(k + 1)] for k in range(count)]) for count in counts
+        PackedPolygons.pack([[draw.uniform(0, 60, 10) for _ in range(k + 1)] for k in range(count)])
+        for count in (2, 0, 3)
     ]
-    index = [torch.tensor([1, 0, 1]), torch.zeros(0, dtype=torch.int64), torch.tensor([2, 0, 1, 2])]
-    return masks, index, boxes.split([3, 0, 4])
+    valid = torch.tensor([[True, True, True, False], [False] * 4, [True] * 4])
+    return masks, torch.tensor([[1, 0, 1, 0], [0] * 4, [2, 0, 1, 2]]), boxes, valid
 
 
 def test_mask_targets_of_a_batch_are_those_of_its_images(monkeypatch):
     calls = []
     run = detection_masks.rasterize_polygons
     monkeypatch.setattr(detection_masks, "rasterize_polygons", lambda *a: calls.append(a) or run(*a))
-    truth = truth_of_three_images()
-    together = mask_targets(*truth, 28)
+    masks, *slots = masks_of_three_images()
+    together = masks_of(*masks).targets(*slots, 28)
     assert len(calls) == 1
-    alone = torch.cat([crop_and_resize(*image, 28) for image in zip(*truth, strict=True)])
-    assert torch.equal(together, alone)
-    assert together.any(dim=(1, 2)).all()
+    for i, image in enumerate(masks):
+        (alone,) = masks_of(image).targets(*(x[i : i + 1] for x in slots), 28)
+        assert torch.equal(together[i], alone)
+    assert torch.equal(together.any(dim=(2, 3)), slots[-1])
 
 
 def test_mask_targets_of_polygons_beside_bitmaps():
-    polygons, index, boxes = truth_of_three_images()
-    bitmap = torch.zeros(3, 64, 64, dtype=torch.bool)
-    bitmap[:, 10:50, 10:50] = True
-    got = mask_targets([*polygons[:2], bitmap], index, boxes, 28)
-    assert torch.equal(got[:3], crop_and_resize(polygons[0], index[0], boxes[0], 28))
-    assert torch.equal(got[3:], crop_and_resize(bitmap, index[2], boxes[2], 28))
+    masks, *slots = masks_of_three_images()
+    got = masks_of(*masks[:2], bitmap_of_square(3)).targets(*slots, 28)
+    for images in (slice(0, 2), slice(2, 3)):
+        alone = masks_of(*[*masks[:2], bitmap_of_square(3)][images]).targets(*(x[images] for x in slots), 28)
+        assert torch.equal(got[images], alone)
 
 
 @pytest.mark.parametrize("box", [[5.0, 5, 5, 9], [5.0, 5, 5.001, 5.001]], ids=["no-area", "tiny"])
 def test_masks_of_degenerate_boxes(box):
-    box = torch.tensor([box])
     triangle = PackedPolygons.pack([[np.array([0.0, 0, 9, 0, 9, 9])]])
-    assert crop_and_resize(triangle, torch.tensor([0]), box, 28).shape == (1, 28, 28)
-    assert paste_masks(torch.ones(1, 28, 28), box, (16, 16)).shape == (1, 16, 16)
+    every = torch.ones(1, 1, dtype=torch.bool)
+    masks = masks_of(triangle).targets(torch.zeros(1, 1).long(), torch.tensor([[box]]), every, 28)
+    assert masks.shape == (1, 1, 28, 28)
 
 
 def test_pasted_mask_fills_its_box_only():
@@ -357,24 +387,3 @@ def test_top_scores_have_one_order():
     assert torch.equal(index, expected.indices[:, :2000])
     assert torch.equal(values, expected.values[:, :2000])
     assert top_scores(torch.zeros(2, 0), 5)[1].shape == (2, 0)
-
-
-def test_nms_keeps_groups_apart_without_moving_boxes():
-    """An overlap of exactly the threshold stays; coordinates moved by an offset would round it away."""
-    boxes = torch.tensor([[0.1, 0.1, 1.3, 1.3], [0.1, 0.1, 1.3, 0.7], [0.1, 0.1, 1.3, 1.3], [0.1, 0.1, 1.3, 1.2]])
-    threshold = float(torchvision.ops.box_iou(boxes[:1], boxes[1:2]))
-    scores = torch.tensor([0.9, 0.8, 0.9, 0.5])
-    groups = torch.tensor([79, 79, 3, 3])
-    assert grouped_nms(boxes, scores, groups, threshold).tolist() == [0, 2, 1]
-    torch.manual_seed(0)
-    boxes, groups = random_boxes(300), torch.randint(0, 4, (300,))
-    scores = torch.randint(0, 20, (300,)) / 20
-    expected = []
-    for group in range(4):
-        rows = (groups == group).nonzero().squeeze(1)
-        expected.append(rows[torchvision.ops.nms(boxes[rows], scores[rows], 0.3)])
-    keep = grouped_nms(boxes, scores, groups, 0.3)
-    assert keep.sort().values.tolist() == torch.cat(expected).sort().values.tolist()
-    order = [(-float(scores[i]), int(i)) for i in keep]
-    assert order == sorted(order)
-    assert grouped_nms(boxes[:0], scores[:0], groups[:0], 0.3).shape == (0,)

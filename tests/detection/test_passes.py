@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.slots import detections_of, sizes_of
 from support.small_mimdet import target
 
 from mimdet.config import instantiate
@@ -23,7 +24,7 @@ def test_the_best_of_what_overlaps_stays_with_the_mean_box_and_mask():
         found((1, 1, 2, 2, 0.3, 0), (5, 5, 5, 5, 0.0, 0)),
     ]
     passes = InferencePasses(passes=2, ratio=0.5)
-    merged = passes.merge([first, second])
+    merged = passes.merge([detections_of(first), detections_of(second)], 2).tolist()
     assert merged[0]["scores"].tolist() == pytest.approx([0.9, 0.6, 0.5, 0.1])
     assert merged[0]["labels"].tolist() == [0, 1, 1, 0]
     expected = [[0, 0, 10, (0.9 * 10 + 0.6 * 9) / 1.5], [20, 20, 30, (0.2 * 30 + 0.6 * 32) / 0.8], [0, 0, 10, 10]]
@@ -31,8 +32,9 @@ def test_the_best_of_what_overlaps_stays_with_the_mean_box_and_mask():
     masks = merged[0]["mask_probabilities"][:, 3, 5].tolist()
     assert masks == pytest.approx([(0.9**2 + 0.6**2) / 1.5, (0.2**2 + 0.6**2) / 0.8, 0.5, 0.1])
     assert merged[1]["boxes"].tolist() == [[1, 1, 2, 2], [5, 5, 5, 5]]
-    assert len(InferencePasses(passes=2, ratio=0.5, topk=2).merge([first, second])[0]["scores"]) == 2
-    assert [len(each["boxes"]) for each in passes.merge([[found()], [found()]])] == [0]
+    two = InferencePasses(passes=2, ratio=0.5, topk=2).merge([detections_of(first), detections_of(second)], 2)
+    assert two.valid.tolist() == [[True, True], [True, True]]
+    assert passes.merge([detections_of([found()])] * 2, 2).valid.sum() == 0
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +61,14 @@ def test_passes_are_independent_runs_of_the_detector(detector):
     actual = run(detector, passes, images, noise)
     batch = detector.preprocess(images)
     with torch.no_grad(), fixed_noise(detector, noise):
-        each = [detector.detect(detector.backbone(batch, sample_ratio=0.5), batch.image_sizes) for _ in noise]
-    expected = passes.merge(each)
+        sizes = sizes_of(batch.image_sizes)
+        each = [detector.detect(detector.backbone(batch, sample_ratio=0.5), sizes) for _ in noise]
+    expected = passes.merge(each, 80).tolist()
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours["scores"], theirs["scores"])
         assert ours["masks"].shape[0] == len(ours["scores"]) > 10
     alone = run(detector, InferencePasses(ratio=0.5), images, noise[0])
-    assert alone[0]["scores"].tolist() == pytest.approx(each[0][0]["scores"].tolist())
+    assert alone[0]["scores"].tolist() == pytest.approx(each[0].tolist()[0]["scores"].tolist())
     assert alone[0]["scores"].tolist() != pytest.approx(actual[0]["scores"].tolist())
 
 

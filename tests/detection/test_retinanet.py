@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.slots import truth_of
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
@@ -100,7 +101,8 @@ def test_labels_of_anchors():
             [30, 20, 40, 30],  # tied
         ]
     )
-    classes, boxes = net().label_anchors(anchors, [*truth((0, 0, 10, 10, 1), (25, 20, 35, 30, 0)), EMPTY])
+    targets = truth_of([*truth((0, 0, 10, 10, 1), (25, 20, 35, 30, 0)), EMPTY], masks=False)
+    classes, boxes = net().label_anchors(anchors, targets)
     assert classes.tolist() == [[1, -1, 2, 2, 0, 0], [2] * 6]
     assert boxes[0, 0].tolist() == [0, 0, 10, 10]
     assert boxes[0, 5].tolist() == [25, 20, 35, 30]

@@ -1,19 +1,20 @@
 """match_boxes: every implementation gives the integers of torchvision's box_iou and of the matcher, to the last one."""
 
 import math
-import re
 
 import numpy as np
 import pytest
 import torch
+from support.dynamic_detection import match
 from support.kernels import (
     IMPLS,
-    INTERPRETED,
     Guarded,
     here,
     layouts,
+    mocked_gpu,
     native,
     needs_compiler,
+    on_all,
     run_on_older_processor,
     usable,
 )
@@ -21,8 +22,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_iou
 
-from mimdet.detection.assignment import Matcher
-from mimdet.kernels import KernelUnavailableError, build, match_boxes
+from mimdet.detection import Matcher
+from mimdet.kernels import KernelUnavailableError, match_boxes
 from mimdet.kernels.match_boxes import ops, reference
 
 OP = "match_boxes"
@@ -38,14 +39,12 @@ def by_matcher(boxes, counts, candidates, thresholds, labels, low_quality=False,
         return torch.zeros(len(boxes), 0, dtype=torch.int32), torch.zeros(len(boxes), 0, dtype=torch.int8)
     matcher, results = Matcher(thresholds, labels, low_quality), []
     for i, count in enumerate(counts.tolist()):
-        overlap = box_iou(boxes[i, :count], candidates if candidates.dim() == 2 else candidates[i]).nan_to_num(0.0)
-        if outside is None:
-            results.append(matcher(overlap))
-        else:
-            index, label = matcher(overlap.masked_fill(outside[i], -1.0))
-            results.append((index.masked_fill(outside[i], 0), label.masked_fill(outside[i], -1)))
+        of_image = candidates if candidates.dim() == 2 else candidates[i]
+        hidden = torch.zeros(len(of_image), dtype=torch.bool) if outside is None else outside[i]
+        index, label = match(matcher, boxes[i, :count], of_image, hidden)
+        results.append((index.masked_fill(hidden, 0), label.masked_fill(hidden, -1)))
     index, label = zip(*results, strict=True)
-    return torch.stack(index).int(), torch.stack(label)
+    return torch.stack(index).int(), torch.stack(label).to(torch.int8)
 
 
 def random_boxes(generator, kind, *shape):
@@ -108,17 +107,7 @@ def assert_matched(boxes, counts, candidates, outside=None, *, bands=BANDS, low_
     return index, label
 
 
-def on_all(test):
-    """For eager, and for whatever else can run here."""
-    places = [("eager", "cpu")] * (not INTERPRETED) + [
-        (impl, device)
-        for impl, device in here([("cpp", "cpu"), ("triton", "cuda"), ("cuda", "cuda")], [("triton", "cpu")])
-        if usable(OP, impl, device)
-    ]
-    return pytest.mark.parametrize(("impl", "device"), places, ids=[impl for impl, _ in places])(test)
-
-
-@on_all
+@on_all(OP)
 @pytest.mark.parametrize("low_quality", [False, True], ids=["by-threshold", "low-quality"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_the_matcher(kind, low_quality, impl, device):
@@ -131,7 +120,7 @@ def test_is_the_matcher(kind, low_quality, impl, device):
     assert 1 in seen or not low_quality
 
 
-@on_all
+@on_all(OP)
 @pytest.mark.parametrize("slots", here([0, 1, 2, 33, 128], [0, 1, 9]))
 @pytest.mark.parametrize("count", here([0, 1, 7, 255, 256, 257, 2051], [0, 1, 513]))
 def test_sizes(count, slots, impl, device):
@@ -139,7 +128,7 @@ def test_sizes(count, slots, impl, device):
     assert_matched(*random_case(count, "plain", slots, count, batch=1, shared=False), impl=impl, device=device)
 
 
-@on_all
+@on_all(OP)
 def test_no_images(impl, device):
     boxes, counts = torch.zeros(0, 3, 4), torch.zeros(0, dtype=torch.int32)
     for candidates in (torch.zeros(5, 4), torch.zeros(0, 5, 4)):
@@ -147,7 +136,7 @@ def test_no_images(impl, device):
         assert index.shape == label.shape == (0, 5)
 
 
-@on_all
+@on_all(OP)
 def test_the_first_of_equal_boxes(impl, device):
     boxes = torch.tensor([[[50.0, 50.0, 60.0, 60.0], SQUARE, SQUARE]])
     index, label = matched(boxes, torch.tensor([3]), torch.tensor([SQUARE, [90.0, 90.0, 99.0, 99.0]]), impl=impl,
@@ -156,7 +145,7 @@ def test_the_first_of_equal_boxes(impl, device):
     assert label.tolist() == [[1, 0]]
 
 
-@on_all
+@on_all(OP)
 @pytest.mark.parametrize("height", [3.0, 7.0])
 def test_an_overlap_at_the_threshold(height, impl, device):
     """PyTorch rounds the number of ``tensor >= number`` to the tensor's float32: float32(0.7) is below 0.7."""
@@ -174,7 +163,7 @@ def test_an_overlap_at_the_threshold(height, impl, device):
         assert label.item() == reached
 
 
-@on_all
+@on_all(OP)
 def test_bands(impl, device):
     """One threshold, equal ones, as many as the GPU kernels take, and labels in any order."""
     example = random_case(3)
@@ -187,7 +176,7 @@ def test_bands(impl, device):
         assert_matched(*example, impl=impl, device=device, bands=bands, low_quality=False)
 
 
-@on_all
+@on_all(OP)
 def test_a_box_that_nothing_overlaps(impl, device):
     """As in Detectron2 it makes every candidate foreground that does not overlap it; slots without a box do not."""
     candidates = torch.tensor([SQUARE, [20.0, 20.0, 30.0, 30.0]]).repeat(here(300, 2), 1)
@@ -205,7 +194,7 @@ def test_a_box_that_nothing_overlaps(impl, device):
     assert label[:, :2].tolist() == [[-1, 1]] * 3
 
 
-@on_all
+@on_all(OP)
 def test_what_is_in_unused_slots_changes_nothing(impl, device):
     boxes, counts, candidates, outside = random_case(4, outside="some")
     results = []
@@ -218,7 +207,7 @@ def test_what_is_in_unused_slots_changes_nothing(impl, device):
         assert torch.equal(label, results[0][1])
 
 
-@on_all
+@on_all(OP)
 def test_every_operation_is_rounded_once(impl, device):
     """The thresholds are the overlap and the next number: only the very same bits are between them."""
     boxes, candidates = random_boxes(torch.Generator().manual_seed(5), "plain", 2, 3000)
@@ -237,7 +226,7 @@ def test_every_operation_is_rounded_once(impl, device):
         assert label.item() == 1
 
 
-@on_all
+@on_all(OP)
 def test_any_strides_and_integers(impl, device):
     boxes, counts, candidates, outside = random_case(5, shared=False, outside="some")
     expected = matched(boxes, counts, candidates, outside, impl=impl, device=device)
@@ -281,9 +270,8 @@ def test_eager_takes_some_slots_at_a_time(monkeypatch):
 
 @native
 @pytest.mark.parametrize("impl", ["eager", "triton", "cuda"])
-def test_nothing_waits_for_the_gpu(impl, monkeypatch):
+def test_nothing_waits_for_the_gpu(impl):
     """Tensors of a GPU that is not here: no value is read, nothing is copied between devices."""
-    from mimdet.kernels import dispatch
 
     class Copies(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -292,34 +280,19 @@ def test_nothing_waits_for_the_gpu(impl, monkeypatch):
             assert len(devices) < 2, function
             return out
 
-    monkeypatch.setattr(dispatch, "no_gpu", lambda *args, **kwargs: None)
-    monkeypatch.setattr(dispatch, "too_old", lambda *args: None)
-    monkeypatch.setattr(build, "cuda_unavailable", lambda: None)
-    dispatch.forget()
-    try:
-        with FakeTensorMode(), Copies():
-            tensors = torch.empty(3, 5, 4, device="cuda"), torch.empty(3, dtype=torch.int64, device="cuda")
-            candidates = torch.empty(1000, 4, device="cuda")
-            outside = torch.empty(3, 1000, dtype=torch.bool, device="cuda")
-            for mask in (None, outside):
-                index, label = match_boxes(*tensors, candidates, *BANDS, True, mask, impl=impl)
-                assert index.shape == label.shape == (3, 1000)
-                assert index.device.type == "cuda"
-    finally:
-        dispatch.forget()
+    with mocked_gpu(), FakeTensorMode(), Copies():
+        tensors = torch.empty(3, 5, 4, device="cuda"), torch.empty(3, dtype=torch.int64, device="cuda")
+        candidates = torch.empty(1000, 4, device="cuda")
+        outside = torch.empty(3, 1000, dtype=torch.bool, device="cuda")
+        for mask in (None, outside):
+            index, label = match_boxes(*tensors, candidates, *BANDS, True, mask, impl=impl)
+            assert index.shape == label.shape == (3, 1000)
+            assert index.device.type == "cuda"
 
 
 @pytest.mark.usefixtures("two_threads")
 def test_threads_change_nothing(cpp):
     assert_matched(*random_case(9, "ties", count=50_000, outside="some"), impl="cpp")
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @native
@@ -422,18 +395,13 @@ def test_bad_input(change, error, message):
 
 @native
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
-def test_gpu_kernels_say_what_they_cannot_hold(impl, monkeypatch):
-    from mimdet.kernels import dispatch
-
+def test_gpu_kernels_say_what_they_cannot_hold(impl):
     arguments = random_case(14)[:3]
     with pytest.raises(KernelUnavailableError, match=f"match_boxes: {impl} cannot run: "):
         match_boxes(*arguments, *BANDS, impl=impl)
-    monkeypatch.setattr(dispatch, "no_gpu", lambda *args, **kwargs: None)
-    dispatch.forget()
     bands = [n / 10 for n in range(1, 10)], [0] * 10
-    with pytest.raises(KernelUnavailableError, match="take at most 8 thresholds, got 9"):
+    with mocked_gpu(), pytest.raises(KernelUnavailableError, match="take at most 8 thresholds, got 9"):
         match_boxes(*arguments, *bands, impl=impl)
-    dispatch.forget()
     for usable_one in ("eager", "auto"):
         match_boxes(*arguments, *bands, impl=usable_one)
 
@@ -454,16 +422,12 @@ def test_compiles_within_the_budget(capability, low_quality, outside):
         assert one.registers <= 64, one
 
 
-def fused(target_name, assembly, pattern, **changes):
+def fused(capability, assembly, pattern, **options):
     """How many fused products and sums the compiler made in both kernels."""
-    from support.aot import launches, target
-    from support.kernel_cases import pretend
+    from support.aot import count_instructions
 
-    with pretend("triton", OP), launches() as kernels:
-        match_boxes(*random_case(16)[:3], *BANDS, True, impl="triton")
-    with target(target_name):
-        built = [one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants | changes) for one in kernels]
-    return sum(len(re.findall(pattern, one.asm[assembly])) for one in built)
+    run = lambda: match_boxes(*random_case(16)[:3], *BANDS, True, impl="triton")  # noqa: E731
+    return count_instructions(OP, capability, assembly, pattern, run, **options)
 
 
 @needs_compiler
@@ -473,15 +437,3 @@ def test_triton_does_not_fuse_products_with_sums():
     assert fused(90, "ptx", "ftz|approx|div.full") == 0
     # A division on AMD consists of five.
     assert fused("gfx942", "amdgcn", "v_fmac?_f32") == 5 * fused("gfx942", "amdgcn", "v_div_fmas_f32")
-
-
-def test_cpp_does_not_fuse_products_with_sums(monkeypatch, tmp_path):
-    commands = []
-    monkeypatch.setattr(build, "_compile", lambda folder, name, parts, *others: commands.extend(parts))
-    try:
-        build.compile_cpu(tmp_path)
-    except build.BuildError as error:
-        pytest.skip(str(error))
-    loops = [c for c in commands if c[-1] == "MatchBoxesCPU.cpp"]
-    assert loops
-    assert all("-ffp-contract=off" in c for c in loops)

@@ -13,6 +13,7 @@ import torch
 from support.kernels import activation_bytes
 from support.paths import RECORDINGS
 from support.relative_error import relative_error
+from support.slots import detections_of
 from support.small_benchmarking import SMALL, loss, small_backbone, small_input
 
 from mimdet.checkpoint.convert import convert_checkpoint
@@ -150,9 +151,9 @@ def test_autocast():
         assert relative_error(actual[name].float(), feature) <= 2e-2, name
 
 
-def mae_file(path, width=64, depth=8, grid=14, decoder=True):
+def mae_file(path, grid=14, decoder=True):
     """A file with the keys of MAE's, and its weights."""
-    donor = small_backbone(embed_dim=width, depth=depth, img_size=128).state_dict()
+    donor, width = small_backbone().state_dict(), SMALL["embed_dim"]
     state = {key: value for key, value in donor.items() if key.startswith(("patch_embed.", "blocks."))}
     state |= {"cls_token": torch.zeros(1, 1, width), "pos_embed": torch.randn(1, grid * grid + 1, width)}
     state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
@@ -243,7 +244,9 @@ def test_lsj_postprocess():
         "labels": torch.tensor([1, 2, 3]),
         "mask_probabilities": torch.ones(3, 28, 28),
     }
-    result = GeneralizedRCNN._resize(SimpleNamespace(lsj_postprocess=True), detection, (100, 100), (100, 200), True)
+    model = SimpleNamespace(lsj_postprocess=True, device=torch.device("cpu"))
+    (result,) = GeneralizedRCNN._resize(model, detections_of([detection]), [(100, 100)], [(100, 200)]).tolist()
+    result = GeneralizedRCNN._paste(result, (100, 200))
     assert result["boxes"].tolist() == [[20, 10, 120, 60], [40, 80, 160, 100]]
     assert result["labels"].tolist() == [1, 2]
     assert result["masks"].sum((1, 2)).tolist() == pytest.approx([100 * 50, 120 * 20], abs=8)  # blurred corners

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from support.fill_weights import fill_module, gradient, image
 from support.relative_error import relative_error
+from support.slots import detections_of
 from support.small_benchmarking import SMALL, loss, small_input
 
 from mimdet.bench.experiments.detectron2 import make_importable
@@ -78,7 +79,9 @@ def test_postprocess(original, new):
     boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
     masks = torch.from_numpy(gradient(6, (40, 28, 28))).sigmoid()
     detection = {"boxes": boxes, "scores": torch.rand(40), "labels": torch.arange(40), "mask_probabilities": masks}
-    ours = GeneralizedRCNN._resize(SimpleNamespace(lsj_postprocess=True), detection, (128, 128), new, paste=True)
+    model = SimpleNamespace(lsj_postprocess=True, device=torch.device("cpu"))
+    (ours,) = GeneralizedRCNN._resize(model, detections_of([detection]), [(128, 128)], [new]).tolist()
+    ours = GeneralizedRCNN._paste(ours, new)
     instances = structures.Instances(
         (128, 128), pred_boxes=structures.Boxes(boxes.clone()), pred_classes=torch.arange(40), pred_masks=masks[:, None]
     )

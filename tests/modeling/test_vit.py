@@ -15,12 +15,12 @@ from mimdet.modeling.sequences import Sequences
 from mimdet.modeling.vit import TransformerBlock, add, draw_drop_path, make_blocks, run_layers
 
 
-def make_pair(depth=3, rate=0.5, eps=1e-6, recompute="lean"):
+def make_pair(depth=3, rate=0.5, recompute="lean"):
     """timm's blocks and norm, and ours with the same weights."""
     torch.manual_seed(0)
 
     def norm(dim, **_):
-        return nn.LayerNorm(dim, eps=eps)
+        return nn.LayerNorm(dim, eps=1e-6)
 
     theirs = nn.ModuleList(Block(48, 3, 4.0, qkv_bias=True, drop_path=rate, norm_layer=norm) for _ in range(depth))
     theirs.append(norm(48))

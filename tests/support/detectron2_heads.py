@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from support.fill_weights import fill_module, image
 from support.paths import RECORDINGS
+from support.slots import proposals_of, sizes_of, truth_of
 from support.small_mimdet import target
 from torch import nn
 
 from mimdet import detection
 from mimdet.config import instantiate
-from mimdet.detection.rpn import Proposals
 from mimdet.modeling import ShapeSpec
-from mimdet.polygons import PackedPolygons
 from mimdet.testing import tiny_config
 
 DATA = RECORDINGS / "detectron2_heads.npz"
@@ -128,15 +127,15 @@ def their_cascade():
 def run_our_cascade(case):
     """Losses and gradients of a training step, or, in the case ``eval``, detections."""
     features, proposals = roi_inputs()
-    wrapped = [Proposals(boxes, torch.zeros(len(boxes))) for boxes in proposals]
+    wrapped, sizes = proposals_of(proposals), sizes_of(SIZES)
     heads = our_cascade()
     if case == "eval":
         with torch.no_grad():
-            detections, _ = heads.eval()(features, wrapped, SIZES)
-        return _detections([(d["boxes"], d["scores"], d["labels"], d["mask_probabilities"]) for d in detections])
+            detections, _ = heads.eval()(features, wrapped, sizes)
+        fields = ("boxes", "scores", "labels", "mask_probabilities")
+        return _detections([tuple(d[name] for name in fields) for d in detections.tolist()])
     with first_candidates():
-        targets = [t | {"masks": PackedPolygons.pack(t["masks"])} for t in truth(case)]
-        _, losses = heads.train()(features, wrapped, SIZES, targets)
+        _, losses = heads.train()(features, wrapped, sizes, truth_of(truth(case)))
     return _losses(losses, features, heads)
 
 
