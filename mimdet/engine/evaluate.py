@@ -21,6 +21,7 @@ from .logger import RunLog
 from .model import build_model
 from .runtime import build_fabric, describe
 from .signals import GracefulStop
+from .step import inputs_of
 from .weights import load_model_weights
 
 logger = logging.getLogger(__name__)
@@ -90,13 +91,14 @@ class Evaluation:
         return metrics
 
     def _process_all(self, model: nn.Module, device: torch.device, stop: GracefulStop | None) -> None:
+        options = {"to_host": True} if getattr(model, "moves_data", False) else {}
         with _eval_mode(model), torch.no_grad():
             report = _Report(self.loader)
             for batch in self.loader if stop is None else stop.batches(self.loader):
                 if stop is not None and stop.requested:
                     return
-                images = [sample["image"].to(device, non_blocking=True) for sample in batch]
-                results = model(images, output_sizes=[(s["height"], s["width"]) for s in batch])
+                images, _ = inputs_of(batch, model, device)
+                results = model(images, output_sizes=[(s["height"], s["width"]) for s in batch], **options)
                 self.evaluator.process(batch, results)
                 report.step(len(batch))
 

@@ -74,7 +74,7 @@ def build_fabric(train: DictConfig) -> Fabric:
             raise RuntimeError(
                 f"{per_node} processes on this machine but {torch.cuda.device_count()} GPUs: start one process a GPU"
             )
-        options = dict(train.get("ddp") or {})
+        options = {"gradient_as_bucket_view": True, **(train.get("ddp") or {})}
         compress = options.pop("fp16_compression", False)
         if "broadcast_buffers" in options and "forward_sync_buffers" in _DDP_ARGUMENTS:
             options["forward_sync_buffers"] = options.pop("broadcast_buffers")  # renamed in torch 2.15

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import logging
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -28,10 +30,24 @@ from .optim import build_optimizer
 from .resume import check_resumable, isolated_random, pack, restore, restore_random, seed_all, warn_of_changes
 from .runtime import build_fabric, describe
 from .signals import GracefulStop, TrainingInterrupted
-from .step import NonFiniteLossError, TrainStep, read_losses
+from .step import NonFiniteLossError, StepReport, TrainStep
 from .weights import load_model_weights, load_state
 
 logger = logging.getLogger(__name__)
+
+# Steps whose losses are not read yet, by type of device: the host prepares the next ones meanwhile.
+_UNREAD_STEPS = {"cuda": 2}
+
+
+@dataclass
+class _Unread:
+    """A step whose losses are not read yet."""
+
+    iteration: int
+    report: StepReport
+    lr: float
+    data_seconds: float
+    seconds: float = 0.0
 
 
 def train(
@@ -151,6 +167,8 @@ class _Training:
         writer = MetricsWriter(self.checkpointer.directory, self.start) if self.fabric.is_global_zero else None
         batch_size = self.cfg.dataloader.train.total_batch_size
         progress = TrainingProgress(cfg.max_iter, self.start, batch_size, cfg.log_period, log.console)
+        self.unread: collections.deque[_Unread] = collections.deque()
+        self.most_unread = _UNREAD_STEPS.get(self.fabric.device.type, 0)
         try:
             for iteration in range(self.start, cfg.max_iter):
                 self._iterate(iteration, progress, writer)
@@ -167,21 +185,47 @@ class _Training:
         batch = self._next_batch(iteration)
         data_seconds = time.perf_counter() - begin
         lr = self._set_lr(iteration)
-        losses, stop = self._train_on(batch, iteration)
-        seconds = time.perf_counter() - begin
-        if writer is not None:
-            losses = {"total_loss": sum(losses.values()), **losses}
-            progress.step(iteration, losses, lr, seconds, data_seconds)
-            if progress.due(iteration):
-                writer.write(iteration, {**losses, "lr": lr, "time": seconds, "data_time": data_seconds})
-
+        step = _Unread(iteration, self.step(batch, lambda: self.stop.requested), lr, data_seconds)
+        self.unread.append(step)
         last = iteration + 1 == cfg.max_iter
-        if last or stop or _every(cfg.checkpointer.period, iteration):
+        save = last or _every(cfg.checkpointer.period, iteration)
+        evaluate = not last and _every(cfg.eval_period, iteration)
+        # Processes stop together, at a step whose requests all of them have read.
+        at_once = save or evaluate or (self.stop.requested and self.fabric.world_size == 1)
+        finished, stop = self._read(0 if at_once else self.most_unread)
+        step.seconds = time.perf_counter() - begin
+        if writer is not None:
+            self._report(finished, progress, writer)
+        if save or stop:
             self._save(iteration)
         if stop:
             self._interrupt()
-        if not last and _every(cfg.eval_period, iteration):
+        if evaluate:
             self._evaluate(iteration, writer)
+
+    def _read(self, leave: int) -> tuple[list[tuple[_Unread, dict[str, float]]], bool]:
+        """Losses of all but the newest ``leave`` steps, and whether a process has requested to stop: then of all."""
+        finished, stop = [], False
+        while len(self.unread) > (0 if stop else leave):
+            step = self.unread.popleft()
+            try:
+                losses, requested = step.report.read(step.iteration)
+            except NonFiniteLossError as error:
+                raise self._diverged(f"{error}. Look at these images and their annotations") from None
+            finished.append((step, losses))
+            stop |= requested
+        return finished, stop
+
+    @staticmethod
+    def _report(
+        finished: Sequence[tuple[_Unread, dict[str, float]]], progress: TrainingProgress, writer: MetricsWriter
+    ) -> None:
+        for step, losses in finished:
+            losses = {"total_loss": sum(losses.values()), **losses}
+            progress.step(step.iteration, losses, step.lr, step.seconds, step.data_seconds)
+            if progress.due(step.iteration):
+                seconds = {"time": step.seconds, "data_time": step.data_seconds}
+                writer.write(step.iteration, {**losses, "lr": step.lr, **seconds})
 
     def _next_batch(self, iteration: int) -> list[dict]:
         try:
@@ -192,16 +236,11 @@ class _Training:
             if batch is None:
                 raise RuntimeError(f"dataloader.train ended before iteration {iteration}: the loader must be endless")
             return batch
-        # DDP needs this rank's gradients: the other ranks are in this step already, and all stop after it.
-        logger.warning("%s. Finishing this step without workers, then saving", self.stop.failure)
+        # DDP needs this rank's gradients until all ranks have read its request to stop.
+        logger.warning("%s. Going on without workers until all is saved", self.stop.failure)
         with isolated_random():
-            return next(self._batches(iteration, num_workers=0))
-
-    def _train_on(self, batch: list[dict], iteration: int) -> tuple[dict[str, float], bool]:
-        try:
-            return read_losses(self.fabric, self.step(batch), self.stop.requested, batch, iteration)
-        except NonFiniteLossError as error:
-            raise self._diverged(f"{error}. Look at these images and their annotations") from None
+            self.batches = self._batches(iteration, num_workers=0)
+            return next(self.batches)
 
     def _diverged(self, what: str) -> NonFiniteLossError:
         return NonFiniteLossError(

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch, torch.distributed as dist
 from support.engine_fakes import FakeDetector, FakeEvaluator, LOSSES, fake_config
 from mimdet.checkpoint.read import read_checkpoint
-from mimdet.engine import Checkpointer, NonFiniteLossError, TrainingInterrupted, evaluate_only, train
+from mimdet.engine import Checkpointer, NonFiniteLossError, TrainingInterrupted, evaluate_only, train, trainer
 
 root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 results, models, seen, plan = {}, [], [], {}
@@ -77,6 +77,18 @@ except NonFiniteLossError as error:
     results["nan"] = str(error)
 plan.clear()
 
+trainer._UNREAD_STEPS = {"cpu": 2}  # as on a GPU
+late = config("late", max_iter=12)
+late.train.eval_period, late.train.checkpointer.period = 0, 100
+if rank == 1:
+    plan[3] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+try:
+    train(late)
+except TrainingInterrupted as stop:
+    results["late"] = [stop.code, stop.checkpoint.name, stop.checkpoint.exists()]
+plan.clear()
+trainer._UNREAD_STEPS = {}
+
 process = FakeEvaluator.process
 
 def signalled(*args):
@@ -126,6 +138,12 @@ def test_ranks_share_the_batch_and_end_with_equal_parameters(ranks):
     assert [images for images, *_ in a["seen"] + b["seen"]] == [2] * 12
     assert {image for *_, image in a["seen"]}.isdisjoint(image for *_, image in b["seen"])
     assert a["parameters"] == b["parameters"]
+
+
+def test_ranks_stop_together_at_the_step_in_which_all_have_read_the_request(ranks):
+    folder, a, b = ranks
+    assert a["late"][1:] == b["late"][1:] == ["model_0000005.pth", True]
+    assert [line["iteration"] for line in lines(folder, "late")] == list(range(6))
 
 
 def test_logged_losses_are_means_over_ranks(ranks):

@@ -11,9 +11,11 @@ from support.engine_fakes import LOSSES, FakeDetector, FakeEvaluator, fake_confi
 
 from mimdet.checkpoint.read import CheckpointError, read_checkpoint
 from mimdet.config import apply_overrides, from_yaml, load
-from mimdet.engine import NonFiniteLossError, TrainingInterrupted, train
+from mimdet.engine import NonFiniteLossError, TrainingInterrupted, train, trainer
 from mimdet.engine.model import build_model
 from mimdet.engine.resume import get_random_state, isolated_random, set_random_state
+from mimdet.engine.runtime import build_fabric
+from mimdet.engine.step import TrainStep
 
 
 def run(tmp_path, name, *overrides, resume=False, overwrite=False, **options):
@@ -209,7 +211,7 @@ def test_a_nan_stops_with_loss_images_and_last_checkpoint(tmp_path):
 
 
 def test_broken_weights_are_never_saved(tmp_path, monkeypatch):
-    """A gradient overflows at a checkpoint's iteration, whose loss is still finite."""
+    """A gradient overflows at a checkpoint's iteration, whose losses are still finite."""
     forward = FakeDetector.forward
 
     def overflowing(self, images, targets=None, output_sizes=None):
@@ -218,9 +220,69 @@ def test_broken_weights_are_never_saved(tmp_path, monkeypatch):
         return forward(self, images, targets, output_sizes)
 
     monkeypatch.setattr(FakeDetector, "forward", overflowing)
-    with pytest.raises(NonFiniteLossError, match=r"iteration 2: weights became NaN or infinite \(stem\.0\.weight\)"):
+    with pytest.raises(NonFiniteLossError, match="iteration 2: the gradient is NaN or infinite, on the images 1"):
         run(tmp_path, "a")
     assert not list((tmp_path / "a").glob("*.pth"))
+
+
+def test_a_broken_step_is_the_last_that_changes_weights(tmp_path, monkeypatch):
+    """Also where its losses are read two steps later, as on a GPU."""
+    monkeypatch.setattr(trainer, "_UNREAD_STEPS", {"cpu": 2})
+    seen = []
+    step = TrainStep.__call__
+
+    def spy(self, *arguments):
+        report = step(self, *arguments)
+        seen.append([p.detach().clone() for p in self.parameters])
+        return report
+
+    monkeypatch.setattr(TrainStep, "__call__", spy)
+    with pytest.raises(NonFiniteLossError, match="iteration 2: loss_mask is nan, on the images 1"):
+        run(tmp_path, "a", "model.nan_from=2", "train.checkpointer.period=100", "train.eval_period=0")
+    assert len(seen) == 5, "two more steps began"
+    assert not torch.equal(seen[0][0], seen[1][0])
+    for weights_ in seen[2:]:
+        assert all(torch.equal(a, b) for a, b in zip(weights_, seen[1], strict=True))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_that_cannot_skip_does_not_see_a_broken_step(tmp_path, optimizer):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    fabric = build_fabric(fake_config(tmp_path / "a").train)
+    instance = optimizer([parameter], lr=0.1, foreach=False)
+    model, wrapped = fabric.setup(Loss(parameter), instance)
+    step = TrainStep(fabric, model, wrapped)
+    sample = {"image": torch.ones(3, 4, 4), "image_id": 7, "file_name": "a.jpg", "targets": {}}
+    assert step([sample]).read(0)[0] == {"loss": 2.0}
+    before = parameter.detach().clone()
+    model.module.factor = float("inf")
+    with pytest.raises(NonFiniteLossError, match=r"iteration 1: loss is inf, on the images 7 \(a.jpg\)"):
+        step([sample]).read(1)
+    model.module.factor = 1.0
+    step([sample])
+    assert torch.equal(parameter, before)
+
+
+class Loss(torch.nn.Module):
+    def __init__(self, parameter):
+        super().__init__()
+        self.parameter, self.factor = parameter, 1.0
+
+    def forward(self, images, targets):
+        return {"loss": self.parameter.sum() * self.factor}
+
+
+@pytest.mark.parametrize("stop_after", [3, 5])
+def test_losses_read_late_are_the_same(tmp_path, act, monkeypatch, stop_after):
+    """Also around a stop, a checkpoint and an evaluation."""
+    run(tmp_path, "whole", max_iter=8)
+    monkeypatch.setattr(trainer, "_UNREAD_STEPS", {"cpu": 2})
+    act(8 + stop_after - 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path, "parts", max_iter=8)
+    run(tmp_path, "parts", max_iter=8, resume=True)
+    assert losses(tmp_path / "parts")[0] == losses(tmp_path / "whole")[0]
+    assert_same(weights(tmp_path / "whole" / "model_final.pth"), weights(tmp_path / "parts" / "model_final.pth"))
 
 
 def test_a_loader_that_ends_is_refused(tmp_path):
