@@ -29,7 +29,7 @@ class _Block(nn.Module):
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = ours.norm1, ours.attn, ours.norm2, ours.mlp
         self.heads = ours.attn.num_heads
-        self.rate = ours.drop_path1.drop_prob if ours.drop_path1 else 0.0
+        self.drop_prob = ours.drop_path1.drop_prob if ours.drop_path1 else 0.0
         self.fused_attention = fused_attention
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,9 +48,9 @@ class _Block(nn.Module):
         return self.attn.proj(x.transpose(1, 2).reshape(batch, length, dim))
 
     def _drop_path(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.rate or not self.training:
+        if not self.drop_prob or not self.training:
             return x
-        keep = 1 - self.rate
+        keep = 1 - self.drop_prob
         return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
 
 

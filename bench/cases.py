@@ -229,17 +229,21 @@ def _bias_gelu(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     return Case("bias_gelu", "bias_gelu", name, shape, dtype, make, run, ("x", "bias"), moved, terms=terms)
 
 
+def _maps(shape: tuple[int, ...], device: str, dtype: torch.dtype, parameters: torch.dtype) -> Tensors:
+    """x (B, C, H, W) in channels_last memory, weight and bias (C,)."""
+    return {
+        "x": _normal(shape, device, 0, dtype).contiguous(memory_format=torch.channels_last),
+        "weight": (1 + 0.1 * _normal(shape[1:2], device, 1)).to(parameters),
+        "bias": _normal(shape[1:2], device, 2, parameters),
+    }
+
+
 def _image_norm(op: str, function: Callable) -> Callable[[str, tuple[int, ...], str], Case]:
     def build(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         size, count = DTYPES[dtype].itemsize, prod(shape)
 
         def make(device: str) -> Tensors:
-            x = _normal(shape, device, 0, DTYPES[dtype])
-            return {
-                "x": x.contiguous(memory_format=torch.channels_last),
-                "weight": (1 + 0.1 * _normal(shape[1:2], device, 1)).to(DTYPES[dtype]),
-                "bias": _normal(shape[1:2], device, 2, DTYPES[dtype]),
-            }
+            return _maps(shape, device, DTYPES[dtype], DTYPES[dtype])
 
         def run(t: Tensors, impl: str) -> Outputs:
             return (function(t["x"], t["weight"], t["bias"], eps=_EPS, impl=impl),)
@@ -259,12 +263,7 @@ def _batch_norm(name: str, shape: tuple[int, ...], dtype: str) -> Case:
     size, count = DTYPES[dtype].itemsize, prod(shape)
 
     def make(device: str) -> Tensors:
-        x = _normal(shape, device, 0, DTYPES[dtype])
-        return {
-            "x": x.contiguous(memory_format=torch.channels_last),
-            "weight": 1 + 0.1 * _normal(shape[1:2], device, 1),
-            "bias": _normal(shape[1:2], device, 2),
-        }
+        return _maps(shape, device, DTYPES[dtype], torch.float32)
 
     def run(t: Tensors, impl: str) -> Outputs:
         return (batch_norm(t["x"], t["weight"], t["bias"], training=True, eps=_EPS, relu=True, impl=impl),)

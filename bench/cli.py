@@ -266,6 +266,29 @@ def detectron2(
     return detectron2, detectron2.Options(original=original, ratio=_ratio(ratio), modes=tuple(mode), **setting)
 
 
+@experiment("launches", without=("part", "impl", "former_impl", "rounds", "device", "size", "dtype"))
+def launches(
+    setting: dict,
+    *,
+    size: Annotated[str, typer.Option(metavar="HxW", help="Of the images.")] = "800x1344",
+    dtype: Annotated[str, typer.Option(help="fp32, or bf16 autocast.")] = "fp32",
+    original: Annotated[
+        Path | None,
+        typer.Option(help="Checkout of the original MIMDet: count its code too.", show_default=False),
+    ] = None,
+):
+    """How many operations a training step dispatches, by component, direction and kind; without a GPU.
+
+    Ours runs on fake CUDA tensors, which compute nothing. The original's code, which needs Detectron2, computes a
+    forward and a backward at a small size on the CPU; overrides then apply to both configs, in Detectron2's syntax.
+    Backward recomputes nothing, unless an override says so.
+    """
+    from .experiments import launches
+
+    shape = _size(size, "cpu")
+    return launches, launches.Options(size=shape, dtype=dtype, original=original, device="cpu", **setting)
+
+
 @app.command("gpu")
 def gpu(
     part: Annotated[list[str] | None, typer.Option(help="Part to run; may be repeated. Default: all.")] = None,

@@ -165,7 +165,7 @@ class Counter(TorchDispatchMode):
         seconds = time.perf_counter() - start
         if _moves_nothing(function):
             return result
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_of((args, kwargs))
         shapes = " ".join("x".join(map(str, t.shape)) for t in tensors if t.dim())
         work = self.work[(*self._owner(), function.name(), shapes)]
         work.calls += 1
@@ -190,18 +190,19 @@ def moved(function, args: tuple, kwargs: dict, result) -> int:
     values = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
     written_inputs = 0
     for argument, value in values:
-        size = sum(map(_size, _tensors(value)))
+        size = sum(map(_size, tensors_of(value)))
         total += size
         if argument.alias_info is not None and argument.alias_info.is_write:
             written_inputs += size
     if written_inputs:
         # Outputs that are the written inputs are counted by them; an out= argument is written, not read.
-        out = sum(_size(t) for a, v in values if a.is_out for t in _tensors(v))
+        out = sum(_size(t) for a, v in values if a.is_out for t in tensors_of(v))
         return total + written_inputs - out
-    return total + sum(map(_size, _tensors(result)))
+    return total + sum(map(_size, tensors_of(result)))
 
 
-def _tensors(tree) -> list[torch.Tensor]:
+def tensors_of(tree) -> list[torch.Tensor]:
+    """The tensors in nested arguments or results."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
@@ -213,19 +214,24 @@ def _size(tensor: torch.Tensor) -> int:
     return count * tensor.element_size()
 
 
-_ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh"}
+_ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
 
 def _moves_nothing(function) -> bool:
     """Views and fresh memory."""
-    if function.overloadpacket.__name__ in _ALLOCATIONS or function.overloadpacket is aten._unsafe_view:
-        return True
+    return function.overloadpacket.__name__ in _ALLOCATIONS or is_view(function)
+
+
+def is_view(function) -> bool:
+    """Whether the outputs are inputs' memory, which is not written; says the schema, except of ``_unsafe_view``."""
     returns = function._schema.returns
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return function.overloadpacket is aten._unsafe_view or (
+        bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    )
 
 
 def _wait(result) -> None:
-    if any(t.is_cuda for t in _tensors(result)):
+    if any(t.is_cuda for t in tensors_of(result)):
         torch.cuda.synchronize()
 
 

@@ -18,11 +18,11 @@ def plot(results: Results, path: str | Path) -> None:
         path: figure to write; its suffix says the format.
 
     Raises:
-        ValueError: no row has a time.
+        ValueError: no row has a time or a count.
     """
-    rows = [row for row in results.rows if "p50_ms" in row]
+    rows = [row for row in results.rows if "p50_ms" in row or "count" in row]
     if not rows:
-        raise ValueError("nothing to plot: no row has a time")
+        raise ValueError("nothing to plot: no row has a time or a count")
     figure = experiments.of(rows[0]["experiment"]).draw(rows)
     environment = results.environment
     caption = (

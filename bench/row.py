@@ -20,6 +20,7 @@ from ..files import write_bytes
 SCHEMA = 2
 KEYS = {
     "experiment": str,  # name of its file in bench/experiments
+    "model": str,
     "part": str,
     "operation": str,
     "case": str,
@@ -33,6 +34,7 @@ KEYS = {
     "depth": int,
     "mode": str,
     "direction": str,
+    "kind": str,
     "cache": str,
     "implementation": str,
 }
@@ -53,6 +55,7 @@ VALUES = {
     **dict.fromkeys(("paper_time", "paper_memory"), float),
     **dict.fromkeys(("gb_s", "tflop_s", "of_limit"), float),
     "calls": int,
+    "count": int,  # of operations
     **dict.fromkeys(("gflop", "mib", "floor_ms"), float),
 }
 COLUMNS = {**KEYS, **VALUES}

@@ -124,8 +124,8 @@ def figure(width: float, height: float):
     return drawing
 
 
-def label_bars(axes, labels: Sequence[str], offset: float = 0.0, size: int = 8) -> None:
+def label_bars(axes, labels: Sequence[str], offset: float = 0.0) -> None:
     """Name the rows of horizontal bars, the first on top."""
     axes.set_yticks([place + offset for place in range(len(labels))])
-    axes.set_yticklabels(labels, fontsize=size)
+    axes.set_yticklabels(labels, fontsize=8)
     axes.invert_yaxis()

@@ -183,12 +183,20 @@ def candidate(
 
 def outputs_of(backbone: nn.Module, mode: str, setting: Setting) -> dict[str, torch.Tensor]:
     """Features, and in training the gradient of all encoder, decoder and stem parameters, each as one vector."""
+    with without_drop_path(backbone):  # the backward pass may run the forward pass again
+        return _outputs_of(backbone, mode, setting)
+
+
+def _outputs_of(backbone: nn.Module, mode: str, setting: Setting) -> dict[str, torch.Tensor]:
     images = random_images(setting)
     length = setting.size[0] // 16 * (setting.size[1] // 16)
     noise = torch.rand(setting.batch, length, generator=torch.Generator().manual_seed(3)).to(setting.device)
-    torch.manual_seed(4)  # of the drop path
-    fixed = fixed_noise(backbone, tokens=noise)
-    with torch.set_grad_enabled(mode == "train"), exact_convolutions(), setting.autocast(), fixed:
+    with (
+        torch.set_grad_enabled(mode == "train"),
+        exact_convolutions(),
+        setting.autocast(),
+        fixed_noise(backbone, tokens=noise),
+    ):
         features = backbone(images)
     tensors = {name: feature.detach().float() for name, feature in features.items()}
     if mode == "train":
@@ -202,6 +210,19 @@ def outputs_of(backbone: nn.Module, mode: str, setting: Setting) -> dict[str, to
                 tensors[f"gradient of {name}"] = torch.cat([p.grad.flatten() for p in named])
         forget_gradients(backbone)
     return tensors
+
+
+@contextlib.contextmanager
+def without_drop_path(model: nn.Module) -> Iterator[None]:
+    """Nothing is dropped: implementations draw in different ways."""
+    rates = {part: part.drop_prob for part in model.modules() if hasattr(part, "drop_prob")}
+    try:
+        for part in rates:
+            part.drop_prob = 0.0
+        yield
+    finally:
+        for part, rate in rates.items():
+            part.drop_prob = rate
 
 
 def smooth_features(features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

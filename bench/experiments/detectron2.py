@@ -13,8 +13,10 @@ from unittest import mock
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.rnn import pad_sequence
 
 from ...config import load
 from ...detection.rpn import RPN, Proposals
@@ -144,17 +146,32 @@ def make_importable(original: str | Path) -> None:
     vars(np).setdefault("float", float)
 
 
-def build(options: Options) -> dict[str, Detector]:
-    """The original, our backbone in Detectron2 and our detector, with equal weights."""
+def original_config(options: Setting) -> DictConfig:
+    """The original's LazyConfig in the checkout ``options.original``, with the overrides; its modules importable.
+
+    Raises:
+        FileNotFoundError: it is no checkout of the original.
+        ImportError: Detectron2 is not installed; says how to install it.
+    """
     file = options.original / ORIGINAL_CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{options.original} is not a checkout of the original MIMDet: it has no {file.name}")
-    from ...detectron2.config import load_config
+    from ...detectron2.require import require_detectron2
 
-    from detectron2.config import LazyConfig, instantiate  # isort: skip
+    require_detectron2()
+    from detectron2.config import LazyConfig  # isort: skip
 
     make_importable(options.original)
-    theirs = LazyConfig.apply_overrides(LazyConfig.load(str(file)), list(options.overrides))
+    return LazyConfig.apply_overrides(LazyConfig.load(str(file)), list(options.overrides))
+
+
+def build(options: Options) -> dict[str, Detector]:
+    """The original, our backbone in Detectron2 and our detector, with equal weights."""
+    theirs = original_config(options)
+    from ...detectron2.config import load_config
+
+    from detectron2.config import instantiate  # isort: skip
+
     mixed = load_config(f"detectron2/{_CONFIG}", options.overrides)
     native = load(_CONFIG, options.overrides)
     torch.manual_seed(0)
@@ -166,7 +183,7 @@ def build(options: Options) -> dict[str, Detector]:
     images, targets = workload.random_batch(
         options.batch, options.size, native.model.roi_heads.num_classes, options.device
     )
-    batch = _batch_of_detectron2(images, targets)
+    batch = batch_of_detectron2(images, targets)
     detectors = {}
     for name, model in models.items():
         model.to(options.device)
@@ -225,7 +242,7 @@ def _run_detectron2(model: nn.Module, batch: list) -> object:
         return model(batch)
 
 
-def _batch_of_detectron2(images: Sequence[torch.Tensor], targets: Sequence[Mapping]) -> list[dict]:
+def batch_of_detectron2(images: Sequence[torch.Tensor], targets: Sequence[Mapping]) -> list[dict]:
     from detectron2.structures import Boxes, Instances, PolygonMasks
 
     batch = []
@@ -282,7 +299,7 @@ class Outputs:
     Attributes:
         tensors: features, losses and gradients, by name.
         proposals: (N, 4) boxes of each image: in eval mode, then in training.
-        logits: (N,), of ``proposals``.
+        logits: (N,), of ``proposals``; Detectron2's only.
         detections: of each image.
     """
 
@@ -310,17 +327,22 @@ class Outputs:
             anchors = sum(logits.numel() for logits in predicted[0]) // options.batch
 
         def share_proposals(module, args, result):
-            for each in result[0]:
-                boxes, logits = each if native else (each.proposal_boxes.tensor, each.objectness_logits)
-                outputs.proposals.append(boxes)
-                outputs.logits.append(logits)
+            proposals, losses = result
+            if native:
+                outputs.proposals += [boxes[valid] for boxes, valid in zip(*proposals, strict=True)]
+            else:
+                outputs.proposals += [each.proposal_boxes.tensor for each in proposals]
+                outputs.logits += [each.objectness_logits for each in proposals]
             if shared is None:
                 return None
             place = slice(len(outputs.proposals) - options.batch, len(outputs.proposals))
-            pairs = list(zip(shared.proposals[place], shared.logits[place], strict=True))
-            return [Proposals(*p) for p in pairs] if native else [_instances(*p, options.size) for p in pairs], result[
-                1
-            ]
+            boxes = shared.proposals[place]
+            if native:
+                counts = torch.tensor([[len(b)] for b in boxes])
+                slots = pad_sequence(boxes, batch_first=True)
+                return Proposals(slots, torch.arange(slots.shape[1]) < counts), losses
+            pairs = zip(boxes, shared.logits[place], strict=True)
+            return [_instances(*pair, options.size) for pair in pairs], losses
 
         hooks = [
             bottom_up(model).register_forward_hook(keep_features),
@@ -328,8 +350,8 @@ class Outputs:
             model.proposal_generator.register_forward_hook(share_proposals),
         ]
         with equal_tokens(), _first_candidates(), workload.exact_convolutions(), contextlib.ExitStack() as stack:
+            stack.enter_context(workload.without_drop_path(model))
             mode = "eval"
-            torch.manual_seed(4)  # of the drop path
             with torch.no_grad():
                 model.eval()
                 outputs.detections = detector.detections(detector.run())
@@ -340,7 +362,6 @@ class Outputs:
                 }
                 stack.enter_context(fixed_noise(model, **equal))
             mode = "train"
-            torch.manual_seed(4)
             model.train()
             losses = detector.run()
             sum(losses.values()).backward()
@@ -369,7 +390,7 @@ def _instances(boxes: torch.Tensor, logits: torch.Tensor, size: tuple[int, int])
 def equal_tokens() -> contextlib.AbstractContextManager:
     """``torch.rand`` gives equal numbers for equal shapes and leaves the generator as it is.
 
-    At ratio 1 the original draws tokens and ours draws none; both draw the drop path after them.
+    At ratio 1 the original draws tokens and ours draws none.
     """
     real = torch.rand
 

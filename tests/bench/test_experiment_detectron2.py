@@ -111,7 +111,12 @@ def wrong_masks(model):
 
 def wrong_proposals(model):
     generator, real = model.proposal_generator, model.proposal_generator.predict_proposals
-    generator.predict_proposals = lambda *args: [p._replace(boxes=p.boxes + 1) for p in real(*args)]
+
+    def moved(*args):
+        proposals = real(*args)
+        return proposals._replace(boxes=proposals.boxes + 1)
+
+    generator.predict_proposals = moved
 
 
 def wrong_gradient(model):
