@@ -1,13 +1,12 @@
 #include "BatchNorm.h"
 
-#include "vec.h"
+#include "moments.h"
 
 namespace mimdet {
 namespace MIMDET_ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048;  // elements whose float sums stay exact enough to be added up in double
-constexpr int kRows = 8;          // rows that are read at once, so that sums are loaded and stored once for all of them
+constexpr int kRows = 8;  // rows that are read at once, so that sums are loaded and stored once for all of them
 
 // R rows.
 template <int R, typename T>
@@ -45,36 +44,6 @@ void moments_nhwc(const T* x, int64_t n, int64_t C, float* center, float* sum, f
   for (int64_t c = 0; c < C; ++c) center[c] /= n;
   for (r = 0; r + kRows <= n; r += kRows) add_squares<kRows>(x + r * C, C, center, sum, square);
   for (; r < n; ++r) add_squares<1>(x + r * C, C, center, sum, square);
-}
-
-template <typename T>
-void moments_nchw(const T* x, int64_t n, double* mean, double* m2) {
-  double total = 0.0;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t end = i + kBlock < n ? i + kBlock : n;
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = i; j < end; ++j) sum += load(x + j);
-    total += sum;
-  }
-  const float center = static_cast<float>(total / n);
-  double squares = 0.0, rest = 0.0;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t end = i + kBlock < n ? i + kBlock : n;
-    float sum = 0.0f, off = 0.0f;
-#pragma omp simd reduction(+ : sum, off)
-    for (int64_t j = i; j < end; ++j) {
-      const float d = load(x + j) - center;
-      sum += d * d;
-      off += d;
-    }
-    squares += sum;
-    rest += off;
-  }
-  // center is the mean rounded to float; what the rounding left is taken out of both moments.
-  const double shift = rest / n;
-  *mean = center + shift;
-  *m2 = squares - n * shift * shift;
 }
 
 // A NaN stays one.
@@ -190,7 +159,7 @@ void bn_moments_nhwc(const void* x, bool bf16, int64_t n, int64_t C, float* cent
 }
 
 void bn_moments_nchw(const void* x, bool bf16, int64_t n, double* mean, double* m2) {
-  MIMDET_BY_TYPE(bf16, moments_nchw(static_cast<const T*>(x), n, mean, m2))
+  MIMDET_BY_TYPE(bf16, moments(static_cast<const T*>(x), n, mean, m2))
 }
 
 void bn_forward_nhwc(

@@ -38,13 +38,11 @@ MIMDET_CUDA_API int mimdet_gather_add_pos_fwd(
     const auto *from = static_cast<const In*>(x);
     const auto *shift = static_cast<const Out*>(pos);
     auto* to = static_cast<Out*>(y);
-    if (packs<V>(from, batch_stride, row_stride) && packs<V>(shift, channels) && packs<V>(to, channels)) {
-      gather_add_pos_kernel<V><<<row_grid(rows), row_block(), 0, stream>>>(from, batch_stride, row_stride, shift, index,
-                                                                          to, rows, count, channels);
-    } else {
-      gather_add_pos_kernel<1><<<row_grid(rows), row_block(), 0, stream>>>(from, batch_stride, row_stride, shift, index,
-                                                                          to, rows, count, channels);
-    }
+    const bool packed = packs<V>(from, batch_stride, row_stride) && packs<V>(shift, channels) && packs<V>(to, channels);
+    by_pack<V>(packed, [&](auto pack) {
+      gather_add_pos_kernel<decltype(pack)::value><<<row_grid(rows), row_block(), 0, stream>>>(
+          from, batch_stride, row_stride, shift, index, to, rows, count, channels);
+    });
   });
 }
 
@@ -58,12 +56,9 @@ MIMDET_CUDA_API int mimdet_gather_add_pos_bwd(
     constexpr int V = kPack<In, Out>;
     const auto* from = static_cast<const In*>(dy);
     auto* to = static_cast<Out*>(dx);
-    if (packs<V>(from, channels) && packs<V>(to, channels)) {
-      gather_add_pos_backward_kernel<V>
+    by_pack<V>(packs<V>(from, channels) && packs<V>(to, channels), [&](auto pack) {
+      gather_add_pos_backward_kernel<decltype(pack)::value>
           <<<row_grid(rows), row_block(), 0, stream>>>(from, index, to, rows, count, length, channels);
-    } else {
-      gather_add_pos_backward_kernel<1>
-          <<<row_grid(rows), row_block(), 0, stream>>>(from, index, to, rows, count, length, channels);
-    }
+    });
   });
 }

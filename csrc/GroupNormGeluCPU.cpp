@@ -1,43 +1,11 @@
 #include "GroupNormGelu.h"
 
 #include "gelu.h"
+#include "moments.h"
 
 namespace mimdet {
 namespace MIMDET_ISA {
 namespace {
-
-constexpr int64_t kBlock = 2048;  // elements whose float sums stay exact enough to be added up in double
-
-template <typename T>
-void moments(const T* x, int64_t n, double* mean, double* m2) {
-  double total = 0.0;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t end = i + kBlock < n ? i + kBlock : n;
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = i; j < end; ++j) sum += load(x + j);
-    total += sum;
-  }
-  const double average = total / n;
-  const float center = static_cast<float>(average);
-  double squares = 0.0, rest = 0.0;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t end = i + kBlock < n ? i + kBlock : n;
-    float sum = 0.0f, off = 0.0f;
-#pragma omp simd reduction(+ : sum, off)
-    for (int64_t j = i; j < end; ++j) {
-      const float x_centered = load(x + j) - center;
-      sum += x_centered * x_centered;
-      off += x_centered;
-    }
-    squares += sum;
-    rest += off;
-  }
-  // center is the mean rounded to float; shift corrects both moments for that rounding.
-  const double shift = rest / n;
-  *mean = center + shift;
-  *m2 = squares - n * shift * shift;
-}
 
 template <typename T>
 void forward_nhwc(const T* x, T* y, int64_t n, int64_t C, float mean, float rstd, const float* w, const float* b) {

@@ -1,6 +1,4 @@
 // ROIAlign over all levels of a pyramid. A first kernel writes the separable weights of every ROI: see RoiAlignLevels.h.
-#include <type_traits>
-
 #include "cuda_move.h"
 
 namespace mimdet {
@@ -202,8 +200,7 @@ int by_type(int64_t type, const Maps& maps, const void* y, int64_t channels, F f
     constexpr int V = kPack<T, T>;
     bool whole = packs<V>(y, channels);
     for (int i = 0; i < maps.count; ++i) whole = whole && aligned(maps.at[i]);
-    if (whole) f(std::integral_constant<int, V>(), t);
-    else f(std::integral_constant<int, 1>(), t);
+    by_pack<V>(whole, [&](auto pack) { f(pack, t); });
   };
   if (type == kFloat) with(float());
   else if (type == kBfloat16) with(__nv_bfloat16());

@@ -49,16 +49,14 @@ MIMDET_CUDA_API int mimdet_scatter_fill_fwd(
     const auto* b = static_cast<const In*>(fill);
     const auto* shift = static_cast<const Out*>(pos);
     auto* to = static_cast<Out*>(y);
-    if (packs<V>(a, kept_batch_stride, kept_row_stride) && packs<V>(b, fill_batch_stride, fill_row_stride) &&
-        packs<V>(shift, channels) && packs<V>(to, channels)) {
-      scatter_fill_kernel<V><<<row_grid(rows), row_block(), 0, stream>>>(
+    const bool packed = packs<V>(a, kept_batch_stride, kept_row_stride) &&
+                        packs<V>(b, fill_batch_stride, fill_row_stride) && packs<V>(shift, channels) &&
+                        packs<V>(to, channels);
+    by_pack<V>(packed, [&](auto pack) {
+      scatter_fill_kernel<decltype(pack)::value><<<row_grid(rows), row_block(), 0, stream>>>(
           a, kept_batch_stride, kept_row_stride, b, fill_batch_stride, fill_row_stride, ids_restore, shift, to, rows,
           kept_rows, length, channels);
-    } else {
-      scatter_fill_kernel<1><<<row_grid(rows), row_block(), 0, stream>>>(
-          a, kept_batch_stride, kept_row_stride, b, fill_batch_stride, fill_row_stride, ids_restore, shift, to, rows,
-          kept_rows, length, channels);
-    }
+    });
   });
 }
 
@@ -72,14 +70,9 @@ MIMDET_CUDA_API int mimdet_scatter_fill_bwd(
     constexpr int V = kPack<In, Out>;
     const auto* from = static_cast<const In*>(dy);
     auto *a = static_cast<Out*>(dkept), *b = static_cast<Out*>(dfill);
-    if (packs<V>(from, channels) && packs<V>(a, channels) && packs<V>(b, channels)) {
-      scatter_fill_backward_kernel<V>
-          <<<row_grid(rows), row_block(), 0, stream>>>(from, ids_restore, a, b, rows, kept_rows, fill_rows, length,
-                                                       channels);
-    } else {
-      scatter_fill_backward_kernel<1>
-          <<<row_grid(rows), row_block(), 0, stream>>>(from, ids_restore, a, b, rows, kept_rows, fill_rows, length,
-                                                       channels);
-    }
+    by_pack<V>(packs<V>(from, channels) && packs<V>(a, channels) && packs<V>(b, channels), [&](auto pack) {
+      scatter_fill_backward_kernel<decltype(pack)::value><<<row_grid(rows), row_block(), 0, stream>>>(
+          from, ids_restore, a, b, rows, kept_rows, fill_rows, length, channels);
+    });
   });
 }

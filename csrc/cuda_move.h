@@ -1,6 +1,8 @@
 // Copies of token rows on the GPU, one warp per row.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda_rows.h"
 
 namespace mimdet {
@@ -46,6 +48,13 @@ inline bool packs(const void* at, int64_t a, int64_t b = 0) {
 
 inline dim3 row_grid(int64_t rows) { return dim3(static_cast<unsigned>((rows + kRowsPerBlock - 1) / kRowsPerBlock)); }
 inline dim3 row_block() { return dim3(32, kRowsPerBlock); }
+
+// Calls f(V, a constant) if rows can be moved V elements at a time, else f(1).
+template <int V, class F>
+inline void by_pack(bool packed, F f) {
+  if (packed) f(std::integral_constant<int, V>());
+  else f(std::integral_constant<int, 1>());
+}
 
 // Calls f(In{}, Out{}) for the dtypes, then says whether the launch worked.
 template <class F>

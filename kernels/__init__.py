@@ -32,31 +32,6 @@ if TYPE_CHECKING:  # the lazy names below, for static tools
     from .scatter_fill.api import scatter_fill
     from .tensors import valid_mask
 
-OPS = (
-    "add_layer_norm",
-    "attention_varlen",
-    "batch_norm",
-    "bias_gelu",
-    "gather_add_pos",
-    "group_norm_gelu",
-    "layer_norm_gelu",
-    "match_boxes",
-    "nms_slots",
-    "rasterize_polygons",
-    "roi_align_levels",
-    "sample_tokens",
-    "scatter_fill",
-)
-# Public name -> module.
-_EXPORTS = {op: f"{op}.api" for op in OPS} | {
-    "KernelUnavailableError": "dispatch",
-    "attention_varlen_packed": "attention_varlen.api",
-    "sample_packed_tokens": "sample_tokens.api",
-    "table": "dispatch",
-    "use": "dispatch",
-    "valid_mask": "tensors",
-}
-
 __all__ = [
     "OPS",
     "KernelUnavailableError",
@@ -79,6 +54,17 @@ __all__ = [
     "use",
     "valid_mask",
 ]
+# Public names that are no operation's folder -> module.
+_OTHERS = {
+    "KernelUnavailableError": "dispatch",
+    "attention_varlen_packed": "attention_varlen.api",
+    "sample_packed_tokens": "sample_tokens.api",
+    "table": "dispatch",
+    "use": "dispatch",
+    "valid_mask": "tensors",
+}
+OPS = tuple(name for name in __all__ if name != "OPS" and name not in _OTHERS)
+_EXPORTS = _OTHERS | {op: f"{op}.api" for op in OPS}
 
 
 class _Package(_ModuleType):

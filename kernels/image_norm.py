@@ -49,9 +49,6 @@ def register(op: str, statistics: Callable[[torch.Tensor], tuple[int, ...]]) -> 
         mean = x.new_empty(statistics(x), dtype=torch.float32)
         return y, mean, torch.empty_like(mean)
 
-    def allocate_backward(x):
-        return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float32)
-
     def forward(x, weight, bias, sizes, eps, impl):
         x, nhwc = _dense(x)
         outputs = allocate(x)
@@ -65,20 +62,13 @@ def register(op: str, statistics: Callable[[torch.Tensor], tuple[int, ...]]) -> 
     def backward(dy, x, weight, bias, sizes, mean, rstd, impl):
         x, nhwc = _dense(x)
         dy = dy.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
-        outputs = allocate_backward(x)
+        outputs = _allocate_backward(x)
         if x.numel():
             parameters = _parameters(weight, bias, sizes)
             library.launch(f"{op}_bwd", impl, dy, x, *parameters, mean, rstd, nhwc, *outputs)
         else:
             outputs[1].zero_()
         return outputs
-
-    def fake_backward(dy, x, weight, bias, sizes, mean, rstd, impl):
-        return allocate_backward(_dense(x)[0])
-
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, sizes, _, ctx.impl = inputs
-        ctx.save_for_backward(x, weight, bias, sizes, *output[1:])
 
     def differentiate(ctx, dy, dmean, drstd):
         saved = ctx.saved_tensors
@@ -99,10 +89,23 @@ def register(op: str, statistics: Callable[[torch.Tensor], tuple[int, ...]]) -> 
         "(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor? sizes, Tensor mean, Tensor rstd, str impl)"
         " -> (Tensor dx, Tensor dparameters)",
         backward,
-        fake_backward,
+        _fake_backward,
     )
-    library.autograd(op, differentiate, setup_context)
+    library.autograd(op, differentiate, _setup_context)
     dispatch.register(op, dispatch.standard(f"at most {WIDEST} channels and 2**30 positions"))
+
+
+def _allocate_backward(x):
+    return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float32)
+
+
+def _fake_backward(dy, x, weight, bias, sizes, mean, rstd, impl):
+    return _allocate_backward(_dense(x)[0])
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, sizes, _, ctx.impl = inputs
+    ctx.save_for_backward(x, weight, bias, sizes, *output[1:])
 
 
 def _check(op, x, weight, bias, sizes):

@@ -118,9 +118,9 @@ def usable_polygons(segmentation: list | None) -> list[np.ndarray]:
     return polygons
 
 
-def first(values: list, count: int = 5) -> str:
-    """The first few of a list, for a message."""
-    return ", ".join(map(str, values[:count])) + (", ..." if len(values) > count else "")
+def first(values: list) -> str:
+    """The first five of a list, for a message."""
+    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 
 
 def _parse(json_file: str | os.PathLike) -> dict:

@@ -29,8 +29,8 @@ from mimdet.data.transforms import (
 GOLDEN = json.loads((RECORDINGS / "resize_crop.json").read_text())
 
 
-def make_image(height=40, width=60):
-    return Image.fromarray(image(301, height, width).astype(np.uint8).transpose(1, 2, 0))
+def make_image():
+    return Image.fromarray(image(301, 40, 60).astype(np.uint8).transpose(1, 2, 0))
 
 
 def make_targets(*rectangles):

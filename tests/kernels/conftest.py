@@ -5,7 +5,8 @@ and only the tests that take it are collected. Else it is every implementation t
 """
 
 import pytest
-from support.kernels import INTERPRETED, PLACES, poisoned_allocations, usable
+import torch
+from support.kernels import INTERPRETED, PLACES, poisoned_allocations, threads, usable
 
 
 def pytest_collection_modifyitems(items):
@@ -30,6 +31,16 @@ def cpp(request):
 
 
 @pytest.fixture
+def far_rows(tmp_path, runner):
+    """(1, 65, 64) bfloat16 zeros whose rows are 2**25 elements apart: 32-bit products of row and stride wrap."""
+    if runner[1] != "cpu":
+        pytest.skip("a sparse file is in the CPU's memory")
+    # A sparse file: four gigabytes of addresses, a few kilobytes of disk.
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2**31 + 64, dtype=torch.bfloat16)
+    return memory.as_strided((1, 65, 64), (0, 2**25, 1))
+
+
+@pytest.fixture
 def interpreter():
     """For tests of the interpreter itself."""
 
@@ -38,6 +49,13 @@ def interpreter():
 def poisoned():
     """New memory is NaN."""
     with poisoned_allocations():
+        yield
+
+
+@pytest.fixture
+def two_threads():
+    """PyTorch has two threads."""
+    with threads(2):
         yield
 
 

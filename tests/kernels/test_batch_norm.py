@@ -1,12 +1,23 @@
 """Batch norm and ReLU over valid cells: the same numbers as plain PyTorch, whatever comes in."""
 
 import importlib
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.kernels import BF16, F16, F32, Guarded, here, native, needs_compiler, quantized, run_on_older_processor
+from support.image_norm_cases import check_compiled
+from support.kernels import (
+    BF16,
+    F16,
+    F32,
+    Guarded,
+    here,
+    native,
+    needs_compiler,
+    quantized,
+    run_on_older_processor,
+    threads,
+)
 from torch.utils.checkpoint import checkpoint
 
 from mimdet.kernels import KernelUnavailableError, batch_norm, image_norm, valid_mask
@@ -268,13 +279,10 @@ def test_nan_goes_through_and_stays_in_its_channel(runner, nhwc):
 def test_any_number_of_threads_gives_the_same_bits(cpp, nhwc, whole):
     arguments = inputs((3, 130, 40, 31), nhwc=nhwc)
     sizes = None if whole else torch.tensor([[40, 31], [39, 7], [0, 0]])
-    before, runs = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
+    runs = []
+    for count in (1, 2, 2):
+        with threads(count):
             runs.append(forward_backward(*arguments, sizes=sizes, relu=True, impl="cpp"))
-    finally:
-        torch.set_num_threads(before)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
@@ -399,8 +407,6 @@ def test_older_processors(cpp, isa):
     run_on_older_processor(isa, __file__, "(budget or alone or contiguous or differences) and not eager")
 
 
-# Registers a thread may take: 128 leaves room for 2 programs of 8 warps on a multiprocessor.
-REGISTERS = 128
 # dtype, (C, H, W), with sizes, compute capability: maps of the pyramid and of heads, odd numbers, each dtype.
 TARGETS = {
     "p2": (BF16, (256, 200, 336), False, 90),
@@ -414,22 +420,8 @@ TARGETS = {
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @LAYOUTS
 def test_compiles_within_the_budget(nhwc, target):
-    from support.aot import compile_pair
+    def run(x, dy, sizes):
+        affine = torch.empty(x.shape[1])
+        forward_backward(x, affine, affine, dy, sizes=sizes, relu=True, impl="triton")
 
-    dtype, shape, has_sizes, capability = target
-    memory = torch.channels_last if nhwc else torch.contiguous_format
-    x, dy = (torch.empty(2, *shape, dtype=dtype).contiguous(memory_format=memory) for _ in range(2))
-    sizes = torch.ones(2, 2, dtype=torch.int32) if has_sizes else None
-    affine = torch.empty(shape[0])
-    kernels = compile_pair(
-        OP, capability, lambda: forward_backward(x, affine, affine, dy, sizes=sizes, relu=True, impl="triton")
-    )
-    assert len(kernels) == 6
-    # Channel-major rows of another length start at any element, and with sizes neighbors need not be valid together.
-    aligned = shape[0] % 16 == 0 if nhwc else shape[1] * shape[2] % 16 == 0 and not has_sizes
-    for one in kernels:
-        assert one.stack == 0, one
-        assert one.registers <= REGISTERS, one
-        if aligned and not re.search("combine|statistics", one.name):
-            assert one.loads_16, one
-            assert one.stores_16 or "moments" in one.name or "sums" in one.name, one
+    check_compiled(OP, target, nhwc, run, 6)

@@ -18,6 +18,19 @@ def test_our_sources_compile():
     assert build.cpp_unavailable() is None
 
 
+@pytest.mark.parametrize("source", ["MatchBoxesCPU.cpp", "NmsSlots.cpp", "RasterizePolygons.cpp"])
+def test_exact_sources_do_not_fuse_products_with_sums(monkeypatch, tmp_path, source):
+    commands = []
+    monkeypatch.setattr(build, "_compile", lambda folder, name, parts, *others: commands.extend(parts))
+    try:
+        build.compile_cpu(tmp_path)
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    commands = [command for command in commands if command[-1] == source]
+    assert commands
+    assert all("-ffp-contract=off" in command for command in commands)
+
+
 # Logs its start and end, and writes its output file.
 FAKE = """#!/bin/sh
 case $1 in --version) echo fake; exit 0;; esac

@@ -35,6 +35,7 @@ from support.kernels import (
     poisoned_allocations,
     quantized,
     run_on_older_processor,
+    threads,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,16 +49,6 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def _poisoned():
     with poisoned_allocations():
         yield
-
-
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # Ranks of the main input; (3,) for all others.

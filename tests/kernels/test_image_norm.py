@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from support.image_norm_cases import EPS, OPS, api, check_sizes, cropped, forward_backward, inputs, judge, reference
+from support.image_norm_cases import (
+    EPS,
+    OPS,
+    api,
+    check_compiled,
+    check_sizes,
+    cropped,
+    forward_backward,
+    inputs,
+    judge,
+    reference,
+)
 from support.kernels import (
     BF16,
     F16,
@@ -258,8 +269,6 @@ def test_older_processors(cpp, op, isa):
     run_on_older_processor(isa, __file__, f"{op} and (budget or around_a_tile or alone)")
 
 
-# Registers per thread: 128 allow 2 programs of 8 warps (4 of 4 warps) on a multiprocessor.
-REGISTERS = 128
 # dtype, (C, H, W), with sizes, compute capability: the ends of the stem and odd numbers, each dtype on each target.
 TARGETS = {
     "stride2": (BF16, (96, 400, 672), False, 90),
@@ -275,25 +284,8 @@ TARGETS = {
 @LAYOUTS
 @pytest.mark.parametrize(("op", "kernels"), [("group_norm_gelu", 5), ("layer_norm_gelu", 2)], ids=["group", "layer"])
 def test_compiles_within_the_budget(op, kernels, nhwc, target):
-    from support.aot import compile_pair
+    def run(x, dy, sizes):
+        affine = torch.empty(x.shape[1], dtype=x.dtype)
+        forward_backward(api(op), x, affine, affine, dy, sizes=sizes, impl="triton")
 
-    dtype, shape, has_sizes, capability = target
-    memory = torch.channels_last if nhwc else torch.contiguous_format
-    x, dy = (torch.empty(1, *shape, dtype=dtype).contiguous(memory_format=memory) for _ in range(2))
-    affine = torch.empty(shape[0], dtype=dtype)
-    sizes = torch.ones(1, 2, dtype=torch.int32) if has_sizes else None
-    compiled = compile_pair(
-        op, capability, lambda: forward_backward(api(op), x, affine, affine, dy, sizes=sizes, impl="triton")
-    )
-    assert len(compiled) == kernels
-    # NCHW rows of another length start at any element: no 16-byte accesses.
-    aligned = (target[1][0] if nhwc else target[1][1] * target[1][2]) % 16 == 0
-    # With sizes, neighbors in a row of positions need not be valid together.
-    aligned &= nhwc or not target[2]
-    for one in compiled:
-        assert one.stack == 0, one
-        assert one.registers <= REGISTERS, one
-        if aligned and "combine" not in one.name:
-            assert one.loads_16, one
-            # These kernels write few numbers, no map.
-            assert one.stores_16 or "moments" in one.name or "sums" in one.name, one
+    check_compiled(op, target, nhwc, run, kernels)

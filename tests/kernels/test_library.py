@@ -83,6 +83,8 @@ MOST_FUNCTIONS = {
     "gather_add_pos": 23,
     "group_norm_gelu": 32,
     "layer_norm_gelu": 32,
+    "match_boxes": 22,
+    "nms_slots": 11,
     "rasterize_polygons": 12,
     "roi_align_levels": 40,
     "sample_tokens": 15,

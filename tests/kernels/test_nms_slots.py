@@ -1,7 +1,6 @@
 """nms_slots: every implementation keeps the boxes that torchvision's CPU code keeps, problem by problem."""
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -11,17 +10,17 @@ from support.kernels import (
     BF16,
     F32,
     IMPLS,
-    INTERPRETED,
     Guarded,
     here,
     layouts,
+    mocked_gpu,
     native,
     needs_compiler,
+    on_all,
     run_on_older_processor,
-    usable,
 )
 
-from mimdet.kernels import KernelUnavailableError, build, dispatch, library, nms_slots
+from mimdet.kernels import KernelUnavailableError, library, nms_slots
 from mimdet.kernels.nms_slots import ops, reference
 
 OP = "nms_slots"
@@ -45,16 +44,6 @@ def suppress(boxes, valid, threshold, stop_at=None, *, impl, device="cpu"):
 
 def all_valid(boxes):
     return torch.ones(boxes.shape[:2], dtype=torch.bool)
-
-
-def on_all(test):
-    """For eager, and for whatever else can run here."""
-    places = [("eager", "cpu")] * (not INTERPRETED) + [
-        (impl, device)
-        for impl, device in here([("cpp", "cpu"), ("triton", "cuda"), ("cuda", "cuda")], [("triton", "cpu")])
-        if usable(OP, impl, device)
-    ]
-    return pytest.mark.parametrize(("impl", "device"), places, ids=[impl for impl, _ in places])(test)
 
 
 def uniform(generator, *shape):
@@ -108,7 +97,7 @@ KINDS = [crowded, on_a_grid, clustered, turned, chain, extreme, not_finite]
 SIZES = here([1, 2, 63, 64, 65, 127, 129, 300], [1, 64, 65, 129])
 
 
-@on_all
+@on_all(OP)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_is_torchvision(kind, impl, device):
     suppressed = 0
@@ -125,7 +114,7 @@ def test_is_torchvision(kind, impl, device):
 
 
 @native
-@on_all
+@on_all(OP)
 @pytest.mark.parametrize("kind", [clustered, chain, on_a_grid], ids=lambda kind: kind.__name__)
 def test_many_rows(kind, impl, device):
     boxes = kind(torch.Generator().manual_seed(0), 2, 2000)
@@ -135,7 +124,7 @@ def test_many_rows(kind, impl, device):
         assert torch.equal(suppress(boxes, valid, threshold, impl=impl, device=device), expected)
 
 
-@on_all
+@on_all(OP)
 def test_alternating_chain(impl, device):
     # IoU of neighbors is 1/3: the first row suppresses the second, which would have suppressed the third.
     boxes = chain(None, 1, here(1000, 130))
@@ -152,7 +141,7 @@ def iou_of(first, second):
     return float(shared / (np.prod(sides(a)) + np.prod(sides(b)) - shared))
 
 
-@on_all
+@on_all(OP)
 def test_iou_at_the_threshold(impl, device):
     """It does not suppress; and the threshold stays the double that it is."""
     generator = torch.Generator().manual_seed(0)
@@ -181,7 +170,7 @@ def test_float_below(number):
     assert float(np.nextafter(np.float32(below), np.float32(2))) > number
 
 
-@on_all
+@on_all(OP)
 def test_every_step_is_rounded(impl, device):
     """A fused product and sum, or a division through a reciprocal, decides some of these otherwise."""
     rng = np.random.default_rng(0)
@@ -198,7 +187,7 @@ def test_every_step_is_rounded(impl, device):
             assert keep[0, 1] == (threshold == iou), i
 
 
-@on_all
+@on_all(OP)
 @pytest.mark.parametrize("rows", here([1, 64, 65, 300], [1, 65]))
 def test_stop_at(rows, impl, device):
     boxes = clustered(torch.Generator().manual_seed(rows), 3, rows)
@@ -210,7 +199,7 @@ def test_stop_at(rows, impl, device):
         assert torch.equal(keep, complete & (counts <= stop_at)), stop_at
 
 
-@on_all
+@on_all(OP)
 def test_rows_that_are_not_valid_change_nothing(impl, device):
     generator = torch.Generator().manual_seed(0)
     boxes = on_a_grid(generator, 3, 130)
@@ -226,7 +215,7 @@ def test_rows_that_are_not_valid_change_nothing(impl, device):
     assert expected.any(1).tolist() == [True, False, True]
 
 
-@on_all
+@on_all(OP)
 def test_a_box_with_a_nan_is_kept_and_suppresses_nothing(impl, device):
     for i in range(4):
         for row in range(3):
@@ -238,7 +227,7 @@ def test_a_box_with_a_nan_is_kept_and_suppresses_nothing(impl, device):
             assert keep[0].tolist() == [place in (row, int(row == 0)) for place in range(3)]
 
 
-@on_all
+@on_all(OP)
 def test_problems_do_not_touch(impl, device):
     boxes = torch.zeros(3, 2, 4)
     boxes[..., 2:] = 5
@@ -246,7 +235,7 @@ def test_problems_do_not_touch(impl, device):
     assert keep.tolist() == [[True, False], [False, True], [False, False]]
 
 
-@on_all
+@on_all(OP)
 @pytest.mark.parametrize(("problems", "rows"), [(0, 5), (3, 0), (0, 0)])
 def test_nothing_to_do(problems, rows, impl, device):
     boxes = torch.zeros(problems, rows, 4)
@@ -255,7 +244,7 @@ def test_nothing_to_do(problems, rows, impl, device):
     assert keep.dtype == torch.bool
 
 
-@on_all
+@on_all(OP)
 def test_the_input_is_not_written(impl, device):
     boxes = chain(None, 2, 70).contiguous()
     valid = all_valid(boxes)
@@ -337,14 +326,6 @@ def test_numbers_beyond_two_to_the_31(tmp_path):
     assert not keep[:-1].any()
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @native
 @pytest.mark.usefixtures("two_threads", "cpp")
 def test_threads_change_nothing():
@@ -424,15 +405,13 @@ def test_bad_input(change, error, message):
 
 @native
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
-def test_what_cannot_run_says_why(impl, monkeypatch):
+def test_what_cannot_run_says_why(impl):
     boxes = torch.zeros(1, ops.LARGEST + 1, 4)
     with pytest.raises(KernelUnavailableError, match=f"nms_slots: {impl} cannot run: "):
         nms_slots(boxes[:, :5], all_valid(boxes[:, :5]), 0.5, impl=impl)
-    monkeypatch.setattr(dispatch, "no_gpu", lambda *args, **kwargs: None)
-    dispatch.forget()
-    with pytest.raises(KernelUnavailableError, match=f"{impl} cannot run: a problem has at most 65536 rows"):
+    message = f"{impl} cannot run: a problem has at most 65536 rows"
+    with mocked_gpu(), pytest.raises(KernelUnavailableError, match=message):
         nms_slots(boxes, all_valid(boxes), 0.5, impl=impl)
-    dispatch.forget()
 
 
 @native
@@ -488,16 +467,13 @@ def test_most_words_compile_without_spilling(monkeypatch):
         assert pairs.stack == scan.stack == 0, (pairs, scan)
 
 
-def instructions(capability, assembly, pattern, **changes):
-    from support.aot import launches, target
-    from support.kernel_cases import pretend
+def instructions(capability, assembly, pattern, **options):
+    """Of both kernels."""
+    from support.aot import count_instructions
 
     boxes = torch.zeros(1, 100, 4)
-    with pretend("triton", OP), launches() as kernels:
-        nms_slots(boxes, all_valid(boxes), 0.5, impl="triton")
-    with target(capability):
-        one = kernels[0].kernel.warmup(*kernels[0].arguments, grid=kernels[0].grid, **kernels[0].constants | changes)
-    return len(re.findall(pattern, one.asm[assembly]))
+    run = lambda: nms_slots(boxes, all_valid(boxes), 0.5, impl="triton")  # noqa: E731
+    return count_instructions(OP, capability, assembly, pattern, run, **options)
 
 
 @needs_compiler
@@ -510,14 +486,3 @@ def test_triton_rounds_every_step():
     divisions = 5 * instructions("gfx942", "amdgcn", "v_div_fmas_f32")
     assert instructions("gfx942", "amdgcn", "v_(pk_)?(fmac?|mad)_f32") == divisions > 0
     assert instructions("gfx942", "amdgcn", "v_(pk_)?(fmac?|mad)_f32", enable_fp_fusion=True) > divisions
-
-
-def test_cpp_rounds_every_step(monkeypatch, tmp_path):
-    commands = []
-    monkeypatch.setattr(build, "_compile", lambda folder, name, parts, *others: commands.extend(parts))
-    try:
-        build.compile_cpu(tmp_path)
-    except build.BuildError as error:
-        pytest.skip(str(error))
-    (command,) = [c for c in commands if c[-1] == "NmsSlots.cpp"]
-    assert "-ffp-contract=off" in command

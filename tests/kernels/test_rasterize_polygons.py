@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from functools import cache
 from pathlib import Path
 
@@ -14,16 +13,17 @@ from support.kernels import (
     F16,
     F32,
     IMPLS,
-    INTERPRETED,
     Guarded,
     here,
+    mocked_gpu,
     native,
     needs_compiler,
+    on_all,
     usable,
 )
 from support.polygons import KINDS, packed, random_case, rasterize_by_pycocotools
 
-from mimdet.kernels import KernelUnavailableError, build, rasterize_polygons
+from mimdet.kernels import KernelUnavailableError, rasterize_polygons
 from mimdet.kernels.rasterize_polygons import ops
 
 OP = "rasterize_polygons"
@@ -49,17 +49,7 @@ def rasterize(instances, index, windows, size, impl, device="cpu", dtype=F64):
     return rasterize_polygons(*(t.to(device) for t in tensors), size, impl=impl).cpu()
 
 
-def on_all(test):
-    """For eager, and for whatever else can run here."""
-    places = [("eager", "cpu")] * (not INTERPRETED) + [
-        (impl, device)
-        for impl, device in here([("cpp", "cpu"), ("triton", "cuda"), ("cuda", "cuda")], [("triton", "cpu")])
-        if usable(OP, impl, device)
-    ]
-    return pytest.mark.parametrize(("impl", "device"), places, ids=[impl for impl, _ in places])(test)
-
-
-@on_all
+@on_all(OP)
 @pytest.mark.parametrize("size", here([7, 14, 28], [7, 28]))
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_pycocotools(kind, size, impl, device):
@@ -71,7 +61,7 @@ def test_is_pycocotools(kind, size, impl, device):
     assert filled or kind == "collinear"
 
 
-@on_all
+@on_all(OP)
 @pytest.mark.parametrize("size", here([1, 2, 3, 16, 31, 32, 33, 63, 64], [1, 33, 64]))
 def test_sizes(size, impl, device):
     case = random_case(size, "tenths", *here((24, 30), (3, 12)))
@@ -86,17 +76,13 @@ def test_more_rows_than_a_word_has_bits(impl):
 
 @native
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
-def test_gpu_kernels_say_what_they_cannot_hold(impl, monkeypatch):
-    from mimdet.kernels import dispatch
-
-    monkeypatch.setattr(dispatch, "no_gpu", lambda *args, **kwargs: None)
-    dispatch.forget()
-    with pytest.raises(KernelUnavailableError, match=f"{impl} cannot run: bitmaps have at most 64 x 64 pixels"):
+def test_gpu_kernels_say_what_they_cannot_hold(impl):
+    message = f"{impl} cannot run: bitmaps have at most 64 x 64 pixels"
+    with mocked_gpu(), pytest.raises(KernelUnavailableError, match=message):
         rasterize([[SQUARE]], [0], [[0, 0, 9, 9]], 65, impl)
-    dispatch.forget()
 
 
-@on_all
+@on_all(OP)
 def test_long_outlines(impl, device):
     # More edges than a GPU's program looks at together.
     rng = np.random.default_rng(1)
@@ -107,7 +93,7 @@ def test_long_outlines(impl, device):
     assert torch.equal(rasterize(*case, 28, impl, device), pycocotools(*case, 28))
 
 
-@on_all
+@on_all(OP)
 def test_products_are_rounded_before_sums(impl, device):
     # a * b + c in one rounding fills these otherwise.
     triangles = [
@@ -122,7 +108,7 @@ def test_products_are_rounded_before_sums(impl, device):
     assert torch.equal(rasterize(*case, 28, impl, device), pycocotools(*case, 28))
 
 
-@on_all
+@on_all(OP)
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 def test_boxes_of_any_dtype_are_taken_as_they_are(dtype, impl, device):
     instances, index, windows = random_case(3, "plain", *here((24, 30), (3, 12)))
@@ -131,7 +117,7 @@ def test_boxes_of_any_dtype_are_taken_as_they_are(dtype, impl, device):
     assert torch.equal(rasterize(instances, index, windows, 14, impl, device, dtype), expected)
 
 
-@on_all
+@on_all(OP)
 def test_joins_the_polygons_of_an_instance(impl, device):
     hole = SQUARE / 2 + 4
     joined, whole = (rasterize([[SQUARE, hole]], [0], [[0, 0, 28, 28]], 28, impl, device)), SQUARE
@@ -139,7 +125,7 @@ def test_joins_the_polygons_of_an_instance(impl, device):
     assert int(joined.sum()) == 20 * 14
 
 
-@on_all
+@on_all(OP)
 def test_nothing_to_do(impl, device):
     empty = rasterize([[]], [0, 0], [[0, 0, 9, 9]] * 2, 7, impl, device)
     assert empty.shape == (2, 7, 7)
@@ -153,7 +139,7 @@ def test_nothing_to_do(impl, device):
     assert not rasterize(few, [0], [[0, 0, 28, 28]], 28, impl, device).any()
 
 
-@on_all
+@on_all(OP)
 def test_what_no_integer_holds_is_far_away(impl, device):
     # Half of the plane: pycocotools would walk along billions of points, or overflow.
     far = np.array([[-1e300, -1e300], [4.0, -1e300], [4.0, 1e300], [-1e300, 1e300]])
@@ -236,14 +222,6 @@ def test_real_annotations(impl):
 def test_threads_change_nothing(cpp):
     case = random_case(7, "plain", 500)
     assert torch.equal(rasterize(*case, 28, "cpp"), rasterize(*case, 28, "eager"))
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def arguments(device="cpu"):
@@ -329,16 +307,12 @@ def test_compiles_within_the_budget(capability, size):
     assert one.registers <= 96, one
 
 
-def fused(target_name, assembly, pattern, **changes):
+def fused(capability, assembly, pattern, **options):
     """How many fused products and sums of doubles the compiler made."""
-    from support.aot import launches, target
-    from support.kernel_cases import pretend
+    from support.aot import count_instructions
 
-    with pretend("triton", OP), launches() as kernels:
-        rasterize_polygons(*arguments(), 28, impl="triton")
-    with target(target_name):
-        one = kernels[0].kernel.warmup(*kernels[0].arguments, grid=kernels[0].grid, **kernels[0].constants | changes)
-    return len(re.findall(pattern, one.asm[assembly]))
+    run = lambda: rasterize_polygons(*arguments(), 28, impl="triton")  # noqa: E731
+    return count_instructions(OP, capability, assembly, pattern, run, **options)
 
 
 @needs_compiler
@@ -347,14 +321,3 @@ def test_triton_does_not_fuse_products_with_sums():
     assert fused(90, "ptx", r"fma\.rn\.f64") == 0
     # A division on AMD consists of five.
     assert fused("gfx942", "amdgcn", "v_fmac?_f64") == 5 * fused("gfx942", "amdgcn", "v_div_fmas_f64")
-
-
-def test_cpp_does_not_fuse_products_with_sums(monkeypatch, tmp_path):
-    commands = []
-    monkeypatch.setattr(build, "_compile", lambda folder, name, parts, *others: commands.extend(parts))
-    try:
-        build.compile_cpu(tmp_path)
-    except build.BuildError as error:
-        pytest.skip(str(error))
-    (command,) = [c for c in commands if c[-1] == "RasterizePolygons.cpp"]
-    assert "-ffp-contract=off" in command

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.kernels import BF16, F16, F32, IMPLS, Guarded, here, native, needs_compiler, quantized
+from support.kernels import BF16, F16, F32, IMPLS, Guarded, here, native, needs_compiler, quantized, threads
 from torchvision.ops import roi_align
 
 from mimdet.kernels import KernelUnavailableError, roi_align_levels
@@ -229,13 +229,10 @@ def test_gradients_for_the_features_alone(impl):
 @native
 def test_the_same_bits_with_any_number_of_threads(cpp):
     arguments = inputs(slots=50, channels=70, dtype=BF16)
-    before, runs = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    runs = []
+    for count in (1, 2, 3):
+        with threads(count):
             runs.append(differentiate(*arguments, 7, impl="cpp"))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 

@@ -128,14 +128,6 @@ def test_threads_change_nothing():
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="Triton alone has blocks")
 @pytest.mark.parametrize("case", ["uniform-255", "uniform-257", "ratio-1.0", "padding-and-ties", "strange-0.5"])
 def test_several_blocks(runner, monkeypatch, case):

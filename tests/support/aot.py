@@ -142,6 +142,24 @@ def compile_pair(op, capability, run):
     return [compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in recorded]
 
 
+def count_instructions(op, capability, assembly, pattern, run, **options):
+    """How often ``pattern`` is in the code of the Triton kernels that ``run()`` would launch for ``op``; none runs.
+
+    Args:
+        op, capability, run: as for ``compile_pair``.
+        assembly: "ptx" or "amdgcn".
+        pattern: regular expression.
+        options: of the compiler, in place of those of the launches.
+    """
+    from support.kernel_cases import pretend
+
+    with pretend("triton", op), launches() as recorded:
+        run()
+    with target(capability):
+        built = [one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants | options) for one in recorded]
+    return sum(len(re.findall(pattern, one.asm[assembly])) for one in built)
+
+
 def _measure_nvidia(built, capability):
     import triton
 

@@ -82,16 +82,8 @@ def case(
         inputs = {"residual": tokens(length), "x": tokens(length, seed=4), **affine}
         return Case(op, inputs, {"scale": torch.arange(batch, device=device) % 3 * 1.25, "eps": EPS})
     if op == "attention_varlen":
-        heads = next(n for n in range(2, channels + 1) if channels % n == 0 and channels // n <= 64)
         # Equal tokens would have zero gradients but for rounding, so heads are expanded instead.
-        by_head = layout == "expanded"
-        total, head_dim = batch * length, channels // heads
-        qkv = main(heads, total, 3, head_dim).permute(1, 2, 0, 3) if by_head else main(total, 3, heads, head_dim)
-        bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-        # The first image is shorter, the last longer.
-        bounds[1:-1] -= min(length, 1)
-        longest = length + min(length, int(batch > 1))
-        return Case(op, {"qkv": qkv}, {"cu_seqlens": bounds, "max_seqlen": longest, "scale": 0.25})
+        return Case(op, *_sequences(main, batch, length, channels, device, by_head=layout == "expanded"))
     if op == "bias_gelu":
         return Case(op, {"x": tokens(length), "bias": affine["bias"]}, {})
     if op == "gather_add_pos":
@@ -106,20 +98,35 @@ def case(
     if op == "rasterize_polygons":
         return Case(op, {}, _polygons(batch, length, channels, device))
     if op == "roi_align_levels":
-        # Boxes of both levels, some over the maps' ends; the last slot of an image is empty. The interpreter is slow.
-        slots = min(length, 8) if INTERPRETED else length
         maps = {"fine": main(batch, channels, 8, 9), "coarse": main(batch, channels, 4, 5, seed=4)}
-        corners = quantized(batch, slots, 2, seed=5, mean=12.0, std=10.0)
-        boxes = torch.cat([corners, corners + quantized(batch, slots, 2, seed=6, mean=7.0, std=6.0).abs()], dim=-1)
-        valid = (torch.arange(slots) < max(slots - 1, 1)).repeat(batch, 1)
-        others = {"boxes": boxes.to(device), "valid": valid.to(device), "size": 2, "scales": (0.25, 0.125)}
-        return Case(op, maps, others | {"canonical_size": 8, "canonical_level": 2})
+        return Case(op, maps, _regions(batch, length, device))
     if op == "sample_tokens":
         noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(5)).to(device)
         return Case(op, {}, {"noise": noise, "valid_mask": noise < 0.9, "ratio": 0.5})
     assert op == "scatter_fill", op
     inputs = {"kept": tokens(kept), "fill": tokens(length - kept, seed=4), "pos": pos}
     return Case(op, inputs, {"ids_restore": order})
+
+
+def _sequences(main, batch, length, channels, device, by_head):
+    """Tokens of ``batch`` images, the first shorter than ``length``, the last longer, and all other arguments."""
+    heads = next(n for n in range(2, channels + 1) if channels % n == 0 and channels // n <= 64)
+    total, head_dim = batch * length, channels // heads
+    qkv = main(heads, total, 3, head_dim).permute(1, 2, 0, 3) if by_head else main(total, 3, heads, head_dim)
+    bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+    bounds[1:-1] -= min(length, 1)
+    longest = length + min(length, int(batch > 1))
+    return {"qkv": qkv}, {"cu_seqlens": bounds, "max_seqlen": longest, "scale": 0.25}
+
+
+def _regions(batch, length, device):
+    """Boxes of two levels, some over the maps' ends; the last slot of an image is empty. The interpreter is slow."""
+    slots = min(length, 8) if INTERPRETED else length
+    corners = quantized(batch, slots, 2, seed=5, mean=12.0, std=10.0)
+    boxes = torch.cat([corners, corners + quantized(batch, slots, 2, seed=6, mean=7.0, std=6.0).abs()], dim=-1)
+    valid = (torch.arange(slots) < max(slots - 1, 1)).repeat(batch, 1)
+    others = {"boxes": boxes.to(device), "valid": valid.to(device), "size": 2, "scales": (0.25, 0.125)}
+    return others | {"canonical_size": 8, "canonical_level": 2}
 
 
 def _boxes(batch, length, channels, device):
@@ -178,10 +185,10 @@ def _sides(length):
 
 
 def differentiate(example, impl, gradients=None, function=None):
-    """Outputs, and gradients of all of ``made.inputs``, by name.
+    """Outputs, and gradients of all of ``example.inputs``, by name.
 
     Args:
-        made: a ``Case``.
+        example: a ``Case``.
         impl: implementation.
         gradients: outputs' gradients; by default ``cotangents``.
         function: called with the inputs in place of the case itself, a compiled one for example.
@@ -205,7 +212,7 @@ def cotangents(outputs):
 
 
 def judge(example, actual, gradients=None):
-    """``got``, from ``differentiate``, within the error budget of plain PyTorch."""
+    """``actual``, from ``differentiate``, within the error budget of plain PyTorch."""
     same = differentiate(example.on_cpu(), "eager", _on_cpu(gradients))
     exact = differentiate(example.on_cpu(torch.float64), "eager", _on_cpu(gradients, torch.float64))
     main = next(iter(example.inputs.values()), None)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from mimdet.kernels import dispatch
+from mimdet.kernels import build, dispatch
 from mimdet.modeling import memory
 
 INTERPRETED = dispatch.interpreting()
@@ -40,6 +40,24 @@ IMPLS = here(
     ["eager", pytest.param("cpp", marks=pytest.mark.skipif(not usable("bias_gelu", "cpp", "cpu"), reason="no C++"))],
     ["triton"],
 )
+
+
+def on_all(op):
+    """Decorator: the test runs for eager, and for whatever else of ``op`` can run here."""
+    places = [] if INTERPRETED else [("eager", "cpu")]
+    places += [(impl, device) for impl, device in PLACES.items() if usable(op, impl, device)]
+    return pytest.mark.parametrize(("impl", "device"), places, ids=[impl for impl, _ in places])
+
+
+@contextlib.contextmanager
+def threads(count):
+    """Inside, PyTorch has ``count`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def quantized(*shape, dtype=torch.float32, seed=0, mean=0.0, std=1.0):
@@ -84,6 +102,20 @@ def poisoned_allocations():
     finally:
         for (owner, name), original in zip(places, originals, strict=True):
             setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def mocked_gpu():
+    """Inside, Triton and CUDA C++ refuse no call for want of a GPU."""
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch, "no_gpu", lambda *args, **kwargs: None)
+            patch.setattr(dispatch, "too_old", lambda *args: None)
+            patch.setattr(build, "cuda_unavailable", lambda: None)
+            dispatch.forget()
+            yield
+    finally:
+        dispatch.forget()
 
 
 def activation_bytes(run, module):

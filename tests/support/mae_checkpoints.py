@@ -10,11 +10,11 @@ from support.paths import RECORDINGS
 META = json.loads((RECORDINGS / "mae_load.json").read_text())
 
 
-def fake_mae(prefix=""):
+def fake_mae():
     state = {}
     for key, shape in META["fake_checkpoint"]["keys"].items():
         value = 0.5 * gradient(900 + len(key), shape) if key.endswith("pos_embed") else tensor_for("mae." + key, shape)
-        state[prefix + key] = torch.from_numpy(np.asarray(value, np.float32))
+        state[key] = torch.from_numpy(np.asarray(value, np.float32))
     return state
 
 

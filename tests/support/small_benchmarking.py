@@ -16,8 +16,9 @@ def small_backbone(**changes):
     return model.eval()
 
 
-def small_input(count=2, side=SMALL["img_size"]):
-    """Normalized images (count, 3, side, side)."""
+def small_input(count=2):
+    """Normalized images (count, 3, img_size, img_size)."""
+    side = SMALL["img_size"]
     return torch.stack(normalized([torch.from_numpy(image(11 + i, side, side)) for i in range(count)]))
 
 
