@@ -48,7 +48,7 @@ class GroundTruthMasks(NamedTuple):
         """
         instance = index + torch.arange(0, len(index) * self.slots, self.slots, device=index.device)[:, None]
         instance = torch.where(valid, instance, len(index) * self.slots).flatten()
-        # MPS has no float64, so the points are on the CPU there.
+        # On the CPU for MPS.
         place = self.points.device
         masks = rasterize_polygons(
             self.points,

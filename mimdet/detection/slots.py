@@ -55,16 +55,17 @@ class GroundTruth(NamedTuple):
         slots = _slots_for(max(counts))
         boxes = _stack([target["boxes"] for target in targets], slots, torch.float32, device)
         labels = _stack([target["labels"] for target in targets], slots, torch.int64, device)
-        tensors = [boxes, labels, torch.tensor(counts)]
-        polygons = None
+        tensors, polygons = [boxes, labels, torch.tensor(counts)], []
         if masks:
             every = [target["masks"] for target in targets]
             packed = [_polygons(m, f"targets[{i}]['masks']").padded(slots) for i, m in enumerate(every)]
             # The last instance, without polygons, is that of slots which no proposal fills.
             joined = PackedPolygons.join([*packed, PackedPolygons.pack([[]])])
             polygons = [torch.from_numpy(a) for a in (joined.points, joined.polygon_starts, joined.instance_starts)]
-            tensors += polygons
-        boxes, labels, filled, *polygons = to_device_together(tensors, device)
+        if device.type == "mps":  # it has no float64
+            boxes, labels, filled = to_device_together(tensors, device)
+        else:
+            boxes, labels, filled, *polygons = to_device_together([*tensors, *polygons], device)
         truth = cls(boxes, labels, filled, max(counts))
         if masks:
             bitmaps = {i: m for i, m in enumerate(every) if isinstance(m, torch.Tensor)}
@@ -176,7 +177,7 @@ def blank(boxes: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 def _polygons(masks: Any, name: str) -> PackedPolygons:
-    """Those of a target's masks; bitmaps have none."""
+    """Polygons of a target's masks, none where these are bitmaps."""
     if isinstance(masks, PackedPolygons):
         return masks
     return PackedPolygons.pack([[]] * len(masks) if isinstance(masks, torch.Tensor) else masks, name)
