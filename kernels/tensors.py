@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -45,6 +46,24 @@ def to_host_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         moved[i] = _view(blob, start, tensors[i])
         start += part.numel()
     return [moved[i] for i in range(len(tensors))]
+
+
+class HostCopy:
+    """A tensor's numbers on their way to the host, while the device goes on."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._tensor, self._event = tensor, None
+        if tensor.is_cuda:
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def tolist(self) -> Any:
+        """``Tensor.tolist``, once the device has come to the tensor; work that it got since is not waited for."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensor.tolist()
 
 
 def _view(blob: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:

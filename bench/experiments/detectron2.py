@@ -44,12 +44,15 @@ IMPLEMENTATIONS = {
 }
 BASELINE = "original-sdpa"
 # Component -> modules, by name in the detector; the longest name wins.
-COMPONENTS = {
+BACKBONE = {
     "ConvStem": ("backbone.bottom_up.encoder.patch_embed",),
     "encoder": ("backbone.bottom_up.encoder",),
     "decoder": ("backbone.bottom_up.decoder",),
     "backbone, the rest": ("backbone.bottom_up",),
     "pyramid": ("backbone",),
+}
+COMPONENTS = {
+    **BACKBONE,
     "RPN head": ("proposal_generator.rpn_head",),
     "RPN proposals": (),
     "RPN targets, losses": ("proposal_generator",),

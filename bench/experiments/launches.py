@@ -25,7 +25,7 @@ from ..operations import OTHER, UPDATE, Counter, is_view, tensors_of
 from ..row import Results
 from ..session import DTYPES
 from ..workload import Setting, check_choices
-from .detectron2 import batch_of_detectron2, original_config
+from .detectron2 import BACKBONE, batch_of_detectron2, original_config
 
 MODELS = {"MIMDet": "ours", "original": "original-sdpa"}  # and their implementation in other experiments
 COMPARED = "mimdet_b_mask_rcnn"  # the config of the original's detector
@@ -34,11 +34,7 @@ DIRECTIONS = ("forward", "backward", "update")
 REST = "the rest"
 # Component -> modules, by name in the detector; the longest name wins.
 COMPONENTS = {
-    "ConvStem": ("backbone.bottom_up.encoder.patch_embed",),
-    "encoder": ("backbone.bottom_up.encoder",),
-    "decoder": ("backbone.bottom_up.decoder",),
-    "backbone, the rest": ("backbone.bottom_up",),
-    "pyramid": ("backbone",),
+    **BACKBONE,
     "RPN": ("proposal_generator",),
     "box pooling and head": ("roi_heads.box_pooler", "roi_heads.box_head", "roi_heads.box_predictor"),
     "mask pooling and head": ("roi_heads.mask_pooler", "roi_heads.mask_head"),

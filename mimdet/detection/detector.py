@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels import valid_mask
-from ..kernels.tensors import to_device, to_device_together, to_host_together
+from ..kernels.tensors import to_device, to_device_together, to_host_together, zero_padding
 from ..modeling.shapes import ImageList
 from .assignment import clip_boxes, nonempty
 from .masks import paste_masks
@@ -76,10 +75,10 @@ class Detector(nn.Module):
         batch = ImageList.from_tensors(self._on_one_device(images), self.backbone.size_divisibility)
         (pixels,) = to_device_together([batch.tensor], self.device)
         pixels = (pixels.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
-        batch = ImageList(pixels.contiguous(memory_format=torch.channels_last), batch.image_sizes)
+        batch = ImageList(pixels, batch.image_sizes)
         if any(size != pixels.shape[2:] for size in batch.image_sizes):
-            inside = valid_mask(batch.sizes, tuple(pixels.shape[2:]))
-            batch.tensor.masked_fill_(~inside[:, None], 0.0)
+            batch.tensor = zero_padding(pixels, batch.sizes)
+        batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
         return batch
 
     def _on_one_device(self, images: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

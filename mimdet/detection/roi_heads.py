@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..kernels.tensors import HostCopy
 from ..modeling.areas import areas_of
 from ..modeling.noise import NoiseSource
 from .assignment import Matcher, sample_slots
 from .layers import knows_valid_maps
 from .mask_head import mask_loss
 from .rpn import Proposals
-from .slots import Detections, GroundTruth, HostCount, Rows, blank, counting_is_free, take
+from .slots import Detections, GroundTruth, Rows, blank, counting_is_free, take
 
 # Images of a batch in which the mask head computes all slots, and the multiple to which it rounds up their number in a
 # larger one, so that cuDNN sees few shapes.
@@ -178,25 +179,25 @@ class StandardROIHeads(nn.Module):
         columns = (rows.take(x.flatten(0, 1)) for x in (sampled.boxes, sampled.classes, sampled.gt_boxes))
         return predictor.losses(*predictions, *columns, rows.valid)
 
-    def _count_masks(self, sampled: SampledProposals) -> HostCount | None:
+    def _count_masks(self, sampled: SampledProposals) -> HostCopy | None:
         """The largest number of foreground proposals of an image; None if the mask head shall compute all slots.
 
         In a large batch empty slots cost more than a wait, and the box head is the GPU's work meanwhile.
         """
         if len(sampled.boxes) <= _BATCH_OF_ALL_SLOTS or counting_is_free(sampled.boxes.device):
             return None
-        return HostCount((sampled.classes < self.num_classes).sum(1).amax())
+        return HostCopy((sampled.classes < self.num_classes).sum(1).amax())
 
     def _mask_losses(
         self,
         features: dict[str, torch.Tensor],
         sampled: SampledProposals,
         truth: GroundTruth,
-        count: HostCount | None,
+        count: HostCopy | None,
     ) -> dict[str, torch.Tensor]:
         most = int(self.batch_size_per_image * self.positive_fraction)
         if count is not None:
-            most = min(most, -(-count.read() // _ROUNDING) * _ROUNDING)
+            most = min(most, -(-count.tolist() // _ROUNDING) * _ROUNDING)
         boxes, classes, index = (x[:, :most] for x in (sampled.boxes, sampled.classes, sampled.gt_index))
         foreground = classes < self.num_classes
         rows = self._rows(foreground)

@@ -137,28 +137,6 @@ class Rows:
         return x.unflatten(0, self.slots.shape)
 
 
-class HostCount:
-    """A number of the device on its way to the host, while the device goes on.
-
-    Args:
-        number: () integer tensor.
-    """
-
-    def __init__(self, number: torch.Tensor):
-        self._number, self._event = number, None
-        if number.is_cuda:
-            self._number = torch.empty((), dtype=number.dtype, device="cpu", pin_memory=True)
-            self._number.copy_(number, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def read(self) -> int:
-        """The number, once the device has come to it; what it was given to do since is not waited for."""
-        if self._event is not None:
-            self._event.synchronize()
-        return int(self._number)
-
-
 def counting_is_free(device: torch.device) -> bool:
     """Whether reading a number from the device waits for nothing."""
     return device.type == "cpu"

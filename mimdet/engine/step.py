@@ -12,6 +12,8 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.optim import Optimizer
 
+from ..kernels.tensors import HostCopy
+
 
 class NonFiniteLossError(FloatingPointError):
     """A loss, the gradient or a weight became NaN or infinite."""
@@ -104,14 +106,7 @@ class StepReport:
         if world_size > 1:
             dist.all_reduce(every)
         self.broken = every[-2]
-        every = torch.cat([every, values])
-        self._event = None
-        self._host = every
-        if every.is_cuda:
-            self._host = torch.empty(every.shape, dtype=every.dtype, device="cpu", pin_memory=True)
-            self._host.copy_(every, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._numbers = HostCopy(torch.cat([every, values]))
 
     def read(self, iteration: int) -> tuple[dict[str, float], bool]:
         """Losses, means over the processes, and whether any process has requested to stop; waits for the step.
@@ -120,9 +115,7 @@ class StepReport:
             NonFiniteLossError: a loss or the gradient is NaN or infinite on any process; the message of that process
                 names the loss and the images.
         """
-        if self._event is not None:
-            self._event.synchronize()
-        numbers, count = self._host.tolist(), len(self.names)
+        numbers, count = self._numbers.tolist(), len(self.names)
         broken, stop, *local = numbers[count:]
         if broken:
             raise NonFiniteLossError(f"iteration {iteration}: {self._explain(numbers[:count], local)}")
