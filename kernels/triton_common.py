@@ -15,14 +15,14 @@ def row_grid(rows: int, channels: int) -> tuple[int, int]:
 
 
 @triton.jit
-def gelu(z):
-    """z * Phi(z) in float32, the exact GELU."""
+def gelu(z, dtype: tl.constexpr):
+    """z * Phi(z) in float32, the exact GELU; the result is stored in ``dtype``."""
     return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
 
 
 @triton.jit
-def gelu_derivative(z):
-    """Phi(z) + z * phi(z) in float32."""
+def gelu_derivative(z, dtype: tl.constexpr):
+    """Phi(z) + z * phi(z) in float32; the result is stored in ``dtype``."""
     return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
 
 

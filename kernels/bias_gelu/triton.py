@@ -16,7 +16,7 @@ def _bias_gelu_fwd_kernel(x, bias, y, count, C, BLOCK: tl.constexpr):
     mask = offs < count
     z = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32)
     z += tl.load(bias + offs % C, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + offs, gelu(z).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + offs, gelu(z, y.dtype.element_ty).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _bias_gelu_bwd_kernel(dy, x, bias, dx, db_partial, M, C, step, BLOCK_C: tl.c
     for row in range(first, tl.minimum(first + step, M)):
         offs = row * C + channel
         z = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32) + b
-        dz = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(z)
+        dz = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(z, dx.dtype.element_ty)
         tl.store(dx + offs, dz.to(dx.dtype.element_ty), mask=mask)
         db += dz
     tl.store(db_partial + tl.program_id(0).to(tl.int64) * C + channel, db, mask=mask)

@@ -99,7 +99,7 @@ def _group_norm_gelu_fwd_kernel(
     w = tl.load(weight + channel, mask=channel_mask, other=0.0)
     b = tl.load(bias + channel, mask=channel_mask, other=0.0)
     x_hat = (tl.load(x + offs, mask=use, other=0.0).to(tl.float32) - mean) * rstd
-    result = gelu(x_hat * w + b)
+    result = gelu(x_hat * w + b, y.dtype.element_ty)
     if HAS_SIZES:
         result = tl.where(use, result, 0.0)
     tl.store(y + offs, result.to(y.dtype.element_ty), mask=mask)
@@ -155,7 +155,9 @@ def _group_norm_gelu_bwd_sums_kernel(
             mask &= valid_mask(position, sizes + 2 * sample, W)
         offs = position.to(tl.int64) * C + column if NHWC else column.to(tl.int64) * S + position
         x_hat = (tl.load(x + offs, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd
-        dz = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b)
+        dz = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(
+            x_hat * w + b, dy.dtype.element_ty
+        )
         dz = tl.where(mask, dz, 0.0)
         db += dz
         dw += dz * tl.where(mask, x_hat, 0.0)
@@ -222,7 +224,7 @@ def _group_norm_gelu_bwd_dx_kernel(
     w = tl.load(weight + channel, mask=channel_mask, other=0.0)
     b = tl.load(bias + channel, mask=channel_mask, other=0.0)
     x_hat = (tl.load(x + offs, mask=use, other=0.0).to(tl.float32) - tl.load(mean + sample)) * x_rstd
-    dz = tl.load(dy + offs, mask=use, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b)
+    dz = tl.load(dy + offs, mask=use, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b, dy.dtype.element_ty)
     result = x_rstd * (dz * w - a - x_hat * k)
     if HAS_SIZES:
         result = tl.where(use, result, 0.0)
