@@ -39,6 +39,8 @@ def fake_gpu() -> Iterator[None]:
         (detector, "check_targets", lambda *_: None),  # reads values of CPU tensors
         (roi_heads, "_BATCH_OF_ALL_SLOTS", math.inf),  # else the number of masks is read
         (torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None)),
+        (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        (torch.cuda, "is_bf16_supported", lambda: True),
         # Checkpointing recomputes once for a run of autograd's engine, which ``backward`` does not start.
         (torch._C, "_current_graph_task_id", lambda: 0),
         (FunctionCtx, "set_materialize_grads", _materialize),
@@ -71,21 +73,17 @@ def to_fake_gpu(model: nn.Module) -> nn.Module:
     return model
 
 
-@contextmanager
-def autocast(dtype: torch.dtype | None) -> Iterator[None]:
-    """``torch.autocast("cuda", dtype)``, which turns itself off without a GPU; nothing for None."""
-    if dtype is None:
-        yield
-        return
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", dtype)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if not torch.autocast_decrement_nesting():
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", False)
+class _MixedPrecision(nn.Module):
+    """A model whose forward runs under autocast, as Fabric wraps it; its backward does not."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+
+    def forward(self, *args):
+        with torch.autocast("cuda", self.dtype):
+            return self.module(*args)
 
 
 class FakeFabric:
@@ -106,10 +104,19 @@ class FakeFabric:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, error_if_nonfinite=error_if_nonfinite)
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad_norm: float | None = None) -> TrainStep:
-    """The step that ``mimdet train`` runs, of a model of ``to_fake_gpu``; inside ``fake_gpu``."""
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    clip_grad_norm: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> TrainStep:
+    """The step that ``mimdet train`` runs, of a model of ``to_fake_gpu``; inside ``fake_gpu``.
+
+    Args:
+        dtype: of mixed precision; None for none.
+    """
     optimizer.optimizer = optimizer  # as Fabric wraps it
-    return TrainStep(FakeFabric(), model, optimizer, clip_grad_norm)
+    return TrainStep(FakeFabric(), model if dtype is None else _MixedPrecision(model, dtype), optimizer, clip_grad_norm)
 
 
 @torch.no_grad()

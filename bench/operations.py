@@ -163,7 +163,7 @@ class Counter(TorchDispatchMode):
         result = function(*args, **kwargs)
         _wait(result)
         seconds = time.perf_counter() - start
-        if _moves_nothing(function):
+        if moves_nothing(function):
             return result
         tensors = tensors_of((args, kwargs))
         shapes = " ".join("x".join(map(str, t.shape)) for t in tensors if t.dim())
@@ -217,7 +217,7 @@ def _size(tensor: torch.Tensor) -> int:
 _ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
 
-def _moves_nothing(function) -> bool:
+def moves_nothing(function) -> bool:
     """Views and fresh memory."""
     return function.overloadpacket.__name__ in _ALLOCATIONS or is_view(function)
 

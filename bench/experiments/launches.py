@@ -20,8 +20,8 @@ from ...config import load
 from ...engine.model import build_model
 from ...engine.optim import build_optimizer
 from .. import environment, views, workload
-from ..fake_gpu import autocast, fake_gpu, to_fake_gpu, train_step
-from ..operations import OTHER, UPDATE, Counter, is_view, tensors_of
+from ..fake_gpu import fake_gpu, to_fake_gpu, train_step
+from ..operations import OTHER, UPDATE, Counter, moves_nothing, tensors_of
 from ..row import Results
 from ..session import DTYPES
 from ..workload import Setting, check_choices
@@ -113,10 +113,11 @@ class Launches(Counter):
 
 
 def kind_of(function: torch._ops.OpOverload) -> str:
-    """One of ``KINDS``: a view aliases its input without writing; a gemm is a matrix product or a convolution, or its
-    backward; fused are operators of ``mimdet``, PyTorch's attention and its fused optimizers; small are all others."""
+    """One of ``KINDS``: a view launches no kernel, and so are new tensors whose memory is not written; a gemm is a matrix
+    product or a convolution, or its backward; fused are operators of ``mimdet``, PyTorch's attention and its fused
+    optimizers; small are all others."""
     name = function.overloadpacket.__name__
-    if is_view(function):
+    if moves_nothing(function):
         return "view"
     if function.namespace == "mimdet" or "dot_product_" in name or name.startswith("_fused_"):
         return "fused"
@@ -140,11 +141,11 @@ def count(options: Options) -> Mapping[tuple, int]:
     with fake_gpu():
         to_fake_gpu(model)
         optimizer = build_optimizer(cfg.optimizer, model)
-        step = train_step(model, optimizer, cfg.train.get("clip_grad_norm"))
-        with autocast(None if options.dtype == "fp32" else DTYPES[options.dtype]):
-            step(every)  # allocates the optimizer's state
-            with Launches(model, optimizer) as launches:
-                step(every)
+        dtype = None if options.dtype == "fp32" else DTYPES[options.dtype]
+        step = train_step(model, optimizer, cfg.train.get("clip_grad_norm"), dtype)
+        step(every)  # allocates the optimizer's state
+        with Launches(model, optimizer) as launches:
+            step(every)
     return launches.counts
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..kernels.tensors import HostCopy
+from .weight_casts import WeightCasts
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -39,6 +40,7 @@ class TrainStep:
         self.clip_grad_norm = clip_grad_norm
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.broken = torch.zeros((), device=fabric.device)
+        self._casts = WeightCasts(model)
         self._fused = getattr(optimizer.optimizer, "_step_supports_amp_scaling", False)  # as GradScaler asks
         # float16: an infinite gradient is usual then, and lowers GradScaler's scale.
         self._scaled = bool(fabric.strategy.precision.state_dict())
@@ -49,10 +51,12 @@ class TrainStep:
         Args:
             stop: whether this process requests to stop; asked after the backward pass.
         """
-        losses = self.model(*inputs_of(batch, self.model, self.fabric.device))
-        self.optimizer.zero_grad()
-        total = sum(losses.values())
-        self.fabric.backward(total)
+        with self._casts.step():
+            losses = self.model(*inputs_of(batch, self.model, self.fabric.device))
+            self.optimizer.zero_grad()
+            total = sum(losses.values())
+            self._casts.learn(total)
+            self.fabric.backward(total)
         finite = total.detach() if self._scaled else total.detach() + self._gradient_norm()
         values = torch.stack([*(loss.detach().float() for loss in losses.values()), (~finite.isfinite()).float()])
         report = StepReport(tuple(losses), values, batch, stop(), self.fabric.world_size)

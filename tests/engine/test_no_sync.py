@@ -8,7 +8,7 @@ from support.tiny_detectors import DETECTORS, detector
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from mimdet.bench.experiments.launches import Launches
-from mimdet.bench.fake_gpu import autocast, fake_gpu, to_fake_gpu, train_step
+from mimdet.bench.fake_gpu import fake_gpu, to_fake_gpu, train_step
 from mimdet.bench.operations import UPDATE
 
 SIZES = [(75, 141), (96, 128), (75, 141), (40, 64)]
@@ -30,10 +30,10 @@ def train(name, batch, *options, dtype=None, clip=None, spoil=None):
     model, every = detector(name, *options).train(), samples(batch)
     if spoil is not None:
         model.backbone.register_forward_hook(lambda module, inputs, output: spoil(output["p3"]))
-    with fake_gpu(), NoSync(), autocast(dtype):
+    with fake_gpu(), NoSync():
         to_fake_gpu(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-        step = train_step(model, optimizer, clip)
+        step = train_step(model, optimizer, clip, dtype)
         step(every)
         with Launches(model, optimizer) as launches:
             step(every)
