@@ -29,15 +29,17 @@ class RecomputeConv2d(nn.Conv2d):
         """(B, in_channels, H, W) -> (B, out_channels, H', W')."""
         value, function, sources = (x, _identity, (x,)) if isinstance(x, torch.Tensor) else x
         device, weight = value.device.type, self.weight
-        if torch.is_autocast_enabled(device) and value.dtype != torch.float64:
-            # autocast: cast inside the graph, so that the parameter's gradient has the parameter's dtype.
-            value, weight = (t.to(torch.get_autocast_dtype(device)) for t in (value, weight))
+        autocast = torch.is_autocast_enabled(device) and value.dtype != torch.float64
+        if autocast:
+            value = value.to(torch.get_autocast_dtype(device))
         if (
             torch.compiler.is_compiling()
             or not (torch.is_grad_enabled() and weight.requires_grad)
             or (function is _identity and not _use_matrix_products(value))
         ):
             return super().forward(value)
+        if autocast:  # cast inside the graph, so that the parameter's gradient has the parameter's dtype
+            weight = weight.to(value.dtype)
         sources = [source.detach() for source in sources]
         return _Convolution.apply(value, weight, self.stride[0], self.padding[0], function, *sources)
 

@@ -15,6 +15,7 @@ import torch, torch.distributed as dist
 from support.engine_fakes import FakeDetector, FakeEvaluator, LOSSES, fake_config
 from mimdet.checkpoint.read import read_checkpoint
 from mimdet.engine import Checkpointer, NonFiniteLossError, TrainingInterrupted, evaluate_only, train, trainer
+from mimdet.engine import weight_casts
 
 root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 results, models, seen, plan = {}, [], [], {}
@@ -100,6 +101,22 @@ FakeEvaluator.process = signalled
 results["interrupted_evaluation"] = interrupted("evaluating")
 FakeEvaluator.process = process
 
+weight_casts._GROUP = 1  # elements: each weight is a group, and a bucket
+learn, groups = weight_casts.WeightCasts.learn, []
+
+def remember_groups(self, loss):
+    learn(self, loss)
+    groups.append(len(self._groups))
+
+for name, learning in (("mixed", remember_groups), ("mixed_by_autocast", lambda self, loss: None)):
+    weight_casts.WeightCasts.learn = learning
+    cfg = config(name, max_iter=4)
+    cfg.train.amp.dtype = "bf16"
+    cfg.train.ddp.bucket_cap_mb = 0.0001
+    train(cfg)
+    results[name] = [p.tolist() for p in models[-1].parameters()]
+results["groups"] = groups
+
 cfg = config("evaluation")
 cfg.train.init_checkpoint = str(root / "whole" / "model_final.pth")
 results["evaluate_only"] = sorted(evaluate_only(cfg))
@@ -151,6 +168,18 @@ def test_logged_losses_are_means_over_ranks(ranks):
     logged = [line["loss_cls"] for line in lines(folder, "whole") if "loss_cls" in line]
     means = [(x[1] + y[1]) / 2 for x, y in zip(a["seen"], b["seen"], strict=True)]
     assert logged == pytest.approx(means, rel=1e-6)
+
+
+def test_weights_cast_in_groups_get_the_gradients_of_autocast(ranks):
+    folder, a, b = ranks
+    assert a["groups"] == b["groups"] == [4] * 4
+    assert a["mixed"] == b["mixed"] == a["mixed_by_autocast"]
+    ours, autocasts = (
+        [line["total_loss"] for line in lines(folder, name) if "total_loss" in line]
+        for name in ("mixed", "mixed_by_autocast")
+    )
+    assert ours == autocasts
+    assert len(ours) == 4
 
 
 def test_evaluation_covers_each_image_once_and_reports_on_rank_0(ranks):
