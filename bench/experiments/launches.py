@@ -113,9 +113,9 @@ class Launches(Counter):
 
 
 def kind_of(function: torch._ops.OpOverload) -> str:
-    """One of ``KINDS``: a view launches no kernel, and so are new tensors whose memory is not written; a gemm is a matrix
-    product or a convolution, or its backward; fused are operators of ``mimdet``, PyTorch's attention and its fused
-    optimizers; small are all others."""
+    """One of ``KINDS``: a view aliases its input without writing, or is new memory that is not written; a gemm is a
+    matrix product or a convolution, or its backward; fused are operators of ``mimdet``, PyTorch's attention and its
+    fused optimizers; small are all others."""
     name = function.overloadpacket.__name__
     if moves_nothing(function):
         return "view"
