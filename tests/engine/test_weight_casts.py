@@ -234,6 +234,20 @@ class Penalty(Net):
         return {"loss": loss + of_weight.square().sum()}
 
 
+class HalfLinear(nn.Linear):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return nn.functional.linear(x.half(), self.weight.half(), self.bias.half())
+
+
+class TwoDtypes(Net):
+    """bfloat16 and float16."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = HalfLinear(8, 16)
+
+
 class PartlyUsed(Net):
     """One layer of a group gets no gradient in the second step."""
 
@@ -255,6 +269,7 @@ class PartlyUsed(Net):
         (FirstWithoutGradients, 6),
         (Checkpointed, 6),
         (Penalty, 6),
+        (TwoDtypes, 6),
         (PartlyUsed, 6),
     ],
 )
