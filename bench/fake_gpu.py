@@ -27,6 +27,13 @@ def _materialize(ctx: FunctionCtx, value: bool) -> None:
     ctx.zeros_for_missing = value
 
 
+def _memory_format_of_cudnn(x: torch.Tensor, weight: torch.Tensor, backend: object) -> torch.memory_format:
+    """Of a convolution's result: fake tensors take that of the backend, which without a GPU is not cuDNN."""
+    if any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight)):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
 @contextmanager
 def fake_gpu() -> Iterator[None]:
     """Fake tensors in which "cuda" exists, with Triton's kernels chosen; inputs may be real tensors on the CPU.
@@ -42,6 +49,7 @@ def fake_gpu() -> Iterator[None]:
         # Checkpointing recomputes once for a run of autograd's engine, which ``backward`` does not start.
         (torch._C, "_current_graph_task_id", lambda: 0),
         (FunctionCtx, "set_materialize_grads", _materialize),
+        (torch._C, "_conv_determine_backend_memory_format", _memory_format_of_cudnn),
         # It asks for the class of the tensors too, and would take the norms of gradients one at a time.
         (clip_grad, "_has_foreach_support", lambda tensors, device: _device_has_foreach_support(device)),
     )
