@@ -98,17 +98,17 @@ def compile_all(launches: Sequence[Launch], progress: Callable[[int, int], None]
 
     with ThreadPoolExecutor(_cores()) as pool, AsyncCompileMode(pool, ignore_errors=True):
         waiting = {}
-        for kernel, grid, arguments, options in launches:
-            compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)
-            if isinstance(compiled, FutureKernel):
-                waiting[id(compiled)] = kernel, compiled
-        for done, (kernel, compiled) in enumerate(waiting.values()):
-            progress(done, len(waiting))
-            try:
+        try:
+            for kernel, grid, arguments, options in launches:
+                compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)
+                if isinstance(compiled, FutureKernel):
+                    waiting[id(compiled)] = kernel, compiled
+            for done, (kernel, compiled) in enumerate(waiting.values()):
+                progress(done, len(waiting))
                 compiled.result()
-            except Exception as error:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise KernelCompilationError(f"Triton cannot compile {kernel.__name__}: {error}") from error
+        except Exception as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise KernelCompilationError(f"Triton cannot compile {kernel.__name__}: {error}") from error
         return len(waiting)
 
 

@@ -13,8 +13,9 @@ _ALIGNMENT = 64  # bytes
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a shape and no numbers (``torch._subclasses.FakeTensor``)."""
-    return isinstance(tensor, FakeTensor)
+    """Whether a tensor has a shape and no numbers (``torch._subclasses.FakeTensor``); not while torch.compile traces,
+    which records what is done with such tensors."""
+    return isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling()
 
 
 def to_device(numbers: Sequence, device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:

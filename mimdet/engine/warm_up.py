@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import time
 import warnings
@@ -19,7 +18,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from ..kernels.dispatch import requested
+from ..kernels.ahead import KernelCompilationError, compile_all, recording
+from ..kernels.dispatch import Call, requested, supports_triton
 from .model import build_model
 from .resume import isolated_random
 from .step import inputs_of
@@ -50,14 +50,11 @@ def compile_kernels(
     Raises:
         KernelCompilationError: a kernel does not compile, in this process or another; names it.
     """
-    if fabric.device.type != "cuda" or requested() not in ("auto", "triton"):
+    if fabric.device.type != "cuda":
         return
-    if importlib.util.find_spec("triton") is None:
-        return
-    from ..kernels.ahead import KernelCompilationError
-
     error = None
-    if fabric.local_rank == 0:
+    runs_triton = requested() in ("auto", "triton") and supports_triton(Call(fabric.device, ())) is None
+    if runs_triton and fabric.local_rank == 0:
         try:
             with isolated_random():
                 _compile(cfg, batch, fabric, evaluates, console)
@@ -74,8 +71,6 @@ def compile_kernels(
 def _compile(
     cfg: DictConfig, batch: Sequence[Mapping[str, Any]], fabric: Fabric, evaluates: bool, console: Console | None
 ) -> None:
-    from ..kernels.ahead import compile_all, recording
-
     begin = time.perf_counter()
     with recording() as launches, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
@@ -106,7 +101,8 @@ def _step(cfg: DictConfig, batch: Sequence[Mapping[str, Any]], fabric: Fabric, e
         samples = tree_map_only(torch.Tensor, mode.from_tensor, list(batch))
         with fabric.autocast():
             losses = model.train()(*inputs_of(samples, model, fabric.device))
-        sum(losses.values()).backward()
+        with torch.autograd.set_multithreading_enabled(False):  # fake tensors have no stream to wait for
+            sum(losses.values()).backward()
         if evaluates:
             images, _ = inputs_of(samples[:1], model, fabric.device)
             # Detections are read at last: fake tensors have no numbers.
