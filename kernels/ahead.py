@@ -98,17 +98,15 @@ def compile_all(launches: Sequence[Launch], progress: Callable[[int, int], None]
 
     with ThreadPoolExecutor(_cores()) as pool, AsyncCompileMode(pool, ignore_errors=True):
         waiting = {}
-        try:
-            for kernel, grid, arguments, options in launches:
+        for kernel, grid, arguments, options in launches:
+            with _naming(kernel, pool):
                 compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)
-                if isinstance(compiled, FutureKernel):
-                    waiting[id(compiled)] = kernel, compiled
-            for done, (kernel, compiled) in enumerate(waiting.values()):
-                progress(done, len(waiting))
+            if isinstance(compiled, FutureKernel):
+                waiting[id(compiled)] = kernel, compiled
+        for done, (kernel, compiled) in enumerate(waiting.values()):
+            progress(done, len(waiting))
+            with _naming(kernel, pool):
                 compiled.result()
-        except Exception as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise KernelCompilationError(f"Triton cannot compile {kernel.__name__}: {error}") from error
         return len(waiting)
 
 
@@ -128,6 +126,15 @@ def warm_up(step: Callable[[], object], progress: Callable[[int, int], None] = l
     with recording() as launches:
         step()
     return compile_all(launches, progress)
+
+
+@contextmanager
+def _naming(kernel: Any, pool: ThreadPoolExecutor) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise KernelCompilationError(f"Triton cannot compile {kernel.__name__}: {error}") from error
 
 
 def _without_memory(argument: Any) -> Any:
