@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ from torch.autograd.function import FunctionCtx
 from torch.nn.utils import clip_grad
 from torch.utils._foreach_utils import _device_has_foreach_support
 
-from ..detection import detector, roi_heads
+from ..detection import detector
 from ..engine.step import TrainStep
+from ..engine.warm_up import to_fake
 from ..kernels import dispatch, use
 
 
@@ -27,23 +27,37 @@ def _materialize(ctx: FunctionCtx, value: bool) -> None:
     ctx.zeros_for_missing = value
 
 
+def _memory_format_of_cudnn(x: torch.Tensor, weight: torch.Tensor, backend: object) -> torch.memory_format:
+    """Of a convolution's result: fake tensors take that of the backend, which without a GPU is not cuDNN."""
+    if any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight)):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
 @contextmanager
 def fake_gpu() -> Iterator[None]:
     """Fake tensors in which "cuda" exists, with Triton's kernels chosen; inputs may be real tensors on the CPU.
 
     Operations are those of a real GPU. Those that read data, as ``item``, raise an error of ``torch._subclasses``.
     """
+    with supposed_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+@contextmanager
+def supposed_gpu() -> Iterator[None]:
+    """Fake tensors, in a mode that is opened inside, compute as on a GPU, with Triton's kernels chosen."""
     replaced = (
         (dispatch, "no_gpu", lambda *_, **__: None),
         (dispatch, "too_old", lambda *_, **__: None),
         (detector, "check_targets", lambda *_: None),  # reads values of CPU tensors
-        (roi_heads, "_BATCH_OF_ALL_SLOTS", math.inf),  # else the number of masks is read
         (torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None)),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.cuda, "is_bf16_supported", lambda: True),
         # Checkpointing recomputes once for a run of autograd's engine, which ``backward`` does not start.
         (torch._C, "_current_graph_task_id", lambda: 0),
         (FunctionCtx, "set_materialize_grads", _materialize),
+        (torch._C, "_conv_determine_backend_memory_format", _memory_format_of_cudnn),
         # It asks for the class of the tensors too, and would take the norms of gradients one at a time.
         (clip_grad, "_has_foreach_support", lambda tensors, device: _device_has_foreach_support(device)),
     )
@@ -55,22 +69,13 @@ def fake_gpu() -> Iterator[None]:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         stack.callback(dispatch.forget)
         dispatch.forget()
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(use("triton"))
         yield
 
 
 def to_fake_gpu(model: nn.Module) -> nn.Module:
     """Replace the parameters and buffers of a model on the CPU or "meta"; inside ``fake_gpu``."""
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
-                is_parameter = tensors is module._parameters
-                tensors[name] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-    return model
+    return to_fake(model, torch.device("cuda"))
 
 
 class _MixedPrecision(nn.Module):

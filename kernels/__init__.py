@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the lazy names below, for static tools
     from .add_layer_norm.api import add_layer_norm
+    from .ahead import KernelCompilationError, warm_up
     from .attention_varlen.api import attention_varlen, attention_varlen_packed
     from .batch_norm.api import batch_norm
     from .bias_gelu.api import bias_gelu
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # the lazy names below, for static tools
 
 __all__ = [
     "OPS",
+    "KernelCompilationError",
     "KernelUnavailableError",
     "add_layer_norm",
     "attention_varlen",
@@ -53,15 +55,18 @@ __all__ = [
     "table",
     "use",
     "valid_mask",
+    "warm_up",
 ]
 # Public names that are no operation's folder -> module.
 _OTHERS = {
+    "KernelCompilationError": "ahead",
     "KernelUnavailableError": "dispatch",
     "attention_varlen_packed": "attention_varlen.api",
     "sample_packed_tokens": "sample_tokens.api",
     "table": "dispatch",
     "use": "dispatch",
     "valid_mask": "tensors",
+    "warm_up": "ahead",
 }
 OPS = tuple(name for name in __all__ if name != "OPS" and name not in _OTHERS)
 _EXPORTS = _OTHERS | {op: f"{op}.api" for op in OPS}

@@ -118,6 +118,11 @@ def autograd(name: str, backward: Callable, setup_context: Callable, outputs: in
     _functions[name] = apply_to_list if takes_list else function.apply
 
 
+def run_of(overload: torch._ops.OpOverload) -> Callable:
+    """What computes an operation of ``define``."""
+    return _runs[overload.overloadpacket.__name__]
+
+
 def _on_its_device(run: Callable) -> Callable:
     """``run`` with the first tensor's GPU as torch's current device, where Triton launches."""
 

@@ -7,8 +7,15 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 _ALIGNMENT = 64  # bytes
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and no numbers (``torch._subclasses.FakeTensor``); not while torch.compile traces,
+    which records what is done with such tensors."""
+    return isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling()
 
 
 def to_device(numbers: Sequence, device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:

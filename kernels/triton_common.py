@@ -1,4 +1,8 @@
-"""Triton functions and tile sizes of several operations."""
+"""Triton functions and tile sizes of several operations.
+
+Triton compiles a kernel again for integers that are 1, or multiples of 16. Those that vary with the images are in
+``do_not_specialize``. Channels and strides are not: from them the compiler knows that it may load 128 bits at once.
+"""
 
 from __future__ import annotations
 

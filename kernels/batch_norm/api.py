@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import checks, debug, dispatch
 from ..image_norm import WIDEST, cast
+from ..tensors import is_fake
 from . import ops
 
 WEIGHTS = ("cells", "maps", "processes")
@@ -109,7 +110,8 @@ def _parts(x, moments, sizes, weigh, world):
     if weight is not None:
         moments[x.shape[1] :].mul_(weight)
     gathered = moments.new_empty((world, len(moments)))
-    dist.all_gather_into_tensor(gathered.view(-1), moments)
+    if not is_fake(moments):
+        dist.all_gather_into_tensor(gathered.view(-1), moments)
     return gathered, weight
 
 
@@ -149,7 +151,8 @@ class _Normalize(torch.autograd.Function):
             means = torch.zeros_like(sums)
         elif ctx.sync:
             means = sums.clone()
-            dist.all_reduce(means)
+            if not is_fake(means):
+                dist.all_reduce(means)
             means = means * share
         else:
             means = sums * share

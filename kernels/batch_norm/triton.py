@@ -19,21 +19,25 @@ _MOST_PARTS = 512
 
 
 @triton.jit
-def _tile(tile, M, C, S, W, sizes, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr,
-          BLOCK_C: tl.constexpr):  # fmt: skip
+def _tile(tile, M, C, S, W, sizes, NHWC: tl.constexpr, SHIFT: tl.constexpr, HAS_SIZES: tl.constexpr,
+          BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """Offsets (cells, channels) of a tile, which of them exist, which are valid too, its channels and their mask."""
+    # NCHW: the compiler loads neighboring cells together if it sees that 2**SHIFT divides where a channel starts.
+    cells, positions = M >> SHIFT << SHIFT, S >> SHIFT << SHIFT
     cell = start(tile, BLOCK_R) + tl.arange(0, BLOCK_R)[:, None]
     channel = start(tl.program_id(1), BLOCK_C) + tl.arange(0, BLOCK_C)[None, :]
-    here = cell < M
+    here = cell < cells
     use = here
     if HAS_SIZES:
-        sample = cell // S
-        position = cell % S
+        sample = cell // positions
+        position = cell % positions
         row = position // W
         size = sizes + 2 * sample.to(tl.int64)
         use = here & (row < tl.load(size, mask=here, other=0))
         use = use & (position - row * W < tl.load(size + 1, mask=here, other=0))
-    offs = cell.to(tl.int64) * C + channel if NHWC else ((cell // S).to(tl.int64) * C + channel) * S + cell % S
+    offs = cell.to(tl.int64) * C + channel
+    if not NHWC:
+        offs = ((cell // positions).to(tl.int64) * C + channel) * positions + cell % positions
     return offs, here & (channel < C), use & (channel < C), channel, channel < C
 
 
@@ -56,10 +60,10 @@ def _merge(count, mean, rest, m2, n, part_mean, part_rest, part_m2):
     return count + n, mean, rest, m2 + part_m2 + delta * delta * (count * share)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "S", "W", "steps"])
 def _batch_norm_moments_kernel(
-    x, sizes, parts, M, C, S, W, steps, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    x, sizes, parts, M, C, S, W, steps, NHWC: tl.constexpr, SHIFT: tl.constexpr,
+    HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """x: M cells of C channels; parts: (programs, 4, C) float32: count, mean and its rest, sum of squared deviations.
 
@@ -71,7 +75,7 @@ def _batch_norm_moments_kernel(
     m2 = tl.zeros((1, BLOCK_C), tl.float32)
     for step in range(steps):
         tile = start(tl.program_id(0), steps) + step
-        offs, _, mask, _, _ = _tile(tile, M, C, S, W, sizes, NHWC, HAS_SIZES, BLOCK_R, BLOCK_C)
+        offs, _, mask, _, _ = _tile(tile, M, C, S, W, sizes, NHWC, SHIFT, HAS_SIZES, BLOCK_R, BLOCK_C)
         value = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32)
         n = tl.sum(mask.to(tl.float32), axis=0)[None, :]
         divisor = tl.maximum(n, 1.0)
@@ -88,7 +92,7 @@ def _batch_norm_moments_kernel(
     tl.store(out + C + C + C, m2, mask=channel < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _batch_norm_moments_combine_kernel(parts, moments, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """parts (P, 4, C) -> moments (2 * C + 1,): means, sums of squared deviations, count."""
     channel = start(tl.program_id(0), BLOCK_C) + tl.arange(0, BLOCK_C)[None, :]
@@ -159,14 +163,14 @@ def _parameters(weight, bias, mean, rstd, channel, mask):
     return w, b, tl.load(mean + channel, mask=mask, other=0.0), tl.load(rstd + channel, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "S", "W"])
 def _batch_norm_fwd_kernel(
     x, weight, bias, mean, rstd, sizes, y, M, C, S, W, RELU: tl.constexpr, NHWC: tl.constexpr,
-    HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHIFT: tl.constexpr, HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """x, y: M cells of C channels; weight, bias, mean, rstd: (C,). A program has one tile."""
     offs, here, use, channel, channel_mask = _tile(
-        tl.program_id(0), M, C, S, W, sizes, NHWC, HAS_SIZES, BLOCK_R, BLOCK_C
+        tl.program_id(0), M, C, S, W, sizes, NHWC, SHIFT, HAS_SIZES, BLOCK_R, BLOCK_C
     )
     value = tl.load(x + offs, mask=use, other=0.0).to(tl.float32)
     w, b, center, scale = _parameters(weight, bias, mean, rstd, channel, channel_mask)
@@ -178,10 +182,10 @@ def _batch_norm_fwd_kernel(
     tl.store(y + offs, result.to(y.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "S", "W", "steps"])
 def _batch_norm_sums_kernel(
     dy, x, weight, bias, mean, rstd, sizes, parts, M, C, S, W, steps, RELU: tl.constexpr, NHWC: tl.constexpr,
-    HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHIFT: tl.constexpr, HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dy, x: M cells of C channels; parts: (programs, 2, C) float32, sums of dz and of dz * x_hat over steps tiles."""
     channel = start(tl.program_id(1), BLOCK_C) + tl.arange(0, BLOCK_C)[None, :]
@@ -190,7 +194,7 @@ def _batch_norm_sums_kernel(
     product = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for step in range(steps):
         tile = start(tl.program_id(0), steps) + step
-        offs, _, use, _, _ = _tile(tile, M, C, S, W, sizes, NHWC, HAS_SIZES, BLOCK_R, BLOCK_C)
+        offs, _, use, _, _ = _tile(tile, M, C, S, W, sizes, NHWC, SHIFT, HAS_SIZES, BLOCK_R, BLOCK_C)
         centered = tl.load(x + offs, mask=use, other=0.0).to(tl.float32) - center
         dz = tl.load(dy + offs, mask=use, other=0.0).to(tl.float32)
         if RELU:
@@ -202,14 +206,14 @@ def _batch_norm_sums_kernel(
     tl.store(out + C, tl.sum(product, axis=0)[None, :], mask=channel < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "S", "W"])
 def _batch_norm_bwd_kernel(
     dy, x, weight, bias, mean, rstd, means, sizes, dx, M, C, S, W, RELU: tl.constexpr, NHWC: tl.constexpr,
-    HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHIFT: tl.constexpr, HAS_SIZES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dy, x, dx: M cells of C channels; means: (2, C), of dz and of dz * x_hat. A program has one tile."""
     offs, here, use, channel, channel_mask = _tile(
-        tl.program_id(0), M, C, S, W, sizes, NHWC, HAS_SIZES, BLOCK_R, BLOCK_C
+        tl.program_id(0), M, C, S, W, sizes, NHWC, SHIFT, HAS_SIZES, BLOCK_R, BLOCK_C
     )
     dz = tl.load(dy + offs, mask=use, other=0.0).to(tl.float32)
     value = tl.load(x + offs, mask=use, other=0.0).to(tl.float32)
@@ -233,7 +237,9 @@ def _layout(x, sizes, nhwc):
     # With sizes a thread takes half as much at once: to know where it is takes registers too.
     block_r = (_TILE if sizes is None else _TILE // 2) // block_c
     numbers = batch * positions, channels, positions, width
-    options = {"NHWC": nhwc, "HAS_SIZES": sizes is not None, "BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": 8}
+    shift = 0 if nhwc or positions % 16 else 4
+    options = {"NHWC": nhwc, "SHIFT": shift, "HAS_SIZES": sizes is not None, "BLOCK_R": block_r, "BLOCK_C": block_c}
+    options["num_warps"] = 8
     return numbers, options, triton.cdiv(batch * positions, block_r), triton.cdiv(channels, block_c)
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from ..triton_common import ROW_BLOCKS, row_grid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K"])
 def _gather_add_pos_fwd_kernel(
     x, pos, index, y, M, K, C, stride_b, stride_l, HAS_POS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
@@ -25,7 +25,7 @@ def _gather_add_pos_fwd_kernel(
     tl.store(y + row[:, None] * C + channel[None, :], value.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K", "L"])
 def _gather_add_pos_bwd_kernel(
     dy, index, dx, M, K, L, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip

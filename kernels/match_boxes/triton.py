@@ -30,7 +30,7 @@ def _overlap(box, x0, y0, x1, y1, area):
     return tl.where(overlap > 0.0, overlap, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "count", "image_stride"])
 def _match_boxes_maxima_fwd_kernel(
     boxes, counts, candidates, outside, maxima, slots, count, image_stride, HAS_OUTSIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -48,7 +48,7 @@ def _match_boxes_maxima_fwd_kernel(
         tl.atomic_max(maxima + image * slots + g, highest.to(tl.int32, bitcast=True), mask=highest > 0.0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "count", "image_stride"])
 def _match_boxes_fwd_kernel(
     boxes, counts, candidates, thresholds, outside, maxima, index, label, slots, count, image_stride,
     LABELS: tl.constexpr, HAS_OUTSIDE: tl.constexpr, LOW_QUALITY: tl.constexpr, BLOCK: tl.constexpr,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import torch
 
 from .. import dispatch, library
@@ -41,10 +42,10 @@ def _forward(boxes, valid, iou_threshold, stop_at, impl):
 @cache
 def float_below(number: float) -> float:
     """The largest float32 that is not above a double: a float32 is greater than one exactly if than the other."""
-    rounded = torch.tensor(number, dtype=torch.float32)
-    if rounded.item() > number:
-        rounded = rounded.nextafter(torch.zeros(()))
-    return rounded.item()
+    rounded = np.float32(number)
+    if float(rounded) > number:
+        rounded = np.nextafter(rounded, np.float32(0))
+    return float(rounded)
 
 
 def overlap_words(boxes: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ def _either(a, b):
     return a | b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _nms_slots_pairs_fwd_kernel(boxes, valid, words, n, threshold, WORD: tl.constexpr):
     """boxes: (Z, n, 4) float32; valid: (Z, n) uint8; words: (Z, n, count) int64. A program has 64 rows and one word."""
     count = tl.cdiv(n, WORD)
@@ -47,7 +47,7 @@ def _nms_slots_pairs_fwd_kernel(boxes, valid, words, n, threshold, WORD: tl.cons
             tl.store(words + row * count + word, bits, mask=row < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "stop_at"])
 def _nms_slots_fwd_kernel(
     valid, words, keep, n, stop_at, WORD: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip

@@ -22,7 +22,7 @@ _CHANNELS = 16, 256
 _SUMS = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rois", "slots", "batch", "length"])
 def _roi_align_levels_axes_kernel(
     boxes, levels, sizes, ranges, weights, heights, widths, scales, rois, slots, batch, length, P, sampling_ratio,
     HAS_SIZES: tl.constexpr, BLOCK: tl.constexpr,
@@ -96,7 +96,7 @@ def _sample(i, base, size, grid):
     return base + tl.div_rn((i.to(tl.float32) + 0.5) * size, tl.maximum(grid, 1.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "length"])
 def _roi_align_levels_fwd_kernel(
     features, levels, ranges, weights, y, heights, widths, slots, length, C, P, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -142,7 +142,7 @@ def _tiles(height, width):
     return tl.cdiv(tl.cast(height, tl.int64), SIDE) * tl.cdiv(tl.cast(width, tl.int64), SIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "length"])
 def _roi_align_levels_bwd_kernel(
     dy, levels, ranges, weights, dfeatures, heights, widths, slots, length, C, P, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,

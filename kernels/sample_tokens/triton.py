@@ -29,7 +29,7 @@ def _sort_key(noise, valid_mask, token, L, PACKED: tl.constexpr):
     return tl.where(token < L, key, _OUTSIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "kept", "masked"])
 def _sample_tokens_fwd_kernel(
     noise, valid_mask, offsets, ids_keep, ids_mask, ids_restore, L, kept, masked,
     PACKED: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
@@ -104,10 +104,10 @@ def launch_sample_tokens_fwd(
 ) -> None:  # fmt: skip
     """Contiguous noise (B, L) float32, valid_mask (B, L) bool and offsets -> the three outputs, see ``ops``."""
     batch, length = noise.shape
-    block = min(_BLOCK, triton.next_power_of_2(length))
-    warps = max(1, block // _WARP_KEYS)
+    # The same block for every image: others would be other kernels to compile, and take as long.
+    warps = max(1, _BLOCK // _WARP_KEYS)
     _sample_tokens_fwd_kernel[(batch,)](
         noise, valid_mask.view(torch.uint8), offsets, ids_keep, ids_mask, ids_restore, length, ids_keep.shape[-1],
-        ids_mask.shape[-1], PACKED=offsets is not None, ONE_BLOCK=length <= block, BLOCK=block,
-        SCAN=min(block, warps * _WARP_SCAN), num_warps=warps,
+        ids_mask.shape[-1], PACKED=offsets is not None, ONE_BLOCK=length <= _BLOCK, BLOCK=_BLOCK,
+        SCAN=min(_BLOCK, warps * _WARP_SCAN), num_warps=warps,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import triton.language as tl
 from ..triton_common import ROW_BLOCKS, row_grid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K", "L"])
 def _scatter_fill_fwd_kernel(
     kept, fill, ids_restore, pos, y, M, K, L, C, stride_kb, stride_kr, stride_fb, stride_fr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -32,7 +32,7 @@ def _scatter_fill_fwd_kernel(
     tl.store(y + row[:, None] * C + channel[None, :], value.to(y.dtype.element_ty), mask=in_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K", "F", "L"])
 def _scatter_fill_bwd_kernel(
     dy, ids_restore, dkept, dfill, M, K, F, L, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..kernels.tensors import HostCopy
+from ..kernels.tensors import HostCopy, is_fake
 from ..modeling.areas import areas_of
 from ..modeling.noise import NoiseSource
 from .assignment import Matcher, sample_slots
@@ -184,7 +184,8 @@ class StandardROIHeads(nn.Module):
 
         In a large batch empty slots cost more than a wait, and the box head is the GPU's work meanwhile.
         """
-        if len(sampled.boxes) <= _BATCH_OF_ALL_SLOTS or counting_is_free(sampled.boxes.device):
+        few = len(sampled.boxes) <= _BATCH_OF_ALL_SLOTS
+        if few or counting_is_free(sampled.boxes.device) or is_fake(sampled.boxes):
             return None
         return HostCopy((sampled.classes < self.num_classes).sum(1).amax())
 

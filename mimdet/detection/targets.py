@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..kernels.tensors import is_fake
+
 
 def check_images(images: Sequence[torch.Tensor]) -> None:
     """Every image must be a (3, H, W) uint8 or floating tensor.
@@ -30,7 +32,8 @@ def check_targets(
 ) -> None:
     """Every image needs boxes (N, 4) of positive size, labels (N,) in range, and N masks if they are used.
 
-    Values are checked only of CPU tensors: on a GPU the check would synchronize with the device.
+    Values are checked only of CPU tensors: on a GPU the check would synchronize with the device, and fake tensors have
+    none.
 
     Raises:
         ValueError: naming the image and the field.
@@ -48,17 +51,21 @@ def check_targets(
         if labels.shape != boxes.shape[:1] or (with_masks and len(target["masks"]) != len(boxes)):
             masks = f", {len(target['masks'])} masks" if with_masks else ""
             raise ValueError(f"targets[{i}]: {len(boxes)} boxes, labels of shape {tuple(labels.shape)}{masks}")
-        if boxes.device.type == "cpu" and len(boxes):
+        if _has_values_here(boxes):
             if not bool(boxes.isfinite().all()):
                 raise ValueError(f"targets[{i}]['boxes'] holds NaN or infinity")
             sides = boxes[:, 2:] - boxes[:, :2]
             if bool((sides <= 0).any()):
                 row = int((sides <= 0).any(dim=1).nonzero()[0])
                 raise ValueError(f"targets[{i}]['boxes'][{row}] has no area: {boxes[row].tolist()} (x0, y0, x1, y1)")
-        if labels.device.type == "cpu" and len(labels):
+        if _has_values_here(labels):
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= num_classes:
                 raise ValueError(
                     f"targets[{i}]['labels'] are {low}..{high}, the model has classes 0..{num_classes - 1}: "
                     "set the config's num_classes"
                 )
+
+
+def _has_values_here(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and len(tensor) > 0 and not is_fake(tensor)

@@ -31,6 +31,7 @@ from .resume import check_resumable, isolated_random, pack, restore, restore_ran
 from .runtime import build_fabric, describe
 from .signals import GracefulStop, TrainingInterrupted
 from .step import NonFiniteLossError, StepReport, TrainStep
+from .warm_up import compile_kernels
 from .weights import load_model_weights, load_state
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def train(
         TrainingInterrupted: SIGINT, SIGTERM, SIGHUP or SIGUSR1; a checkpoint was saved.
         LoaderWorkerError: a loader worker died; a checkpoint was saved.
         NonFiniteLossError: a loss or a weight became NaN or infinite.
+        KernelCompilationError: a Triton kernel does not compile.
         CheckpointError: a checkpoint cannot be written or read, or does not fit.
         FileExistsError: the folder holds an earlier run, and neither ``resume`` nor ``overwrite`` is given.
         FolderInUseError: another process trains in the folder.
@@ -160,7 +162,12 @@ class _Training:
     def run(self, log: RunLog, stop: GracefulStop) -> dict[str, Any]:
         cfg = self.cfg.train
         self.stop = stop
-        self.batches = self._batches(self.start) if self.start < cfg.max_iter else iter(())
+        self.batches = iter(())
+        if self.start < cfg.max_iter:
+            self.batches = self._batches(self.start)
+            first = next(self.batches)
+            compile_kernels(self.cfg, first, self.fabric, self.evaluation is not None, log.console)
+            self.batches = itertools.chain([first], self.batches)
         if self.random is not None:
             restore_random(self.random, self.fabric, self.seed + self.start)
         self.step.model.train()
