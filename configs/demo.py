@@ -37,10 +37,10 @@ train.update(
     output_dir="output/demo",
     reference_batch_size=4,
     max_iter=_ITERATIONS,
-    eval_period=_ITERATIONS // 2,
+    eval_period=_ITERATIONS // 4,
     log_period=10,
     amp=dict(enabled=False, dtype="auto"),
 )
-train["checkpointer"] = dict(period=_ITERATIONS // 2, max_to_keep=1)
+train["checkpointer"] = dict(period=_ITERATIONS // 4, max_to_keep=1)
 
 __all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

@@ -56,6 +56,7 @@ def train(
     resume: bool | Literal["auto"] = False,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
+    after_evaluation: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Train the detector of a config, with periodic and final evaluations and checkpoints.
 
@@ -69,6 +70,8 @@ def train(
             with a warning unless ``resume`` is "auto".
         overrides: the applied ``key=value`` strings; their keys are not changed to fit the batch size or the data.
         overwrite: delete the checkpoints and metrics of an earlier run in ``train.output_dir``.
+        after_evaluation: called on rank 0 after each evaluation, when ``metrics.jsonl`` and the evaluator's files are
+            written.
 
     Returns:
         metrics of the final evaluation, on rank 0; empty without ``dataloader.evaluator``.
@@ -91,7 +94,7 @@ def train(
         logger.info("training: %s", describe(fabric))
         dataset = instantiate(cfg.dataloader.train.dataset)
         cfg = final_config(cfg, dataset, override_keys(overrides), training=True)
-        training = _Training(cfg, dataset, fabric, resume, overwrite)
+        training = _Training(cfg, dataset, fabric, resume, overwrite, after_evaluation)
         _on_rank_0(fabric, lambda: training.open_folder(log, stack))
         with GracefulStop() as stop:  # earlier there is nothing to save: Ctrl-C aborts
             return training.run(log, stop)
@@ -105,12 +108,14 @@ class _Training:
         fabric: Fabric,
         resume: bool | str,
         overwrite: bool,
+        after_evaluation: Callable[[], None] | None,
     ):
         self.cfg = cfg
         self.dataset = dataset
         self.fabric = fabric
         self.resume = resume
         self.overwrite = overwrite
+        self.after_evaluation = after_evaluation
         self.seed = cfg.train.seed + fabric.global_rank
         self.checkpointer = Checkpointer(cfg.train.output_dir, cfg.train.checkpointer.get("max_to_keep"))
         self.saved: tuple[int, Path] | None = None  # last saved iteration and its file
@@ -276,6 +281,8 @@ class _Training:
             self._interrupt()
         if writer is not None and metrics:
             writer.write(iteration, flatten(metrics))
+            if self.after_evaluation is not None:
+                self.after_evaluation()
         return metrics
 
     def _save(self, iteration: int) -> None:

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import mimdet
-from mimdet import demo
+from mimdet import demo, show
 from mimdet.checkpoint.read import read_checkpoint
 from mimdet.cli import main
+from mimdet.predict import Predictor
+from mimdet.show import model_page
 
 QUICK = [
     "train.max_iter=3",
@@ -53,10 +55,20 @@ def test_the_demos_last_line_is_a_command(trained):
     assert (Path(weights), Path(images)) == (trained / "model_final.pth", trained / "shapes/val")
 
 
+def test_the_demo_shows_losses_and_ap_at_each_evaluation(trained):
+    printed = (trained / "printed.txt").read_text()
+    assert printed.count("predictions.png  drawn anew") == 2
+    assert printed.index("2/3") < printed.index("3/3")
+    for column in ("total loss", "box AP50", "mask AP50", "time left"):
+        assert all(word in printed for word in column.split()), column
+
+
 def test_demo_leaves_everything(trained):
     for name in ("metrics.json", "curves.png", "predictions.png", "model_final.pth", "config.yaml", "log.txt"):
         assert (trained / name).stat().st_size > 0, name
-    assert set(json.loads((trained / "metrics.json").read_text())["metrics"]) >= {"bbox", "segm"}
+    content = json.loads((trained / "metrics.json").read_text())
+    assert set(content["metrics"]) >= {"bbox", "segm"}
+    assert min(content[key] for key in ("minutes", "cpu_minutes", "cores")) > 0
     for name in ("curves.png", "predictions.png"):
         assert (trained / name).read_bytes().startswith(b"\x89PNG")
 
@@ -72,6 +84,34 @@ def test_demo_of_other_detectors(monkeypatch, tmp_path, capsys, config, tasks):
     assert {task for task in ("bbox", "segm") if task in metrics} == tasks
     assert (output / "predictions.png").read_bytes().startswith(b"\x89PNG")
     assert str(output / "model_final.pth") in capsys.readouterr().out.replace("\n", "")
+    predictor = Predictor(None, output / "model_final.pth", score_threshold=0.0)
+    page = model_page(predictor, next((output / "shapes/val").iterdir()))
+    rows = 2  # image, c2 to c5, detections; proposals change nothing in a grid of four columns
+    assert rows * 420 < page.shape[1] < (rows + 1) * 420
+
+
+def test_show_writes_what_a_detector_computes(trained, monkeypatch, tmp_path, capsys):
+    image = next((trained / "shapes/val").iterdir())
+    seen = []
+    image_grid = show.image_grid
+    monkeypatch.setattr(
+        show, "image_grid", lambda rows, captions: seen.extend(captions) or image_grid(rows, captions=captions)
+    )
+    path = tmp_path / "new/page.png"
+    assert run(monkeypatch, "show", "model", image, "--weights", trained / "model_final.pth", "--output", path) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.strip() == str(path)
+    names = [caption.split(",")[0] for caption in seen]
+    assert names[:5] == ["image", "c2", "c3", "c4", "c5"]
+    assert names[5].startswith("best 50 of")
+    assert names[6].endswith("detections")
+
+
+def test_show_writes_training_samples(trained, monkeypatch, tmp_path):
+    path = tmp_path / "page.png"
+    command = ["show", "data", "--config-file", "demo", f"train.output_dir={trained}", "--images", 2]
+    assert run(monkeypatch, *command, "--output", path) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_eval_repeats_the_training_figures(trained, monkeypatch, tmp_path):
@@ -209,14 +249,19 @@ def test_version(monkeypatch, capsys):
 def test_a_repeated_demo_goes_on_or_starts_anew(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(demo, "NUM_TRAIN", 4)
     monkeypatch.setattr(demo, "NUM_VAL", 2)
-    command = ["demo", "--output", tmp_path, *QUICK, "train.max_iter=1", "dataloader.evaluator=null"]
-    monkeypatch.setattr(demo, "_summary", lambda metrics: "")
-    monkeypatch.setattr(demo, "_draw_predictions", lambda cfg, output: None)
+    command = ["demo", "--output", tmp_path, *QUICK, "train.max_iter=1"]
+    monkeypatch.setattr(demo, "_draw_predictions", lambda *arguments: None)
     monkeypatch.setattr(demo, "plot_training", lambda *args, **options: None)
     for options, said in (([], "Starting from the beginning"), ([], "resuming from"), (["--overwrite"], "deleted the")):
         assert run(monkeypatch, *command, *options) == 0
         assert said in capsys.readouterr().out
     assert (tmp_path / "model_final.pth").exists()
+
+
+def test_a_demo_without_results_is_refused_at_once(monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, "demo", "--output", tmp_path / "out", "dataloader.evaluator.output_dir=null") == 1
+    assert "dataloader.evaluator.output_dir is not set" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_convert_refuses_a_mae_file_as_detector(trained, monkeypatch, tmp_path, capsys):
@@ -226,7 +271,7 @@ def test_convert_refuses_a_mae_file_as_detector(trained, monkeypatch, tmp_path, 
     assert not (tmp_path / "x.pth").exists()
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "predict", "info", "convert"])
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "predict", "show", "info", "convert"])
 def test_help_teaches(monkeypatch, capsys, command):
     assert run(monkeypatch, command, "--help") == 0
     assert len(capsys.readouterr().out.splitlines()) > 5
