@@ -54,6 +54,13 @@ class _Block(nn.Module):
         return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
 
 
+class _ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each cell of a map (B, C, H, W)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class _Baseline(nn.Module):
     """Encoder and decoder with the parameters of ``ours``, under the same names."""
 
@@ -77,7 +84,8 @@ class _Baseline(nn.Module):
 
     def _stage(self, ours: nn.Sequential) -> nn.Sequential:
         convolution, norm, _, *last = ours
-        plain = nn.GroupNorm(1, norm.num_channels, eps=norm.eps)
+        channels, is_group = len(norm.weight), isinstance(norm, nn.GroupNorm)
+        plain = nn.GroupNorm(1, channels, eps=norm.eps) if is_group else _ChannelNorm(channels, eps=norm.eps)
         plain.weight, plain.bias = norm.weight, norm.bias
         return nn.Sequential(self.convolution(convolution), plain, nn.GELU(), *map(self.convolution, last))
 

@@ -192,8 +192,8 @@ def backbone(
 def table8(setting: dict, mode: Modes = ("train",)):
     """Time and memory of the paper's Table 8, beside it: sampled tokens with decoders of 4 and 1 blocks, windows.
 
-    Each model is timed only if its features and gradients equal those of plain PyTorch with the same weights. Overrides
-    apply to all four configs.
+    The last model is not the paper's: its ConvStem has LayerNorm. Each model is timed only if its features and
+    gradients equal those of plain PyTorch with the same weights. Overrides apply to all of them.
     """
     from .experiments import table8
 

@@ -67,9 +67,10 @@ __global__ void __launch_bounds__(kThreads)
   }
   // The threads of one channel: those of one threadIdx.x (nhwc), else all.
   const unsigned mine = threadIdx.y * blockDim.x + threadIdx.x;
+  const float inverse = count > 0.0f ? __fdividef(1.0f, count) : 0.0f;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    const float rest = count > 0.0f ? sum[i] / count : 0.0f;
+    const float rest = sum[i] * inverse;
     shared[mine * V + i] = {count, center[i], rest, square[i] - sum[i] * rest};
   }
   __syncthreads();
@@ -284,7 +285,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class F>
 int over_cells(const Maps& maps, int64_t dtype, bool are_aligned, F f) {
   const auto wide = [&](int lanes) { return maps.nhwc && maps.C % lanes == 0 && are_aligned; };
-  return dispatch(dtype, wide, [&](auto element, auto lanes) {
+  return by_dtype(dtype, wide, [&](auto element, auto lanes) {
     constexpr int V = decltype(lanes)::value;
     if (!maps.nhwc) return f(element, lanes, dim3(kThreads), static_cast<unsigned>(maps.C), unsigned{kThreads});
     const int64_t vectors = maps.C / V;

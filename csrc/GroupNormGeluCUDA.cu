@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < V; ++i) sum += value[k][i];
     }
-    const float mean = n > 0.0f ? sum / n : 0.0f;
+    const float inverse = n > 0.0f ? __fdividef(1.0f, n) : 0.0f, mean = sum * inverse;
 #pragma unroll
     for (int k = 0; k < kHeld<V>; ++k) {
       if (!use[k]) continue;
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
         m2 += x_centered * x_centered;
       }
     }
-    rest = n > 0.0f ? rest / n : 0.0f;
+    rest *= inverse;
     all = merge(all, {n, mean, rest, m2 - n * rest * rest});
   }
   all = block_merge(all);
@@ -315,7 +315,7 @@ MIMDET_CUDA_API int mimdet_group_norm_gelu_fwd(const void* x, const float* weigh
   const auto wide = [&](int lanes) {
     return divides(maps, lanes) && aligned(x) && aligned(weight) && aligned(bias) && aligned(y);
   };
-  return dispatch(dtype, wide, [&](auto element, auto lanes) {
+  return by_dtype(dtype, wide, [&](auto element, auto lanes) {
     using T = decltype(element);
     constexpr int V = decltype(lanes)::value;
     const auto* from = static_cast<const T*>(x);
@@ -343,7 +343,7 @@ MIMDET_CUDA_API int mimdet_group_norm_gelu_bwd(const void* dy, const void* x, co
     return divides(maps, lanes) && aligned(dy) && aligned(x) && aligned(weight) && aligned(bias) && aligned(dx) &&
            aligned(sums);
   };
-  return dispatch(dtype, wide, [&](auto element, auto lanes) {
+  return by_dtype(dtype, wide, [&](auto element, auto lanes) {
     using T = decltype(element);
     constexpr int V = decltype(lanes)::value;
     const auto *grad = static_cast<const T*>(dy), *from = static_cast<const T*>(x);

@@ -194,6 +194,7 @@ __global__ void __launch_bounds__(kThreads)
                  T* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd, const Maps maps,
                  int64_t blocks, float eps) {
   const int64_t sample = blockIdx.x / blocks, S = maps.positions(), C = maps.C;
+  const float inverse = 1.0f / C;
   const int64_t position = blockIdx.x % blocks * kPositions<V> + threadIdx.x * V;
   const bool here = position < S;
   const int64_t base = sample * maps.size() + position;
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   column_sum<V>(x_mean);
 #pragma unroll
-  for (int i = 0; i < V; ++i) x_mean[i] /= C;
+  for (int i = 0; i < V; ++i) x_mean[i] *= inverse;
   for (int64_t c = threadIdx.y; here && c < C; c += blockDim.y) {
     load<V>(x + base + c * S, value);
 #pragma unroll
@@ -223,9 +224,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     // shift corrects both moments for the rounding of the mean.
-    const float shift = rest[i] / C;
+    const float shift = rest[i] * inverse;
     x_mean[i] += shift;
-    squares[i] = use[i] ? 1.0f / sqrtf((squares[i] - rest[i] * shift) / C + eps) : 0.0f;
+    squares[i] = use[i] ? rsqrtf((squares[i] - rest[i] * shift) * inverse + eps) : 0.0f;
   }
   if (!here) return;
   for (int64_t c = threadIdx.y; c < C; c += blockDim.y) {
@@ -250,6 +251,7 @@ __global__ void __launch_bounds__(kThreads)
                   const float* __restrict__ bias, const float* __restrict__ mean, const float* __restrict__ rstd,
                   T* __restrict__ dx, float* sums, const Maps maps, int64_t blocks, int64_t tiles, int64_t step) {
   const int64_t S = maps.positions(), C = maps.C, first = blockIdx.x * step;
+  const float inverse = 1.0f / C;
   const int64_t last = first + step < tiles ? first + step : tiles;
   sums += blockIdx.x * 2 * C;
   for (int64_t tile = first; tile < last; ++tile) {
@@ -296,6 +298,11 @@ __global__ void __launch_bounds__(kThreads)
     }
     column_sum<V>(a);
     column_sum<V>(k);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      a[i] *= inverse;
+      k[i] *= inverse;
+    }
     for (int64_t c = threadIdx.y; here && c < C; c += blockDim.y) {
       const float w = weight[c], b = bias[c];
       load<V>(x + base + c * S, x_hat);
@@ -304,7 +311,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < V; ++i) {
         x_hat[i] = (x_hat[i] - x_mean[i]) * x_rstd[i];
         g[i] = g[i] * gelu_derivative(x_hat[i] * w + b) * w;
-        g[i] = use[i] ? x_rstd[i] * (g[i] - a[i] / C - x_hat[i] * (k[i] / C)) : 0.0f;
+        g[i] = use[i] ? x_rstd[i] * (g[i] - a[i] - x_hat[i] * k[i]) : 0.0f;
       }
       store<V>(dx + base + c * S, g);
     }
@@ -336,7 +343,7 @@ MIMDET_CUDA_API int mimdet_layer_norm_gelu_fwd(const void* x, const float* weigh
     return divides(maps, lanes) && aligned(x) && aligned(weight) && aligned(bias) && aligned(y) && aligned(mean) &&
            aligned(rstd);
   };
-  return dispatch(dtype, wide, [&](auto element, auto lanes) {
+  return by_dtype(dtype, wide, [&](auto element, auto lanes) {
     using T = decltype(element);
     constexpr int V = decltype(lanes)::value;
     const auto* from = static_cast<const T*>(x);
@@ -368,7 +375,7 @@ MIMDET_CUDA_API int mimdet_layer_norm_gelu_bwd(const void* dy, const void* x, co
     return divides(maps, lanes) && aligned(dy) && aligned(x) && aligned(weight) && aligned(bias) && aligned(mean) &&
            aligned(rstd) && aligned(dx) && aligned(sums);
   };
-  return dispatch(dtype, wide, [&](auto element, auto lanes) {
+  return by_dtype(dtype, wide, [&](auto element, auto lanes) {
     using T = decltype(element);
     constexpr int V = decltype(lanes)::value;
     const auto *grad = static_cast<const T*>(dy), *from = static_cast<const T*>(x);

@@ -34,36 +34,16 @@ struct Maps {
   }
 };
 
-// V consecutive elements of an array of floats that is aligned to 16 bytes.
-template <int V>
-__device__ __forceinline__ void load_floats(const float* p, float (&x)[V]) {
-  if constexpr (V == 1) {
-    x[0] = *p;
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; i += 4) load<4>(p + i, reinterpret_cast<float(&)[4]>(x[i]));
-  }
-}
-
-template <int V>
-__device__ __forceinline__ void store_floats(float* p, const float (&x)[V]) {
-  if constexpr (V == 1) {
-    *p = x[0];
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; i += 4) store<4>(p + i, reinterpret_cast<const float(&)[4]>(x[i]));
-  }
-}
-
 // The mean is mean + rest: rounding a large mean to float would lose as much as small values of x_centered.
-struct Moments {
+struct alignas(16) Moments {
   float count, mean, rest, m2;
 };
 
 __device__ __forceinline__ Moments merge(const Moments& a, const Moments& b) {
   const float both = a.count + b.count;
   if (both == 0.0f) return a;
-  const float share = b.count / both, delta = b.mean - a.mean + (b.rest - a.rest), step = delta * share;
+  const float share = __fdividef(b.count, both), delta = b.mean - a.mean + (b.rest - a.rest), step = delta * share;
+  // __fdividef is off by two ulp of share, so the mean by two ulp of delta, which is as small as values of x_centered.
   // Knuth's sum: mean + lost is a.mean + step exactly.
   const float mean = a.mean + step, part = mean - a.mean, lost = a.mean - (mean - part) + (step - part);
   return {both, mean, a.rest + lost, a.m2 + b.m2 + delta * delta * a.count * share};
@@ -97,29 +77,9 @@ __global__ void __launch_bounds__(1024)
   if (threadIdx.y == 0 && column < 2 * C) (column < C ? dbias[column] : dweight[column - C]) = all;
 }
 
-inline unsigned blocks_for(int64_t work, int64_t per_block) {
-  return static_cast<unsigned>((work + per_block - 1) / per_block);
-}
-
 inline void launch_add_up(const float* sums, float* totals, float* dbias, float* dweight, int64_t samples,
                           int64_t parts, int64_t C, cudaStream_t stream) {
   add_up<<<blocks_for(2 * C, 32), dim3(32, 32), 0, stream>>>(sums, totals, dbias, dweight, samples, parts, C);
-}
-
-template <int V>
-struct Lanes {
-  static constexpr int value = V;
-};
-
-// Calls f(element, Lanes) for the dtype: as many lanes as 16 bytes hold where wide(lanes), else one.
-template <class F, class Wide>
-int dispatch(int64_t dtype, Wide wide, F f) {
-  const bool vectors = wide(dtype == kFloat ? 4 : 8);
-  if (dtype == kFloat) vectors ? f(float(), Lanes<4>()) : f(float(), Lanes<1>());
-  else if (dtype == kBfloat16) vectors ? f(__nv_bfloat16(), Lanes<8>()) : f(__nv_bfloat16(), Lanes<1>());
-  else if (dtype == kHalf) vectors ? f(__half(), Lanes<8>()) : f(__half(), Lanes<1>());
-  else return cudaErrorInvalidValue;
-  return cudaGetLastError();
 }
 
 }  // namespace

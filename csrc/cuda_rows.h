@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace mimdet {
 
@@ -36,20 +37,68 @@ struct alignas(sizeof(T) * V) Pack {
   T at[V];
 };
 
-// V consecutive elements at p, in one access.
+// A word, or a vector of words, of so many bytes.
+template <int Bytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned int;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// V consecutive elements at p, which is aligned to V of them, in one access.
 template <int V, class T>
 __device__ __forceinline__ void load(const T* p, float (&x)[V]) {
-  const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(p);
+  using W = typename Word<sizeof(T) * V>::type;
+  const W word = *reinterpret_cast<const W*>(p);
+  Pack<T, V> pack;
+  memcpy(&pack, &word, sizeof(word));
 #pragma unroll
   for (int i = 0; i < V; ++i) x[i] = to_float(pack.at[i]);
 }
 
 template <int V, class T>
 __device__ __forceinline__ void store(T* p, const float (&x)[V]) {
+  using W = typename Word<sizeof(T) * V>::type;
   Pack<T, V> pack;
 #pragma unroll
   for (int i = 0; i < V; ++i) pack.at[i] = from_float<T>(x[i]);
-  *reinterpret_cast<Pack<T, V>*>(p) = pack;
+  W word;
+  memcpy(&word, &pack, sizeof(word));
+  // nvcc may split an assignment into stores of single words; the intrinsic is one instruction.
+  __stwb(reinterpret_cast<W*>(p), word);
+}
+
+// V consecutive elements of an array of floats that is aligned to 16 bytes.
+template <int V>
+__device__ __forceinline__ void load_floats(const float* p, float (&x)[V]) {
+  if constexpr (V == 1) {
+    x[0] = *p;
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) load<4>(p + i, reinterpret_cast<float(&)[4]>(x[i]));
+  }
+}
+
+template <int V>
+__device__ __forceinline__ void store_floats(float* p, const float (&x)[V]) {
+  if constexpr (V == 1) {
+    *p = x[0];
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) store<4>(p + i, reinterpret_cast<const float(&)[4]>(x[i]));
+  }
 }
 
 // Sum over all threads of a block of whole warps, at most 1024 threads; every thread gets it. Always in one order.
@@ -67,7 +116,27 @@ __device__ __forceinline__ float block_sum(float x) {
   return x;
 }
 
+inline unsigned blocks_for(int64_t work, int64_t per_block) {
+  return static_cast<unsigned>((work + per_block - 1) / per_block);
+}
+
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <int V>
+struct Lanes {
+  static constexpr int value = V;
+};
+
+// Calls f(element, Lanes) for the dtype: as many lanes as 16 bytes hold where wide(lanes), else one.
+template <class F, class Wide>
+inline int by_dtype(int64_t dtype, Wide wide, F f) {
+  const bool vectors = wide(dtype == kFloat ? 4 : 8);
+  if (dtype == kFloat) vectors ? f(float(), Lanes<4>()) : f(float(), Lanes<1>());
+  else if (dtype == kBfloat16) vectors ? f(__nv_bfloat16(), Lanes<8>()) : f(__nv_bfloat16(), Lanes<1>());
+  else if (dtype == kHalf) vectors ? f(__half(), Lanes<8>()) : f(__half(), Lanes<1>());
+  else return cudaErrorInvalidValue;
+  return cudaGetLastError();
+}
 
 }  // namespace mimdet
 

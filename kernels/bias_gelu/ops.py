@@ -8,7 +8,7 @@ from .. import dispatch, library
 
 NAME = "bias_gelu"
 # Rows per partial sum of the bias's gradient at least, and partial sums at most.
-_PARTIALS = {"triton": (64, 2**62), "cuda": (16, 1024), "cpp": (16, 64)}
+_PARTIALS = {"triton": (64, 2**62), "cuda": (8, 1024), "cpp": (16, 64)}
 
 dispatch.register(NAME, dispatch.standard())
 

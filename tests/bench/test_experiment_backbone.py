@@ -63,7 +63,7 @@ def test_depths_of_the_detector(tmp_path):
     assert all(row["status"] == "ok" and row["p50_ms"] > 0 for row in rows)
 
 
-# One set of overrides for all four configs; the last needs a block for each of its out_indices.
+# One set of overrides for all configs; the paper's last needs a block for each of its out_indices.
 FOUR = (f"{BOTTOM_UP}.encoder.depth=7", f"{BOTTOM_UP}.encoder.embed_dim=64", f"{BOTTOM_UP}.encoder.num_heads=2")
 
 
@@ -75,21 +75,27 @@ def test_table8_by_command(bench, tmp_path, capsys):
     for word in ("backbone, train, 64x64", "inference", "sampled, decoder of 1", "windows, FPN from the ViT", "A/A"):
         assert word in out
     results, lines = Results.read(path), paper()["table8"]
+    cases = [*(line["case"] for line in lines), "sampled, decoder of 4, stem_norm=layer"]
     assert [(row["mode"], row["case"]) for row in results.rows] == [
-        (mode, line["case"]) for mode in ("train", "inference") for line in lines
+        (mode, case) for mode in ("train", "inference") for case in cases
     ]
     for i, row in enumerate(results.rows):
         assert row["status"] == "ok"
         assert len(row["samples_ms"]) == row["rounds"] == 3
         assert row["allocated_mib"] > 0
-        assert row["paper_time"] == pytest.approx(lines[i % 4]["hours"] / 20.3, rel=1e-3)
-        first = results.rows[i // 4 * 4]
+        first = results.rows[i // 5 * 5]
         assert row["relative_time"] == pytest.approx(row["p50_ms"] / first["p50_ms"], rel=1e-3)
+        if i % 5 < 4:
+            assert row["paper_time"] == pytest.approx(lines[i % 5]["hours"] / 20.3, rel=1e-3)
+        else:
+            assert row["parameters"] == first["parameters"]
+            assert "paper_time" not in row
     plot(results, tmp_path / "table8.png")
     assert (tmp_path / "table8.png").read_bytes().startswith(b"\x89PNG")
     text = render(results)
     assert "| train, windows, FPN from the ViT |" in text
-    assert text.count("\n| ") == 2 + 8
+    assert "| train, sampled, decoder of 4, stem_norm=layer |" in text
+    assert text.count("\n| ") == 2 + 10
 
 
 def test_a_config_that_differs_is_not_timed(tmp_path, monkeypatch):
@@ -104,10 +110,16 @@ def test_a_config_that_differs_is_not_timed(tmp_path, monkeypatch):
     rows = table8.run(
         table8.Options(device="cpu", output=tmp_path / "t.json", size=(64, 64), rounds=3, overrides=FOUR)
     ).rows
-    assert [row["status"].partition(":")[0] for row in rows] == ["ok", "ok", "wrong", "wrong"]
+    assert [row["status"].partition(":")[0] for row in rows] == ["ok", "ok", "wrong", "wrong", "ok"]
     assert rows[2]["status"].startswith("wrong: c4: relative error 0.001")
     assert not {"p50_ms", "allocated_mib", "relative_time"} & set(rows[2])
     assert rows[1]["relative_time"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_baselines_have_the_stems_norm(tmp_path, dtype):
+    chosen = options(tmp_path, overrides=(*OVERRIDES, f"{BOTTOM_UP}.encoder.stem_norm=layer"), dtype=dtype)
+    assert [row["status"] for row in run(chosen).rows] == ["ok", "ok"]
 
 
 def test_a_detector_of_one_stage(tmp_path):

@@ -64,19 +64,68 @@ def test_library_exports_nothing_else(compiled):
     assert sorted(n for n in names if n.startswith("mimdet_")) == sorted(f"mimdet_{n}" for n in declared())
 
 
-def test_kernels_spill_nothing(compiled):
+def cuobjdump(option, library):
+    """Output of the tool of Triton's package."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("cuobjdump comes with Triton, which is not installed")
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    listed = subprocess.run([tool, "-res-usage", str(compiled)], capture_output=True, text=True, check=True).stdout
-    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", listed)
+    return subprocess.run([tool, option, str(library)], capture_output=True, text=True, check=True).stdout
+
+
+def test_kernels_spill_nothing(compiled):
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", cuobjdump("-res-usage", compiled))
     assert len(usage) >= len(declared())
     for name, registers, stack in usage:
         print(name, registers, stack)
         assert stack == "0", name
         assert int(registers) <= 128, name
+
+
+# Bytes of the types in a kernel's template arguments, as the Itanium ABI mangles them.
+_BYTES = {"f": 4, "13__nv_bfloat16": 2, "6__half": 2}
+_ARGUMENTS = re.compile(rf"I((?:{'|'.join(_BYTES)}|S\d?_|Li\d+E)+)E")
+_ACCESS = re.compile(r"(LDG|STG)\.E(\S*) .*?\[R(\d+)(?:\.64)?(?:\+(-?0x[0-9a-f]+))?\]")
+
+
+def vector_kernels(library):
+    """(name, widths in bits of its vectors, accesses of its machine code) of each kernel that takes vectors.
+
+    An access is (LDG or STG, width in bits, register of the address, offset).
+    """
+    for function in cuobjdump("-sass", library).split("Function : ")[1:]:
+        name = function.split()[0]
+        arguments = _ARGUMENTS.search(name)
+        lanes = re.search(r"Li(\d+)E", arguments[1]) if arguments else None
+        if lanes is None or lanes[1] == "1":
+            continue
+        types = set(re.findall("|".join(_BYTES), arguments[1]))
+        accesses = [
+            (kind, _width(options), register, int(offset or "0", 16))
+            for kind, options, register, offset in _ACCESS.findall(function)
+        ]
+        yield name, {min(8 * _BYTES[t] * int(lanes[1]), 128) for t in types}, accesses
+
+
+def _width(options):
+    match = re.search(r"\.(?:[US](8|16)|(64|128))\b", options)
+    return int(match[1] or match[2]) if match else 32
+
+
+def test_vectors_are_single_accesses(compiled):
+    """nvcc may split the load or store of a vector into those of its elements."""
+    kernels = list(vector_kernels(compiled))
+    assert len(kernels) > 60
+    for name, widths, accesses in kernels:
+        found = {kind: {width for other, width, *_ in accesses if other == kind} for kind in ("LDG", "STG")}
+        assert widths & found["LDG"], (name, found)
+        assert widths <= found["LDG"] | found["STG"], (name, found)
+        assert min(found["LDG"] | found["STG"]) >= 32, (name, found)
+        # Kernels load a few neighbours of 32 bits on purpose: sizes, and weights one by one.
+        narrow = {access for access in accesses if access[1] < 128 and access[:2] != ("LDG", 32)}
+        for kind, width, register, offset in narrow:
+            assert (kind, width, register, offset + width // 8) not in narrow, (name, kind, width, register, offset)
 
 
 @pytest.fixture

@@ -185,6 +185,8 @@ def baseline_of(stem):
 def test_layer_norm_stem_is_its_eager_counterpart(recompute):
     torch.manual_seed(0)
     stem = ConvStem(img_size=64, embed_dim=64, norm="layer", recompute=recompute).double()
+    shapes = ({key: value.shape for key, value in s.state_dict().items()} for s in (stem, ConvStem(embed_dim=64)))
+    assert next(shapes) == next(shapes)
     x = torch.randn(2, 3, 64, 96, dtype=torch.float64, requires_grad=True)
     y, expected = x, []
     for stage in stem.proj:
@@ -278,6 +280,8 @@ def test_mask_token_fills_what_is_not_sampled():
     [
         ("table6_mask_token", ["decoder.fill=zeros"], "fill 'zeros' is unknown; choose from conv_stem, mask_token"),
         ("table6_mask_token", ["encoder.stem=vgg"], "stem 'vgg' is unknown; choose from conv, convnext"),
+        ("table6_mask_token", ["encoder.stem_norm=batch"], "norm 'batch' is unknown; choose from group, layer"),
+        ("table5_convnext", ["encoder.stem_norm=layer"], "stem_norm 'layer' needs stem 'conv'"),
         ("table6_mask_token", ["encoder.stem_pretrained=a.pth"], "stem_pretrained needs stem 'convnext'"),
         ("table5_convnext", ["encoder.embed_dim=50", "encoder.num_heads=5"], "embed_dim must be a multiple of 4"),
         ("table5_convnext", ["encoder.stem_pretrained=nowhere.pth"], "no checkpoint at nowhere.pth"),

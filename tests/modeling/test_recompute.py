@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.kernels import activation_bytes, quantized
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mimdet.kernels import use
 from mimdet.kernels.dispatch import requested
-from mimdet.modeling import convolution
+from mimdet.modeling import ConvStem, convolution
 from mimdet.modeling.convolution import RecomputeConv2d, weight_gradient
 from mimdet.modeling.recompute import Recomputed, RecomputeLinear, checkpointed
 from mimdet.testing import assert_within_budget
@@ -134,3 +135,86 @@ def test_convolution_repeats_bitwise():
     layer, x = stem()
     first, second = (gradients(layer, x, lambda layer, x: layer(x)) for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def stem_gradients(dtype, sizes, **options):
+    """Features and gradients of a ConvStem."""
+    torch.manual_seed(0)
+    stem = ConvStem(embed_dim=32, **options).to(dtype, memory_format=torch.channels_last)
+    assert stem.state_dict()["proj.0.0.weight"].shape == (4, 3, 3, 3)
+    x = torch.randn(2, 3, 64, 96, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    features = stem(x, sizes)
+    sum(f.square().sum() for f in features).backward()
+    return [*features, x.grad, *(p.grad for p in stem.parameters())]
+
+
+@pytest.fixture
+def more_channels(monkeypatch):
+    """Switches the channels of zeros of images on or off, whatever the device."""
+    return lambda on: monkeypatch.setattr(convolution, "_needs_more_channels", lambda x, dtype: on and x.shape[1] == 3)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["canvas", "packed"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recompute", ["lean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_channels_of_zeros_change_nothing(dtype, recompute, checkpointing, packed, more_channels):
+    sizes = torch.tensor([[[32, 48], [9, 7]], [[16, 24], [5, 4]], [[8, 12], [3, 2]], [[4, 6], [2, 1]]]).int()
+    results = []
+    for on in (False, True):
+        more_channels(on)
+        options = {"recompute": recompute, "checkpointing": checkpointing}
+        results.append(stem_gradients(dtype, sizes if packed else None, **options))
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+        assert actual.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_channels_of_zeros_under_autocast(compiled, more_channels):
+    layer, x = narrow()
+
+    def call(layer, x):
+        return layer(x)
+
+    def compiled_call(layer, x):
+        return torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+
+    more_channels(False)
+    exact = gradients(layer, x, call, dtype=torch.float64)
+    same = gradients(layer, x, call, autocast=True)
+    more_channels(True)
+    actual = gradients(layer, x, compiled_call if compiled else call, autocast=True)
+    for name, value in exact.items():
+        assert_within_budget(actual[name], same[name], value, x.numel() // x.shape[1], name)
+
+
+def test_a_convolution_reads_eight_channels(more_channels, monkeypatch):
+    seen = []
+    plain = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda x, weight, *rest: seen.append((x, weight)) or plain(x, weight, *rest))
+    more_channels(True)
+    layer, x = narrow()
+    with torch.autocast("cpu", BF16), torch.no_grad():
+        layer(x)
+    ((padded, weight),) = seen
+    assert padded.shape == (2, 8, 9, 7)
+    assert weight.shape == (8, 8, 3, 3)
+    assert padded.dtype == weight.dtype == BF16
+    assert padded.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(padded[:, :3], x.to(BF16))
+    assert padded[:, 3:].abs().max() == weight[:, 3:].abs().max() == 0
+
+
+def test_channels_of_zeros_are_for_tensor_cores(monkeypatch):
+    with FakeTensorMode():
+        on_gpu = torch.empty(2, 3, 8, 8, device="cuda").contiguous(memory_format=torch.channels_last)
+        eight = torch.empty(2, 8, 8, 8, device="cuda").contiguous(memory_format=torch.channels_last)
+        assert convolution._needs_more_channels(on_gpu, BF16)
+        assert convolution._needs_more_channels(on_gpu, torch.float16)
+        assert not convolution._needs_more_channels(on_gpu, torch.float32)
+        assert not convolution._needs_more_channels(on_gpu.contiguous(), BF16)
+        assert not convolution._needs_more_channels(eight, BF16)
+        assert not convolution._needs_more_channels(on_gpu.to("cpu"), BF16)
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        assert not convolution._needs_more_channels(on_gpu, BF16)
