@@ -27,6 +27,16 @@ def _materialize(ctx: FunctionCtx, value: bool) -> None:
     ctx.zeros_for_missing = value
 
 
+def _layout_of_convolution(x: torch.Tensor, weight: torch.Tensor, _backend) -> torch.memory_format:
+    """Of a convolution's results under cuDNN: channels_last if its input or its weight is."""
+    either = any(
+        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+        for t in (x, weight)
+        if t.dim() == 4
+    )
+    return torch.channels_last if either else torch.contiguous_format
+
+
 @contextmanager
 def fake_gpu() -> Iterator[None]:
     """Fake tensors in which "cuda" exists, with Triton's kernels chosen; inputs may be real tensors on the CPU.
@@ -39,6 +49,8 @@ def fake_gpu() -> Iterator[None]:
         (detector, "check_targets", lambda *_: None),  # reads values of CPU tensors
         (roi_heads, "_BATCH_OF_ALL_SLOTS", math.inf),  # else the number of masks is read
         (torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None)),
+        # PyTorch without CUDA answers for a CPU.
+        (torch._C, "_conv_determine_backend_memory_format", _layout_of_convolution),
         # Checkpointing recomputes once for a run of autograd's engine, which ``backward`` does not start.
         (torch._C, "_current_graph_task_id", lambda: 0),
         (FunctionCtx, "set_materialize_grads", _materialize),

@@ -1,0 +1,275 @@
+"""``mimdet bench static``: the machine code of every kernel at the launches of a training step, and a model of its time.
+
+Kernels are compiled ahead of time for a GPU that is not there, disassembled, and walked with the launch's arguments, so
+nothing runs; see ``sass`` and ``gpu_model``. Where there is a GPU of the architecture, each launch is also timed.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .. import environment, launch_cost, views
+from ..gpu_model import GPUS, Gpu, predict
+from ..machine_code import Binary, MissingToolError, Pointer, compile_triton, tool, triton_missing
+from ..real_launches import Recorded, record
+from ..row import Results
+from ..sass import REGION
+from ..workload import Setting, check_choices
+
+IMPLEMENTATIONS = ("triton", "cuda")
+AMD = "gfx942"  # registers and spills only
+ARCHITECTURES = (*GPUS, AMD)
+BOUNDS = ("memory", "issue", "mufu", "tensor", "latency")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Setting):
+    """What to compile.
+
+    Attributes:
+        arch: one of ``ARCHITECTURES``.
+        batches: images of a step, one table each.
+        implementations: triton, cuda, or both.
+    """
+
+    arch: str = "sm_90"
+    batches: Sequence[int] = (1,)
+    implementations: Sequence[str] = IMPLEMENTATIONS
+    dtype: str = "bf16"
+
+
+def run(options: Options) -> Results:
+    """Compile and walk every launch, print the tables and write the file.
+
+    Raises:
+        ValueError: an unknown architecture, implementation or dtype, or a config without kernels.
+        MissingToolError: Triton, or the disassembler that comes with it, is missing.
+    """
+    check_choices([options.arch], ARCHITECTURES, "to compile for")
+    check_choices(options.implementations, IMPLEMENTATIONS, "to compile")
+    check_choices([options.dtype], ("fp32", "bf16"), "to compile")
+    missing = triton_missing()
+    if missing:
+        raise MissingToolError(f"mimdet bench static records the launches of Triton's kernels: {missing}")
+    if options.arch != AMD:
+        for name in ("cuobjdump", "nvdisasm"):
+            tool(name)
+    described = environment.describe(options.device) | {"device": _device(options.arch)}
+    results = Results(environment.command(), described, _limits(options.arch))
+    for batch in options.batches:
+        results.rows += rows_of(replace(options, batch=batch))
+        results.write(options.output)
+    show(results.rows)
+    return results
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel of a recorded launch, compiled.
+
+    Attributes:
+        recorded: what launched it.
+        kernel: its name in the source.
+        case: options that choose this variant of it.
+        binary: its machine code.
+        grid, block: of the launch.
+        arguments: by the parameters of ``binary``.
+    """
+
+    recorded: Recorded
+    kernel: str
+    case: str
+    binary: Binary
+    grid: Sequence[int]
+    block: Sequence[int]
+    arguments: Sequence[Any]
+
+    @property
+    def tensors(self) -> list[Pointer]:
+        """Among its arguments, in their order."""
+        return [argument for argument in self.arguments if isinstance(argument, Pointer)]
+
+
+def rows_of(options: Options) -> list[dict]:
+    """Rows of one batch, in the order of the step.
+
+    Raises:
+        ValueError: the config's step launches no kernel of ours.
+    """
+    recorded = record(options, options.implementations)
+    if not recorded:
+        raise ValueError(f"a training step of {options.config} launches no kernel of mimdet.kernels")
+    keys = {**options.keys("static", "train"), "size": "{}x{}".format(*options.size), "config": options.config}
+    rows: dict[tuple, dict] = {}
+    with views.progress(f"kernels, batch {options.batch}", len(recorded)) as advance:
+        for one in recorded:
+            for compiled in compile_launch(options.arch, one):
+                row = {**keys, **_row(options, compiled)}
+                # Strides and alignment alone do not make another row.
+                place = tuple(
+                    row.get(name) for name in ("operation", "implementation", "direction", "kernel", "case", "shape")
+                )
+                if place in rows:
+                    rows[place]["launches"] += row["launches"]
+                else:
+                    rows[place] = row
+            advance()
+    return list(rows.values())
+
+
+def compile_launch(arch: str, recorded: Recorded) -> Iterator[Compiled]:
+    """The kernels of one kind of launch."""
+    yield _compile_triton(arch, recorded)
+
+
+def _compile_triton(arch: str, recorded: Recorded) -> Compiled:
+    launch = recorded.launch
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Triton's, of changes in later versions
+        binary = compile_triton(AMD if arch == AMD else int(arch.removeprefix("sm_")), launch)
+    named = launch.named()
+    case = ", ".join(name.lower().removeprefix("has_") for name, value in named.items() if value is True)
+    # Triton adds two pointers to scratch memory.
+    values = [named[name] for name in binary.names] + [None] * (len(binary.parameters) - len(binary.names))
+    kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+    return Compiled(recorded, kernel, case, binary, launch.grid, (32 * binary.warps,), values)
+
+
+def _row(options: Options, compiled: Compiled) -> dict:
+    recorded, binary = compiled.recorded, compiled.binary
+    tensors = compiled.tensors or [t for t in recorded.launch.arguments if isinstance(t, Pointer)]
+    largest = max(tensors, key=lambda tensor: tensor.count)
+    row = {
+        "operation": recorded.operation, "implementation": recorded.implementation, "direction": recorded.direction,
+        "kernel": compiled.kernel, "case": compiled.case, "shape": "x".join(map(str, largest.shape)),
+        "arch": options.arch, "status": "ok", "launches": recorded.count, "grid": math.prod(compiled.grid),
+        "registers": binary.registers, "spills": binary.stack, "shared_bytes": binary.shared,
+    }  # fmt: skip
+    if options.arch == AMD:
+        return row
+    gpu = GPUS[options.arch]
+    executed = execute(gpu, compiled)
+    predicted = predict(gpu, binary, launch_cost.work(binary, executed, row["grid"]))
+    moved = executed.loaded.total() + executed.stored.total()
+    row |= {
+        "waves": predicted.waves,
+        "warps_per_sm": predicted.warps_per_sm,
+        **({"load_bits": _most(executed.loaded)} if executed.loaded else {}),
+        **({"store_bits": _most(executed.stored)} if executed.stored else {}),
+        "instructions_per_element": executed.instructions * binary.warps * row["grid"] * 32 / largest.count,
+        **{name: getattr(executed, name) for name in ("instructions", "mufu", "tensor", "lds", "barriers")},
+        "bytes": moved,
+        "minimum_bytes": executed.minimum_bytes,
+        "minimum_us": predicted.minimum_us,
+        "predicted_us": predicted.predicted_us,
+        "of_limit": predicted.minimum_us / predicted.predicted_us,
+        "bound": predicted.bound,
+        "unknown_loops": executed.unknown,
+    }
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def execute(gpu: Gpu, compiled: Compiled) -> launch_cost.Executed:
+    """Walk one kernel."""
+    sizes = [size for _, size in compiled.binary.parameters]
+    contents = {}
+    for name, argument in zip(compiled.binary.names, compiled.arguments, strict=False):
+        if isinstance(argument, Pointer) and name in CONTENTS:
+            contents[argument.address >> REGION] = CONTENTS[name](argument, compiled.recorded.launch.named())
+    tensors = {tensor.address >> REGION: tensor.bytes for tensor in compiled.tensors}
+    values = launch_cost.parameter_values(compiled.arguments, sizes)
+    return launch_cost.execute(gpu, compiled.binary, compiled.grid, compiled.block, values, tensors, contents)
+
+
+# Parameter -> integers of a tensor that decides how often loops run, from the tensor and all arguments.
+CONTENTS: dict[str, Callable[[Pointer, Mapping[str, Any]], list[int]]] = {
+    "cu_seqlens": lambda tensor, named: [i * named["T"] // (tensor.count - 1) for i in range(tensor.count)],
+}
+
+
+def _most(moved: Counter) -> int:
+    return max(moved, key=moved.get)
+
+
+def _device(arch: str) -> str:
+    """For the column of devices: no GPU ran."""
+    return f"the machine code for {arch}" + (f", a model of the {GPUS[arch].name}" if arch in GPUS else "")
+
+
+def _limits(arch: str) -> dict[str, float]:
+    if arch not in GPUS:
+        return {}
+    gpu = GPUS[arch]
+    flop = gpu.sms * gpu.ghz * gpu.tensor_flop / 1e3
+    return {"copy_gb_s": gpu.gb_s, "gemm_bf16_tflop_s": flop, "sms": gpu.sms, "ghz": gpu.ghz}
+
+
+def columns(rows: Sequence[dict]) -> list[views.Column]:
+    """For a terminal and for Markdown."""
+    batches = {row["batch"] for row in rows}
+    return [
+        ("kernel", label, ""),
+        *([("batch", "batch", "d")] if len(batches) > 1 else []),
+        ("launches", "launches", "d"),
+        ("blocks", "grid", "d"),
+        ("waves", "waves", ".2f"),
+        ("registers", "registers", "d"),
+        ("spilled bytes", "spills", "d"),
+        ("warps an SM", "warps_per_sm", "d"),
+        ("load, store bits", lambda row: _widths(row), ""),
+        ("instructions an element", "instructions_per_element", ".1f"),
+        ("minimum us", "minimum_us", ".1f"),
+        ("predicted us", "predicted_us", ".1f"),
+        ("measured us", "measured_us", ".1f"),
+        ("of limit", "of_limit", ".0%"),
+        ("bound", lambda row: row.get("bound"), ""),
+    ]
+
+
+def label(row: dict) -> str:
+    """Name of a row's kernel."""
+    case = f" ({row['case']})" if row.get("case") else ""
+    return f"`{row['kernel']}`{case} {row['shape']}" + (" CUDA" if row["implementation"] == "cuda" else "")
+
+
+def _widths(row: dict) -> str:
+    return ", ".join(str(row[name]) if name in row else "-" for name in ("load_bits", "store_bits"))
+
+
+def show(rows: Sequence[dict]) -> None:
+    """Print the table of each batch."""
+    out = views.console()
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        of_batch = [row for row in rows if row["batch"] == batch]
+        title = views.title(of_batch, "arch", "config", "size", "batch", "dtype")
+        out.print(views.terminal(f"Kernels of a training step, {title}", columns(of_batch), of_batch))
+        if any(row.get("unknown_loops") for row in of_batch):
+            names = dict.fromkeys(row["kernel"] for row in of_batch if row.get("unknown_loops"))
+            out.print(f"loops that depend on data count once: {', '.join(names)}")
+
+
+def draw(rows: Sequence[dict]):
+    """Share of the limit of each kernel, a panel for each batch."""
+    rows = [row for row in rows if "of_limit" in row]
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    panels = [[row for row in rows if row["batch"] == batch] for batch in batches]
+    figure = views.figure(9, 1.2 + 0.2 * sum(map(len, panels)))
+    every = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=[len(lines) for lines in panels])
+    colors = dict(zip(BOUNDS, views.BARS, strict=False))
+    for (axes,), batch, lines in zip(every, batches, panels, strict=True):
+        shares = [100 * row["of_limit"] for row in lines]
+        axes.barh(range(len(lines)), shares, color=[colors[row["bound"]] for row in lines])
+        views.label_bars(axes, [label(row).replace("`", "") for row in lines])
+        axes.tick_params(axis="y", labelsize=6)
+        axes.set_title(f"batch {batch}", fontsize=9)
+        axes.grid(alpha=0.3, axis="x")
+    handles = [every[0][0].barh([0], [0], color=color) for color in colors.values()]
+    every[0][0].legend(handles, [f"bound by {name}" for name in colors], fontsize=7, loc="lower right")
+    every[-1][0].set_xlabel("% of the limit (bandwidth or tensor cores)")
+    figure.suptitle(views.title(rows, "arch", "config", "size", "dtype"), fontsize=10)
+    return figure
