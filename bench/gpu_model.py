@@ -8,9 +8,9 @@ The model is a lower bound. Its terms are the times of what a launch must do, an
 - memory: each tensor's touched bytes once, over the bandwidth of DRAM
 - latency: what one warp takes by itself, times the rounds in which the blocks run
 
-The multiprocessor with the most blocks decides, so grids that fill the GPU partly take longer. Left out are conflicts of
-shared memory, pipes that take fewer than four instructions a clock (integers, conversions), caches, clocks that drop,
-and the overlap of terms: kernels reach 80-90 % of it.
+The multiprocessor with the most blocks decides, so grids that fill the GPU partly take longer. Left out are conflicts
+of shared memory, pipes that take fewer than four instructions a clock (integers, conversions), caches, clocks that
+drop, and terms that do not overlap: kernels reach 80-90 % of it.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Gpu:
         return _SCHEDULERS
 
 
-# Shared memory, warps, blocks: CUDA C++ programming guide, "Technical Specifications per Compute Capability". Latencies:
-# Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking" (2024), which
-# measured an A100, an RTX 4090 and an H100; nobody has for the B200, so it has the H100's.
+# Shared memory, warps, blocks: CUDA C++ programming guide, "Technical Specifications per Compute Capability".
+# Latencies: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking" (2024),
+# which measured an A100, an RTX 4090 and an H100. The B200 has the H100's here, and a special function 18 clocks.
 GPUS = {
     "sm_80": Gpu(
         "A100 SXM 80 GB", 108, 1.41, 2039, 2048, 164 * 1024, 64, 32, {"global": 466, "shared": 29, "other": 18},
@@ -77,8 +77,8 @@ GPUS = {
     ),
     "sm_90": Gpu(
         "H200 SXM", 132, 1.755, 4800, 4096, 228 * 1024, 64, 32, {"global": 479, "shared": 29, "other": 18},
-        "NVIDIA H100 Tensor Core GPU Architecture (whitepaper), bandwidth of the datasheet of the H200; the clock is the"
-        " H100 PCIe's boost, since a H200 that computes stays below its own of 1.98 GHz",
+        "NVIDIA H100 Tensor Core GPU Architecture (whitepaper), bandwidth of the datasheet of the H200; the clock is"
+        " assumed, between the base and the boost of 1.98 GHz",
     ),
     "sm_100": Gpu(
         "B200 SXM", 148, 1.85, 8000, 8192, 228 * 1024, 64, 32, {"global": 479, "shared": 29, "other": 18},

@@ -30,7 +30,7 @@ class Executed:
         loaded, stored: bits of a lane's access -> bytes of the whole grid, for lanes that are not switched off.
         minimum_bytes: that the grid must move: no more than each tensor has.
         cycles: of the slowest warp that was walked.
-        unknown: loops whose trips depend on data.
+        unknown: loops and branches that depend on data, and count once.
     """
 
     instructions: float = 0.0
@@ -119,16 +119,19 @@ def _sum(code: Code, walks: Sequence, all_warps: int, warps: int, tensors: Mappi
         total.cycles = max(total.cycles, one.cycles)
         unknown |= one.unknown
     total.unknown = len(unknown)
-    total.minimum_bytes = sum(_least(of, tensors) for of in touched.values())
+    written = {region for region in touched[False] if region is not None}
+    inputs = {region: size for region, size in tensors.items() if region not in written or region in touched[True]}
+    read = {region for region in touched[True] if region is not None}
+    outputs = {region: size for region, size in tensors.items() if region not in read or region in written}
+    total.minimum_bytes = _least(touched[True], inputs) + _least(touched[False], outputs)
     return total
 
 
 def _least(touched: Mapping[int | None, float], tensors: Mapping[int, int]) -> float:
-    """Bytes that loads, or stores, must move. An address that depends on data may be in any tensor."""
-    anywhere = touched.get(None, 0.0)
+    """Bytes that loads, or stores, must move. An address that depends on data may be in any of ``tensors``."""
     known = {region: min(touched.get(region, 0.0), size) for region, size in tensors.items()}
     left = sum(size - known[region] for region, size in tensors.items())
-    return sum(known.values()) + min(anywhere, left)
+    return sum(known.values()) + min(touched.get(None, 0.0), left)
 
 
 def work(binary: Binary, executed: Executed, blocks: int) -> Work:

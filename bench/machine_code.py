@@ -8,8 +8,10 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +79,7 @@ class Binary(NamedTuple):
         code: what nvdisasm prints, with encodings; the amdgcn of an AMD GPU.
         ttir: Triton's IR; empty for CUDA C++.
         parameters: (offset in the constant bank, bytes) of each parameter.
-        names: of Triton's parameters that the compiled kernel still has.
+        signature: Triton's parameters by name with their types; "constexpr" is not passed.
     """
 
     name: str
@@ -88,7 +90,7 @@ class Binary(NamedTuple):
     code: str
     ttir: str = ""
     parameters: Sequence[tuple[int, int]] = ()
-    names: Sequence[str] = ()
+    signature: Mapping[str, Any] = MappingProxyType({})
 
 
 def triton_missing() -> str | None:
@@ -206,13 +208,15 @@ def compile_triton(capability: int | str, launch: Launch) -> Binary:
         code = built.asm["amdgcn"]
         registers, stack = (int(re.search(rf"\.{key}:\s+(\d+)", code)[1]) for key in _AMD_KEYS)
         return Binary(found.name, registers, stack, found.shared, found.num_warps, code, built.asm["ttir"])
-    names = [name for name, kind in built.src.signature.items() if kind != "constexpr"]
     (one,) = disassemble(built.asm["cubin"])
-    return one._replace(shared=found.shared, warps=found.num_warps, ttir=built.asm["ttir"], names=names)
+    return one._replace(
+        shared=found.shared, warps=found.num_warps, ttir=built.asm["ttir"], signature=built.src.signature
+    )
 
 
-def disassemble(cubin: bytes, only: Sequence[str] | None = None) -> list[Binary]:
-    """Every kernel of a cubin, or those with the names ``only``; shared bytes are those that the code declares.
+@lru_cache(maxsize=256)
+def disassemble(cubin: bytes) -> list[Binary]:
+    """Every kernel of a cubin; shared bytes are those that the code declares.
 
     Raises:
         MissingToolError: no disassembler.
@@ -231,7 +235,7 @@ def disassemble(cubin: bytes, only: Sequence[str] | None = None) -> list[Binary]
             parameters=_parameters(information.get(name, "")),
         )
         for name, code in sections.items()
-        if name in usage and (only is None or name in only)
+        if name in usage
     ]  # fmt: skip
 
 

@@ -150,7 +150,9 @@ def _pointers(arguments: Sequence[Any]) -> tuple:
         if isinstance(argument, torch.Tensor):
             count += 1
             return Pointer(argument, count)
-        return [convert(one) for one in argument] if isinstance(argument, list) else argument
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(convert(one) for one in argument)
+        return argument
 
     return tuple(convert(argument) for argument in arguments)
 

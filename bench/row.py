@@ -67,7 +67,7 @@ VALUES = {
     **dict.fromkeys(("bytes", "minimum_bytes"), float),
     **dict.fromkeys(("minimum_us", "predicted_us", "measured_us"), float),
     "bound": str,
-    "unknown_loops": int,  # whose trips depend on data
+    "data_dependent": int,  # loops and branches that depend on data, and count once
 }
 COLUMNS = {**KEYS, **VALUES}
 REQUIRED = ("experiment", "implementation", "status")

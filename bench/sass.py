@@ -2,7 +2,8 @@
 
 ``Code`` holds what nvdisasm prints. ``Code.walk`` follows one warp from the first instruction to EXIT with the launch's
 arguments: it computes integers and predicates, on which branches and loops depend, and leaves all else unknown (data in
-memory, floating point). So a loop counts as often as it runs, whatever the compiler unrolled.
+memory, floating point). So a loop counts as often as it runs, whatever the compiler unrolled; what depends on data
+counts once.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _TARGET = re.compile(r"`\(([^)]+)\)")
 _RELATIVE = re.compile(r"32@(lo|hi)\(\((\S+) \+ (\S+)@srel\)\)")
 _CONSTANT = re.compile(r"c\[0x([0-9a-f]+)\]\[(?:(U?R\w+)\+?)?(?:0x([0-9a-f]+))?\]")
 _ADDRESS = re.compile(r"\[(U?R\w+?)(?:\.64|\.U32)*(?:\+(UR\w+))?(?:\+(-?0x[0-9a-f]+))?\]")
+_DESCRIPTOR = re.compile(r"desc\[\w+\]")
 _MASK = 0xFFFFFFFF
 _MOST_STEPS = 4_000_000
 # Tensors of a walk are this many bits of address apart.
@@ -73,7 +75,7 @@ class Walk:
         executed: how often each instruction of ``Code.instructions`` was issued.
         cycles: until the warp ended, if it had the multiprocessor for itself: stall counts of the machine code, and
             the latency of loads, shuffles and special functions where the code waits for them.
-        unknown: loops whose number of trips depends on data; each counts once.
+        unknown: loops, and branches in loops, that depend on data; each counts once.
         touched: (instruction, address >> REGION) of loads and stores of global memory that were not switched off, and
             how often; None where the address depends on data.
     """
@@ -222,13 +224,17 @@ class Code:
         if target <= index:
             result.unknown.add(target)
             return following
-        if self._leaves_loop(index, target):
-            result.unknown.add(min(f for f, last in self._loops if f <= index <= last))
-            seen[index] += 1
-            return following if seen[index] % 2 else target
         # What is skipped with a call is a rare case: a division's or a root's of denormal numbers.
         skipped = self.instructions[following:target]
-        return target if any(one.base == "CALL" for one in skipped) else following
+        if any(one.base == "CALL" for one in skipped):
+            return target
+        around = [first for first, last in self._loops if first <= index <= last]
+        if not around:
+            return following
+        # In a loop, and whether out of it: once.
+        result.unknown.add(max(around) if self._leaves_loop(index, target) else index)
+        seen[index] += 1
+        return following if seen[index] == 1 or (self._leaves_loop(index, target) and seen[index] % 2) else target
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -288,12 +294,15 @@ def _decode(one: Instruction, code: Code) -> _Step:
     else:
         latency = "other"
     touch = _address(one, code) if base in (*LOADS, *STORES) else None
+    if base == "LDGSTS" and _is_predicate(one.operands[-1]):
+        guard = _both(guard, _predicate(one.operands[-1]))
     return _Step(run, guard, jump, target, max(stall, 1), barrier, waits, latency, touch)
 
 
 def _address(one: Instruction, code: Code) -> Callable[[_State], int | None]:
     """Of a load or a store in global memory."""
-    places = [_ADDRESS.search(operand) for operand in one.operands if _ADDRESS.search(operand)]
+    found = [_ADDRESS.search(_DESCRIPTOR.sub("", operand)) for operand in one.operands]
+    places = [place for place in found if place]
     if not places:
         return _unknown
     place = places[-1]  # LDGSTS names shared memory first
@@ -341,9 +350,9 @@ def _value(text: str, code: Code, word: int = 0) -> Callable[[_State], int | Non
     text = text.replace(".reuse", "")
     negative = text.startswith("-") and not re.match(r"-(0x|\d)", text)
     inverted, absolute = text.startswith("~"), text.strip("-").startswith("|")
-    name = text.lstrip("-~").strip("|")
+    name = text
     if negative or inverted or absolute:
-        inner = _value(name, code, word)
+        inner = _value(text.lstrip("-~").strip("|"), code, word)
 
         def signed(state):
             value = inner(state)
@@ -528,10 +537,7 @@ def _build_imad(one, modifiers, operands, code):
             product = x * y
         total = None if product is None or z is None or carry is None else product + z + carry
         if "HI" in modifiers:
-            low = values[2] if values[2] not in ("RZ", "URZ") else None
-            if product is None or (low and z is None):
-                return {name: None}
-            return {name: ((product >> 32) + ((z or 0) & _MASK)) & _MASK}
+            return {name: None if total is None else total >> 32 & _MASK}
         if not wide:
             return {name: None if total is None else total & _MASK}
         if total is None:
@@ -824,6 +830,19 @@ def _build_prmt(one, modifiers, operands, code):
     return calculate
 
 
+def _build_sgxt(one, modifiers, operands, code):
+    source, bits = _value(operands[1], code), _value(operands[2], code)
+
+    def calculate(state):
+        value, width = source(state), bits(state)
+        if value is None or not width:
+            return {operands[0]: None}
+        value &= (1 << width) - 1
+        return {operands[0]: value if "U32" in modifiers else _signed(value, width) & _MASK}
+
+    return calculate
+
+
 def _build_iabs(one, modifiers, operands, code):
     source = _value(operands[1], code)
 
@@ -971,6 +990,7 @@ _BUILDERS = {
     "VOTE": _build_vote,
     "VOTEU": _build_vote,
     "PRMT": _build_prmt,
+    "SGXT": _build_sgxt,
     "IABS": _build_iabs,
     "POPC": _build_bits,
     "FLO": _build_bits,

@@ -195,10 +195,10 @@ def _compile(folder: Path, name: str, commands: list[list[str]], link: list[str]
     library = folder / _digest(identity, *link, *(path.name for path in objects)) / name
     if _is_intact(library):
         return library
-    workers = _workers()
+    jobs = workers()
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        with _locked(folder), concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             if _is_intact(library):
                 return library
             missing = [(c, o) for c, o in zip(commands, objects, strict=True) if not _is_intact(o)]
@@ -230,7 +230,8 @@ def _remove_scratch(folder: Path) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _workers() -> int:
+def workers() -> int:
+    """Compilers that may run at once: MAX_JOBS, else the cores of this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("MAX_JOBS") or str(cores)
     if not asked.isdecimal() or int(asked) < 1:

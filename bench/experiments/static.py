@@ -1,4 +1,4 @@
-"""``mimdet bench static``: the machine code of every kernel at the launches of a training step, and a model of its time.
+"""``mimdet bench static``: machine code of every kernel at the launches of a training step, and a model of its time.
 
 Kernels are compiled ahead of time for a GPU that is not there, disassembled, and walked with the launch's arguments, so
 nothing runs; see ``sass`` and ``gpu_model``. Where there is a GPU of the architecture, each launch is also timed.
@@ -6,19 +6,23 @@ nothing runs; see ``sass`` and ``gpu_model``. Where there is a GPU of the archit
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
+import multiprocessing
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...kernels import build
 from .. import environment, launch_cost, views
 from ..gpu_model import GPUS, Gpu, predict
 from ..machine_code import Binary, MissingToolError, Pointer, compile_triton, tool, triton_missing
 from ..real_launches import Recorded, record
-from ..row import Results
+from ..row import Results, key
 from ..sass import REGION
+from ..session import DTYPES
 from ..workload import Setting, check_choices
 
 IMPLEMENTATIONS = ("triton", "cuda")
@@ -107,19 +111,41 @@ def rows_of(options: Options) -> list[dict]:
     keys = {**options.keys("static", "train"), "size": "{}x{}".format(*options.size), "config": options.config}
     rows: dict[tuple, dict] = {}
     with views.progress(f"kernels, batch {options.batch}", len(recorded)) as advance:
-        for one in recorded:
-            for compiled in compile_launch(options.arch, one):
-                row = {**keys, **_row(options, compiled)}
+        for measured in _in_processes(lambda one: _measured(options, one), recorded):
+            for row in measured:
                 # Strides and alignment alone do not make another row.
-                place = tuple(
-                    row.get(name) for name in ("operation", "implementation", "direction", "kernel", "case", "shape")
-                )
+                place = key(keys | row)
                 if place in rows:
                     rows[place]["launches"] += row["launches"]
                 else:
-                    rows[place] = row
+                    rows[place] = keys | row
             advance()
     return list(rows.values())
+
+
+def _in_processes(function: Callable, items: Sequence) -> Iterator:
+    """Results of every item, computed by as many processes as there are cores: compilers take a second a kernel."""
+    workers = min(build.workers(), len(items))
+    if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        yield from map(function, items)
+        return
+    global _forked  # functions and launches cannot be pickled; forked processes have them
+    _forked = function, items
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        yield from pool.map(_run_forked, range(len(items)))
+
+
+_forked: tuple[Callable, Sequence] | None = None
+
+
+def _run_forked(index: int) -> Any:
+    function, items = _forked
+    return function(items[index])
+
+
+def _measured(options: Options, recorded: Recorded) -> list[dict]:
+    return [_row(options, compiled) for compiled in compile_launch(options.arch, recorded)]
 
 
 def compile_launch(arch: str, recorded: Recorded) -> Iterator[Compiled]:
@@ -134,10 +160,17 @@ def _compile_triton(arch: str, recorded: Recorded) -> Compiled:
         binary = compile_triton(AMD if arch == AMD else int(arch.removeprefix("sm_")), launch)
     named = launch.named()
     case = ", ".join(name.lower().removeprefix("has_") for name, value in named.items() if value is True)
-    # Triton adds two pointers to scratch memory.
-    values = [named[name] for name in binary.names] + [None] * (len(binary.parameters) - len(binary.names))
+    values = [value for name, kind in binary.signature.items() for value in _passed(named[name], kind)]
+    values += [None] * (len(binary.parameters) - len(values))  # Triton's pointers to scratch memory
     kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
     return Compiled(recorded, kernel, case, binary, launch.grid, (32 * binary.warps,), values)
+
+
+def _passed(value: Any, kind: Any) -> list:
+    """What a compiled kernel gets of an argument; a tuple is passed one by one, constants are not."""
+    if isinstance(kind, tuple):
+        return [part for pair in zip(value, kind, strict=True) for part in _passed(*pair)]
+    return [] if kind == "constexpr" else [value]
 
 
 def _row(options: Options, compiled: Compiled) -> dict:
@@ -146,7 +179,7 @@ def _row(options: Options, compiled: Compiled) -> dict:
     largest = max(tensors, key=lambda tensor: tensor.count)
     row = {
         "operation": recorded.operation, "implementation": recorded.implementation, "direction": recorded.direction,
-        "kernel": compiled.kernel, "case": compiled.case, "shape": "x".join(map(str, largest.shape)),
+        "kernel": compiled.kernel, "case": compiled.case, "shape": f"{'x'.join(map(str, largest.shape))} {_dtype(largest)}",
         "arch": options.arch, "status": "ok", "launches": recorded.count, "grid": math.prod(compiled.grid),
         "registers": binary.registers, "spills": binary.stack, "shared_bytes": binary.shared,
     }  # fmt: skip
@@ -169,18 +202,23 @@ def _row(options: Options, compiled: Compiled) -> dict:
         "predicted_us": predicted.predicted_us,
         "of_limit": predicted.minimum_us / predicted.predicted_us,
         "bound": predicted.bound,
-        "unknown_loops": executed.unknown,
+        "data_dependent": executed.unknown,
     }
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def _dtype(tensor: Pointer) -> str:
+    return next((name for name, dtype in DTYPES.items() if dtype == tensor.dtype), str(tensor.dtype).split(".")[1])
 
 
 def execute(gpu: Gpu, compiled: Compiled) -> launch_cost.Executed:
     """Walk one kernel."""
     sizes = [size for _, size in compiled.binary.parameters]
     contents = {}
-    for name, argument in zip(compiled.binary.names, compiled.arguments, strict=False):
-        if isinstance(argument, Pointer) and name in CONTENTS:
-            contents[argument.address >> REGION] = CONTENTS[name](argument, compiled.recorded.launch.named())
+    named = compiled.recorded.launch.named() if compiled.binary.signature else {}
+    for name, content in CONTENTS.items():
+        if isinstance(named.get(name), Pointer):
+            contents[named[name].address >> REGION] = content(named[name], named)
     tensors = {tensor.address >> REGION: tensor.bytes for tensor in compiled.tensors}
     values = launch_cost.parameter_values(compiled.arguments, sizes)
     return launch_cost.execute(gpu, compiled.binary, compiled.grid, compiled.block, values, tensors, contents)
@@ -248,9 +286,9 @@ def show(rows: Sequence[dict]) -> None:
         of_batch = [row for row in rows if row["batch"] == batch]
         title = views.title(of_batch, "arch", "config", "size", "batch", "dtype")
         out.print(views.terminal(f"Kernels of a training step, {title}", columns(of_batch), of_batch))
-        if any(row.get("unknown_loops") for row in of_batch):
-            names = dict.fromkeys(row["kernel"] for row in of_batch if row.get("unknown_loops"))
-            out.print(f"loops that depend on data count once: {', '.join(names)}")
+        if any(row.get("data_dependent") for row in of_batch):
+            names = dict.fromkeys(row["kernel"] for row in of_batch if row.get("data_dependent"))
+            out.print(f"their loops depend on data, and count once: {', '.join(names)}")
 
 
 def draw(rows: Sequence[dict]):
