@@ -64,7 +64,7 @@ class Gpu:
 
 
 # Shared memory, warps, blocks: CUDA C++ programming guide, "Technical Specifications per Compute Capability".
-# Latencies: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking" (2024),
+# Latencies: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture" (2024, arXiv 2402.13499),
 # which measured an A100, an RTX 4090 and an H100. The B200 has the H100's here, and a special function 18 clocks.
 GPUS = {
     "sm_80": Gpu(
@@ -78,7 +78,7 @@ GPUS = {
     "sm_90": Gpu(
         "H200 SXM", 132, 1.755, 4800, 4096, 228 * 1024, 64, 32, {"global": 479, "shared": 29, "other": 18},
         "NVIDIA H100 Tensor Core GPU Architecture (whitepaper), bandwidth of the datasheet of the H200; the clock is"
-        " assumed, between the base and the boost of 1.98 GHz",
+        " the boost of the H100 PCIe, for a GPU that computes stays below the SXM's 1.98 GHz",
     ),
     "sm_100": Gpu(
         "B200 SXM", 148, 1.85, 8000, 8192, 228 * 1024, 64, 32, {"global": 479, "shared": 29, "other": 18},

@@ -13,12 +13,15 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
+import torch
+
 from ...kernels import build
-from .. import environment, launch_cost, views
+from .. import cuda_launches, environment, launch_cost, views
 from ..gpu_model import GPUS, Gpu, predict
-from ..machine_code import Binary, MissingToolError, Pointer, compile_triton, tool, triton_missing
+from ..machine_code import Binary, Launch, MissingToolError, Pointer, compile_triton, tool, triton_missing
 from ..real_launches import Recorded, record
 from ..row import Results, key
 from ..sass import REGION
@@ -65,11 +68,33 @@ def run(options: Options) -> Results:
             tool(name)
     described = environment.describe(options.device) | {"device": _device(options.arch)}
     results = Results(environment.command(), described, _limits(options.arch))
+    options = replace(options, implementations=_available(options))
     for batch in options.batches:
         results.rows += rows_of(replace(options, batch=batch))
         results.write(options.output)
     show(results.rows)
     return results
+
+
+def _available(options: Options) -> list[str]:
+    """The implementations that can be compiled here; why not of the others is printed.
+
+    Raises:
+        ValueError: none can.
+    """
+    reasons = {}
+    if "cuda" in options.implementations:
+        try:
+            if options.arch == AMD:
+                raise build.BuildError(f"nvcc does not compile for {AMD}")
+            cuda_library(options.arch)
+        except build.BuildError as error:
+            reasons["cuda"] = error
+            views.console().print(f"without the CUDA C++ kernels: {error}", style="yellow")
+    available = [name for name in options.implementations if name not in reasons]
+    if not available:
+        raise ValueError(f"nothing to compile: {'; '.join(map(str, reasons.values()))}")
+    return available
 
 
 @dataclass(frozen=True)
@@ -95,8 +120,8 @@ class Compiled:
 
     @property
     def tensors(self) -> list[Pointer]:
-        """Among its arguments, in their order."""
-        return [argument for argument in self.arguments if isinstance(argument, Pointer)]
+        """Those of its launch, in their order; also of a launch's other kernels."""
+        return list(_tensors(self.recorded.launch.arguments))
 
 
 def rows_of(options: Options) -> list[dict]:
@@ -110,9 +135,13 @@ def rows_of(options: Options) -> list[dict]:
         raise ValueError(f"a training step of {options.config} launches no kernel of mimdet.kernels")
     keys = {**options.keys("static", "train"), "size": "{}x{}".format(*options.size), "config": options.config}
     rows: dict[tuple, dict] = {}
+    timed = _on_this_gpu(options.arch)
     with views.progress(f"kernels, batch {options.batch}", len(recorded)) as advance:
-        for measured in _in_processes(lambda one: _measured(options, one), recorded):
-            for row in measured:
+        computed = _in_processes(lambda one: _rows_of_launch(options, one), recorded)
+        for one, found in zip(recorded, computed, strict=True):
+            for row in found:
+                if timed and one.implementation == "triton":
+                    row["measured_us"] = measured_us(one.launch)
                 # Strides and alignment alone do not make another row.
                 place = key(keys | row)
                 if place in rows:
@@ -144,13 +173,24 @@ def _run_forked(index: int) -> Any:
     return function(items[index])
 
 
-def _measured(options: Options, recorded: Recorded) -> list[dict]:
+def _rows_of_launch(options: Options, recorded: Recorded) -> list[dict]:
     return [_row(options, compiled) for compiled in compile_launch(options.arch, recorded)]
 
 
-def compile_launch(arch: str, recorded: Recorded) -> Iterator[Compiled]:
+def compile_launch(arch: str, recorded: Recorded) -> list[Compiled]:
     """The kernels of one kind of launch."""
-    yield _compile_triton(arch, recorded)
+    if recorded.implementation == "triton":
+        return [_compile_triton(arch, recorded)]
+    return [
+        Compiled(recorded, f"{recorded.operation}_{one.name}", one.case, one.binary, one.grid, one.block, one.values)
+        for one in cuda_library(arch).launches(recorded.launch)
+    ]
+
+
+@cache
+def cuda_library(arch: str) -> cuda_launches.Library:
+    """The CUDA C++ kernels, compiled once a process."""
+    return cuda_launches.Library(arch)
 
 
 def _compile_triton(arch: str, recorded: Recorded) -> Compiled:
@@ -166,6 +206,14 @@ def _compile_triton(arch: str, recorded: Recorded) -> Compiled:
     return Compiled(recorded, kernel, case, binary, launch.grid, (32 * binary.warps,), values)
 
 
+def _tensors(arguments: Sequence[Any]) -> Iterator[Pointer]:
+    for argument in arguments:
+        if isinstance(argument, Pointer):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors(argument)
+
+
 def _passed(value: Any, kind: Any) -> list:
     """What a compiled kernel gets of an argument; a tuple is passed one by one, constants are not."""
     if isinstance(kind, tuple):
@@ -173,13 +221,45 @@ def _passed(value: Any, kind: Any) -> list:
     return [] if kind == "constexpr" else [value]
 
 
+def _on_this_gpu(arch: str) -> bool:
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    return "sm_{}{}".format(*torch.cuda.get_device_capability()) == arch
+
+
+def measured_us(launch: Launch, device: str = "cuda", timer: Callable | None = None) -> float:
+    """Median time of one of Triton's launches on a GPU, with zeros in its tensors.
+
+    Args:
+        device: of the tensors.
+        timer: function of no arguments -> its time in milliseconds; by default Triton's.
+    """
+    if timer is None:
+        from triton.testing import do_bench
+
+        timer = partial(do_bench, return_mode="median")
+    named = launch.named()
+    contents = {id(named[name]): content(named[name], named) for name, content in CONTENTS.items() if name in named}
+
+    def real(argument: Any) -> Any:
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(map(real, argument))
+        if not isinstance(argument, Pointer):
+            return argument
+        if id(argument) in contents:
+            return torch.tensor(contents[id(argument)], dtype=argument.dtype, device=device)
+        return torch.empty_strided(argument.shape, argument.stride, dtype=argument.dtype, device=device).zero_()
+
+    arguments = real(launch.arguments)
+    return round(1e3 * timer(lambda: launch.kernel[launch.grid](*arguments, **launch.constants)), 3)
+
+
 def _row(options: Options, compiled: Compiled) -> dict:
     recorded, binary = compiled.recorded, compiled.binary
-    tensors = compiled.tensors or [t for t in recorded.launch.arguments if isinstance(t, Pointer)]
-    largest = max(tensors, key=lambda tensor: tensor.count)
+    largest = max(compiled.tensors, key=lambda tensor: tensor.count)
     row = {
         "operation": recorded.operation, "implementation": recorded.implementation, "direction": recorded.direction,
-        "kernel": compiled.kernel, "case": compiled.case, "shape": f"{'x'.join(map(str, largest.shape))} {_dtype(largest)}",
+        "kernel": compiled.kernel, "case": compiled.case, "shape": _shape(largest),
         "arch": options.arch, "status": "ok", "launches": recorded.count, "grid": math.prod(compiled.grid),
         "registers": binary.registers, "spills": binary.stack, "shared_bytes": binary.shared,
     }  # fmt: skip
@@ -207,8 +287,10 @@ def _row(options: Options, compiled: Compiled) -> dict:
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
 
 
-def _dtype(tensor: Pointer) -> str:
-    return next((name for name, dtype in DTYPES.items() if dtype == tensor.dtype), str(tensor.dtype).split(".")[1])
+def _shape(tensor: Pointer) -> str:
+    """As "1x4200x512 fp32"."""
+    known = {dtype: name for name, dtype in DTYPES.items()}
+    return f"{'x'.join(map(str, tensor.shape))} {known.get(tensor.dtype, str(tensor.dtype).removeprefix('torch.'))}"
 
 
 def execute(gpu: Gpu, compiled: Compiled) -> launch_cost.Executed:
