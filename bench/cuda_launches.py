@@ -72,7 +72,7 @@ class Library:
         found = []
 
         def report(name: bytes, grid: _Dim3, block: _Dim3, shared: int, arguments) -> None:
-            binary = self.kernels[name.decode()]
+            binary = _kernel(self._path, name.decode())
             values = [
                 int.from_bytes(ctypes.string_at(arguments[i], size), "little")
                 for i, (_, size) in enumerate(binary.parameters)
@@ -97,17 +97,18 @@ class Library:
         finally:
             self._functions.mimdet_report(_Report())
 
-    @property
-    def kernels(self) -> dict[str, Binary]:
-        """Every kernel by its mangled name."""
-        return _kernels(self._path)
-
 
 @cache
-def _kernels(path: Path) -> dict[str, Binary]:
+def _cubins(library: Path) -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([tool("cuobjdump"), "-xelf", "all", path], cwd=folder, capture_output=True, check=True)
-        return {one.name: one for cubin in Path(folder).glob("*.cubin") for one in disassemble(cubin.read_bytes())}
+        subprocess.run([tool("cuobjdump"), "-xelf", "all", library], cwd=folder, capture_output=True, check=True)
+        return [path.read_bytes() for path in sorted(Path(folder).glob("*.cubin"))]
+
+
+def _kernel(library: Path, name: str) -> Binary:
+    """By its mangled name; only the object that holds it is disassembled, which takes seconds."""
+    cubin = next(cubin for cubin in _cubins(library) if f".text.{name}\0".encode() in cubin)
+    return next(binary for binary in disassemble(cubin) if binary.name == name)
 
 
 def _converted(arguments: Sequence[Any]) -> list:

@@ -202,13 +202,14 @@ class Code:
             elif step.jump == "call":
                 index = step.target if guard is not False and step.target is not None else index + 1
             elif step.jump == "return":
-                offset = step.run(state)
-                if guard is False or offset is None or step.target is None:
-                    if guard is not False:
-                        break
+                place = step.run(state)
+                if guard is False:
                     index += 1
-                else:
-                    index = self._at[offset + self.instructions[step.target].address]
+                elif place is None:
+                    break
+                else:  # relative to the function of its label, by default the kernel itself
+                    start = 0 if step.target is None else self.instructions[step.target].address
+                    index = self._at[start + place]
             else:
                 index = self._branch(index, step, guard, seen, result)
         result.cycles = clock
@@ -281,7 +282,7 @@ def _decode(one: Instruction, code: Code) -> _Step:
         jump, target = "call", code.target(one)
     elif base in ("RET", "BRX", "JMX"):
         jump, target = "return", code.target(one)
-        run = _value(one.operands[0], code) if one.operands else None
+        run = _value(one.operands[0].partition(" ")[0], code) if one.operands else None
         run = run or (lambda state: None)
     else:
         run = _semantics(one, code)
