@@ -182,9 +182,17 @@ def compile_launch(arch: str, recorded: Recorded) -> list[Compiled]:
     if recorded.implementation == "triton":
         return [_compile_triton(arch, recorded)]
     return [
-        Compiled(recorded, f"{recorded.operation}_{one.name}", one.case, one.binary, one.grid, one.block, one.values)
+        Compiled(
+            recorded, _full_name(recorded.operation, one.name), one.case, one.binary, one.grid, one.block, one.values
+        )
         for one in cuda_library(arch).launches(recorded.launch)
     ]
+
+
+def _full_name(operation: str, kernel: str) -> str:
+    """With the operation's name in front, once."""
+    kernel = kernel.removesuffix("_kernel")
+    return kernel if kernel.startswith(operation) else f"{operation}_{kernel}"
 
 
 @cache
@@ -329,6 +337,20 @@ def _limits(arch: str) -> dict[str, float]:
     return {"copy_gb_s": gpu.gb_s, "gemm_bf16_tflop_s": flop, "sms": gpu.sms, "ghz": gpu.ghz}
 
 
+def published(rows: Sequence[dict]) -> list[dict]:
+    """Of each kernel the launches that take most of its time in a step; a step has several sizes of most kernels."""
+    most: dict[tuple, dict] = {}
+    for row in rows:
+        first = most.setdefault(key(row, "case", "shape"), row)
+        if _of_step(row) > _of_step(first):
+            most[key(row, "case", "shape")] = row
+    return list(most.values())
+
+
+def _of_step(row: dict) -> float:
+    return row["launches"] * row.get("predicted_us", 0.0)
+
+
 def columns(rows: Sequence[dict]) -> list[views.Column]:
     """For a terminal and for Markdown."""
     batches = {row["batch"] for row in rows}
@@ -375,7 +397,7 @@ def show(rows: Sequence[dict]) -> None:
 
 def draw(rows: Sequence[dict]):
     """Share of the limit of each kernel, a panel for each batch."""
-    rows = [row for row in rows if "of_limit" in row]
+    rows = [row for row in published(rows) if "of_limit" in row]
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     panels = [[row for row in rows if row["batch"] == batch] for batch in batches]
     figure = views.figure(9, 1.2 + 0.2 * sum(map(len, panels)))
