@@ -289,6 +289,41 @@ def launches(
     return launches, launches.Options(size=shape, dtype=dtype, original=original, device="cpu", **setting)
 
 
+@app.command("static")
+def static(
+    opts: Overrides = None,
+    arch: Annotated[str, typer.Option(help="sm_80, sm_89, sm_90, sm_100, or AMD's gfx942.")] = "sm_90",
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images; may be repeated. Default: 1.")] = None,
+    impl: Annotated[
+        list[str] | None, typer.Option("--impl", help="triton or cuda; may be repeated. Default: both.")
+    ] = None,
+    size: Size = None,
+    dtype: Annotated[str, typer.Option(help="fp32, or bf16 autocast.")] = "bf16",
+    config: Config = "mimdet_b_mask_rcnn",
+    output: Output = None,
+) -> None:
+    """Machine code of every kernel of a training step: resources, instructions, predicted time; without a GPU.
+
+    The launches are those of the config's step on fake CUDA tensors. Triton's compiler and nvcc compile for `--arch`,
+    nvdisasm disassembles, and a model of the GPU predicts each launch's time; see docs/benchmarks.md.
+    """
+    from .experiments import static
+
+    options = static.Options(
+        device="cpu",
+        output=_output(output, "static"),
+        config=config,
+        overrides=tuple(opts or ()),
+        size=_size(size, "cuda"),
+        dtype=dtype,
+        arch=arch,
+        batches=tuple(batch or (1,)),
+        **({"implementations": tuple(impl)} if impl else {}),
+    )
+    static.run(options)
+    typer.echo(f"results in {options.output}")
+
+
 @app.command("gpu")
 def gpu(
     part: Annotated[list[str] | None, typer.Option(help="Part to run; may be repeated. Default: all.")] = None,

@@ -13,8 +13,8 @@ _BASELINES = ("eager", "inductor", "original", "original-sdpa", "sdpa-compile", 
 
 
 def compare(before: Results, after: Results) -> list[dict]:
-    """Every row that both files have, in the order of the first: its name, both times and counts,
-    and the second's speed-up.
+    """Every row that both files have, in the order of the first: its name, both times, counts and predicted
+    times, and the second's speed-up.
 
     The intervals do not cover differences between runs: load, clocks, temperature.
 
@@ -30,6 +30,7 @@ def compare(before: Results, after: Results) -> list[dict]:
             change = {"name": " ".join(str(value) for _, value in key(row))}
             change |= {"before_ms": row.get("p50_ms"), "after_ms": other.get("p50_ms")}
             change |= {"before_count": row.get("count"), "after_count": other.get("count")}
+            change |= {"before_us": row.get("predicted_us"), "after_us": other.get("predicted_us")}
             changes.append(change | {"speedup": unpaired_ratio(slow, fast) if slow and fast else None})
     if not changes:
         raise ValueError("the files have no row in common: rows are equal in all key columns, see mimdet/bench/row.py")
@@ -70,6 +71,8 @@ def show(first: Path, second: Path) -> list[dict]:
         (f"{second.name} ms", "after_ms", ".4g"),
         (f"{first.name} count", "before_count", "d"),
         (f"{second.name} count", "after_count", "d"),
+        (f"{first.name} predicted us", "before_us", ".4g"),
+        (f"{second.name} predicted us", "after_us", ".4g"),
         ("second's speed over first's", "speedup", ".2f"),
     ]
     out.print(views.terminal(f"{len(changes)} rows in both", columns, changes))

@@ -29,7 +29,8 @@ def _materialize(ctx: FunctionCtx, value: bool) -> None:
 
 def _memory_format_of_cudnn(x: torch.Tensor, weight: torch.Tensor, backend: object) -> torch.memory_format:
     """Of a convolution's result: fake tensors take that of the backend, which without a GPU is not cuDNN."""
-    if any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight)):
+    maps = [t for t in (x, weight) if t.dim() == 4]
+    if any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in maps):
         return torch.channels_last
     return torch.contiguous_format
 

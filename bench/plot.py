@@ -20,7 +20,7 @@ def plot(results: Results, path: str | Path) -> None:
     Raises:
         ValueError: no row has a time or a count.
     """
-    rows = [row for row in results.rows if "p50_ms" in row or "count" in row]
+    rows = [row for row in results.rows if {"p50_ms", "count", "predicted_us"} & set(row)]
     if not rows:
         raise ValueError("nothing to plot: no row has a time or a count")
     figure = experiments.of(rows[0]["experiment"]).draw(rows)

@@ -37,6 +37,8 @@ KEYS = {
     "kind": str,
     "cache": str,
     "implementation": str,
+    "kernel": str,
+    "arch": str,
 }
 VALUES = {
     "status": str,  # "ok", or why there are no values
@@ -57,6 +59,15 @@ VALUES = {
     "calls": int,
     "count": int,  # of operations
     **dict.fromkeys(("gflop", "mib", "floor_ms"), float),
+    # Of machine code; see experiments/static.py.
+    **dict.fromkeys(("launches", "grid", "registers", "spills", "shared_bytes", "warps_per_sm"), int),
+    **dict.fromkeys(("load_bits", "store_bits"), int),  # width of the accesses that move the most bytes
+    **dict.fromkeys(("waves", "instructions_per_element"), float),
+    **dict.fromkeys(("instructions", "mufu", "tensor", "lds", "barriers"), float),  # that a warp issues
+    **dict.fromkeys(("bytes", "minimum_bytes"), float),
+    **dict.fromkeys(("minimum_us", "predicted_us", "measured_us"), float),
+    "bound": str,
+    "data_dependent": int,  # loops and branches that depend on data, and count once
 }
 COLUMNS = {**KEYS, **VALUES}
 REQUIRED = ("experiment", "implementation", "status")

@@ -105,10 +105,11 @@ def _find(name: str, compile_library) -> Path:
         return shipped
     if os.environ.get(SWITCH) == "0":
         raise BuildError(f"{name} was not built at installation and {SWITCH}=0 forbids building it now")
-    return compile_library(_cache_folder())
+    return compile_library(cache_folder())
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Of compiled libraries, see docs/kernels.md."""
     # torch.utils.cpp_extension uses the same folder, but importing it prints a warning where there is no GPU.
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions") / "mimdet"
@@ -153,9 +154,13 @@ def compile_cpu(folder: Path) -> Path:
     return _compile(folder, CPU_LIBRARY, commands, link, identity)
 
 
-def compile_cuda(folder: Path) -> Path:
+def compile_cuda(folder: Path, architectures: str | None = None, runtime: Path | None = None) -> Path:
     """Compile ``csrc/*.cu`` into ``folder`` for MIMDET_CUDA_ARCHS (such as "80;90"), else for the GPUs found, else for
     80, 86 and 90.
+
+    Args:
+        architectures: in place of these.
+        runtime: C++ source that defines what host code calls of the CUDA runtime, in place of it.
 
     Raises:
         BuildError: no nvcc, it failed, or ``folder`` cannot be written.
@@ -163,11 +168,15 @@ def compile_cuda(folder: Path) -> Path:
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError("no nvcc found (install the CUDA toolkit, or set CUDA_HOME)")
-    names = os.environ.get("MIMDET_CUDA_ARCHS") or _gpu_architectures() or _CUDA_ARCHITECTURES
+    names = architectures or os.environ.get("MIMDET_CUDA_ARCHS") or _gpu_architectures() or _CUDA_ARCHITECTURES
     arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in names.replace(".", "").split(";")]
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *arch]
     commands = [[nvcc, *flags, "-I.", "-c", source.name] for source in sorted(CSRC.glob("*.cu"))]
-    return _compile(folder, CUDA_LIBRARY, commands, [nvcc, "-shared"], _digest(_version([nvcc])))
+    link = [nvcc, "-shared"]
+    if runtime is not None:
+        commands.append([nvcc, *flags[:4], "-c", str(runtime)])
+        link += ["-cudart", "none"]
+    return _compile(folder, CUDA_LIBRARY, commands, link, _digest(_version([nvcc])))
 
 
 def find_nvcc() -> str | None:
@@ -195,10 +204,10 @@ def _compile(folder: Path, name: str, commands: list[list[str]], link: list[str]
     library = folder / _digest(identity, *link, *(path.name for path in objects)) / name
     if _is_intact(library):
         return library
-    workers = _workers()
+    jobs = workers()
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        with _locked(folder), concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             if _is_intact(library):
                 return library
             missing = [(c, o) for c, o in zip(commands, objects, strict=True) if not _is_intact(o)]
@@ -230,7 +239,8 @@ def _remove_scratch(folder: Path) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _workers() -> int:
+def workers() -> int:
+    """Compilers that may run at once: MAX_JOBS, else the cores of this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("MAX_JOBS") or str(cores)
     if not asked.isdecimal() or int(asked) < 1:

@@ -7,7 +7,8 @@ dispatcher sees, below autograd; one may launch several kernels of the GPU, view
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +127,16 @@ def kind_of(function: torch._ops.OpOverload) -> str:
 
 def count(options: Options) -> Mapping[tuple, int]:
     """Operators of the second training step of a config's detector; see ``Launches.counts``."""
+    with fake_step(options) as (step, model, optimizer):
+        step()  # allocates the optimizer's state
+        with Launches(model, optimizer) as launches:
+            step()
+    return launches.counts
+
+
+@contextmanager
+def fake_step(options: Setting) -> Iterator[tuple[Callable[[], object], nn.Module, torch.optim.Optimizer]]:
+    """A training step of a config's detector on fake CUDA tensors, and its model and optimizer."""
     cfg = load(options.config, options.overrides)
     _save_all(cfg)
     with torch.device("meta"):
@@ -143,10 +154,7 @@ def count(options: Options) -> Mapping[tuple, int]:
         optimizer = build_optimizer(cfg.optimizer, model)
         dtype = None if options.dtype == "fp32" else DTYPES[options.dtype]
         step = train_step(model, optimizer, cfg.train.get("clip_grad_norm"), dtype)
-        step(every)  # allocates the optimizer's state
-        with Launches(model, optimizer) as launches:
-            step(every)
-    return launches.counts
+        yield (lambda: step(every)), model, optimizer
 
 
 def _save_all(cfg: DictConfig) -> None:

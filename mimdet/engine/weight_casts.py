@@ -153,7 +153,7 @@ def _single_casts(loss: torch.Tensor) -> list[tuple[torch.Tensor, torch.dtype]]:
 
 
 def _grouped(model: nn.Module, casts: Sequence[tuple[torch.Tensor, torch.dtype]]) -> list[_Group]:
-    """Groups of consecutive casts, of one device and dtype each. A weight that several modules share is left to autocast."""
+    """Groups of consecutive casts, of one device and dtype each; not of weights that several modules share."""
     places = defaultdict(list)
     for module in model.modules():
         for name, weight in module._parameters.items():

@@ -48,7 +48,7 @@ def compiled():
     with pytest.MonkeyPatch.context() as patch:
         # One architecture is enough: the source is the same.
         patch.setenv("MIMDET_CUDA_ARCHS", "90")
-        return build.compile_cuda(build._cache_folder())
+        return build.compile_cuda(build.cache_folder())
 
 
 def test_library_has_what_is_declared(compiled):

@@ -27,7 +27,7 @@ def source(tmp_path_factory):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     # Reuses what other tests compiled.
-    (folder / "setup.cfg").write_text(f"[build]\nbuild_temp = {build._cache_folder()}\n")
+    (folder / "setup.cfg").write_text(f"[build]\nbuild_temp = {build.cache_folder()}\n")
     return folder
 
 

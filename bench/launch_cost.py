@@ -1,0 +1,189 @@
+"""What a launch executes: its machine code walked for some of its blocks, and the sums of the whole grid."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .gpu_model import Gpu, Work, tensor_flop
+from .machine_code import Binary, Pointer
+from .sass import LOADS, REGION, STORES, Code, Walk
+
+_WARP = 32
+# Where the sizes of blocks and of the grid are in the constant bank, by the place of the first parameter.
+_SIZES = {0x380: (0x360, 0x370)}
+_OLDER_SIZES = (0x0, 0xC)
+# A grid's blocks are like one another but for its end, and so are a block's warps.
+_PLACES = (0.0, 0.35, 0.7)
+_MANY_STEPS = 20_000
+
+
+@dataclass
+class Executed:
+    """Counts of a launch.
+
+    Attributes:
+        instructions, mufu, tensor, lds, barriers: that a warp issues, on average.
+        flop: of a block, on tensor cores.
+        loaded, stored: bits of a lane's access -> bytes of the whole grid, for lanes that are not switched off.
+        minimum_bytes: that the grid must move: no more than each tensor has.
+        cycles: of the slowest warp that was walked.
+        unknown: loops and branches that depend on data, and count once.
+    """
+
+    instructions: float = 0.0
+    mufu: float = 0.0
+    tensor: float = 0.0
+    lds: float = 0.0
+    barriers: float = 0.0
+    flop: float = 0.0
+    loaded: Counter[int] = field(default_factory=Counter)
+    stored: Counter[int] = field(default_factory=Counter)
+    minimum_bytes: float = 0.0
+    cycles: int = 0
+    unknown: int = 0
+
+
+def execute(
+    gpu: Gpu,
+    binary: Binary,
+    grid: Sequence[int],
+    block: Sequence[int],
+    values: Sequence[int | None],
+    tensors: Mapping[int, int] | None = None,
+    contents: Mapping[int, Sequence[int]] | None = None,
+) -> Executed:
+    """Walk a launch.
+
+    Args:
+        grid, block: their sizes, as many as were passed.
+        values: of the parameters, integers as the kernel sees their bits; None is unknown.
+        tensors: address >> REGION of a tensor -> its bytes.
+        contents: address >> REGION -> the 32-bit integers of a tensor that decides about loops.
+    """
+    code = Code(binary.code)
+    grid, block = (tuple(sizes) + (1,) * (3 - len(sizes)) for sizes in (grid, block))
+    constants = _constants(binary, grid, block, values)
+    contents = contents or {}
+
+    def memory(address: int, size: int) -> int | None:
+        words = contents.get(address >> REGION)
+        place, rest = divmod(address & ((1 << REGION) - 1), 4)
+        return words[place] & 0xFFFFFFFF if words and size == 4 and not rest and place < len(words) else None
+
+    blocks, warps = math.prod(grid), -(-math.prod(block) // _WARP)
+    walks: list[tuple[float, Walk]] = []
+
+    def walk(program: int, warp: int, weight: float) -> Walk:
+        walks.append((weight, code.walk(constants, _special(program, warp, grid, block), memory, gpu.latency)))
+        return walks[-1][1]
+
+    last = blocks - 1
+    programs = sorted({int(last * place) for place in _PLACES if last})
+    for program in programs:
+        of_first = walk(program, 0, 0.0)
+        others = range(1, warps) if sum(of_first.executed) < _MANY_STEPS else ()
+        for warp in others:
+            walk(program, warp, 0.0)
+    inner = len(walks)
+    for warp in range(warps if not inner or inner > len(programs) else 1):
+        walk(last, warp, 0.0)
+    # The last block counts once, the others as often as there are.
+    outer = len(walks) - inner
+    walks = [(last / blocks / inner if i < inner else 1 / blocks / outer, one) for i, (_, one) in enumerate(walks)]
+    return _sum(code, walks, blocks * warps, warps, tensors or {})
+
+
+def _sum(code: Code, walks: Sequence, all_warps: int, warps: int, tensors: Mapping[int, int]) -> Executed:
+    total = Executed()
+    touched: dict[bool, Counter] = {True: Counter(), False: Counter()}
+    unknown: set[int] = set()
+    for weight, one in walks:
+        for instruction, times in zip(code.instructions, one.executed, strict=True):
+            base, count = instruction.base, times * weight
+            total.instructions += count
+            total.mufu += count * (base == "MUFU")
+            total.lds += count * (base in ("LDS", "LDSM"))
+            total.barriers += count * (base == "BAR")
+            total.tensor += count * (base.endswith("MMA") and base != "HFMA2")
+            total.flop += count * tensor_flop(instruction) * warps
+        for (index, region), times in one.touched.items():
+            instruction = code.instructions[index]
+            moved = times * weight * all_warps * _WARP * instruction.bits / 8
+            load = instruction.base in LOADS
+            assert load or instruction.base in STORES
+            (total.loaded if load else total.stored)[instruction.bits] += moved
+            touched[load][region] += moved
+        total.cycles = max(total.cycles, one.cycles)
+        unknown |= one.unknown
+    total.unknown = len(unknown)
+    written = {region for region in touched[False] if region is not None}
+    inputs = {region: size for region, size in tensors.items() if region not in written or region in touched[True]}
+    read = {region for region in touched[True] if region is not None}
+    outputs = {region: size for region, size in tensors.items() if region not in read or region in written}
+    total.minimum_bytes = _least(touched[True], inputs) + _least(touched[False], outputs)
+    return total
+
+
+def _least(touched: Mapping[int | None, float], tensors: Mapping[int, int]) -> float:
+    """Bytes that loads, or stores, must move. An address that depends on data may be in any of ``tensors``."""
+    known = {region: min(touched.get(region, 0.0), size) for region, size in tensors.items()}
+    left = sum(size - known[region] for region, size in tensors.items())
+    return sum(known.values()) + min(touched.get(None, 0.0), left)
+
+
+def work(binary: Binary, executed: Executed, blocks: int) -> Work:
+    """For ``gpu_model.predict``."""
+    return Work(
+        blocks, binary.warps, executed.instructions, executed.mufu, executed.flop, executed.minimum_bytes,
+        executed.cycles,
+    )  # fmt: skip
+
+
+def parameter_values(pointers_and_numbers: Sequence[Pointer | float | None], sizes: Sequence[int]) -> list[int | None]:
+    """Bits of arguments for ``execute``; floating point is unknown to it."""
+    values: list[int | None] = []
+    for argument, size in zip(pointers_and_numbers, sizes, strict=True):
+        if isinstance(argument, Pointer):
+            values.append(argument.address)
+        elif argument is None or isinstance(argument, float):
+            values.append(None)
+        else:
+            values.append(int(argument) & ((1 << 8 * size) - 1))
+    return values
+
+
+def _constants(binary: Binary, grid: Sequence[int], block: Sequence[int], values: Sequence) -> dict[int, int]:
+    first = binary.parameters[0][0] if binary.parameters else 0
+    of_block, of_grid = _SIZES.get(first, _OLDER_SIZES)
+    words = {
+        start + 4 * i: size for start, sizes in ((of_block, block), (of_grid, grid)) for i, size in enumerate(sizes)
+    }
+    for (offset, size), value in zip(binary.parameters, values, strict=False):
+        if value is None:
+            continue
+        place = offset & ~3
+        shifted = value << 8 * (offset & 3)
+        for word in range(max(1, -(-(size + (offset & 3)) // 4))):
+            words[place + 4 * word] = words.get(place + 4 * word, 0) | (shifted >> 32 * word & 0xFFFFFFFF)
+    return words
+
+
+def _special(program: int, warp: int, grid: Sequence[int], block: Sequence[int]) -> dict[str, int]:
+    thread = warp * _WARP
+    of_block = dict(zip("XYZ", _unravel(program, grid), strict=True))
+    of_thread = dict(zip("XYZ", _unravel(thread, block), strict=True))
+    return {
+        **{f"SR_CTAID.{axis}": place for axis, place in of_block.items()},
+        **{f"SR_TID.{axis}": place for axis, place in of_thread.items()},
+        "SR_CgaCtaId": 0,
+        "SR_LANEID": 0,
+    }
+
+
+def _unravel(index: int, sizes: Sequence[int]) -> tuple[int, int, int]:
+    """Coordinates of a linear index, x first."""
+    x, rest = index % sizes[0], index // sizes[0]
+    return x, rest % sizes[1], rest // sizes[1]
