@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     h[i] += b[i];
-    h[i] = gelu(h[i]);
+    h[i] = gelu<T>(h[i]);
   }
   store<V>(y + at, h);
 }
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       h[i] += b[i];
-      g[i] *= gelu_derivative(h[i]);
+      g[i] *= gelu_derivative<T>(h[i]);
       total[i] += g[i];
     }
     store<V>(dx + row * C + column, g);

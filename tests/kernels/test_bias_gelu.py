@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.block_ops import check_bias_gelu, differentiate
+from support.gelu_everywhere import all_numbers, check_everywhere
 from support.kernels import BF16, F16, F32, here, native, needs_compiler, quantized
 
 from mimdet.kernels import KernelUnavailableError, bias_gelu
@@ -46,6 +47,34 @@ def test_far_out_values(runner):
                          [torch.ones_like(x).double()])  # fmt: skip
     torch.testing.assert_close(actual["output0"].double(), expected["output0"], rtol=2e-7, atol=5e-7)
     torch.testing.assert_close(actual["grad_x"].double(), expected["grad_x"], rtol=2e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
+def test_every_16_bit_number(runner, dtype):
+    impl, device = runner
+    if dtype not in DTYPES.values() and impl == "cpp":
+        pytest.skip("C++ does not take it")
+    z = all_numbers(dtype)
+    inputs = {"x": z.to(device), "bias": torch.zeros(z.shape[1], device=device)}
+    actual = differentiate(lambda **kw: bias_gelu(**kw, impl=impl), inputs, [torch.ones_like(inputs["x"])])
+    # The error of csrc/gelu.h is absolute.
+    floor = {"floor": 4e-7 * z.double().abs().clamp_min(1)} if impl == "cpp" else {}
+    check_everywhere(z, actual["output0"].cpu(), actual["grad_x"].cpu(), **floor)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
+def test_infinities_and_nan(runner, dtype):
+    """As z * Phi(z) has it in plain PyTorch on a GPU: GELU(inf) is inf, and what takes inf * 0 is NaN."""
+    impl, device = runner
+    if impl == "cpp":
+        pytest.skip("clamps")
+    x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]], dtype=dtype, device=device)
+    actual = differentiate(lambda **kw: bias_gelu(**kw, impl=impl), {"x": x, "bias": torch.zeros(4, device=device)},
+                           [torch.ones_like(x)])  # fmt: skip
+    nan = float("nan")
+    expected = torch.tensor([[nan, float("inf"), nan, F.gelu(torch.tensor(1.0)).item()]]).to(dtype)
+    torch.testing.assert_close(actual["output0"].cpu(), expected, equal_nan=True)
+    assert actual["grad_x"].isnan().tolist() == [[True, True, True, False]]
 
 
 def test_not_a_number_stays_one(runner):

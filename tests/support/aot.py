@@ -160,10 +160,28 @@ def count_instructions(op, capability, assembly, pattern, run, **options):
     return sum(len(re.findall(pattern, one.asm[assembly])) for one in built)
 
 
-def _measure_nvidia(built, capability):
+def instructions(capability, kernel, *arguments, grid=(1,), **constants):
+    """Machine instructions of one launch compiled for sm_<capability>, in order, without NOPs."""
+    with target(capability):
+        built = kernel.warmup(*arguments, grid=grid, **constants)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [_tools() / "cuobjdump", "-sass", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(\S[^;]*);", code)
+    assert found, code[-2000:]
+    return [instruction for instruction in found if not instruction.startswith("NOP")]
+
+
+def _tools():
     import triton
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def _measure_nvidia(built, capability):
+    tools = _tools()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
