@@ -20,7 +20,7 @@ _BLOCK_C = 32
 _BLOCK_S = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "S", "W"])
 def _layer_norm_gelu_fwd_nhwc_kernel(
     x, weight, bias, sizes, y, mean, rstd, M, C, S, W, eps, HAS_SIZES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -68,7 +68,7 @@ def _valid_rows(first, lane, M, sizes, S, W, HAS_SIZES: tl.constexpr):
     return exists, use
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "S", "W", "steps"])
 def _layer_norm_gelu_bwd_nhwc_kernel(
     dy, x, weight, bias, sizes, mean, rstd, dx, sums, M, C, S, W, steps, HAS_SIZES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -106,7 +106,7 @@ def _layer_norm_gelu_bwd_nhwc_kernel(
     tl.store(out + C, tl.sum(dw, axis=0)[None, :], mask=channel_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["W"])
 def _layer_norm_gelu_fwd_nchw_kernel(
     x, weight, bias, sizes, y, mean, rstd, C, S, W, eps, HAS_SIZES: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -154,7 +154,7 @@ def _layer_norm_gelu_fwd_nchw_kernel(
     tl.store(rstd + sample * S + position, x_rstd, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["W"])
 def _layer_norm_gelu_bwd_nchw_kernel(
     dy, x, weight, bias, sizes, mean, rstd, dx, sums, C, S, W, HAS_SIZES: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Compiled(NamedTuple):
-    """Resources of one kernel compiled for one target; 16-byte loads and stores are None for AMD."""
+    """Resources of one kernel compiled for one target; 16-byte loads and stores of global memory, None for AMD."""
 
     name: str
     target: str
@@ -133,13 +133,28 @@ def compile_for(capability, kernel, *arguments, grid=(1,), **constants):
     return compiled
 
 
-def compile_pair(op, capability, run):
-    """``Compiled`` of every Triton kernel that ``run()`` would launch for ``op``; none runs."""
+def record(op, run):
+    """Every ``Launch`` of a Triton kernel that ``run()`` would make for ``op``; none runs."""
     from support.kernel_cases import pretend
 
     with pretend("triton", op), launches() as recorded:
         run()
-    return [compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in recorded]
+    return recorded
+
+
+def compile_pair(op, capability, run):
+    """``Compiled`` of every Triton kernel that ``run()`` would launch for ``op``; none runs."""
+    return [
+        compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in record(op, run)
+    ]
+
+
+def resident(launch):
+    """How many programs of a launch a multiprocessor of sm_90 holds at once, by its registers, warps and memory."""
+    compiled = compile_for(90, launch.kernel, *launch.arguments, grid=launch.grid, **launch.constants)
+    warps = launch.constants["num_warps"]
+    registers = -(-compiled.registers // 8) * 8 * 32 * warps
+    return min(65536 // registers, 64 // warps, 32, 227 * 1024 // (compiled.shared + 1024))
 
 
 def count_instructions(op, capability, assembly, pattern, run, **options):
@@ -151,10 +166,7 @@ def count_instructions(op, capability, assembly, pattern, run, **options):
         pattern: regular expression.
         options: of the compiler, in place of those of the launches.
     """
-    from support.kernel_cases import pretend
-
-    with pretend("triton", op), launches() as recorded:
-        run()
+    recorded = record(op, run)
     with target(capability):
         built = [one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants | options) for one in recorded]
     return sum(len(re.findall(pattern, one.asm[assembly])) for one in built)
@@ -194,7 +206,7 @@ def _measure_nvidia(built, capability):
         int(usage_match[1]),
         int(usage_match[2]),
         built.metadata.shared,
-        len(re.findall(r"LDG\.E\.(?:\w+\.)*128", code)),
+        len(re.findall(r"LDG(?:STS)?\.E\.(?:\w+\.)*128", code)),
         len(re.findall(r"STG\.E\.(?:\w+\.)*128", code)),
     )
 
