@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _add_layer_norm_fwd_kernel(
     residual, x, scale, weight, bias, residual_out, y, mean, rstd, N, C, eps,
     HAS_X: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -20,7 +20,7 @@ def _add_layer_norm_fwd_kernel(
     if HAS_X:
         added = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32)
         if HAS_SCALE:
-            added *= tl.load(scale + row // N).to(tl.float32)
+            added *= tl.load(scale + tl.program_id(0) // N).to(tl.float32)
         rounded = (total + added).to(residual_out.dtype.element_ty)
         tl.store(residual_out + offs, rounded, mask=mask)
         # Backward sees only the rounded sum, so the statistics are those of the rounded sum.
@@ -35,7 +35,7 @@ def _add_layer_norm_fwd_kernel(
     tl.store(rstd + row, row_rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "step"])
 def _add_layer_norm_bwd_kernel(
     dresidual_out, dy, residual_out, mean, rstd, scale, weight, dresidual, dx, partials, M, N, C, step,
     HAS_DRESIDUAL: tl.constexpr, HAS_X: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -49,22 +49,29 @@ def _add_layer_norm_bwd_kernel(
     dw = tl.zeros((BLOCK_C,), tl.float32)
     db = tl.zeros((BLOCK_C,), tl.float32)
     first = program * step
-    for row in range(first, tl.minimum(first + step, M)):
+    # Loads run two rows ahead, into shared memory, or the sums' barriers would hold them back. Wide rows do not fit.
+    for row in tl.range(first, tl.minimum(first + step, M), num_stages=3 if BLOCK_C <= 2048 else 1):
         offs = row * C + channel
         total = tl.load(residual_out + offs, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32)
+        if HAS_DRESIDUAL:
+            passed_on = tl.load(dresidual_out + offs, mask=mask, other=0.0)
+        row_mean = tl.load(mean + row)
         row_rstd = tl.load(rstd + row)
-        x_hat = tl.where(mask, (total - tl.load(mean + row)) * row_rstd, 0.0)
+        if HAS_SCALE:
+            row_scale = tl.load(scale + row // N).to(tl.float32)
+        x_hat = tl.where(mask, (total - row_mean) * row_rstd, 0.0)
         dw += g * x_hat
         db += g
         g *= w
-        dtotal = row_rstd * (g - tl.sum(g, axis=0) / C - x_hat * (tl.sum(g * x_hat, axis=0) / C))
+        g_sum, gx_sum = tl.split(tl.sum(tl.join(g, g * x_hat), axis=0))
+        dtotal = row_rstd * (g - g_sum / C - x_hat * (gx_sum / C))
         if HAS_DRESIDUAL:
-            dtotal += tl.load(dresidual_out + offs, mask=mask, other=0.0).to(tl.float32)
+            dtotal += passed_on.to(tl.float32)
         tl.store(dresidual + offs, dtotal.to(dresidual.dtype.element_ty), mask=mask)
         if HAS_X:
             if HAS_SCALE:
-                dtotal *= tl.load(scale + row // N).to(tl.float32)
+                dtotal *= row_scale
             tl.store(dx + offs, dtotal.to(dx.dtype.element_ty), mask=mask)
     tl.store(partials + program * C + channel, db, mask=mask)
     tl.store(partials + (tl.num_programs(0) + program) * C + channel, dw, mask=mask)

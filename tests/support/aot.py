@@ -18,6 +18,7 @@ __all__ = [
     "compile_for",
     "compile_pair",
     "count_instructions",
+    "instructions",
     "launches",
     "narrow_products",
     "target",
@@ -25,7 +26,7 @@ __all__ = [
 
 
 class Compiled(NamedTuple):
-    """Resources of one kernel compiled for one target; 16-byte loads and stores are None for AMD."""
+    """Resources of one kernel compiled for one target; 16-byte loads and stores of global memory, None for AMD."""
 
     name: str
     target: str
@@ -53,20 +54,36 @@ def compile_for(capability, kernel, *arguments, grid=(1,), **constants):
     narrow = narrow_products(built.ttir)
     assert not narrow, f"{built.name}: addresses from 32-bit products that may wrap: {narrow}"
     is_amd = isinstance(capability, str)
-    wide = [None if is_amd else len(re.findall(rf"{name}\.E\.(?:\w+\.)*128", built.code)) for name in ("LDG", "STG")]
+    names = ("LDG(?:STS)?", "STG")
+    wide = [None if is_amd else len(re.findall(rf"{name}\.E\.(?:\w+\.)*128", built.code)) for name in names]
     arch = capability if is_amd else f"sm_{capability}"
     compiled = Compiled(built.name, arch, built.registers, built.stack, built.shared, *wide)
     compiled_so_far.append(compiled)
     return compiled
 
 
-def compile_pair(op, capability, run):
-    """``Compiled`` of every Triton kernel that ``run()`` would launch for ``op``; none runs."""
+def record(op, run):
+    """Every ``Launch`` of a Triton kernel that ``run()`` would make for ``op``; none runs."""
     from support.kernel_cases import pretend
 
     with pretend("triton", op), launches() as recorded:
         run()
-    return [compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in recorded]
+    return recorded
+
+
+def compile_pair(op, capability, run):
+    """``Compiled`` of every Triton kernel that ``run()`` would launch for ``op``; none runs."""
+    return [
+        compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in record(op, run)
+    ]
+
+
+def resident(launch):
+    """How many programs of a launch a multiprocessor of sm_90 holds at once, by its registers, warps and memory."""
+    compiled = compile_for(90, launch.kernel, *launch.arguments, grid=launch.grid, **launch.constants)
+    warps = launch.constants["num_warps"]
+    registers = -(-compiled.registers // 8) * 8 * 32 * warps
+    return min(65536 // registers, 64 // warps, 32, 227 * 1024 // (compiled.shared + 1024))
 
 
 def count_instructions(op, capability, assembly, pattern, run, **options):
@@ -78,13 +95,18 @@ def count_instructions(op, capability, assembly, pattern, run, **options):
         pattern: regular expression.
         options: of the compiler, in place of those of the launches.
     """
-    from support.kernel_cases import pretend
-
-    with pretend("triton", op), launches() as recorded:
-        run()
+    recorded = record(op, run)
     with target(capability):
         built = [one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants | options) for one in recorded]
     return sum(len(re.findall(pattern, one.asm[assembly])) for one in built)
+
+
+def instructions(capability, kernel, *arguments, grid=(1,), **constants):
+    """Machine instructions of one launch compiled for sm_<capability>, in order, without NOPs."""
+    code = compile_triton(capability, Launch(kernel, grid, arguments, constants)).code
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(\S[^;]*);", code)
+    assert found, code[-2000:]
+    return [instruction for instruction in found if not instruction.startswith("NOP")]
 
 
 def table(*options):
