@@ -282,7 +282,7 @@ TARGETS = {
 @needs_compiler
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @LAYOUTS
-@pytest.mark.parametrize(("op", "kernels"), [("group_norm_gelu", 5), ("layer_norm_gelu", 2)], ids=["group", "layer"])
+@pytest.mark.parametrize(("op", "kernels"), [("group_norm_gelu", 7), ("layer_norm_gelu", 2)], ids=["group", "layer"])
 def test_compiles_within_the_budget(op, kernels, nhwc, target):
     def run(x, dy, sizes):
         affine = torch.empty(x.shape[1], dtype=x.dtype)

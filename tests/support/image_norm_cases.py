@@ -107,7 +107,7 @@ def check_compiled(op, target, nhwc, run, count):
     for one in kernels:
         assert one.stack == 0, one
         assert one.registers <= REGISTERS, one
-        if aligned and not re.search("combine|statistics", one.name):
+        if aligned and not re.search("combine|statistics|parts|means", one.name):
             assert one.loads_16, one
             # These kernels write few numbers, no map.
             assert one.stores_16 or "moments" in one.name or "sums" in one.name, one
