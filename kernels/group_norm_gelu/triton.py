@@ -17,6 +17,8 @@ from ..triton_common import gelu, gelu_derivative, start, valid_mask
 
 # Rows and columns of a tile, a number of the tile for each vector lane of 8 warps: see _tile.
 _ROWS, _COLUMNS = tl.constexpr(8), tl.constexpr(256)
+# The most numbers of a row of several positions (NHWC).
+_LONGEST_ROW = 8192
 # Tiles of a program that writes a map.
 _STEPS = 4
 # The most programs a sample that sum: four for each of the 132 multiprocessors of an H100 or H200, one wave.
@@ -25,13 +27,13 @@ _PROGRAMS = 528
 _SUM_ROWS, _SUM_COLUMNS = 64, 32
 
 # Sizes that change with the images: one that is a multiple of 16 must not compile a kernel again.
-_VARYING = ["S", "W", "programs", "parts", "steps"]
+_VARYING = ["S", "W", "programs", "parts", "steps", "columns"]
 
 
 @triton.jit
 def _program(tiles, C: tl.constexpr, REPEAT: tl.constexpr, NHWC: tl.constexpr):
     """Sample, tile and block of a program: neighbors are of one row."""
-    blocks = C * REPEAT // _COLUMNS if NHWC else C
+    blocks = tl.cdiv(REPEAT * C, _COLUMNS) if NHWC else C
     row = tl.program_id(0) // blocks
     return (row // tiles).to(tl.int64), row % tiles, tl.program_id(0) % blocks
 
@@ -43,7 +45,7 @@ def _tile(
 ):  # fmt: skip
     """A tile of a sample, (_ROWS, _COLUMNS / VECTOR, VECTOR): offsets, what exists and what is valid.
 
-    NHWC: a row is REPEAT positions of all channels, so that whole blocks of _COLUMNS fill it; VECTOR divides C.
+    NHWC: a row is REPEAT positions of all channels, which whole blocks of _COLUMNS fill; VECTOR divides C.
     NCHW: a row is _COLUMNS positions of the channel ``block``; VECTOR divides S. So vectors exist or not as a whole.
     """
     row = tl.arange(0, _ROWS)[:, None, None]
@@ -54,6 +56,8 @@ def _tile(
         offs = sample * C * S + tile.to(tl.int64) * (_ROWS * REPEAT * C) + (row * (REPEAT * C) + column + lane)
         position = start(tile, _ROWS * REPEAT) + row * REPEAT + column // C
         exists = position < S
+        if REPEAT * C // _COLUMNS * _COLUMNS != REPEAT * C:
+            exists &= column < REPEAT * C
     else:
         position = start(tile, _ROWS * _COLUMNS) + row * _COLUMNS + column
         exists = position < S
@@ -182,9 +186,9 @@ def _group_norm_gelu_bwd_sums_kernel(
     sums += (sample * parts + part) * 2 * REPEAT * C
     if NHWC:
         column = tl.arange(0, _COLUMNS // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-        sums += block * _COLUMNS + column
-        tl.store(sums, tl.sum(db, axis=0))
-        tl.store(sums + REPEAT * C, tl.sum(dw, axis=0))
+        column += block * _COLUMNS
+        tl.store(sums + column, tl.sum(db, axis=0), mask=column < REPEAT * C)
+        tl.store(sums + REPEAT * C + column, tl.sum(dw, axis=0), mask=column < REPEAT * C)
     else:
         tl.store(sums + block, tl.sum(db))
         tl.store(sums + C + block, tl.sum(dw))
@@ -254,14 +258,19 @@ def _group_norm_gelu_bwd_dx_kernel(
 
 def _layout(x, sizes, nhwc):
     """Tiles of a block, blocks of a sample, and what all kernels of maps take."""
-    channels, positions = x.shape[1], x[0, 0].numel()
-    repeat = _COLUMNS.value // math.gcd(channels, _COLUMNS.value) if nhwc else 1
+    channels, positions, width = x.shape[1], x[0, 0].numel(), _COLUMNS.value
+    repeat = 1
+    if nhwc:
+        # The least that blocks fill without a rest, if neither the map ends before nor the row is too long to sum.
+        repeat = min(width // math.gcd(channels, width), triton.next_power_of_2(positions))
+        while repeat > 1 and repeat * channels > _LONGEST_ROW:
+            repeat //= 2
     options = {
         "C": channels, "REPEAT": repeat, "VECTOR": math.gcd(channels if nhwc else positions, 8), "NHWC": nhwc,
         "HAS_SIZES": sizes is not None, "num_warps": 8,
     }  # fmt: skip
-    tiles = triton.cdiv(positions, _ROWS.value * (repeat if nhwc else _COLUMNS.value))
-    return tiles, repeat * channels // _COLUMNS.value if nhwc else channels, options
+    tiles = triton.cdiv(positions, _ROWS.value * (repeat if nhwc else width))
+    return tiles, triton.cdiv(repeat * channels, width) if nhwc else channels, options
 
 
 def _parts(tiles, blocks):
@@ -296,14 +305,16 @@ def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx,
     parts, steps = _parts(tiles, blocks)
     columns = options["REPEAT"] * channels
     sums = torch.empty((batch, parts, 2, columns), dtype=torch.float32, device=x.device)
-    totals = torch.empty((batch, 2, columns), dtype=torch.float32, device=x.device)
     means = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
     _group_norm_gelu_bwd_sums_kernel[(batch * parts * blocks,)](
         dy, x, weight, bias, sizes, mean, rstd, sums, positions, width, parts, steps, **options
     )
-    _group_norm_gelu_bwd_parts_kernel[(batch * triton.cdiv(2 * columns, _SUM_COLUMNS),)](
-        sums, totals, parts, 2 * columns, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4
-    )
+    totals = sums
+    if parts > 1:
+        totals = torch.empty((batch, 2, columns), dtype=torch.float32, device=x.device)
+        _group_norm_gelu_bwd_parts_kernel[(batch * triton.cdiv(2 * columns, _SUM_COLUMNS),)](
+            sums, totals, parts, 2 * columns, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4
+        )
     _group_norm_gelu_bwd_means_kernel[(batch,)](
         totals, weight, sizes, means, positions, channels, columns, HAS_SIZES=sizes is not None, BLOCK=1024
     )
