@@ -1,10 +1,13 @@
 """GroupNorm with one group and exact GELU on a GPU through Triton.
 
-Several programs share a sample: each writes count, mean and m2, the sum of squared x - mean, of its part. Every program
-of the next kernel combines them (Chan, Golub, LeVeque 1979).
+Several programs share a sample: each writes the moments of its part, and one program a sample combines them (Chan,
+Golub, LeVeque 1979); so it is with the gradients' sums. Parts depend on a sample's size alone, so its result does not
+depend on the rest of the batch.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -12,283 +15,311 @@ import triton.language as tl
 
 from ..triton_common import gelu, gelu_derivative, start, valid_mask
 
-# Elements that a program's registers hold at once, and the most programs that share a sample: a power of two.
-_TILE = 4096
-_MOST_PARTS = 256
+# Rows and columns of a tile, a number of the tile for each vector lane of 8 warps: see _tile.
+_ROWS, _COLUMNS = tl.constexpr(8), tl.constexpr(256)
+# The most numbers of a row of several positions (NHWC).
+_LONGEST_ROW = 8192
+# Tiles of a program that writes a map.
+_STEPS = 4
+# The most programs a sample that sum: four for each of the 132 multiprocessors of an H100 or H200, one wave.
+_PROGRAMS = 528
+# Rows and columns that a program of the second sum reads at once.
+_SUM_ROWS, _SUM_COLUMNS = 64, 32
+
+# Sizes that change with the images: one that is a multiple of 16 must not compile a kernel again.
+_VARYING = ["S", "W", "programs", "parts", "steps", "columns"]
 
 
 @triton.jit
-def _group_norm_gelu_moments_kernel(
-    x, sizes, moments, rows, width, W, S, parts, per_part, HAS_SIZES: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """x: (B, rows, width); sizes: (B, 2); moments: (B, parts, 3) float32: count, mean, m2.
+def _program(tiles, C: tl.constexpr, REPEAT: tl.constexpr, NHWC: tl.constexpr):
+    """Sample, tile and block of a program: neighbors are of one row."""
+    blocks = tl.cdiv(REPEAT * C, _COLUMNS) if NHWC else C
+    row = tl.program_id(0) // blocks
+    return (row // tiles).to(tl.int64), row % tiles, tl.program_id(0) % blocks
 
-    per_part counts rows; with sizes, row r is position r % S of a map of W columns.
+
+@triton.jit
+def _tile(
+    tile, block, sample, sizes, S, W, C: tl.constexpr, REPEAT: tl.constexpr, VECTOR: tl.constexpr, NHWC: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
+):  # fmt: skip
+    """A tile of a sample, (_ROWS, _COLUMNS / VECTOR, VECTOR): offsets, what exists and what is valid.
+
+    NHWC: a row is REPEAT positions of all channels, which whole blocks of _COLUMNS fill; VECTOR divides C.
+    NCHW: a row is _COLUMNS positions of the channel ``block``; VECTOR divides S. So vectors exist or not as a whole.
     """
-    program = tl.program_id(0)
-    sample = (program // parts).to(tl.int64)
-    x += sample * rows * width
-    column = tl.arange(0, BLOCK_C)[None, :]
-    lane = tl.arange(0, BLOCK_S)[:, None]
-    count, mean, m2 = 0.0, 0.0, 0.0
-    begin = (program % parts).to(tl.int64) * per_part
-    for offset in range(0, per_part, BLOCK_S):
-        first = begin + offset
-        row = first + lane
-        mask = (row < rows) & (column < width)
-        if HAS_SIZES:
-            mask &= valid_mask(((first % S).to(tl.int32) + lane) % S, sizes + 2 * sample, W)
-            n = tl.sum(mask.to(tl.float32))
-        else:
-            # The last blocks of a part may have no rows.
-            n = (tl.minimum(tl.maximum(rows - first, 0), BLOCK_S) * width).to(tl.float32)
-        value = tl.load(x + row * width + column, mask=mask, other=0.0).to(tl.float32)
-        block_mean = tl.sum(value) / tl.maximum(n, 1.0)
-        x_centered = tl.where(mask, value - block_mean, 0.0)
-        both = tl.maximum(count + n, 1.0)
-        delta = block_mean - mean
-        m2 += tl.sum(x_centered * x_centered) + delta * delta * (count * n / both)
-        mean += delta * (n / both)
-        count += n
-    moments += 3 * program.to(tl.int64)
-    tl.store(moments, count)
+    row = tl.arange(0, _ROWS)[:, None, None]
+    column = tl.arange(0, _COLUMNS // VECTOR)[None, :, None] * VECTOR
+    lane = tl.arange(0, VECTOR)[None, None, :]
+    if NHWC:
+        column += block * _COLUMNS
+        offs = sample * C * S + tile.to(tl.int64) * (_ROWS * REPEAT * C) + (row * (REPEAT * C) + column + lane)
+        position = start(tile, _ROWS * REPEAT) + row * REPEAT + column // C
+        exists = position < S
+        if REPEAT * C // _COLUMNS * _COLUMNS != REPEAT * C:
+            exists &= column < REPEAT * C
+    else:
+        position = start(tile, _ROWS * _COLUMNS) + row * _COLUMNS + column
+        exists = position < S
+        position += lane
+        length = (S // VECTOR).to(tl.int64) * VECTOR  # S: tells the compiler that VECTOR divides it
+        offs = (sample * C + block) * length + position
+    valid = exists
+    if HAS_SIZES:
+        valid = exists & valid_mask(position, sizes + 2 * sample, W)
+    return offs, exists, valid
+
+
+@triton.jit
+def _affine(weight, bias, block, C: tl.constexpr, VECTOR: tl.constexpr, NHWC: tl.constexpr):
+    """Weight and bias of a tile's channels, of its shape, so that every thread loads what it needs; NCHW: numbers."""
+    channel = block
+    if NHWC:
+        column = block * _COLUMNS + tl.arange(0, _COLUMNS // VECTOR)[None, :, None] * VECTOR
+        channel = column % C + tl.arange(0, VECTOR)[None, None, :] + tl.zeros((_ROWS, 1, 1), tl.int32)
+    return tl.load(weight + channel), tl.load(bias + channel)
+
+
+@triton.jit
+def _merge(count, mean, m2):
+    """Count, mean and m2, the sum of squared x - mean, of all from those of parts, whose means are finite."""
+    total = tl.sum(count)
+    center = tl.sum(count * mean) / tl.maximum(total, 1.0)
+    rest = mean - center
+    # shift corrects both moments for the rounding of the mean.
+    shift = tl.sum(count * rest) / tl.maximum(total, 1.0)
+    return total, center + shift, tl.sum(m2 + count * rest * rest) - total * shift * shift
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _group_norm_gelu_moments_kernel(
+    x, sizes, moments, S, W, parts, steps, C: tl.constexpr, REPEAT: tl.constexpr, VECTOR: tl.constexpr,
+    NHWC: tl.constexpr, HAS_SIZES: tl.constexpr,
+):  # fmt: skip
+    """x: (B, S, C) if NHWC else (B, C, S); sizes: (B, 2); moments: (programs, 3) float32: count, mean, m2.
+
+    A program takes `steps` tiles. Each number of a tile sums x - pivot, its first valid x, and the squares: these are
+    at most steps + 1 times m2, so that little cancels.
+    """
+    sample, part, block = _program(parts, C, REPEAT, NHWC)
+    count = tl.zeros((_ROWS, _COLUMNS // VECTOR, VECTOR if HAS_SIZES and not NHWC else 1), tl.float32)
+    pivot = tl.zeros((_ROWS, _COLUMNS // VECTOR, VECTOR), tl.float32)
+    total = tl.zeros((_ROWS, _COLUMNS // VECTOR, VECTOR), tl.float32)
+    squares = tl.zeros((_ROWS, _COLUMNS // VECTOR, VECTOR), tl.float32)
+    for step in tl.range(0, steps, loop_unroll_factor=4):
+        tile = start(part, steps) + step
+        offs, _, valid = _tile(tile, block, sample, sizes, S, W, C, REPEAT, VECTOR, NHWC, HAS_SIZES)
+        value = tl.load(x + offs, mask=valid, other=0.0).to(tl.float32)
+        pivot = tl.where(count == 0, value, pivot)
+        rest = tl.where(valid, value - pivot, 0.0)
+        total += rest
+        squares += rest * rest
+        count += valid.to(tl.float32)
+    count += tl.zeros_like(total)
+    shift = total / tl.maximum(count, 1.0)
+    count_all, mean, m2 = _merge(count, pivot + shift, squares - total * shift)
+    moments += 3 * tl.program_id(0).to(tl.int64)
+    tl.store(moments, count_all)
     tl.store(moments + 1, mean)
     tl.store(moments + 2, m2)
 
 
-@triton.jit
-def _combine(moments, parts, eps, PARTS: tl.constexpr):
-    """Mean and rstd of a sample from moments (parts, 3)."""
+@triton.jit(do_not_specialize=_VARYING)
+def _group_norm_gelu_statistics_kernel(moments, mean, rstd, parts, eps, PARTS: tl.constexpr):
+    """moments: (B, parts, 3) -> mean, rstd: (B,)."""
+    sample = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
+    moments += 3 * (sample * parts + part)
     mask = part < parts
-    counts = tl.load(moments + 3 * part, mask=mask, other=0.0)
-    means = tl.load(moments + 3 * part + 1, mask=mask, other=0.0)
-    m2s = tl.load(moments + 3 * part + 2, mask=mask, other=0.0)
-    count = tl.sum(counts)
-    # Relative to the first part's mean: the sum of large means would round off their differences.
-    first = tl.sum(tl.where(part == 0, means, 0.0))
-    mean = first + tl.sum(counts * (means - first)) / count
-    x_centered = means - mean
-    m2 = tl.sum(m2s + counts * x_centered * x_centered)
-    return mean, tl.rsqrt(m2 / count + eps)
+    count = tl.load(moments, mask=mask, other=0.0)
+    part_mean = tl.load(moments + 1, mask=mask, other=0.0)
+    part_m2 = tl.load(moments + 2, mask=mask, other=0.0)
+    total, x_mean, m2 = _merge(count, part_mean, part_m2)
+    tl.store(mean + sample, x_mean)
+    tl.store(rstd + sample, tl.rsqrt(m2 / total + eps))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _group_norm_gelu_fwd_kernel(
-    x, weight, bias, sizes, moments, y, mean_out, rstd_out, C, S, W, tiles, parts, eps, NHWC: tl.constexpr,
-    HAS_SIZES: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr,
+    x, weight, bias, sizes, mean, rstd, y, S, W, programs, steps, C: tl.constexpr, REPEAT: tl.constexpr,
+    VECTOR: tl.constexpr, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr,
 ):  # fmt: skip
-    """x, y: (B, S, C) if NHWC else (B, C, S); weight, bias: (C,); moments: (B, parts, 3); mean, rstd: (B,).
-
-    A program takes one tile of a sample: BLOCK_S positions, and all channels (NHWC) or one (BLOCK_C = 1).
-    """
-    sample = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    size = tl.cast(C, tl.int64) * S
-    mean, rstd = _combine(moments + 3 * sample * parts, parts, eps, PARTS)
-    if tile == 0:
-        tl.store(mean_out + sample, mean)
-        tl.store(rstd_out + sample, rstd)
-    x += sample * size
-    y += sample * size
-    offs, mask, position, channel, channel_mask = _tile(tile, C, S, NHWC, BLOCK_S, BLOCK_C)
-    use = mask
-    if HAS_SIZES:
-        use = mask & valid_mask(position, sizes + 2 * sample, W)
-    w = tl.load(weight + channel, mask=channel_mask, other=0.0)
-    b = tl.load(bias + channel, mask=channel_mask, other=0.0)
-    x_hat = (tl.load(x + offs, mask=use, other=0.0).to(tl.float32) - mean) * rstd
-    result = gelu(x_hat * w + b, y.dtype.element_ty)
-    if HAS_SIZES:
-        result = tl.where(use, result, 0.0)
-    tl.store(y + offs, result.to(y.dtype.element_ty), mask=mask)
+    """x, y: (B, S, C) if NHWC else (B, C, S); weight, bias: (C,); mean, rstd: (B,). A program takes `steps` tiles."""
+    sample, first, block = _program(programs, C, REPEAT, NHWC)
+    w, b = _affine(weight, bias, block, C, VECTOR, NHWC)
+    x_mean = tl.load(mean + sample)
+    scale = tl.load(rstd + sample) * w
+    for step in range(steps):
+        tile = start(first, steps) + step
+        offs, exists, valid = _tile(tile, block, sample, sizes, S, W, C, REPEAT, VECTOR, NHWC, HAS_SIZES)
+        value = tl.load(x + offs, mask=valid, other=0.0).to(tl.float32)
+        result = gelu((value - x_mean) * scale + b, y.dtype.element_ty)
+        if HAS_SIZES:
+            result = tl.where(valid, result, 0.0)
+        tl.store(y + offs, result.to(y.dtype.element_ty), mask=exists)
 
 
-@triton.jit
-def _tile(tile, C, S, NHWC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Offsets and mask (positions, channels) of a tile in its sample, its positions, its channels and their mask."""
-    channel = tl.arange(0, BLOCK_C)[None, :]
-    if NHWC:
-        position = start(tile, BLOCK_S) + tl.arange(0, BLOCK_S)[:, None]
-        offs = position.to(tl.int64) * C + channel
-    else:
-        blocks = tl.cdiv(S, BLOCK_S)
-        position = start(tile % blocks, BLOCK_S) + tl.arange(0, BLOCK_S)[:, None]
-        channel = channel + tile // blocks
-        offs = channel.to(tl.int64) * S + position
-    return offs, (position < S) & (channel < C), position, channel, channel < C
-
-
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _group_norm_gelu_bwd_sums_kernel(
-    dy, x, weight, bias, sizes, mean, rstd, sums, C, S, W, tiles, steps, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    dy, x, weight, bias, sizes, mean, rstd, sums, S, W, parts, steps, C: tl.constexpr, REPEAT: tl.constexpr,
+    VECTOR: tl.constexpr, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr,
 ):  # fmt: skip
-    """dy, x: (B, S, C) if NHWC else (B, C, S); sums: (B, parts, 2, C) float32, of dz and of dz * x_hat.
+    """dy, x: (B, S, C) if NHWC else (B, C, S); sums: (B, parts, 2, REPEAT * C), of dz and of dz * x_hat.
 
-    A program takes steps * BLOCK_S positions and all channels (NHWC) or one (BLOCK_C = 1); `tiles` make a sample.
+    A program takes `steps` tiles.
     """
-    sample = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    size = tl.cast(C, tl.int64) * S
-    dy += sample * size
-    x += sample * size
+    sample, part, block = _program(parts, C, REPEAT, NHWC)
+    w, b = _affine(weight, bias, block, C, VECTOR, NHWC)
     x_mean = tl.load(mean + sample)
     x_rstd = tl.load(rstd + sample)
-    column = tl.arange(0, BLOCK_C)[None, :]
-    parts = tiles
-    part = tile
-    if not NHWC:
-        parts = tiles // C
-        part = tile % parts
-        column = column + tile // parts
-    channel_mask = column < C
-    w = tl.load(weight + column, mask=channel_mask, other=0.0)
-    b = tl.load(bias + column, mask=channel_mask, other=0.0)
-    db = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    dw = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+    db = tl.zeros((_ROWS, _COLUMNS // VECTOR, VECTOR), tl.float32)
+    dw = tl.zeros((_ROWS, _COLUMNS // VECTOR, VECTOR), tl.float32)
     for step in range(steps):
-        position = start(start(part, steps) + step, BLOCK_S) + tl.arange(0, BLOCK_S)[:, None]
-        mask = (position < S) & channel_mask
-        if HAS_SIZES:
-            mask &= valid_mask(position, sizes + 2 * sample, W)
-        offs = position.to(tl.int64) * C + column if NHWC else column.to(tl.int64) * S + position
-        x_hat = (tl.load(x + offs, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd
-        dz = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(
-            x_hat * w + b, dy.dtype.element_ty
-        )
-        dz = tl.where(mask, dz, 0.0)
+        tile = start(part, steps) + step
+        offs, _, valid = _tile(tile, block, sample, sizes, S, W, C, REPEAT, VECTOR, NHWC, HAS_SIZES)
+        value = tl.load(x + offs, mask=valid, other=0.0).to(tl.float32)
+        gradient = tl.load(dy + offs, mask=valid, other=0.0).to(tl.float32)
+        x_hat = (value - x_mean) * x_rstd
+        dz = gradient * gelu_derivative(x_hat * w + b, dy.dtype.element_ty)
         db += dz
-        dw += dz * tl.where(mask, x_hat, 0.0)
-    out = sums + (sample * parts + part) * 2 * C + column
-    row = tl.sum(db, axis=0)[None, :]
-    tl.store(out, row, mask=channel_mask)
-    row = tl.sum(dw, axis=0)[None, :]
-    tl.store(out + C, row, mask=channel_mask)
+        dw += dz * x_hat
+    sums += (sample * parts + part) * 2 * REPEAT * C
+    if NHWC:
+        column = tl.arange(0, _COLUMNS // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+        column += block * _COLUMNS
+        tl.store(sums + column, tl.sum(db, axis=0), mask=column < REPEAT * C)
+        tl.store(sums + REPEAT * C + column, tl.sum(dw, axis=0), mask=column < REPEAT * C)
+    else:
+        tl.store(sums + block, tl.sum(db))
+        tl.store(sums + C + block, tl.sum(dw))
 
 
-@triton.jit
-def _group_norm_gelu_bwd_combine_kernel(
-    sums, weight, sizes, totals, means, C, S, parts, HAS_SIZES: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+@triton.jit(do_not_specialize=_VARYING)
+def _group_norm_gelu_bwd_parts_kernel(sums, totals, parts, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """sums: (B, parts, columns) -> totals: (B, columns)."""
+    blocks = tl.cdiv(columns, COLUMNS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    column = start(tl.program_id(0) % blocks, COLUMNS) + tl.arange(0, COLUMNS)[None, :]
+    mask = column < columns
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, parts, ROWS):
+        part = first + tl.arange(0, ROWS)[:, None]
+        offs = (sample * parts + part) * columns + column
+        total += tl.load(sums + offs, mask=mask & (part < parts), other=0.0)
+    tl.store(totals + sample * columns + column, tl.sum(total, axis=0)[None, :], mask=mask)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _group_norm_gelu_bwd_means_kernel(
+    totals, weight, sizes, means, S, C, columns, HAS_SIZES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """sums: (B, parts, 2, C) -> totals: (B, 2, C); means: (B, 2), of weight * dz and of weight * dz * x_hat."""
+    """totals: (B, 2, columns), column % C is the channel -> means: (B, 2), of weight * dz and weight * dz * x_hat."""
     sample = tl.program_id(0).to(tl.int64)
-    sums += sample * parts * 2 * C
-    totals += sample * 2 * C
-    a, k = 0.0, 0.0
-    for first in range(0, C, BLOCK_C):
-        channel = first + tl.arange(0, BLOCK_C)[None, :]
-        mask = channel < C
-        dz = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        dw = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        for begin in range(0, parts, BLOCK_P):
-            part = begin + tl.arange(0, BLOCK_P)[:, None]
-            offs = part.to(tl.int64) * 2 * C + channel
-            dz += tl.load(sums + offs, mask=mask & (part < parts), other=0.0)
-            dw += tl.load(sums + offs + C, mask=mask & (part < parts), other=0.0)
-        db_row = tl.sum(dz, axis=0)[None, :]
-        dw_row = tl.sum(dw, axis=0)[None, :]
-        w = tl.load(weight + channel, mask=mask, other=0.0)
-        tl.store(totals + channel, db_row, mask=mask)
-        tl.store(totals + C + channel, dw_row, mask=mask)
-        a += tl.sum(db_row * w)
-        k += tl.sum(dw_row * w)
-    size = tl.cast(C, tl.float32) * S
+    totals += sample * 2 * columns
+    a = tl.zeros((BLOCK,), tl.float32)
+    k = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        mask = column < columns
+        w = tl.load(weight + column % C, mask=mask, other=0.0)
+        a += w * tl.load(totals + column, mask=mask, other=0.0)
+        k += w * tl.load(totals + columns + column, mask=mask, other=0.0)
+    count = tl.cast(C, tl.float32) * S
     if HAS_SIZES:
-        size = tl.cast(C, tl.float32) * tl.load(sizes + 2 * sample) * tl.load(sizes + 2 * sample + 1)
-    tl.store(means + 2 * sample, a / size)
-    tl.store(means + 2 * sample + 1, k / size)
+        count = tl.cast(C, tl.float32) * tl.load(sizes + 2 * sample) * tl.load(sizes + 2 * sample + 1)
+    tl.store(means + 2 * sample, tl.sum(a) / count)
+    tl.store(means + 2 * sample + 1, tl.sum(k) / count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _group_norm_gelu_bwd_dx_kernel(
-    dy, x, weight, bias, sizes, mean, rstd, means, dx, C, S, W, tiles, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    dy, x, weight, bias, sizes, mean, rstd, means, dx, S, W, programs, steps, C: tl.constexpr, REPEAT: tl.constexpr,
+    VECTOR: tl.constexpr, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr,
 ):  # fmt: skip
-    """dy, x, dx: (B, S, C) if NHWC else (B, C, S); weight, bias: (C,); mean, rstd: (B,); means: (B, 2)."""
-    sample = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    size = tl.cast(C, tl.int64) * S
-    dy += sample * size
-    x += sample * size
-    dx += sample * size
+    """dy, x, dx: (B, S, C) if NHWC else (B, C, S); mean, rstd: (B,); means: (B, 2). A program takes `steps` tiles."""
+    sample, first, block = _program(programs, C, REPEAT, NHWC)
+    w, b = _affine(weight, bias, block, C, VECTOR, NHWC)
+    x_mean = tl.load(mean + sample)
     x_rstd = tl.load(rstd + sample)
     a = tl.load(means + 2 * sample)
     k = tl.load(means + 2 * sample + 1)
-    offs, mask, position, channel, channel_mask = _tile(tile, C, S, NHWC, BLOCK_S, BLOCK_C)
-    use = mask
-    if HAS_SIZES:
-        use = mask & valid_mask(position, sizes + 2 * sample, W)
-    w = tl.load(weight + channel, mask=channel_mask, other=0.0)
-    b = tl.load(bias + channel, mask=channel_mask, other=0.0)
-    x_hat = (tl.load(x + offs, mask=use, other=0.0).to(tl.float32) - tl.load(mean + sample)) * x_rstd
-    dz = tl.load(dy + offs, mask=use, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b, dy.dtype.element_ty)
-    result = x_rstd * (dz * w - a - x_hat * k)
-    if HAS_SIZES:
-        result = tl.where(use, result, 0.0)
-    tl.store(dx + offs, result.to(dx.dtype.element_ty), mask=mask)
+    for step in range(steps):
+        tile = start(first, steps) + step
+        offs, exists, valid = _tile(tile, block, sample, sizes, S, W, C, REPEAT, VECTOR, NHWC, HAS_SIZES)
+        value = tl.load(x + offs, mask=valid, other=0.0).to(tl.float32)
+        gradient = tl.load(dy + offs, mask=valid, other=0.0).to(tl.float32)
+        x_hat = (value - x_mean) * x_rstd
+        dz = gradient * gelu_derivative(x_hat * w + b, dy.dtype.element_ty)
+        result = x_rstd * (dz * w - a - x_hat * k)
+        if HAS_SIZES:
+            result = tl.where(valid, result, 0.0)
+        tl.store(dx + offs, result.to(dx.dtype.element_ty), mask=exists)
 
 
-def _blocks(channels: int, nhwc: bool, tile: int = _TILE) -> tuple[int, int]:
-    """Positions and channels of a tile."""
-    if not nhwc:
-        return tile // 2, 1
-    width = triton.next_power_of_2(channels)
-    return max(1, tile // width), width
+def _layout(x, sizes, nhwc):
+    """Tiles of a block, blocks of a sample, and what all kernels of maps take."""
+    channels, positions, width = x.shape[1], x[0, 0].numel(), _COLUMNS.value
+    repeat = 1
+    if nhwc:
+        # The least that blocks fill without a rest, if neither the map ends before nor the row is too long to sum.
+        repeat = min(width // math.gcd(channels, width), triton.next_power_of_2(positions))
+        while repeat > 1 and repeat * channels > _LONGEST_ROW:
+            repeat //= 2
+    options = {
+        "C": channels, "REPEAT": repeat, "VECTOR": math.gcd(channels if nhwc else positions, 8), "NHWC": nhwc,
+        "HAS_SIZES": sizes is not None, "num_warps": 8,
+    }  # fmt: skip
+    tiles = triton.cdiv(positions, _ROWS.value * (repeat if nhwc else width))
+    return tiles, triton.cdiv(repeat * channels, width) if nhwc else channels, options
+
+
+def _parts(tiles, blocks):
+    """Programs that share a block's tiles, and tiles of each, where they sum."""
+    steps = triton.cdiv(tiles, max(1, _PROGRAMS // blocks))
+    return triton.cdiv(tiles, steps), steps
 
 
 def launch_group_norm_gelu_fwd(x, weight, bias, sizes, eps, nhwc, y, mean, rstd):
     """Fill y (as x), mean and rstd (B,) float32 from dense x (B, C, H, W), weight and bias (C,) float32."""
-    batch, channels, height, width = x.shape
-    positions, has_sizes = height * width, sizes is not None
-    # Only NHWC with sizes needs (S, C) tiles: else a sample is one long row of numbers.
-    by_position = has_sizes and nhwc
-    # With sizes, the positions of a tile's numbers take registers too: half the tile.
-    block_s, block_c = _blocks(channels, True) if by_position else (_TILE // 2 if has_sizes else _TILE, 1)
-    rows, row_width = (positions, channels) if by_position else (positions * channels, 1)
-    parts = min(_MOST_PARTS, triton.cdiv(rows, block_s))
-    per_part = triton.cdiv(triton.cdiv(rows, parts), block_s) * block_s
-    parts = triton.cdiv(rows, per_part)
-    moments = torch.empty((batch, parts, 3), dtype=torch.float32, device=x.device)
-    _group_norm_gelu_moments_kernel[(batch * parts,)](
-        x, sizes, moments, rows, row_width, width, positions, parts, per_part, HAS_SIZES=has_sizes, BLOCK_S=block_s,
-        BLOCK_C=block_c, num_warps=8,
-    )  # fmt: skip
-    block_s, block_c = _blocks(channels, nhwc)
-    tiles = triton.cdiv(positions, block_s) * (1 if nhwc else channels)
-    _group_norm_gelu_fwd_kernel[(batch * tiles,)](
-        x, weight, bias, sizes, moments, y, mean, rstd, channels, positions, width, tiles, parts, eps, NHWC=nhwc,
-        HAS_SIZES=has_sizes, BLOCK_S=block_s, BLOCK_C=block_c, PARTS=triton.next_power_of_2(parts),
-        num_warps=8 if nhwc else 4,
-    )  # fmt: skip
+    batch, _, height, width = x.shape
+    positions = height * width
+    tiles, blocks, options = _layout(x, sizes, nhwc)
+    parts, steps = _parts(tiles, blocks)
+    programs = parts * blocks
+    moments = torch.empty((batch, programs, 3), dtype=torch.float32, device=x.device)
+    _group_norm_gelu_moments_kernel[(batch * programs,)](x, sizes, moments, positions, width, parts, steps, **options)
+    _group_norm_gelu_statistics_kernel[(batch,)](
+        moments, mean, rstd, programs, eps, PARTS=max(1024, triton.next_power_of_2(programs)), num_warps=8
+    )
+    programs = triton.cdiv(tiles, _STEPS)
+    _group_norm_gelu_fwd_kernel[(batch * programs * blocks,)](
+        x, weight, bias, sizes, mean, rstd, y, positions, width, programs, min(tiles, _STEPS), **options
+    )
 
 
 def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx, dparameters):
     """Fill dx (as x), dparameters (2, C) float32, of bias and of weight; dy and x dense with the same strides."""
     batch, channels, height, width = x.shape
-    positions, has_sizes = height * width, sizes is not None
-    # The sums take registers too: half of forward's tile.
-    block_s, block_c = _blocks(channels, nhwc, _TILE // 2)
-    blocks = triton.cdiv(positions, block_s)
-    steps = triton.cdiv(blocks, _MOST_PARTS if nhwc else 16)
-    parts = triton.cdiv(blocks, steps)
-    sums = torch.empty((batch, parts, 2, channels), dtype=torch.float32, device=x.device)
-    totals = torch.empty((batch, 2, channels), dtype=torch.float32, device=x.device)
+    positions = height * width
+    tiles, blocks, options = _layout(x, sizes, nhwc)
+    parts, steps = _parts(tiles, blocks)
+    columns = options["REPEAT"] * channels
+    sums = torch.empty((batch, parts, 2, columns), dtype=torch.float32, device=x.device)
     means = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
-    tiles = parts * (1 if nhwc else channels)
-    options = {"NHWC": nhwc, "HAS_SIZES": has_sizes, "BLOCK_S": block_s, "BLOCK_C": block_c}
-    options["num_warps"] = 8 if nhwc else 4
-    _group_norm_gelu_bwd_sums_kernel[(batch * tiles,)](
-        dy, x, weight, bias, sizes, mean, rstd, sums, channels, positions, width, tiles, steps, **options
+    _group_norm_gelu_bwd_sums_kernel[(batch * parts * blocks,)](
+        dy, x, weight, bias, sizes, mean, rstd, sums, positions, width, parts, steps, **options
     )
-    _group_norm_gelu_bwd_combine_kernel[(batch,)](
-        sums, weight, sizes, totals, means, channels, positions, parts, HAS_SIZES=has_sizes, BLOCK_P=32, BLOCK_C=32,
-        num_warps=4,
-    )  # fmt: skip
-    tiles = blocks * (1 if nhwc else channels)
-    _group_norm_gelu_bwd_dx_kernel[(batch * tiles,)](
-        dy, x, weight, bias, sizes, mean, rstd, means, dx, channels, positions, width, tiles, **options
+    totals = sums
+    if parts > 1:
+        totals = torch.empty((batch, 2, columns), dtype=torch.float32, device=x.device)
+        _group_norm_gelu_bwd_parts_kernel[(batch * triton.cdiv(2 * columns, _SUM_COLUMNS),)](
+            sums, totals, parts, 2 * columns, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4
+        )
+    _group_norm_gelu_bwd_means_kernel[(batch,)](
+        totals, weight, sizes, means, positions, channels, columns, HAS_SIZES=sizes is not None, BLOCK=1024
     )
-    torch.sum(totals, 0, out=dparameters)
+    programs = triton.cdiv(tiles, _STEPS)
+    _group_norm_gelu_bwd_dx_kernel[(batch * programs * blocks,)](
+        dy, x, weight, bias, sizes, mean, rstd, means, dx, positions, width, programs, min(tiles, _STEPS), **options
+    )
+    torch.sum(totals.view(batch, 2, -1, channels), (0, 2), out=dparameters)

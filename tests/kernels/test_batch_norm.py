@@ -424,4 +424,4 @@ def test_compiles_within_the_budget(nhwc, target):
         affine = torch.empty(x.shape[1])
         forward_backward(x, affine, affine, dy, sizes=sizes, relu=True, impl="triton")
 
-    check_compiled(OP, target, nhwc, run, 6)
+    check_compiled(OP, target, nhwc, run, (6,))

@@ -282,10 +282,37 @@ TARGETS = {
 @needs_compiler
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @LAYOUTS
-@pytest.mark.parametrize(("op", "kernels"), [("group_norm_gelu", 5), ("layer_norm_gelu", 2)], ids=["group", "layer"])
+@pytest.mark.parametrize(
+    ("op", "kernels"), [("group_norm_gelu", (6, 7)), ("layer_norm_gelu", (2,))], ids=["group", "layer"]
+)
 def test_compiles_within_the_budget(op, kernels, nhwc, target):
     def run(x, dy, sizes):
         affine = torch.empty(x.shape[1], dtype=x.dtype)
         forward_backward(api(op), x, affine, affine, dy, sizes=sizes, impl="triton")
 
     check_compiled(op, target, nhwc, run, kernels)
+
+
+@needs_compiler
+def test_maps_of_other_sizes_compile_nothing():
+    """A size that is 1, or a multiple of 16, would compile a kernel again."""
+    from support.aot import launches, target
+    from support.kernel_cases import pretend
+    from triton import knobs
+
+    keys = {}
+
+    def note(*, fn, compile, **_):
+        keys.setdefault(fn.name, set()).add(compile["key"])
+        return True  # nothing is compiled
+
+    with pretend("triton", OP), launches() as recorded:
+        for height, width in ((30, 44), (31, 43), (32, 48), (96, 112)):
+            x, weight, bias, dy = inputs((1, 96, height, width), BF16, nhwc=True)
+            forward_backward(api(OP), x, weight, bias, dy, impl="triton")
+    with pytest.MonkeyPatch.context() as patch, target(90):
+        patch.setattr(knobs.runtime, "jit_cache_hook", note)
+        for one in recorded:
+            one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants)
+    assert len(keys) == 7
+    assert all(len(of_kernel) == 1 for of_kernel in keys.values()), keys
