@@ -1,8 +1,8 @@
 """Packed attention on a GPU through Triton: FlashAttention-2, backward in two kernels without atomics.
 
-A program takes one tile of one head of one sequence, so its result depends on that sequence alone. Its loop has whole
-tiles, which need no mask; the last tile, perhaps a partial one, comes before the loop. After the loop it would make
-ptxas wait for each single matrix product inside (its message C7515).
+A program takes one tile of one head of one sequence, so its result depends on that sequence alone. With SPLIT the last
+tile, which needs a mask, comes before the loop: after it, it would make ptxas wait for each single matrix product of
+the loop (its message C7515).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import triton.language as tl
 
 
 class Tiles(NamedTuple):
-    """Queries (M) and keys (N) of a tile, Triton's launch options, and how many exponentials avoid the EX2 unit.
+    """Queries (M) and keys (N) of a tile, Triton's launch options, and variants of the loop.
 
-    POLYNOMIAL: one exponential in so many (8 or 16) is a polynomial; 0: none.
+    POLYNOMIAL: one exponential in so many, 8 or 16, is a polynomial instead of the EX2 unit's; 0: none.
+    SPLIT: the loop has whole tiles alone, which need no mask. It costs registers.
     """
 
     BLOCK_M: int
@@ -27,28 +28,24 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     POLYNOMIAL: int = 0
+    SPLIT: bool = True
 
 
-# Float32 tiles of every architecture, by BLOCK_D: forward, backward to keys and values, backward to queries.
-_OF_FLOAT32 = {
-    (4, 32): (Tiles(32, 32, 4, 2), Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1)),
-    (4, 64): (Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-    (4, 128): (Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 32, 4, 1)),
+# (bytes of an element, BLOCK_D) -> tiles of forward, of backward to keys and values, and of backward to queries; first
+# what any GPU takes, within the 99 KiB of shared memory of consumer GPUs. Chosen from machine code, not tuned on a GPU:
+# no spilled registers, the fewest instructions a score, and from those the most warps a multiprocessor.
+_ANY = {
+    (2, 32): (Tiles(64, 128, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+    (2, 64): (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2, SPLIT=False), Tiles(128, 64, 8, 2)),
+    (2, 128): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2, SPLIT=False), Tiles(64, 64, 8, 2, SPLIT=False)),
+    (4, 32): (Tiles(32, 32, 4, 2, SPLIT=False), Tiles(16, 32, 4, 1, SPLIT=False), Tiles(16, 32, 4, 1, SPLIT=False)),
+    (4, 64): (Tiles(32, 32, 8, 2, SPLIT=False), Tiles(32, 32, 8, 1, SPLIT=False), Tiles(32, 32, 8, 1, SPLIT=False)),
+    (4, 128): (Tiles(16, 32, 4, 1, SPLIT=False), Tiles(16, 16, 4, 1, SPLIT=False), Tiles(16, 32, 4, 1, SPLIT=False)),
 }
-# Tiles of the three kernels by architecture, then (bytes of an element, BLOCK_D). They are chosen from machine code, not
-# tuned on a GPU: no spilled registers, the fewest instructions a score, shared memory within the architecture's limit.
+# What differs, by compute capability (90 for 9.0) or AMD's name. Polynomials where the EX2 unit is the limit.
 _TILES = {
-    90: {
-        (2, 32): (Tiles(64, 128, 4, 3, 16), Tiles(64, 128, 4, 2, 16), Tiles(64, 64, 4, 2, 16)),
-        (2, 64): (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)),
-        (2, 128): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    },
-    # Also of architectures not named here, such as consumer GPUs: shared memory within their 99 KiB.
-    89: {
-        (2, 32): (Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-        (2, 64): (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)),
-        (2, 128): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    },
+    90: {(2, 32): (Tiles(64, 128, 4, 3, 16), Tiles(64, 128, 4, 2, 16), Tiles(64, 64, 4, 2, 16))},
+    100: {(2, 32): (Tiles(64, 128, 4, 3, 8), Tiles(64, 128, 4, 2, 16), Tiles(128, 64, 4, 2, 8))},
 }
 
 
@@ -342,19 +339,29 @@ def _attention_varlen_bwd_q_kernel(
     _store(dq + first * stride_d + head * D, stride_d, left, D, dq_tile * scale_out, BLOCK_M, BLOCK_D)
 
 
+def _architecture() -> int | str | None:
+    """Compute capability (90 for 9.0) or AMD's name of the current device; None without a GPU."""
+    if triton.knobs.runtime.interpret:
+        return 90
+    try:
+        driver = triton.runtime.driver.active
+    except RuntimeError:  # launches are recorded, to be compiled ahead of time
+        return None
+    return _architecture_of(driver, driver.get_current_device())
+
+
 @cache
-def _architecture(device: int) -> int | str:
-    """Compute capability (90 for 9.0) or AMD's name of the current device, whose number is ``device``."""
-    return triton.runtime.driver.active.get_current_target().arch
+def _architecture_of(driver, device: int) -> int | str:
+    return driver.get_current_target().arch
 
 
 def _options(dtype: torch.dtype, head_dim: int) -> tuple[dict, dict, dict]:
     """Constants and launch options of the three kernels."""
-    interpreted = triton.knobs.runtime.interpret
-    architecture = 90 if interpreted else _architecture(triton.runtime.driver.active.get_current_device())
     block = max(32, triton.next_power_of_2(head_dim))
-    tiles = (_TILES.get(architecture, _TILES[89]) | _OF_FLOAT32)[dtype.itemsize, block]
-    common = {"D": head_dim, "BLOCK_D": block, "WIDEN": interpreted, "SPLIT": dtype.itemsize == 2}
+    kind = dtype.itemsize, block
+    tiles = _TILES.get(_architecture(), _ANY).get(kind, _ANY[kind])
+    interpreted = triton.knobs.runtime.interpret
+    common = {"D": head_dim, "BLOCK_D": block, "WIDEN": interpreted}
     return tuple([common | one._asdict() for one in tiles])
 
 

@@ -137,7 +137,7 @@ def compile_pair(op, capability, run):
     """``Compiled`` of every Triton kernel that ``run()`` would launch for ``op``; none runs."""
     from support.kernel_cases import pretend
 
-    with pretend("triton", op), launches() as recorded:
+    with target(capability), pretend("triton", op), launches() as recorded:
         run()
     return [compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in recorded]
 
@@ -153,7 +153,7 @@ def count_instructions(op, capability, assembly, pattern, run, **options):
     """
     from support.kernel_cases import pretend
 
-    with pretend("triton", op), launches() as recorded:
+    with target(capability), pretend("triton", op), launches() as recorded:
         run()
     with target(capability):
         built = [one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants | options) for one in recorded]
