@@ -36,9 +36,9 @@ def sdpa(qkv: torch.Tensor, max_seqlen: int, scale: float) -> torch.Tensor:
 def _without_plans(attention: Callable[..., torch.Tensor], *tensors, scale: float) -> torch.Tensor:
     """``attention`` without cuDNN's kernels, unless ``torch.backends.cudnn.benchmark`` says that shapes repeat.
 
-    PyTorch prefers cuDNN on Hopper and Blackwell. cuDNN builds a plan for each new batch size and length, of varlen_attn
-    for each new number of tokens, which stalls the step; images of many sizes bring new ones for hours. The choice
-    depends on no counter: checkpointing repeats forward with the kernel that ran before. Backward follows forward.
+    PyTorch prefers cuDNN on Hopper and Blackwell. cuDNN builds a plan, which stalls the step, for each new batch size
+    and length, of varlen_attn for each new number of tokens: images of many sizes bring new ones for hours. The choice
+    depends on no counter, so checkpointing repeats forward with the kernel that ran before. Backward follows forward.
     Compiled code keeps PyTorch's order.
     """
     if torch.compiler.is_compiling() or not torch.backends.cuda.cudnn_sdp_enabled() or torch.backends.cudnn.benchmark:

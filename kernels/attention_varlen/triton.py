@@ -38,7 +38,7 @@ _ANY = {
     (2, 32): (Tiles(64, 128, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
     (2, 64): (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2, SPLIT=False), Tiles(128, 64, 8, 2)),
     (2, 128): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2, SPLIT=False), Tiles(64, 64, 8, 2, SPLIT=False)),
-    (4, 32): (Tiles(32, 32, 4, 2, SPLIT=False), Tiles(16, 32, 4, 1, SPLIT=False), Tiles(16, 32, 4, 1, SPLIT=False)),
+    (4, 32): (Tiles(32, 32, 4, 1, SPLIT=False), Tiles(16, 32, 4, 1, SPLIT=False), Tiles(16, 32, 4, 1, SPLIT=False)),
     (4, 64): (Tiles(32, 32, 8, 2, SPLIT=False), Tiles(32, 32, 8, 1, SPLIT=False), Tiles(32, 32, 8, 1, SPLIT=False)),
     (4, 128): (Tiles(16, 32, 4, 1, SPLIT=False), Tiles(16, 16, 4, 1, SPLIT=False), Tiles(16, 32, 4, 1, SPLIT=False)),
 }
@@ -46,6 +46,7 @@ _ANY = {
 _TILES = {
     90: {(2, 32): (Tiles(64, 128, 4, 3, 16), Tiles(64, 128, 4, 2, 16), Tiles(64, 64, 4, 2, 16))},
     100: {(2, 32): (Tiles(64, 128, 4, 3, 8), Tiles(64, 128, 4, 2, 16), Tiles(128, 64, 4, 2, 8))},
+    "gfx942": {(2, 32): (Tiles(128, 64, 4, 2), Tiles(64, 128, 4, 2), Tiles(64, 64, 4, 2))},
 }
 
 
@@ -126,14 +127,15 @@ def _exp2_by_fma(x):
 
 
 @triton.jit
-def _exp2_of_8(a, b, c, d, e, f, g, h):
-    return tl.exp2(a), tl.exp2(b), tl.exp2(c), tl.exp2(d), tl.exp2(e), tl.exp2(f), tl.exp2(g), _exp2_by_fma(h)
+def _exp2_of_8(x0, x1, x2, x3, x4, x5, x6, x7):
+    return tl.exp2(x0), tl.exp2(x1), tl.exp2(x2), tl.exp2(x3), tl.exp2(x4), tl.exp2(x5), tl.exp2(x6), _exp2_by_fma(x7)
 
 
 @triton.jit
-def _exp2_of_16(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p):
-    return (tl.exp2(a), tl.exp2(b), tl.exp2(c), tl.exp2(d), tl.exp2(e), tl.exp2(f), tl.exp2(g), tl.exp2(h),
-            tl.exp2(i), tl.exp2(j), tl.exp2(k), tl.exp2(l), tl.exp2(m), tl.exp2(n), tl.exp2(o), _exp2_by_fma(p))  # fmt: skip
+def _exp2_of_16(x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15):
+    return (tl.exp2(x0), tl.exp2(x1), tl.exp2(x2), tl.exp2(x3), tl.exp2(x4), tl.exp2(x5),
+            tl.exp2(x6), tl.exp2(x7), tl.exp2(x8), tl.exp2(x9), tl.exp2(x10), tl.exp2(x11),
+            tl.exp2(x12), tl.exp2(x13), tl.exp2(x14), _exp2_by_fma(x15))  # fmt: skip
 
 
 @triton.jit
@@ -188,7 +190,7 @@ def _attention_varlen_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     end = length
     if SPLIT:
-        end = (length - 1) // BLOCK_N * BLOCK_N
+        end = length - 1 - (length - 1) % BLOCK_N
         last = end.to(tl.int64)
         m_i, total, acc = _fwd_step(
             q_tile, k + last * stride_k, v + last * stride_v, stride_k, stride_v, length - end, m_i, total, acc, scale,
@@ -266,7 +268,7 @@ def _attention_varlen_bwd_kv_kernel(
     dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     end = length
     if SPLIT:
-        end = (length - 1) // BLOCK_M * BLOCK_M
+        end = length - 1 - (length - 1) % BLOCK_M
         last = end.to(tl.int64)
         dk_tile, dv_tile = _bwd_kv_step(
             k_tile, v_tile, q + last * stride_q, dout + last * stride_g, stats + last * 2, stride_q, stride_g,
@@ -323,7 +325,7 @@ def _attention_varlen_bwd_q_kernel(
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     end = length
     if SPLIT:
-        end = (length - 1) // BLOCK_N * BLOCK_N
+        end = length - 1 - (length - 1) % BLOCK_N
         last = end.to(tl.int64)
         dq_tile = _bwd_q_step(
             q_tile, dy, lse_row, delta_row, k + last * stride_k, v + last * stride_v, stride_k, stride_v, length - end,

@@ -52,8 +52,9 @@ WHOLE_TILES = here([(64, BF16)], [(32, F32), (32, BF16), (32, F16), (16, BF16), 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), WHOLE_TILES, ids=str)
 def test_whole_tiles_and_a_partial_one(runner, head_dim, dtype):
-    """Loops of several tiles, with a last tile of one token, of some and of all."""
-    check(**takes(runner, dtype), lengths=(0, 257, 128, 0, 200), heads=1, head_dim=head_dim, dtype=dtype)
+    """Loops of several tiles, with a last tile of one token, and a full one."""
+    lengths = (65, 32) if dtype == F32 else (0, 193, 128)  # their tiles are smaller
+    check(**takes(runner, dtype), lengths=lengths, heads=1, head_dim=head_dim, dtype=dtype)
 
 
 @native
@@ -633,7 +634,7 @@ def test_debugging_checks_bounds_on_any_device(monkeypatch):
 # Shared memory per program: the smallest GPUs of compute capability 8.x have 99 KiB.
 SHARED = 99 * 1024
 # Bytes of spilled registers: only float32 at the widest head, which the model does not use.
-SPILLED = {("_attention_varlen_bwd_q_kernel", F32, 128): 24}
+SPILLED = {("_attention_varlen_bwd_kv_kernel", F32, 128): 24}
 
 
 @needs_compiler
