@@ -37,11 +37,13 @@ class Tiles(NamedTuple):
 _ANY = {
     (2, 32): (Tiles(64, 128, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
     (2, 64): (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2, SPLIT=False), Tiles(128, 64, 8, 2)),
-    (2, 128): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2, SPLIT=False), Tiles(64, 64, 8, 2, SPLIT=False)),
+    (2, 128): (
+        Tiles(128, 64, 8, 2, SPLIT=False), Tiles(64, 64, 8, 2, SPLIT=False), Tiles(64, 64, 8, 2, SPLIT=False)
+    ),
     (4, 32): (Tiles(32, 32, 4, 1, SPLIT=False), Tiles(16, 32, 4, 1, SPLIT=False), Tiles(16, 32, 4, 1, SPLIT=False)),
     (4, 64): (Tiles(32, 32, 8, 2, SPLIT=False), Tiles(32, 32, 8, 1, SPLIT=False), Tiles(32, 32, 8, 1, SPLIT=False)),
     (4, 128): (Tiles(16, 32, 4, 1, SPLIT=False), Tiles(16, 16, 4, 1, SPLIT=False), Tiles(16, 32, 4, 1, SPLIT=False)),
-}
+}  # fmt: skip
 # What differs, by compute capability (90 for 9.0) or AMD's name. Polynomials where the EX2 unit is the limit.
 _TILES = {
     90: {(2, 32): (Tiles(64, 128, 4, 3, 16), Tiles(64, 128, 4, 2, 16), Tiles(64, 64, 4, 2, 16))},
