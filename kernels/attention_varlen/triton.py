@@ -1,11 +1,14 @@
 """Packed attention on a GPU through Triton: FlashAttention-2, backward in two kernels without atomics.
 
-A program takes one tile of one head of one sequence, so its result depends on that sequence alone.
+A program takes one tile of one head of one sequence, so its result depends on that sequence alone. With SPLIT the last
+tile, which needs a mask, comes before the loop: after it, it would make ptxas wait for each single matrix product of
+the loop (its message C7515).
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,39 +17,38 @@ import triton.language as tl
 
 
 class Tiles(NamedTuple):
-    """Queries (M) and keys (N) of a tile, and Triton's launch options."""
+    """Queries (M) and keys (N) of a tile, Triton's launch options, and variants of the loop.
+
+    POLYNOMIAL: one exponential in so many, 8 or 16, is a polynomial instead of the EX2 unit's; 0: none.
+    SPLIT: the loop has whole tiles alone, which need no mask. It costs registers.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    POLYNOMIAL: int = 0
+    SPLIT: bool = True
 
 
-# (bytes of an element, BLOCK_D) -> tiles of the three kernels. They are not tuned on a GPU but chosen to fit: no
-# spilled registers, and shared memory below the 99 KiB of consumer GPUs.
-_FWD = {
-    (2, 32): Tiles(128, 64, 4, 3),
-    (2, 64): Tiles(128, 64, 8, 3),
-    (2, 128): Tiles(128, 64, 8, 2),
-    (4, 32): Tiles(32, 32, 4, 2),
-    (4, 64): Tiles(32, 32, 8, 2),
-    (4, 128): Tiles(16, 32, 4, 1),
-}
-_BWD_KV = {
-    (2, 32): Tiles(64, 64, 4, 2),
-    (2, 64): Tiles(64, 128, 8, 2),
-    (2, 128): Tiles(64, 64, 8, 2),
-    (4, 32): Tiles(16, 32, 4, 1),
-    (4, 64): Tiles(32, 32, 8, 1),
-    (4, 128): Tiles(16, 16, 4, 1),
-}
-_BWD_Q = {
-    (2, 32): Tiles(64, 64, 4, 2),
-    (2, 64): Tiles(128, 64, 8, 2),
-    (2, 128): Tiles(64, 64, 8, 2),
-    (4, 32): Tiles(16, 32, 4, 1),
-    (4, 64): Tiles(32, 32, 8, 1),
-    (4, 128): Tiles(16, 32, 4, 1),
+# (bytes of an element, BLOCK_D) -> tiles of forward, of backward to keys and values, and of backward to queries; first
+# what any GPU takes, within the 99 KiB of shared memory of consumer GPUs. Chosen from machine code, not tuned on a GPU:
+# no spilled registers, the fewest instructions a score, and from those the most warps a multiprocessor.
+_ANY = {
+    (2, 32): (Tiles(64, 128, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+    (2, 64): (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2, SPLIT=False), Tiles(128, 64, 8, 2)),
+    (2, 128): (
+        Tiles(128, 64, 8, 2, SPLIT=False), Tiles(64, 64, 8, 2, SPLIT=False), Tiles(64, 64, 8, 2, SPLIT=False)
+    ),
+    (4, 32): (Tiles(32, 32, 4, 1, SPLIT=False), Tiles(16, 32, 4, 1, SPLIT=False), Tiles(16, 32, 4, 1, SPLIT=False)),
+    (4, 64): (Tiles(32, 32, 8, 2, SPLIT=False), Tiles(32, 32, 8, 1, SPLIT=False), Tiles(32, 32, 8, 1, SPLIT=False)),
+    (4, 128): (Tiles(16, 32, 4, 1, SPLIT=False), Tiles(16, 16, 4, 1, SPLIT=False), Tiles(16, 32, 4, 1, SPLIT=False)),
+}  # fmt: skip
+# What differs, by compute capability (90 for 9.0) or AMD's name. Polynomials where the EX2 unit is the limit.
+_TILES = {
+    90: {(2, 32): (Tiles(64, 128, 4, 3, 16), Tiles(64, 128, 4, 2, 16), Tiles(64, 64, 4, 2, 16))},
+    100: {(2, 32): (Tiles(64, 128, 4, 3, 8), Tiles(64, 128, 4, 2, 16), Tiles(128, 64, 4, 2, 8))},
+    "gfx942": {(2, 32): (Tiles(128, 64, 4, 2), Tiles(64, 128, 4, 2), Tiles(64, 64, 4, 2))},
 }
 
 
@@ -66,11 +68,11 @@ def _locate(cu_seqlens, H, tiles, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load(base, stride, first, length, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr):
-    """(ROWS, BLOCK_D) from row ``first`` of a matrix (length, D); zeros beyond D, and with MASK beyond length."""
-    row = first + tl.arange(0, ROWS)
+def _load(base, stride, length, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr):
+    """(ROWS, BLOCK_D) of a matrix (length, D); zeros beyond D, and with MASK beyond length."""
+    row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
-    pointers = base + row.to(tl.int64)[:, None] * stride + column[None, :]
+    pointers = base + (row.to(tl.int64)[:, None] * stride + column[None, :])
     if MASK:
         return tl.load(pointers, mask=(row < length)[:, None] & (column < D)[None, :], other=0.0)
     if D == BLOCK_D:
@@ -88,10 +90,12 @@ def _store(base, stride, length, D, x, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def _load_row(base, first, length, SIZE: tl.constexpr):
-    """(SIZE,) from index ``first`` of a vector (length,); zeros beyond its end."""
-    offs = first + tl.arange(0, SIZE)
-    return tl.load(base + offs, mask=offs < length, other=0.0)
+def _load_column(base, length, SIZE: tl.constexpr, MASK: tl.constexpr):
+    """(SIZE,): the first column of a matrix (length, 2); with MASK zeros beyond length."""
+    row = tl.arange(0, SIZE)
+    if MASK:
+        return tl.load(base + row * 2, mask=row < length, other=0.0)
+    return tl.load(base + row * 2)
 
 
 @triton.jit
@@ -110,28 +114,71 @@ def _dot(a, b, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def _exp2_by_fma(x):
+    """2 ** x for x up to 127, relative error at most 1.1e-4; 2 ** -126 below -126.
+
+    2 ** x = 2 ** (i + f), i the nearest integer. 2 ** f is a polynomial of degree 3, the best one that is 1 at f = 0;
+    i is added to its exponent. The error is a quarter of float16's rounding, a twentieth of bfloat16's.
+    """
+    x = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)
+    shifted = x + 12582912.0  # 1.5 * 2 ** 23 rounds to an integer, which is in the low bits of the sum
+    f = x - (shifted - 12582912.0)
+    y = ((0.05500893 * f + 0.242211) * f + 0.69328293) * f + 1.0
+    bits = y.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _exp2_of_8(x0, x1, x2, x3, x4, x5, x6, x7):
+    return tl.exp2(x0), tl.exp2(x1), tl.exp2(x2), tl.exp2(x3), tl.exp2(x4), tl.exp2(x5), tl.exp2(x6), _exp2_by_fma(x7)
+
+
+@triton.jit
+def _exp2_of_16(x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15):
+    return (tl.exp2(x0), tl.exp2(x1), tl.exp2(x2), tl.exp2(x3), tl.exp2(x4), tl.exp2(x5),
+            tl.exp2(x6), tl.exp2(x7), tl.exp2(x8), tl.exp2(x9), tl.exp2(x10), tl.exp2(x11),
+            tl.exp2(x12), tl.exp2(x13), tl.exp2(x14), _exp2_by_fma(x15))  # fmt: skip
+
+
+@triton.jit
+def _exp2(x, POLYNOMIAL: tl.constexpr, WIDEN: tl.constexpr):
+    """2 ** x of a tile, one element in POLYNOMIAL of them by multiplications, which run beside the EX2 unit."""
+    if POLYNOMIAL == 0:
+        return tl.exp2(x)
+    if WIDEN:  # Triton's interpreter has no map_elementwise
+        by_fma = tl.arange(0, x.shape[1]) % POLYNOMIAL == POLYNOMIAL - 1
+        return tl.where(by_fma[None, :], _exp2_by_fma(x), tl.exp2(x))
+    if POLYNOMIAL == 8:
+        return tl.map_elementwise(_exp2_of_8, x, pack=8)[0]
+    return tl.map_elementwise(_exp2_of_16, x, pack=16)[0]
+
+
+@triton.jit
 def _fwd_step(
-    q_tile, k, v, stride_k, stride_v, first, length, m_i, total, acc, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr, MASK: tl.constexpr,
+    q_tile, k, v, stride_k, stride_v, length, m_i, total, acc, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, POLYNOMIAL: tl.constexpr, WIDEN: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over one tile of keys: the new maximum, sum of exponentials and sum of values (BLOCK_M, ...)."""
-    keys = _load(k, stride_k, first, length, D, BLOCK_N, BLOCK_D, MASK)
+    """Online softmax over one tile of keys: the new maximum, sum of exponentials and sum of values (BLOCK_M, ...).
+
+    k and v point to the tile, length is the number of keys from there on.
+    """
+    keys = _load(k, stride_k, length, D, BLOCK_N, BLOCK_D, MASK)
     scores = _dot(q_tile, tl.trans(keys), WIDEN)
     if MASK:
-        scores = tl.where((first + tl.arange(0, BLOCK_N) < length)[None, :], scores, float("-inf"))
+        scores = tl.where((tl.arange(0, BLOCK_N) < length)[None, :], scores, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
-    p = tl.exp2(scores * scale - m_new[:, None])
+    p = _exp2(scores * scale - m_new[:, None], POLYNOMIAL, WIDEN)
     alpha = tl.exp2(m_i - m_new)
-    values = _load(v, stride_v, first, length, D, BLOCK_N, BLOCK_D, MASK)
+    values = _load(v, stride_v, length, D, BLOCK_N, BLOCK_D, MASK)
     acc = acc * alpha[:, None] + _dot(p.to(values.dtype), values, WIDEN)
     return m_new, total * alpha + tl.sum(p, 1), acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tiles"])
 def _attention_varlen_fwd_kernel(
     q, k, v, cu_seqlens, out, lse, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, T, H, tiles,
     scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WIDEN: tl.constexpr, SPLIT: tl.constexpr,
+    POLYNOMIAL: tl.constexpr, WIDEN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """q, k, v, out: (T, H, D), with strides of T and H (out's of H is D); lse: (H, T) float32; exponents in base 2."""
     head, start, length, first, left = _locate(cu_seqlens, H, tiles, BLOCK_M)
@@ -139,111 +186,187 @@ def _attention_varlen_fwd_kernel(
         return
     k += start * stride_k + head * stride_kh
     v += start * stride_v + head * stride_vh
-    q_tile = _load(q + first * stride_q + head * stride_qh, stride_q, 0, left, D, BLOCK_M, BLOCK_D, True)
+    q_tile = _load(q + first * stride_q + head * stride_qh, stride_q, left, D, BLOCK_M, BLOCK_D, True)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    full = 0
+    end = length
     if SPLIT:
-        # Full tiles need no mask, which for narrow heads costs a tenth of the exponentials' time.
-        full = length // BLOCK_N * BLOCK_N
-        for n in range(0, full, BLOCK_N):
-            m_i, total, acc = _fwd_step(
-                q_tile, k, v, stride_k, stride_v, n, length, m_i, total, acc, scale, D, BLOCK_D, BLOCK_N, WIDEN, False
-            )
-    for n in range(full, length, BLOCK_N):
+        end = length - 1 - (length - 1) % BLOCK_N
+        last = end.to(tl.int64)
         m_i, total, acc = _fwd_step(
-            q_tile, k, v, stride_k, stride_v, n, length, m_i, total, acc, scale, D, BLOCK_D, BLOCK_N, WIDEN, True
-        )
+            q_tile, k + last * stride_k, v + last * stride_v, stride_k, stride_v, length - end, m_i, total, acc, scale,
+            D, BLOCK_D, BLOCK_N, 0, WIDEN, True,
+        )  # fmt: skip
+    for n in range(0, end, BLOCK_N):
+        m_i, total, acc = _fwd_step(
+            q_tile, k, v, stride_k, stride_v, length - n, m_i, total, acc, scale,
+            D, BLOCK_D, BLOCK_N, POLYNOMIAL, WIDEN, not SPLIT,
+        )  # fmt: skip
+        k += tl.full((), BLOCK_N, tl.int64) * stride_k
+        v += tl.full((), BLOCK_N, tl.int64) * stride_v
     _store(out + first * stride_o + head * D, stride_o, left, D, acc / total[:, None], BLOCK_M, BLOCK_D)
     row = tl.arange(0, BLOCK_M)
     tl.store(lse + head * T + first + row, m_i + tl.log2(total), mask=row < left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _attention_varlen_delta_kernel(
-    dout, out, delta, stride_g, stride_gh, stride_o, T, H,
+    dout, out, lse, stats, stride_g, stride_gh, stride_o, T, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta (H, T) float32 = the sum over D of dout * out, both (T, H, D), strides as in forward."""
+    """stats (H, T, 2) float32: lse (H, T), and delta, the sum over D of dout * out, both (T, H, D), strides as forward.
+
+    Side by side they need one pointer, of the registers that the largest tiles leave.
+    """
     head = (tl.program_id(0) % H).to(tl.int64)
     first = (tl.program_id(0) // H).to(tl.int64) * BLOCK_M
     left = (T - first).to(tl.int32)
     dout += first * stride_g + head * stride_gh
     out += first * stride_o + head * D
-    dy = _load(dout, stride_g, 0, left, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
-    y = _load(out, stride_o, 0, left, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    dy = _load(dout, stride_g, left, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    y = _load(out, stride_o, left, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
     row = tl.arange(0, BLOCK_M)
-    tl.store(delta + head * T + first + row, tl.sum(dy * y, 1), mask=row < left)
+    base = head * T + first
+    stats += base * 2
+    tl.store(stats + row * 2, tl.load(lse + base + row, mask=row < left, other=0.0), mask=row < left)
+    tl.store(stats + row * 2 + 1, tl.sum(dy * y, 1), mask=row < left)
 
 
 @triton.jit
-def _attention_varlen_bwd_kv_kernel(
-    dout, q, k, v, cu_seqlens, lse, delta, dk, dv, stride_g, stride_gh, stride_q, stride_qh, stride_k, stride_kh,
-    stride_v, stride_vh, stride_d, T, H, tiles, scale, scale_out,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
+def _bwd_kv_step(
+    k_tile, v_tile, q, dout, stats, stride_q, stride_g, length, dk_tile, dv_tile, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, POLYNOMIAL: tl.constexpr, WIDEN: tl.constexpr,
+    MASK: tl.constexpr,
 ):  # fmt: skip
-    """dout, q, k, v, dk, dv: (T, H, D), with strides of T and H (of H in dk, dv: D); lse, delta: (H, T) float32."""
+    """dk and dv with one more tile of queries; q, dout and stats point to it, length queries are left from there on."""
+    # Queries past the sequence's end load as zeros, so they add nothing.
+    q_tile = _load(q, stride_q, length, D, BLOCK_M, BLOCK_D, MASK)
+    dy = _load(dout, stride_g, length, D, BLOCK_M, BLOCK_D, MASK)
+    scores = _dot(k_tile, tl.trans(q_tile), WIDEN)
+    dp = _dot(v_tile, tl.trans(dy), WIDEN)
+    p = _exp2(scores * scale - _load_column(stats, length, BLOCK_M, MASK)[None, :], POLYNOMIAL, WIDEN)
+    dv_tile += _dot(p.to(dy.dtype), dy, WIDEN)
+    ds = p * (dp - _load_column(stats + 1, length, BLOCK_M, MASK)[None, :])
+    return dk_tile + _dot(ds.to(q_tile.dtype), q_tile, WIDEN), dv_tile
+
+
+@triton.jit(do_not_specialize=["T", "tiles"])
+def _attention_varlen_bwd_kv_kernel(
+    dout, q, k, v, cu_seqlens, stats, dk, dv, stride_g, stride_gh, stride_q, stride_qh, stride_k, stride_kh,
+    stride_v, stride_vh, stride_d, T, H, tiles, scale, scale_out, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POLYNOMIAL: tl.constexpr, WIDEN: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """dout, q, k, v, dk, dv: (T, H, D), with strides of T and H (of H in dk, dv: D); stats: of the delta kernel."""
     head, start, length, first, left = _locate(cu_seqlens, H, tiles, BLOCK_N)
     if left <= 0:
         return
     q += start * stride_q + head * stride_qh
     dout += start * stride_g + head * stride_gh
-    lse += head * T + start
-    delta += head * T + start
-    k_tile = _load(k + first * stride_k + head * stride_kh, stride_k, 0, left, D, BLOCK_N, BLOCK_D, True)
-    v_tile = _load(v + first * stride_v + head * stride_vh, stride_v, 0, left, D, BLOCK_N, BLOCK_D, True)
+    stats += (head * T + start) * 2
+    k_tile = _load(k + first * stride_k + head * stride_kh, stride_k, left, D, BLOCK_N, BLOCK_D, True)
+    v_tile = _load(v + first * stride_v + head * stride_vh, stride_v, left, D, BLOCK_N, BLOCK_D, True)
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for m in range(0, length, BLOCK_M):
-        # Queries past the sequence's end load as zeros, so they add nothing.
-        q_tile = _load(q, stride_q, m, length, D, BLOCK_M, BLOCK_D, True)
-        dy = _load(dout, stride_g, m, length, D, BLOCK_M, BLOCK_D, True)
-        p = tl.exp2(_dot(k_tile, tl.trans(q_tile), WIDEN) * scale - _load_row(lse, m, length, BLOCK_M)[None, :])
-        dv_tile += _dot(p.to(dy.dtype), dy, WIDEN)
-        ds = p * (_dot(v_tile, tl.trans(dy), WIDEN) - _load_row(delta, m, length, BLOCK_M)[None, :])
-        dk_tile += _dot(ds.to(q_tile.dtype), q_tile, WIDEN)
+    end = length
+    if SPLIT:
+        end = length - 1 - (length - 1) % BLOCK_M
+        last = end.to(tl.int64)
+        dk_tile, dv_tile = _bwd_kv_step(
+            k_tile, v_tile, q + last * stride_q, dout + last * stride_g, stats + last * 2, stride_q, stride_g,
+            length - end, dk_tile, dv_tile, scale, D, BLOCK_D, BLOCK_M, 0, WIDEN, True,
+        )  # fmt: skip
+    for m in range(0, end, BLOCK_M):
+        dk_tile, dv_tile = _bwd_kv_step(
+            k_tile, v_tile, q, dout, stats, stride_q, stride_g, length - m, dk_tile, dv_tile, scale,
+            D, BLOCK_D, BLOCK_M, POLYNOMIAL, WIDEN, not SPLIT,
+        )  # fmt: skip
+        q += tl.full((), BLOCK_M, tl.int64) * stride_q
+        dout += tl.full((), BLOCK_M, tl.int64) * stride_g
+        stats += BLOCK_M * 2
     offs = first * stride_d + head * D
     _store(dk + offs, stride_d, left, D, dk_tile * scale_out, BLOCK_N, BLOCK_D)
     _store(dv + offs, stride_d, left, D, dv_tile, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
-def _attention_varlen_bwd_q_kernel(
-    dout, q, k, v, cu_seqlens, lse, delta, dq, stride_g, stride_gh, stride_q, stride_qh, stride_k, stride_kh,
-    stride_v, stride_vh, stride_d, T, H, tiles, scale, scale_out,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
+def _bwd_q_step(
+    q_tile, dy, lse_row, delta_row, k, v, stride_k, stride_v, length, dq_tile, scale, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, POLYNOMIAL: tl.constexpr, WIDEN: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """dout, q, k, v, dq: (T, H, D), with strides of T and H (of H in dq: D); lse, delta: (H, T) float32."""
+    """dq with one more tile of keys; k and v point to it, length keys are left from there on."""
+    keys = _load(k, stride_k, length, D, BLOCK_N, BLOCK_D, MASK)
+    values = _load(v, stride_v, length, D, BLOCK_N, BLOCK_D, MASK)
+    scores = _dot(q_tile, tl.trans(keys), WIDEN)
+    dp = _dot(dy, tl.trans(values), WIDEN)
+    p = _exp2(scores * scale - lse_row[:, None], POLYNOMIAL, WIDEN)
+    if MASK:
+        # p of keys past the end may be infinite, and infinity times zero is NaN.
+        p = tl.where((tl.arange(0, BLOCK_N) < length)[None, :], p, 0.0)
+    ds = p * (dp - delta_row[:, None])
+    return dq_tile + _dot(ds.to(keys.dtype), keys, WIDEN)
+
+
+@triton.jit(do_not_specialize=["T", "tiles"])
+def _attention_varlen_bwd_q_kernel(
+    dout, q, k, v, cu_seqlens, stats, dq, stride_g, stride_gh, stride_q, stride_qh, stride_k, stride_kh,
+    stride_v, stride_vh, stride_d, T, H, tiles, scale, scale_out, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POLYNOMIAL: tl.constexpr, WIDEN: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """dout, q, k, v, dq: (T, H, D), with strides of T and H (of H in dq: D); stats: of the delta kernel."""
     head, start, length, first, left = _locate(cu_seqlens, H, tiles, BLOCK_M)
     if left <= 0:
         return
     k += start * stride_k + head * stride_kh
     v += start * stride_v + head * stride_vh
-    q_tile = _load(q + first * stride_q + head * stride_qh, stride_q, 0, left, D, BLOCK_M, BLOCK_D, True)
-    dy = _load(dout + first * stride_g + head * stride_gh, stride_g, 0, left, D, BLOCK_M, BLOCK_D, True)
-    lse_row = _load_row(lse + head * T + first, 0, left, BLOCK_M)
-    delta_row = _load_row(delta + head * T + first, 0, left, BLOCK_M)
+    stats += (head * T + first) * 2
+    q_tile = _load(q + first * stride_q + head * stride_qh, stride_q, left, D, BLOCK_M, BLOCK_D, True)
+    dy = _load(dout + first * stride_g + head * stride_gh, stride_g, left, D, BLOCK_M, BLOCK_D, True)
+    lse_row = _load_column(stats, left, BLOCK_M, True)
+    delta_row = _load_column(stats + 1, left, BLOCK_M, True)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for n in range(0, length, BLOCK_N):
-        keys = _load(k, stride_k, n, length, D, BLOCK_N, BLOCK_D, True)
-        values = _load(v, stride_v, n, length, D, BLOCK_N, BLOCK_D, True)
-        p = tl.exp2(_dot(q_tile, tl.trans(keys), WIDEN) * scale - lse_row[:, None])
-        # p of keys past the end may be infinite, and infinity times zero is NaN.
-        p = tl.where((n + tl.arange(0, BLOCK_N) < length)[None, :], p, 0.0)
-        ds = p * (_dot(dy, tl.trans(values), WIDEN) - delta_row[:, None])
-        dq_tile += _dot(ds.to(keys.dtype), keys, WIDEN)
+    end = length
+    if SPLIT:
+        end = length - 1 - (length - 1) % BLOCK_N
+        last = end.to(tl.int64)
+        dq_tile = _bwd_q_step(
+            q_tile, dy, lse_row, delta_row, k + last * stride_k, v + last * stride_v, stride_k, stride_v, length - end,
+            dq_tile, scale, D, BLOCK_D, BLOCK_N, 0, WIDEN, True,
+        )  # fmt: skip
+    for n in range(0, end, BLOCK_N):
+        dq_tile = _bwd_q_step(
+            q_tile, dy, lse_row, delta_row, k, v, stride_k, stride_v, length - n, dq_tile, scale,
+            D, BLOCK_D, BLOCK_N, POLYNOMIAL, WIDEN, not SPLIT,
+        )  # fmt: skip
+        k += tl.full((), BLOCK_N, tl.int64) * stride_k
+        v += tl.full((), BLOCK_N, tl.int64) * stride_v
     _store(dq + first * stride_d + head * D, stride_d, left, D, dq_tile * scale_out, BLOCK_M, BLOCK_D)
 
 
-def _options(tiles: dict[tuple[int, int], Tiles], dtype: torch.dtype, head_dim: int) -> dict:
+def _architecture() -> int | str | None:
+    """Compute capability (90 for 9.0) or AMD's name of the current device; None without a GPU."""
+    if triton.knobs.runtime.interpret:
+        return 90
+    try:
+        driver = triton.runtime.driver.active
+    except RuntimeError:  # launches are recorded, to be compiled ahead of time
+        return None
+    return _architecture_of(driver, driver.get_current_device())
+
+
+@cache
+def _architecture_of(driver, device: int) -> int | str:
+    return driver.get_current_target().arch
+
+
+def _options(dtype: torch.dtype, head_dim: int) -> tuple[dict, dict, dict]:
+    """Constants and launch options of the three kernels."""
     block = max(32, triton.next_power_of_2(head_dim))
-    return {
-        "D": head_dim,
-        "BLOCK_D": block,
-        "WIDEN": triton.knobs.runtime.interpret,
-        **tiles[dtype.itemsize, block]._asdict(),
-    }
+    kind = dtype.itemsize, block
+    tiles = _TILES.get(_architecture(), _ANY).get(kind, _ANY[kind])
+    interpreted = triton.knobs.runtime.interpret
+    common = {"D": head_dim, "BLOCK_D": block, "WIDEN": interpreted}
+    return tuple([common | one._asdict() for one in tiles])
 
 
 def _grid(cu_seqlens: torch.Tensor, max_seqlen: int, heads: int, block: int) -> tuple[int, tuple[int]]:
@@ -257,12 +380,12 @@ def launch_attention_varlen_fwd(
 ) -> None:
     """qkv (T, 3, heads, head_dim), the last dimension dense -> out (T, heads, head_dim), lse (heads, T) in base 2."""
     total, _, heads, head_dim = qkv.shape
-    options = _options(_FWD, qkv.dtype, head_dim)
+    options = _options(qkv.dtype, head_dim)[0]
     tiles, grid = _grid(cu_seqlens, max_seqlen, heads, options["BLOCK_M"])
     q, k, v = qkv.unbind(1)
     _attention_varlen_fwd_kernel[grid](
         q, k, v, cu_seqlens, out, lse, *(s for t in (q, k, v) for s in t.stride()[:2]), heads * head_dim, total,
-        heads, tiles, scale * math.log2(math.e), SPLIT=qkv.dtype.itemsize == 2, **options,
+        heads, tiles, scale * math.log2(math.e), **options,
     )  # fmt: skip
 
 
@@ -272,15 +395,15 @@ def launch_attention_varlen_bwd(
 ) -> None:  # fmt: skip
     """dout and qkv with a dense last dimension, forward's outputs -> dqkv (T, 3, heads, head_dim)."""
     total, _, heads, head_dim = qkv.shape
-    delta = torch.empty_like(lse)
+    stats = lse.new_empty((heads, total, 2))
     (q, k, v), (dq, dk, dv) = qkv.unbind(1), dqkv.unbind(1)
-    for_kv, for_q = (_options(tiles, qkv.dtype, head_dim) for tiles in (_BWD_KV, _BWD_Q))
+    _, for_kv, for_q = _options(qkv.dtype, head_dim)
     _attention_varlen_delta_kernel[(triton.cdiv(total, 64) * heads,)](
-        dout, out, delta, *dout.stride()[:2], heads * head_dim, total, heads, head_dim, for_kv["BLOCK_D"], 64
+        dout, out, lse, stats, *dout.stride()[:2], heads * head_dim, total, heads, head_dim, for_kv["BLOCK_D"], 64
     )
     strides = [s for t in (dout, q, k, v) for s in t.stride()[:2]]
     common = (*strides, dqkv.stride(0), total, heads)
-    inputs, factors = (dout, q, k, v, cu_seqlens, lse, delta), (scale * math.log2(math.e), scale)
+    inputs, factors = (dout, q, k, v, cu_seqlens, stats), (scale * math.log2(math.e), scale)
     tiles, grid = _grid(cu_seqlens, max_seqlen, heads, for_kv["BLOCK_N"])
     _attention_varlen_bwd_kv_kernel[grid](*inputs, dk, dv, *common, tiles, *factors, **for_kv)
     tiles, grid = _grid(cu_seqlens, max_seqlen, heads, for_q["BLOCK_M"])

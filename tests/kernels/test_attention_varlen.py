@@ -47,6 +47,16 @@ def test_other_head_dims(runner, head_dim, dtype):
     check(**takes(runner, dtype), lengths=(33, 0, 5), head_dim=head_dim, dtype=dtype)
 
 
+WHOLE_TILES = here([(64, BF16)], [(32, F32), (32, BF16), (32, F16), (16, BF16), (64, F16), (128, BF16)])
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), WHOLE_TILES, ids=str)
+def test_whole_tiles_and_a_partial_one(runner, head_dim, dtype):
+    """Loops of several tiles, with a last tile of one token, and a full one."""
+    lengths = (65, 32) if dtype == F32 else (0, 193, 128)  # their tiles are smaller
+    check(**takes(runner, dtype), lengths=lengths, heads=1, head_dim=head_dim, dtype=dtype)
+
+
 @native
 @pytest.mark.parametrize(("dtype", "head_dim"), [(F32, 64), (BF16, 32)], ids=["fp32-64", "bf16-32"])
 def test_the_models_lengths(runner, dtype, head_dim):
@@ -148,6 +158,25 @@ def test_rows_whose_exponentials_all_vanish_against_those_of_padding(runner):
     actual, expected = (differentiate(qkv, gradient, (35,), impl) for impl in (runner[0], "eager"))
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, msg=name)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs Triton's function by itself")
+def test_exponentials_by_fma():
+    """The error that its docstring states; exact at integers, so at the row's maximum."""
+    from support.exp2_kernel import exp2_kernel
+
+    def exp2(x):
+        y = torch.empty_like(x)
+        exp2_kernel[(1,)](x, y, len(x))
+        return y
+
+    x = torch.cat([torch.linspace(-125.9, 20.0, 2**15 - 127), torch.arange(-126.0, 1.0)])
+    expected = x.double().exp2()
+    assert ((exp2(x).double() - expected).abs() / expected).max() < 1.1e-4
+    assert torch.equal(exp2(x[-128:])[-127:], x[-127:].exp2())
+    small = torch.tensor([-126.5, -200.0, -1e30, float("-inf")])
+    assert torch.equal(exp2(small), torch.full((4,), 2.0**-126))
+    assert not exp2(torch.full((2,), float("nan"))).isfinite().any()
 
 
 def test_sequences_do_not_meet(runner):
@@ -539,6 +568,58 @@ def test_varlen_attn_gets_common_arguments(monkeypatch):
     assert (seen["cu_seq_q"], seen["cu_seq_k"], seen["max_q"], seen["max_k"], seen["scale"]) == ("cu", "cu", 6, 6, 0.3)
 
 
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Lists whether cuDNN's attention is enabled inside PyTorch's attention, whose calls are replaced."""
+    from torch.nn.attention import varlen
+
+    def attention(q, *others, scale):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        if scale == 13.0:
+            raise RuntimeError("refused")
+        return q
+
+    seen = []
+    monkeypatch.setattr(torch_attention.F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(varlen, "varlen_attn", attention)
+    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cudnn.benchmark
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield seen
+    torch.backends.cuda.enable_cudnn_sdp(before[0])
+    torch.backends.cudnn.benchmark = before[1]
+
+
+def both(scale=0.3):
+    qkv = torch.zeros(6, 3, 1, 8)
+    torch_attention.sdpa(qkv, 3, scale)
+    torch_attention.varlen(qkv, "cu", 3, scale)
+
+
+def test_lengths_that_change_do_not_wait_for_cudnns_plans(cudnn):
+    """At any number of calls: backward of checkpointing repeats forward with the kernel of forward."""
+    for _ in range(3):
+        both()
+    assert cudnn == [False] * 6
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_cudnn_runs_where_the_user_says_that_shapes_repeat(cudnn):
+    torch.backends.cudnn.benchmark = True
+    both()
+    assert cudnn == [True, True]
+
+
+def test_users_settings_of_cudnn_survive(cudnn):
+    with pytest.raises(RuntimeError, match="refused"):
+        both(scale=13.0)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.benchmark = True
+    both()
+    assert cudnn == [False, False, False]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_debugging_checks_bounds_on_any_device(monkeypatch):
     looked = []
     monkeypatch.setattr(debug, "check_cu_seqlens", lambda *a: looked.append(a))
@@ -553,7 +634,7 @@ def test_debugging_checks_bounds_on_any_device(monkeypatch):
 # Shared memory per program: the smallest GPUs of compute capability 8.x have 99 KiB.
 SHARED = 99 * 1024
 # Bytes of spilled registers: only float32 at the widest head, which the model does not use.
-SPILLED = {("_attention_varlen_bwd_q_kernel", F32, 128): 24}
+SPILLED = {("_attention_varlen_bwd_kv_kernel", F32, 128): 24, ("_attention_varlen_bwd_q_kernel", F32, 128): 40}
 
 
 @needs_compiler
@@ -574,3 +655,48 @@ def test_compiles_within_the_budget(capability, head_dim, dtype):
         assert one.registers <= 255, one
         assert one.loads_16, one
         assert one.stores_16 or "delta" in one.name, one
+
+
+def decoder(length=4200, head_dim=32):
+    """A call with heads of the decoder, forward and backward."""
+    qkv, gradient = (torch.empty(2 * length, *s, 16, head_dim, dtype=BF16) for s in ((3,), ()))
+    return lambda: differentiate(qkv, gradient, (length, length), "triton")
+
+
+# Shared memory of a program: 64 KiB on gfx942, 227 on sm_100; sm_120 is not in the table of tiles.
+@needs_compiler
+@pytest.mark.parametrize(("target", "shared"), [(100, 227), (120, 99), ("gfx942", 64)], ids=str)
+def test_tiles_of_other_gpus_fit(target, shared):
+    from support.aot import compile_pair
+
+    for one in compile_pair(OP, target, decoder()):
+        assert one.stack == 0, one
+        assert one.shared <= shared * 1024, one
+
+
+@needs_compiler
+def test_main_loops_on_hopper():
+    """At most 8 instructions a score, matrix products that are not serialized, some exponentials by polynomials."""
+    from support.sass_loops import main_loops
+
+    loops = main_loops(OP, decoder())
+    assert len(loops) == 3
+    for loop in loops:
+        c = loop.constants
+        scores = c["BLOCK_M"] * c["BLOCK_N"] // (32 * c["num_warps"])  # of a thread
+        assert loop.instructions <= 8 * scores, loop
+        assert loop.waits < loop.products / 2, loop
+        assert loop.exponentials < scores, loop
+
+
+@needs_compiler
+def test_lengths_compile_nothing():
+    """Numbers of tokens and tiles are not specialized: neither multiples of 16, nor 1."""
+    from support.aot import launches, target
+    from support.kernel_cases import pretend
+
+    with target(90), pretend("triton", OP), launches() as recorded:
+        for length in (4200, 4096, 77):
+            decoder(length)()
+        built = [one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants) for one in recorded]
+    assert built[:4] == built[4:8] == built[8:]

@@ -62,20 +62,19 @@ def compile_for(capability, kernel, *arguments, grid=(1,), **constants):
     return compiled
 
 
-def record(op, run):
-    """Every ``Launch`` of a Triton kernel that ``run()`` would make for ``op``; none runs."""
+def record(op, run, capability=90):
+    """Every ``Launch`` of a Triton kernel that ``run()`` would make for ``op`` on sm_<capability>; none runs."""
     from support.kernel_cases import pretend
 
-    with pretend("triton", op), launches() as recorded:
+    with target(capability), pretend("triton", op), launches() as recorded:
         run()
     return recorded
 
 
 def compile_pair(op, capability, run):
     """``Compiled`` of every Triton kernel that ``run()`` would launch for ``op``; none runs."""
-    return [
-        compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in record(op, run)
-    ]
+    recorded = record(op, run, capability)
+    return [compile_for(capability, one.kernel, *one.arguments, grid=one.grid, **one.constants) for one in recorded]
 
 
 def resident(launch):
@@ -95,7 +94,7 @@ def count_instructions(op, capability, assembly, pattern, run, **options):
         pattern: regular expression.
         options: of the compiler, in place of those of the launches.
     """
-    recorded = record(op, run)
+    recorded = record(op, run, capability)
     with target(capability):
         built = [one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants | options) for one in recorded]
     return sum(len(re.findall(pattern, one.asm[assembly])) for one in built)
