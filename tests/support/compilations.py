@@ -85,9 +85,10 @@ def canvases(sizes, multiple=32):
     return Counter(tuple(math.ceil(side / multiple) * multiple for side in size) for size in sizes)
 
 
-def varied(canvases, multiple=32):
-    """The smallest and the largest canvas, and one with other numbers of tokens, even or odd, than the largest."""
-    smallest, largest = min(canvases, key=math.prod), max(canvases, key=math.prod)
-    parities = {tuple(side // multiple % 2 for side in canvas): canvas for canvas in sorted(canvases)}
-    height, width = (side // multiple % 2 for side in largest)
-    return [smallest, largest, parities[1 - height, 1 - width]]
+def varied(canvases):
+    """The canvases whose area is smallest, largest, and a multiple of the lowest and the highest power of two."""
+
+    def power(canvas):
+        return math.prod(canvas) & -math.prod(canvas)
+
+    return sorted({choose(sorted(canvases), key=key) for key in (power, math.prod) for choose in (max, min)})
