@@ -34,9 +34,6 @@ __device__ __forceinline__ int64_t find(const Maps& maps, unsigned cell, int64_t
                    : (static_cast<int64_t>(sample) * maps.C + channel) * maps.positions() + position;
 }
 
-// Where a is empty, b as it is: its rest would be lost.
-__device__ __forceinline__ Moments add(const Moments& a, const Moments& b) { return a.count == 0.0f ? b : merge(a, b); }
-
 // x -> parts (gridDim.x, C): moments of step cells.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
@@ -81,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
     const unsigned half = (others + 1) / 2;
     if (place.lane < others - half) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) shared[mine * V + i] = add(shared[mine * V + i], shared[mine * V + i + half * apart]);
+      for (int i = 0; i < V; ++i) shared[mine * V + i] = merge(shared[mine * V + i], shared[mine * V + i + half * apart]);
     }
     __syncthreads();
     others = half;
@@ -99,13 +96,13 @@ __global__ void __launch_bounds__(1024)
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
   Moments all{};
   for (int64_t part = threadIdx.y; channel < C && part < count; part += 32) {
-    all = add(all, parts[part * C + channel]);
+    all = merge(all, parts[part * C + channel]);
   }
   shared[threadIdx.y][threadIdx.x] = all;
   for (int half = 16; half; half /= 2) {
     __syncthreads();
     if (threadIdx.y < half) {
-      all = add(all, shared[threadIdx.y + half][threadIdx.x]);
+      all = merge(all, shared[threadIdx.y + half][threadIdx.x]);
       shared[threadIdx.y][threadIdx.x] = all;
     }
   }

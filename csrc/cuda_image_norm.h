@@ -40,10 +40,10 @@ struct alignas(16) Moments {
 };
 
 __device__ __forceinline__ Moments merge(const Moments& a, const Moments& b) {
-  const float both = a.count + b.count;
-  if (both == 0.0f) return a;
-  const float share = __fdividef(b.count, both), delta = b.mean - a.mean + (b.rest - a.rest), step = delta * share;
-  // __fdividef is off by two ulp of share, so the mean by two ulp of delta, which is as small as values of x_centered.
+  if (a.count == 0.0f) return b;
+  // __fdividef is off by up to two ulp: those of delta, which is as small as values of x_centered.
+  const float both = a.count + b.count, share = __fdividef(b.count, both);
+  const float delta = b.mean - a.mean + (b.rest - a.rest), step = delta * share;
   // Knuth's sum: mean + lost is a.mean + step exactly.
   const float mean = a.mean + step, part = mean - a.mean, lost = a.mean - (mean - part) + (step - part);
   return {both, mean, a.rest + lost, a.m2 + b.m2 + delta * delta * a.count * share};

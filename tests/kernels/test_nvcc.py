@@ -118,11 +118,11 @@ def test_vectors_are_single_accesses(compiled):
     kernels = list(vector_kernels(compiled))
     assert len(kernels) > 60
     for name, widths, accesses in kernels:
-        found = {kind: {width for other, width, *_ in accesses if other == kind} for kind in ("LDG", "STG")}
-        assert widths & found["LDG"], (name, found)
-        assert widths <= found["LDG"] | found["STG"], (name, found)
-        assert min(found["LDG"] | found["STG"]) >= 32, (name, found)
-        # Kernels load a few neighbours of 32 bits on purpose: sizes, and weights one by one.
+        used = {kind: {width for other, width, *_ in accesses if other == kind} for kind in ("LDG", "STG")}
+        assert widths & used["LDG"], (name, used)
+        assert widths <= used["LDG"] | used["STG"], (name, used)
+        assert min(used["LDG"] | used["STG"]) >= 32, (name, used)
+        # Kernels load a few numbers of 32 bits side by side on purpose: sizes, and weights one by one.
         narrow = {access for access in accesses if access[1] < 128 and access[:2] != ("LDG", 32)}
         for kind, width, register, offset in narrow:
             assert (kind, width, register, offset + width // 8) not in narrow, (name, kind, width, register, offset)
