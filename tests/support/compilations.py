@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from support.aot import target
 
-from mimdet.bench.fake_gpu import FakeFabric, autocast, backward, supposed_gpu
+from mimdet.bench.fake_gpu import FakeFabric, backward, supposed_gpu
 from mimdet.config import instantiate
 from mimdet.data import transforms
 
@@ -30,7 +30,7 @@ class Fabric(FakeFabric):
 
     @staticmethod
     def autocast():
-        return autocast(torch.bfloat16)
+        return torch.autocast("cuda", torch.bfloat16)
 
 
 @contextlib.contextmanager
