@@ -310,7 +310,8 @@ def test_maps_of_other_sizes_compile_nothing():
         for height, width in ((30, 44), (31, 43), (32, 48), (96, 112)):
             x, weight, bias, dy = inputs((1, 96, height, width), BF16, nhwc=True)
             forward_backward(api(OP), x, weight, bias, dy, impl="triton")
-    with pytest.MonkeyPatch.context() as patch, target(90):
+    # Triton asks the hook about what it has not compiled yet: no other test compiles for this target.
+    with pytest.MonkeyPatch.context() as patch, target(89):
         patch.setattr(knobs.runtime, "jit_cache_hook", note)
         for one in recorded:
             one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants)
