@@ -279,7 +279,8 @@ def test_every_gpu_names_its_source():
 def test_a_grid_is_the_sum_of_its_blocks():
     """Each block adds 128 of 300 numbers: the last has 44, of which its first two warps have some."""
     lines = ("S2R R0, SR_TID.X", "S2R R1, SR_CTAID.X", "IMAD R0, R1, 0x80, R0",
-             "ISETP.GE.AND P0, PT, R0, c[0x0][0x220], PT", "@P0 EXIT", "IMAD.WIDE R2, R0, 0x4, c[0x0][0x210]", "LDG.E R4, [R2.64]", "MUFU.EX2 R4, R4",
+             "ISETP.GE.AND P0, PT, R0, c[0x0][0x220], PT", "@P0 EXIT",
+             "IMAD.WIDE R2, R0, 0x4, c[0x0][0x210]", "LDG.E R4, [R2.64]", "MUFU.EX2 R4, R4",
              "IMAD.WIDE R2, R0, 0x4, c[0x0][0x218]", "STG.E [R2.64], R4", "EXIT")  # fmt: skip
     text = "\n".join(f"/*{16 * i:04x}*/ {line} ; /* 0x0 */" for i, line in enumerate(lines))
     values = [2 << REGION, 3 << REGION, 300]
