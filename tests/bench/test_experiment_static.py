@@ -6,6 +6,7 @@
 
 import importlib.util
 import math
+import os
 import sys
 from functools import cache
 
@@ -459,10 +460,23 @@ def test_names_of_kernels_are_readable():
     assert static._full_name("bias_gelu", "fwd") == "bias_gelu_fwd"
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_kernels_are_compiled_by_several_processes_and_stay_in_order(monkeypatch, jobs):
+    monkeypatch.setenv("MAX_JOBS", str(jobs))
+    found = list(static._in_processes(lambda number: (2 * number, os.getpid()), range(4)))
+    assert [number for number, _ in found] == [0, 2, 4, 6]
+    assert (os.getpid() in {process for _, process in found}) == (jobs == 1)
+
+
 def test_a_page_shows_the_launches_that_take_most_of_the_step():
-    rows = [{"kernel": "a", "shape": shape, "launches": n, "predicted_us": us} for shape, n, us in
-            (("1", 1, 5.0), ("2", 4, 2.0), ("3", 1, 6.0))]  # fmt: skip
-    assert [row["shape"] for row in static.published(rows)] == ["2"]
+    rows = [
+        {"operation": operation, "kernel": operation, "shape": f"{shape} bf16", "launches": launches, "predicted_us": us}
+        for operation, shape, launches, us in (
+            ("bias_gelu", "1x4", 1, 5.0), ("bias_gelu", "2x8", 4, 2.0), ("bias_gelu", "3x8", 1, 6.0),
+            ("attention_varlen", "9x12x64", 12, 1.0), ("attention_varlen", "9x16x32", 4, 1.0),
+        )
+    ]  # fmt: skip
+    assert [row["shape"] for row in static.published(rows)] == ["2x8 bf16", "9x12x64 bf16", "9x16x32 bf16"]
 
 
 if __name__ == "__main__":
