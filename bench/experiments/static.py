@@ -404,14 +404,15 @@ def draw(rows: Sequence[dict]):
     rows = [row for row in published(rows) if "of_limit" in row]
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     panels = [[row for row in rows if row["batch"] == batch] for batch in batches]
-    figure = views.figure(9, 1.2 + 0.2 * sum(map(len, panels)))
+    figure = views.figure(9, 1.2 + 0.14 * sum(map(len, panels)))
     every = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=[len(lines) for lines in panels])
     colors = dict(zip(BOUNDS, views.BARS, strict=False))
     for (axes,), batch, lines in zip(every, batches, panels, strict=True):
         shares = [100 * row["of_limit"] for row in lines]
         axes.barh(range(len(lines)), shares, color=[colors[row["bound"]] for row in lines])
         views.label_bars(axes, [label(row).replace("`", "") for row in lines])
-        axes.tick_params(axis="y", labelsize=6)
+        axes.tick_params(axis="y", labelsize=5)
+        axes.margins(y=0.01)
         axes.set_title(f"batch {batch}", fontsize=9)
         axes.grid(alpha=0.3, axis="x")
     handles = [every[0][0].barh([0], [0], color=color) for color in colors.values()]

@@ -470,7 +470,7 @@ def test_kernels_are_compiled_by_several_processes_and_stay_in_order(monkeypatch
 
 def test_a_page_shows_the_launches_that_take_most_of_the_step():
     rows = [
-        {"operation": operation, "kernel": operation, "shape": f"{shape} bf16", "launches": launches, "predicted_us": us}
+        {"operation": operation, "shape": f"{shape} bf16", "launches": launches, "predicted_us": us}
         for operation, shape, launches, us in (
             ("bias_gelu", "1x4", 1, 5.0), ("bias_gelu", "2x8", 4, 2.0), ("bias_gelu", "3x8", 1, 6.0),
             ("attention_varlen", "9x12x64", 12, 1.0), ("attention_varlen", "9x16x32", 4, 1.0),
