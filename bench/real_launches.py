@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..kernels import library
 from . import machine_code
 from .experiments.launches import fake_step
-from .machine_code import Launch, Pointer
+from .machine_code import Launch, Pointer, target
 from .workload import Setting
 
 BACKWARD = ("_backward", "_sums")
@@ -95,9 +95,9 @@ class Recorder(TorchDispatchMode):
         return found
 
 
-def record(options: Setting, implementations: Sequence[str]) -> list[Recorded]:
-    """Kinds of launches of a training step, with the default kernels of each implementation named."""
-    with fake_step(options) as (step, *_), Recorder(implementations) as recorder:
+def record(options: Setting, implementations: Sequence[str], capability: int | str) -> list[Recorded]:
+    """Kinds of launches of a training step on sm_<capability> or "gfx942", which may choose the sizes of tiles."""
+    with fake_step(options) as (step, *_), target(capability), Recorder(implementations) as recorder:
         step()
     return list(recorder.recorded.values())
 

@@ -130,7 +130,7 @@ def rows_of(options: Options) -> list[dict]:
     Raises:
         ValueError: the config's step launches no kernel of ours.
     """
-    recorded = record(options, options.implementations)
+    recorded = record(options, options.implementations, _capability(options.arch))
     if not recorded:
         raise ValueError(f"a training step of {options.config} launches no kernel of mimdet.kernels")
     keys = {**options.keys("static", "train"), "size": "{}x{}".format(*options.size), "config": options.config}
@@ -201,11 +201,15 @@ def cuda_library(arch: str) -> cuda_launches.Library:
     return cuda_launches.Library(arch)
 
 
+def _capability(arch: str) -> int | str:
+    return arch if arch == AMD else int(arch.removeprefix("sm_"))
+
+
 def _compile_triton(arch: str, recorded: Recorded) -> Compiled:
     launch = recorded.launch
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Triton's, of changes in later versions
-        binary = compile_triton(AMD if arch == AMD else int(arch.removeprefix("sm_")), launch)
+        binary = compile_triton(_capability(arch), launch)
     named = launch.named()
     case = ", ".join(name.lower().removeprefix("has_") for name, value in named.items() if value is True)
     values = [value for name, kind in binary.signature.items() for value in _passed(named[name], kind)]
@@ -338,12 +342,16 @@ def _limits(arch: str) -> dict[str, float]:
 
 
 def published(rows: Sequence[dict]) -> list[dict]:
-    """Of each kernel the launches that take most of its time in a step; a step has several sizes of most kernels."""
+    """Of each kernel the launches that take most of its time in a step; a step has several sizes of most kernels.
+
+    Attention has two: the encoder's heads and the decoder's are other kernels in all but their name.
+    """
     most: dict[tuple, dict] = {}
     for row in rows:
-        first = most.setdefault(key(row, "case", "shape"), row)
-        if _of_step(row) > _of_step(first):
-            most[key(row, "case", "shape")] = row
+        width = row["shape"].partition(" ")[0].rpartition("x")[2] if row["operation"] == "attention_varlen" else ""
+        place = (*key(row, "case", "shape"), width)
+        if _of_step(row) > _of_step(most.setdefault(place, row)):
+            most[place] = row
     return list(most.values())
 
 
@@ -400,14 +408,15 @@ def draw(rows: Sequence[dict]):
     rows = [row for row in published(rows) if "of_limit" in row]
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     panels = [[row for row in rows if row["batch"] == batch] for batch in batches]
-    figure = views.figure(9, 1.2 + 0.2 * sum(map(len, panels)))
+    figure = views.figure(9, 1.2 + 0.14 * sum(map(len, panels)))
     every = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=[len(lines) for lines in panels])
     colors = dict(zip(BOUNDS, views.BARS, strict=False))
     for (axes,), batch, lines in zip(every, batches, panels, strict=True):
         shares = [100 * row["of_limit"] for row in lines]
         axes.barh(range(len(lines)), shares, color=[colors[row["bound"]] for row in lines])
         views.label_bars(axes, [label(row).replace("`", "") for row in lines])
-        axes.tick_params(axis="y", labelsize=6)
+        axes.tick_params(axis="y", labelsize=5)
+        axes.margins(y=0.01)
         axes.set_title(f"batch {batch}", fontsize=9)
         axes.grid(alpha=0.3, axis="x")
     handles = [every[0][0].barh([0], [0], color=color) for color in colors.values()]

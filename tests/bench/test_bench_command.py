@@ -11,8 +11,8 @@ from mimdet.bench.experiments import backbone, roofline
 from mimdet.bench.row import Results
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("ops", "table1", "table7", "table8", "backbone", "packed", "roofline", "detectron2", "launches", "gpu",
-            "compare", "plot", "readme")  # fmt: skip
+COMMANDS = ("ops", "table1", "table7", "table8", "backbone", "packed", "roofline", "detectron2", "launches", "static",
+            "gpu", "compare", "plot", "readme")  # fmt: skip
 ERRORS = {
     "ops --op cake": "no operation 'cake'; choose from add_layer_norm",
     "ops --op bias_gelu --shape 1xtwo": "sizes are numbers with x between them",

@@ -6,6 +6,7 @@
 
 import importlib.util
 import math
+import os
 import sys
 from functools import cache
 
@@ -64,7 +65,7 @@ def tiny_options(output, **changes):
 def hot_rows():
     """The largest launch of each hot kernel at the model's real shapes."""
     largest = {}
-    for one in record(options(), ("triton",)):
+    for one in record(options(), ("triton",), 90):
         name = one.launch.kernel.__name__.strip("_").removesuffix("_kernel")
         count = max(t.count for t in static._tensors(one.launch.arguments))
         if name in HOT and count > largest.get(name, (0, None))[0]:
@@ -279,8 +280,8 @@ def test_every_gpu_names_its_source():
 def test_a_grid_is_the_sum_of_its_blocks():
     """Each block adds 128 of 300 numbers: the last has 44, of which its first two warps have some."""
     lines = ("S2R R0, SR_TID.X", "S2R R1, SR_CTAID.X", "IMAD R0, R1, 0x80, R0",
-             "ISETP.GE.AND P0, PT, R0, c[0x0][0x220], PT", "@P0 EXIT", "IMAD.WIDE R2, R0, 0x4, c[0x0][0x210]",
-             "LDG.E R4, [R2.64]", "MUFU.EX2 R4, R4",
+             "ISETP.GE.AND P0, PT, R0, c[0x0][0x220], PT", "@P0 EXIT",
+             "IMAD.WIDE R2, R0, 0x4, c[0x0][0x210]", "LDG.E R4, [R2.64]", "MUFU.EX2 R4, R4",
              "IMAD.WIDE R2, R0, 0x4, c[0x0][0x218]", "STG.E [R2.64], R4", "EXIT")  # fmt: skip
     text = "\n".join(f"/*{16 * i:04x}*/ {line} ; /* 0x0 */" for i, line in enumerate(lines))
     values = [2 << REGION, 3 << REGION, 300]
@@ -309,7 +310,7 @@ def test_operators_belong_to_operations(name, expected):
 @cache
 def tiny_step():
     """Launches of a small detector's step."""
-    return record(tiny_options(None), ("triton", "cuda"))
+    return record(tiny_options(None), ("triton", "cuda"), 90)
 
 
 def test_a_step_launches_every_operation_of_its_config():
@@ -459,10 +460,23 @@ def test_names_of_kernels_are_readable():
     assert static._full_name("bias_gelu", "fwd") == "bias_gelu_fwd"
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_kernels_are_compiled_by_several_processes_and_stay_in_order(monkeypatch, jobs):
+    monkeypatch.setenv("MAX_JOBS", str(jobs))
+    found = list(static._in_processes(lambda number: (2 * number, os.getpid()), range(4)))
+    assert [number for number, _ in found] == [0, 2, 4, 6]
+    assert (os.getpid() in {process for _, process in found}) == (jobs == 1)
+
+
 def test_a_page_shows_the_launches_that_take_most_of_the_step():
-    rows = [{"kernel": "a", "shape": shape, "launches": n, "predicted_us": us} for shape, n, us in
-            (("1", 1, 5.0), ("2", 4, 2.0), ("3", 1, 6.0))]  # fmt: skip
-    assert [row["shape"] for row in static.published(rows)] == ["2"]
+    rows = [
+        {"operation": operation, "shape": f"{shape} bf16", "launches": launches, "predicted_us": us}
+        for operation, shape, launches, us in (
+            ("bias_gelu", "1x4", 1, 5.0), ("bias_gelu", "2x8", 4, 2.0), ("bias_gelu", "3x8", 1, 6.0),
+            ("attention_varlen", "9x12x64", 12, 1.0), ("attention_varlen", "9x16x32", 4, 1.0),
+        )
+    ]  # fmt: skip
+    assert [row["shape"] for row in static.published(rows)] == ["2x8 bf16", "9x12x64 bf16", "9x16x32 bf16"]
 
 
 if __name__ == "__main__":
