@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
     float h[V];
     load<V>(x + row * C + column, h);
 #pragma unroll
-    for (int i = 0; i < V; ++i) h[i] = gelu<T>(h[i] + b[i]);
+    for (int i = 0; i < V; ++i) h[i] = gelu(h[i] + b[i]);
     store<V>(y + row * C + column, h);
   }
 }
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       h[i] += b[i];
-      g[i] *= gelu_derivative<T>(h[i]);
+      g[i] *= gelu_derivative(h[i]);
       total[i] += g[i];
     }
     store<V>(dx + row * C + column, g);

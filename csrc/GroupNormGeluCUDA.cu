@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads)
       load<V>(x + at, value);
       parameters<V>(weight, bias, maps.nhwc, channel, w, b);
 #pragma unroll
-      for (int i = 0; i < V; ++i) value[i] = gelu<T>((value[i] - x_mean) * x_rstd * w[i] + b[i]);
+      for (int i = 0; i < V; ++i) value[i] = gelu((value[i] - x_mean) * x_rstd * w[i] + b[i]);
     }
     store<V>(y + at, value);
   }
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         x_hat[i] = (x_hat[i] - x_mean) * x_rstd;
-        dz[i] *= gelu_derivative<T>(x_hat[i] * w[i] + b[i]);
+        dz[i] *= gelu_derivative(x_hat[i] * w[i] + b[i]);
         total[i] += dz[i];
         product[i] += dz[i] * x_hat[i];
       }
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       x_hat[i] = (x_hat[i] - x_mean) * x_rstd;
-      dz[i] *= gelu_derivative<T>(x_hat[i] * w + b);
+      dz[i] *= gelu_derivative(x_hat[i] * w + b);
       total += dz[i];
       product += dz[i] * x_hat[i];
     }
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const float x_hat = (value[i] - x_mean) * x_rstd;
-        out[i] = x_rstd * (out[i] * gelu_derivative<T>(x_hat * w[i] + b[i]) * w[i] - a - x_hat * k);
+        out[i] = x_rstd * (out[i] * gelu_derivative(x_hat * w[i] + b[i]) * w[i] - a - x_hat * k);
       }
     }
     store<V>(dx + at, out);

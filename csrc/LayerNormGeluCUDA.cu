@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kLimit, 1)
     load_floats<V>(weight + c, w);
     load_floats<V>(bias + c, b);
 #pragma unroll
-    for (int i = 0; i < V; ++i) w[i] = use ? gelu<T>((value[k][i] - x_mean) * x_rstd * w[i] + b[i]) : 0.0f;
+    for (int i = 0; i < V; ++i) w[i] = use ? gelu((value[k][i] - x_mean) * x_rstd * w[i] + b[i]) : 0.0f;
     store<V>(to + c, w);
   }
   if (threadIdx.x == 0) {
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kLimit, 1)
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         x_hat[k][i] = (x_hat[k][i] - x_mean) * x_rstd;
-        g[k][i] *= gelu_derivative<T>(x_hat[k][i] * w[i] + b[i]);
+        g[k][i] *= gelu_derivative(x_hat[k][i] * w[i] + b[i]);
         total[k][i] += g[k][i];
         product[k][i] += g[k][i] * x_hat[k][i];
         g[k][i] *= w[i];
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads)
     load<V>(x + base + c * S, value);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      value[i] = use[i] ? gelu<T>((value[i] - x_mean[i]) * squares[i] * weight[c] + bias[c]) : 0.0f;
+      value[i] = use[i] ? gelu((value[i] - x_mean[i]) * squares[i] * weight[c] + bias[c]) : 0.0f;
     }
     store<V>(y + base + c * S, value);
   }
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           x_hat[i] = use[i] ? (x_hat[i] - x_mean[i]) * x_rstd[i] : 0.0f;
-          g[i] = use[i] ? g[i] * gelu_derivative<T>(x_hat[i] * w + b) : 0.0f;
+          g[i] = use[i] ? g[i] * gelu_derivative(x_hat[i] * w + b) : 0.0f;
           total += g[i];
           product += g[i] * x_hat[i];
           g[i] *= w;
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         x_hat[i] = (x_hat[i] - x_mean[i]) * x_rstd[i];
-        g[i] = g[i] * gelu_derivative<T>(x_hat[i] * w + b) * w;
+        g[i] = g[i] * gelu_derivative(x_hat[i] * w + b) * w;
         g[i] = use[i] ? x_rstd[i] * (g[i] - a[i] - x_hat[i] * k[i]) : 0.0f;
       }
       store<V>(dx + base + c * S, g);

@@ -1,7 +1,5 @@
-// Exact GELU and its derivative, in float; the result is stored as T.
+// Exact GELU and its derivative, in float.
 #pragma once
-
-#include <type_traits>
 
 namespace mimdet {
 
@@ -16,11 +14,8 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
-// Phi(h), the cumulative function of the normal distribution. 16-bit results take the fit that
-// kernels/triton_common.py explains, with the errors.
-template <class T>
+// Phi(h), the cumulative function of the normal distribution, by the fit that kernels/triton_common.py explains.
 __device__ __forceinline__ float normal_cdf(float h) {
-  if constexpr (std::is_same_v<T, float>) return 0.5f * (1.0f + erff(h * 0.707106781186547524f));
   const float u = fabsf(h);
   float p = fmaf(u, -2.0721232e-11f, 1.50845303e-09f);
   p = fmaf(u, p, -4.73877719e-08f);
@@ -38,15 +33,13 @@ __device__ __forceinline__ float normal_cdf(float h) {
   return h < 0.0f ? tail : 1.0f - tail;
 }
 
-template <class T = float>
 __device__ __forceinline__ float gelu(float h) {
-  return h * normal_cdf<T>(h);
+  return h * normal_cdf(h);
 }
 
-template <class T = float>
 __device__ __forceinline__ float gelu_derivative(float h) {
   const float density = fast_exp2(fmaf(h * -0.72134752f, h, -1.3257481f));
-  return fmaf(h, density, normal_cdf<T>(h));
+  return fmaf(h, density, normal_cdf(h));
 }
 
 }  // namespace mimdet

@@ -20,7 +20,7 @@ def _bias_gelu_fwd_kernel(x, bias, y, C, BLOCK_C: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * C + channel
     z = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32)
     z += tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + offs, gelu(z, y.dtype.element_ty).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + offs, gelu(z).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "step"])
@@ -38,7 +38,7 @@ def _bias_gelu_bwd_kernel(dy, x, bias, dx, db_partial, M, C, step, BLOCK_M: tl.c
         mask = (row < last) & channel_mask
         offs = row * C + channel
         z = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32) + b
-        dz = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(z, dx.dtype.element_ty)
+        dz = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(z)
         tl.store(dx + offs, dz.to(dx.dtype.element_ty), mask=mask)
         db += tl.sum(dz, axis=0)[None, :]
     tl.store(db_partial + tl.program_id(0).to(tl.int64) * C + channel, db, mask=channel_mask)

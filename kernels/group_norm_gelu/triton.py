@@ -153,7 +153,7 @@ def _group_norm_gelu_fwd_kernel(
         tile = start(first, steps) + step
         offs, exists, valid = _tile(tile, block, sample, sizes, S, W, C, REPEAT, VECTOR, NHWC, HAS_SIZES)
         value = tl.load(x + offs, mask=valid, other=0.0).to(tl.float32)
-        result = gelu((value - x_mean) * scale + b, y.dtype.element_ty)
+        result = gelu((value - x_mean) * scale + b)
         if HAS_SIZES:
             result = tl.where(valid, result, 0.0)
         tl.store(y + offs, result.to(y.dtype.element_ty), mask=exists)
@@ -180,7 +180,7 @@ def _group_norm_gelu_bwd_sums_kernel(
         value = tl.load(x + offs, mask=valid, other=0.0).to(tl.float32)
         gradient = tl.load(dy + offs, mask=valid, other=0.0).to(tl.float32)
         x_hat = (value - x_mean) * x_rstd
-        dz = gradient * gelu_derivative(x_hat * w + b, dy.dtype.element_ty)
+        dz = gradient * gelu_derivative(x_hat * w + b)
         db += dz
         dw += dz * x_hat
     sums += (sample * parts + part) * 2 * REPEAT * C
@@ -249,7 +249,7 @@ def _group_norm_gelu_bwd_dx_kernel(
         value = tl.load(x + offs, mask=valid, other=0.0).to(tl.float32)
         gradient = tl.load(dy + offs, mask=valid, other=0.0).to(tl.float32)
         x_hat = (value - x_mean) * x_rstd
-        dz = gradient * gelu_derivative(x_hat * w + b, dy.dtype.element_ty)
+        dz = gradient * gelu_derivative(x_hat * w + b)
         result = x_rstd * (dz * w - a - x_hat * k)
         if HAS_SIZES:
             result = tl.where(valid, result, 0.0)

@@ -43,7 +43,7 @@ def _layer_norm_gelu_fwd_nhwc_kernel(
     shift = tl.sum(x_centered, axis=1)[:, None] / C
     x_rstd = tl.rsqrt(tl.sum(x_centered * x_centered, axis=1)[:, None] / C - shift * shift + eps)
     x_mean += shift
-    result = gelu((value - x_mean) * x_rstd * w + b, y.dtype.element_ty)
+    result = gelu((value - x_mean) * x_rstd * w + b)
     if HAS_SIZES:
         result = tl.where(use, result, 0.0)
         x_rstd = tl.where(use, x_rstd, 0.0)
@@ -92,9 +92,7 @@ def _layer_norm_gelu_bwd_nhwc_kernel(
         x_rstd = tl.load(rstd + row, mask=use, other=0.0)
         x_mean = tl.load(mean + row, mask=use, other=0.0)
         x_hat = tl.where(mask, (tl.load(x + offs, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd, 0.0)
-        dz = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(
-            x_hat * w + b, dy.dtype.element_ty
-        )
+        dz = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b)
         db += dz
         dw += dz * x_hat
         g = dz * w
@@ -144,7 +142,7 @@ def _layer_norm_gelu_fwd_nchw_kernel(
         w = tl.load(weight + channel, mask=channel < C, other=0.0)
         b = tl.load(bias + channel, mask=channel < C, other=0.0)
         x_hat = (tl.load(x + base + channel * S, mask=use & (channel < C), other=0.0).to(tl.float32) - x_mean) * x_rstd
-        result = gelu(x_hat * w + b, y.dtype.element_ty)
+        result = gelu(x_hat * w + b)
         if HAS_SIZES:
             result = tl.where(use, result, 0.0)
         tl.store(y + base + channel * S, result.to(y.dtype.element_ty), mask=mask)
@@ -180,9 +178,7 @@ def _layer_norm_gelu_bwd_nchw_kernel(
         b = tl.load(bias + channel, mask=channel < C, other=0.0)
         x_hat = (tl.load(x + base + channel * S, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd
         x_hat = tl.where(mask, x_hat, 0.0)
-        dz = tl.load(dy + base + channel * S, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(
-            x_hat * w + b, dy.dtype.element_ty
-        )
+        dz = tl.load(dy + base + channel * S, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b)
         out = sums + tl.program_id(0).to(tl.int64) * 2 * C + channel
         tl.store(out, tl.sum(dz, axis=1)[:, None], mask=channel < C)
         tl.store(out + C, tl.sum(dz * x_hat, axis=1)[:, None], mask=channel < C)
@@ -196,9 +192,7 @@ def _layer_norm_gelu_bwd_nchw_kernel(
         w = tl.load(weight + channel, mask=channel < C, other=0.0)
         b = tl.load(bias + channel, mask=channel < C, other=0.0)
         x_hat = (tl.load(x + base + channel * S, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd
-        dz = tl.load(dy + base + channel * S, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(
-            x_hat * w + b, dy.dtype.element_ty
-        )
+        dz = tl.load(dy + base + channel * S, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b)
         result = x_rstd * (dz * w - a_mean - x_hat * k_mean)
         tl.store(dx + base + channel * S, result.to(dx.dtype.element_ty), mask=exists & (channel < C))
 

@@ -37,8 +37,8 @@ HEADER_ON_CPU = """
 #include "cuda_gelu.h"
 extern "C" void run(const float* z, float* y, float* derivative, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    y[i] = mimdet::gelu<short>(z[i]);
-    derivative[i] = mimdet::gelu_derivative<short>(z[i]);
+    y[i] = mimdet::gelu(z[i]);
+    derivative[i] = mimdet::gelu_derivative(z[i]);
   }
 }
 """

@@ -12,7 +12,7 @@ def forward(x, y, count, block: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     mask = offs < count
     z = tl.load(x + offs, mask=mask).to(tl.float32)
-    tl.store(y + offs, gelu(z, y.dtype.element_ty).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + offs, gelu(z).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -21,5 +21,5 @@ def backward(dy, x, dx, count, block: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     mask = offs < count
     z = tl.load(x + offs, mask=mask).to(tl.float32)
-    dz = tl.load(dy + offs, mask=mask).to(tl.float32) * gelu_derivative(z, dx.dtype.element_ty)
+    dz = tl.load(dy + offs, mask=mask).to(tl.float32) * gelu_derivative(z)
     tl.store(dx + offs, dz.to(dx.dtype.element_ty), mask=mask)
