@@ -11,6 +11,29 @@ import torch
 
 from mimdet.kernels import build, dispatch
 from mimdet.modeling import memory
+from mimdet.testing.op_cases import layouts, quantized
+
+__all__ = [
+    "BF16",
+    "F16",
+    "F32",
+    "IMPLS",
+    "INTERPRETED",
+    "PLACES",
+    "Guarded",
+    "activation_bytes",
+    "here",
+    "layouts",
+    "mocked_gpu",
+    "native",
+    "needs_compiler",
+    "on_all",
+    "poisoned_allocations",
+    "quantized",
+    "run_on_older_processor",
+    "threads",
+    "usable",
+]
 
 INTERPRETED = dispatch.interpreting()
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -58,12 +81,6 @@ def threads(count):
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def quantized(*shape, dtype=torch.float32, seed=0, mean=0.0, std=1.0):
-    """Random numbers rounded to ``dtype``, so that float64 holds them exactly."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std + mean).to(dtype)
 
 
 def run_on_older_processor(isa, file, selected):
@@ -148,16 +165,3 @@ class Guarded:
         if not memory.is_floating_point():
             return memory
         return memory.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[memory.element_size()])
-
-
-def layouts(x):
-    """The same values in five layouts, by name: dense, channels last (4-D), transposed, sliced, with an offset."""
-    variants = {"contiguous": x.contiguous()}
-    if x.ndim == 4:
-        variants["channels_last"] = x.contiguous(memory_format=torch.channels_last)
-    variants["transposed"] = x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
-    wide[..., ::2] = x
-    variants["sliced"] = wide[..., ::2]
-    variants["offset"] = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-    return variants
