@@ -127,10 +127,9 @@ def dtypes_of(op: str) -> tuple[str, ...]:
 
 def layouts_of(op: str) -> tuple[str, ...]:
     """Names of the layouts that an operation's cases have."""
-    maps = op in IMAGES or op == "roi_align_levels"
-    # Boxes that are all equal test nothing.
-    dropped = {"channels_last"} * (not maps) | ({"expanded"} if op in DISCRETE else set())
-    return tuple(name for name in LAYOUTS if name not in dropped)
+    # Boxes that are all equal would test nothing.
+    has = {"channels_last": op in IMAGES or op == "roi_align_levels", "expanded": op not in DISCRETE}
+    return tuple(name for name in LAYOUTS if has.get(name, True))
 
 
 def sizes_of(op: str) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ def read(name: str, folder: Path = FOLDER) -> bytes:
     try:
         weights.self_check()
     except AssertionError as error:
-        raise RecordingError("this NumPy draws other random numbers than the recordings' inputs: take another") from error
+        raise RecordingError("this NumPy draws other random numbers than the recordings hold: take another") from error
     return content
 
 

@@ -11,6 +11,7 @@ import torch
 
 from mimdet.kernels import build, dispatch
 from mimdet.modeling import memory
+from mimdet.testing.memory import poison, poisoned_allocations
 from mimdet.testing.op_cases import layouts, quantized
 
 __all__ = [
@@ -92,35 +93,6 @@ def run_on_older_processor(isa, file, selected):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def _poison(tensor):
-    if tensor.is_floating_point():
-        return float("nan")
-    return True if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).max
-
-
-@contextlib.contextmanager
-def poisoned_allocations():
-    """Inside, torch.empty, empty_like, empty_strided and new_empty return NaN (integers: their largest value)."""
-
-    def poison(tensor):
-        if tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.FakeTensor):
-            tensor.detach().fill_(_poison(tensor))
-        return tensor
-
-    def wrapped(function):
-        return lambda *args, **kwargs: poison(function(*args, **kwargs))
-
-    places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
-    originals = [getattr(owner, name) for owner, name in places]
-    try:
-        for (owner, name), original in zip(places, originals, strict=True):
-            setattr(owner, name, wrapped(original))
-        yield
-    finally:
-        for (owner, name), original in zip(places, originals, strict=True):
-            setattr(owner, name, original)
-
-
 @contextlib.contextmanager
 def mocked_gpu():
     """Inside, Triton and CUDA C++ refuse no call for want of a GPU."""
@@ -150,8 +122,8 @@ class Guarded:
 
     def __init__(self, tensor):
         span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-        poison = _poison(tensor)
-        self.memory = torch.full((span + 2 * self.BAND,), poison, dtype=tensor.dtype, device=tensor.device)
+        filling = poison(tensor)
+        self.memory = torch.full((span + 2 * self.BAND,), filling, dtype=tensor.dtype, device=tensor.device)
         self.tensor = self.memory.as_strided(tensor.shape, tensor.stride(), self.BAND)
         self.tensor.copy_(tensor)
         self.before = self.memory.clone()
