@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -189,12 +189,14 @@ def _says_more(implementation: str) -> bool:
 
 
 def _in_level(level: str, interpreted: bool, dtype: str, layout: str, size: str) -> bool:
-    tiny, ours = size in ("small", "faint"), layout in _MODEL_LAYOUTS
+    ours = layout in _MODEL_LAYOUTS
     if level == "quick":
-        return tiny and (ours and dtype != "fp16" if interpreted else ours or dtype == "fp32")
+        if interpreted:
+            return ours and (size, dtype) in (("small", "fp32"), ("small", "bf16"), ("faint", "fp32"))
+        return size in ("small", "faint") and (ours or dtype == "fp32")
     if level == "default":
         if interpreted:
-            return (ours and size in ("small", "faint", "odd")) or (size == "small" and dtype == "fp32")
+            return (ours and size in ("small", "faint", "odd")) or (size, dtype) == ("small", "fp32")
         return ours or size == "small"
     return not (interpreted and size == "model")  # minutes each
 

@@ -108,7 +108,8 @@ class Interpreter:
     def _start() -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-m", "mimdet.parity.interpreted"],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
+            # Its tensors are too small for several threads, which would wait for this process's.
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

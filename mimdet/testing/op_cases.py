@@ -356,7 +356,6 @@ def cotangents(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     ]
 
 
-
 def errors(
     example: Case, actual: Mapping[str, torch.Tensor], gradients: Sequence[torch.Tensor] | None = None
 ) -> list[Measurement]:
