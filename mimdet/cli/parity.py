@@ -33,7 +33,7 @@ def parity(
     ] = False,
     only: Annotated[
         str | None,
-        typer.Option(metavar="PATTERN", help="Cases whose id has this in it; or a glob, such as 'nms_slots-*-bf16-*'."),
+        typer.Option(metavar="PATTERN", help="Cases whose id has this in it, or a glob: `nms_slots-*-forward`."),
     ] = None,
     device: Annotated[Device | None, typer.Option(help="Default: the CPU, and the GPU where there is one.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Default: all.")] = None,

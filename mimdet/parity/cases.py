@@ -19,6 +19,8 @@ from . import models
 
 LEVELS = ("quick", "default", "full")
 DEVICES = ("cpu", "cuda")
+# Minutes under the interpreter.
+_LONG = ("wide", "model")
 # Of the model's memory, hence compared with every dtype and size.
 _MODEL_LAYOUTS = ("contiguous", "channels_last")
 
@@ -193,12 +195,12 @@ def _in_level(level: str, interpreted: bool, dtype: str, layout: str, size: str)
     if level == "quick":
         if interpreted:
             return ours and (size, dtype) in (("small", "fp32"), ("small", "bf16"), ("faint", "fp32"))
-        return size in ("small", "faint") and (ours or dtype == "fp32")
+        return size in ("small", "faint", "padded") and (ours or dtype == "fp32")
     if level == "default":
         if interpreted:
-            return (ours and size in ("small", "faint", "odd")) or (size, dtype) == ("small", "fp32")
+            return (size == "small" and (ours or dtype == "fp32")) or (ours and dtype == "fp32" and size not in _LONG)
         return ours or size == "small"
-    return not (interpreted and size == "model")  # minutes each
+    return not (interpreted and size == "model")
 
 
 def _models(level: str, device: str, original: Path | None) -> Iterator[tuple[ParityCase, str | None]]:

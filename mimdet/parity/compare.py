@@ -144,9 +144,8 @@ def _cells(growth: Growth) -> tuple[str, ...]:
 def summary(result: Comparison) -> str:
     """The last line."""
     shared = len(result.grown) + result.shrunk + result.same
-    text = (
-        f"{shared} cases in both: {len(result.grown)} errors grew, {result.shrunk} shrank, {result.same} are the same"
-    )
+    changes = f"{len(result.grown)} errors grew, {result.shrunk} shrank, {result.same} are the same"
+    text = f"{shared} cases in both: {changes}"
     for ids, where in ((result.only_first, "A"), (result.only_second, "B")):
         if ids:
             text += f"; {len(ids)} cases in {where} alone"

@@ -1,4 +1,4 @@
-"""``python -m mimdet.parity.interpreted``: reads cases from stdin and writes results to stdout, one JSON object a line."""
+"""``python -m mimdet.parity.interpreted``: cases from stdin, results to stdout, one JSON object a line."""
 
 from __future__ import annotations
 

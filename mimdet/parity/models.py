@@ -34,6 +34,7 @@ RATIOS = (0.25, 0.5, 0.75, 1.0)
 # Relative L2 distances that float32 allows; a ReLU whose input is near 0 may switch by rounding, hence the last.
 FEATURES, GRADIENTS, LOSSES, STATISTICS, GRADIENTS_OF_LOSSES = 3e-6, 2e-5, 1e-5, 5e-5, 2e-2
 MAPS, BOXES, RESIZED_BOXES, SCORES, MASKS = 1e-5, 5e-3, 1e-2, 1e-4, 1e-3
+_SMOOTH = ("c2", "c3", "c4")  # c5 has max pooling
 PIXELS = 10  # of one mask that may differ
 _EPS = torch.finfo(torch.float32).eps
 
@@ -66,7 +67,7 @@ def model_of(case) -> nn.Module:
     model = _model(case.device)
     fill_module(model)
     model.zero_grad()
-    return model.eval().requires_grad_(True)
+    return model.eval()
 
 
 def backbone_input(device: str = "cpu") -> ImageList:
@@ -122,18 +123,20 @@ def _gradients(model, device: str, dtype: torch.dtype, names) -> dict[str, torch
     return {n: p.grad.double().cpu() for n, p in bottom_up.named_parameters() if p.requires_grad}
 
 
+@cache
+def _exact_gradients(device: str) -> list[dict[str, torch.Tensor]]:
+    """In float64 by plain PyTorch: without c5, and of all features."""
+    model = small.small_model().to(device).eval()
+    with use("eager"):
+        return [_gradients(model, device, torch.float64, names) for names in (_SMOOTH, (*_SMOOTH, "c5"))]
+
+
 def _backbone_gradients(case, model) -> list[Measurement]:
     """Float64 in plain PyTorch equals the recording; float32 equals float64 without c5, in whose max pooling rounding
     may choose the other of two nearly equal cells."""
-    smooth = ("c2", "c3", "c4")
-    try:
-        with exactly(case):
-            actual = _gradients(model, case.device, torch.float32, smooth)
-        with use("eager"):
-            exact = _gradients(model, case.device, torch.float64, smooth)
-            whole = _gradients(model, case.device, torch.float64, (*smooth, "c5"))
-    finally:
-        model.float()
+    with exactly(case):
+        actual = _gradients(model, case.device, torch.float32, _SMOOTH)
+    exact, whole = _exact_gradients(case.device)
     results = []
     for name, value in whole.items():
         key = f"grad.{name}"
@@ -376,7 +379,7 @@ def _of_detectron2(case, model: nn.Module) -> list[Measurement]:
     bottom_up.sample_ratio = bottom_up.inference_sample_ratio = 0.5
     batch = batch_of_detectron2(_images(case), targets())
     numbers = torch.from_numpy(noise(7, 2, 280)).to(case.device)
-    tokens = mock.patch.object(torch, "rand", lambda *size, **options: numbers)
+    tokens = mock.patch.object(torch, "rand", return_value=numbers)
     candidates = mock.patch.object(torch, "randperm", lambda n, **options: torch.arange(n, **options))
     with exactly(case), tokens, candidates, torch.no_grad():
         if case.size == "losses":
@@ -384,11 +387,11 @@ def _of_detectron2(case, model: nn.Module) -> list[Measurement]:
                 return compare_losses("train_polygons", model.train()(batch))
         results = []
         for i, result in enumerate(model.eval()(batch)):
-            found_here = result["instances"]
-            values = {"boxes": found_here.pred_boxes.tensor, "masks": found_here.pred_masks}
+            instances = result["instances"]
+            values = {"boxes": instances.pred_boxes.tensor, "masks": instances.pred_masks}
             key = f"eval_r0.5.im{i}"
             order, *distances = _order(key, values["boxes"].cpu().numpy())
-            scores = np.abs(found_here.scores.cpu().numpy()[order] - recorded().expected(f"{key}.scores")).max()
+            scores = np.abs(instances.scores.cpu().numpy()[order] - recorded().expected(f"{key}.scores")).max()
             results += [*distances, near(f"{key}.scores", scores, SCORES), *_masks(f"{key}.own", values, order)]
         return results
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import kernels
-from ..kernels import OPS, dispatch
+from ..kernels import OPS, dispatch, valid_mask
 from ..kernels.dispatch import BF16, F16, F32
 from . import plain
 from .budget import Measurement, assert_same_kind, measure
@@ -17,6 +17,7 @@ EPS = 1e-6
 # Operations by what they have in common.
 IMAGES = ("batch_norm", "group_norm_gelu", "layer_norm_gelu")
 NORMS = ("add_layer_norm", *IMAGES)
+MAPS = (*IMAGES, "roi_align_levels")
 MIXING = ("batch_norm",)  # the result of an image depends on the others
 PACKED = ("attention_varlen",)  # tokens of all images in one dimension
 DISCRETE = ("match_boxes", "nms_slots", "rasterize_polygons", "sample_tokens")
@@ -33,6 +34,8 @@ SIZES = {
     # Of norms alone: a variance as small as epsilon, and a mean that is large beside the standard deviation.
     "faint": {"mean": 0.0, "std": 1e-3},
     "far": {"mean": 1e2, "std": 0.5},
+    # Of maps alone: images of other sizes than their batch, and NaN around them.
+    "padded": {"batch": 3, "length": 36, "padded": True},
 }
 
 
@@ -128,13 +131,14 @@ def dtypes_of(op: str) -> tuple[str, ...]:
 def layouts_of(op: str) -> tuple[str, ...]:
     """Names of the layouts that an operation's cases have."""
     # Boxes that are all equal would test nothing.
-    has = {"channels_last": op in IMAGES or op == "roi_align_levels", "expanded": op not in DISCRETE}
+    has = {"channels_last": op in MAPS, "expanded": op not in DISCRETE}
     return tuple(name for name in LAYOUTS if has.get(name, True))
 
 
 def sizes_of(op: str) -> tuple[str, ...]:
     """Names in ``SIZES`` that an operation's cases have."""
-    return tuple(name for name in SIZES if op in NORMS or name not in ("faint", "far"))
+    has = {"faint": op in NORMS, "far": op in NORMS, "padded": op in MAPS}
+    return tuple(name for name in SIZES if has.get(name, True))
 
 
 def public(op: str) -> Callable:
@@ -159,6 +163,7 @@ def case(
     mean: float = 0.5,
     std: float = 1.0,
     layout: str | None = None,
+    padded: bool = False,
     device: str = "cpu",
 ) -> Case:
     """Quantized random arguments of ``op``.
@@ -171,6 +176,7 @@ def case(
         parameters: dtype of weight, bias and position embedding.
         mean, std: of the main input.
         layout: name in ``LAYOUTS`` for the main inputs; by default dense.
+        padded: of ``MAPS``: images have other sizes than their batch.
         device: of all tensors.
     """
 
@@ -199,7 +205,12 @@ def case(
         return Case(op, {"x": tokens(length), "pos": pos}, {"index": order[:, :kept]})
     if op in IMAGES:
         others = {"eps": EPS} | ({"training": True, "relu": True} if op == "batch_norm" else {})
-        return Case(op, {"x": main(batch, channels, *_sides(length)), **affine}, others)
+        x = main(batch, channels, *_sides(length))
+        if padded:
+            sizes = _sizes(batch, x.shape[2:]).to(device)
+            x = lay_out(x.masked_fill(~valid_mask(sizes, x.shape[2:])[:, None], torch.nan), layout)
+            others["sizes"] = sizes
+        return Case(op, {"x": x, **affine}, others)
     if op == "match_boxes":
         return Case(op, {}, _laid_out(_boxes(batch, length, channels, device), layout))
     if op == "nms_slots":
@@ -208,7 +219,8 @@ def case(
         return Case(op, {}, _laid_out(_polygons(batch, length, channels, device), layout))
     if op == "roi_align_levels":
         maps = {"fine": main(batch, channels, 8, 9), "coarse": main(batch, channels, 4, 5, seed=4)}
-        return Case(op, maps, _regions(batch, length, device))
+        sizes = torch.stack([_sizes(batch, m.shape[2:]) for m in maps.values()]).to(device)
+        return Case(op, maps, _regions(batch, length, device) | ({"sizes": sizes} if padded else {}))
     if op == "sample_tokens":
         noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(5)).to(device)
         return Case(op, {}, _laid_out({"noise": noise, "valid_mask": noise < 0.9, "ratio": 0.5}, layout))
@@ -312,6 +324,11 @@ def lay_out(x: torch.Tensor, layout: str | None) -> torch.Tensor:
     if layout is None:
         return x
     return x[:1].expand(x.shape) if layout == "expanded" else layouts(x)[layout]
+
+
+def _sizes(batch, sides):
+    """(batch, 2): rows and columns of each image, one less of each for every image."""
+    return torch.tensor([[max(1, side - i) for side in sides] for i in range(batch)], dtype=torch.int32).view(-1, 2)
 
 
 def _sides(length):

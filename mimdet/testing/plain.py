@@ -36,9 +36,20 @@ def attention_varlen(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: in
 
 
 def batch_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, training: bool, relu: bool, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    training: bool,
+    relu: bool,
+    eps: float,
+    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``F.batch_norm`` with statistics of the batch, then ReLU."""
+    """``F.batch_norm`` with statistics of the batch, then ReLU; of the images' areas alone, zero around them."""
+    if sizes is not None:
+        inside = _inside(x, sizes)
+        cells = x.permute(0, 2, 3, 1)[inside].T[None, :, None]
+        y = batch_norm(cells, weight, bias, training, relu, eps)[0, :, 0].T
+        return x.new_zeros(*inside.shape, x.shape[1]).index_put((inside,), y).permute(0, 3, 1, 2)
     if not x.numel():
         return x * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
     # channels_last statistics are added up naively, which would double the budget.
@@ -57,13 +68,27 @@ def gather_add_pos(x: torch.Tensor, pos: torch.Tensor, index: torch.Tensor) -> t
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2])) + pos[index]
 
 
-def group_norm_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """``F.gelu`` of ``F.group_norm`` with one group."""
+def group_norm_gelu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, sizes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``F.gelu`` of ``F.group_norm`` with one group; of each image's area alone, zero around it."""
+    if sizes is not None:
+        height, width = x.shape[2:]
+        areas = []
+        for image, (rows, columns) in zip(x, sizes.tolist(), strict=True):
+            y = group_norm_gelu(image[None, :, :rows, :columns], weight, bias, eps)
+            areas.append(F.pad(y, (0, width - columns, 0, height - rows)))
+        return torch.cat(areas)
     return F.gelu(F.group_norm(x, 1, weight, bias, eps))
 
 
-def layer_norm_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """``F.gelu`` of ``F.layer_norm`` over the channels of each position."""
+def layer_norm_gelu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, sizes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``F.gelu`` of ``F.layer_norm`` over the channels of each position; of each image's area alone, zero around it."""
+    if sizes is not None:
+        inside = _inside(x, sizes)[:, None]
+        return layer_norm_gelu(x.where(inside, 0), weight, bias, eps).where(inside, 0)
     return F.gelu(F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps)).permute(0, 3, 1, 2)
 
 
@@ -138,8 +163,19 @@ def roi_align_levels(
     scales: Sequence[float],
     canonical_size: float,
     canonical_level: int,
+    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``torchvision.ops.roi_align`` of every box on both maps, the one of its level taken; zeros for empty slots."""
+    """``torchvision.ops.roi_align`` of every box on both maps, the one of its level taken; zeros for empty slots.
+
+    With ``sizes`` (2, B, 2), on each image's area alone.
+    """
+    if sizes is not None:
+        rest = {"size": size, "scales": scales, "canonical_size": canonical_size, "canonical_level": canonical_level}
+        pooled = []
+        for i, areas in enumerate(sizes.transpose(0, 1).tolist()):
+            maps = [m[i : i + 1, :, :rows, :columns] for m, (rows, columns) in zip((fine, coarse), areas, strict=True)]
+            pooled.append(roi_align_levels(*maps, boxes[i : i + 1], valid[i : i + 1], **rest))
+        return torch.cat(pooled)
     sides = boxes[..., 2:] - boxes[..., :2]
     ideal = canonical_level + torch.log2(sides.prod(-1).sqrt() / canonical_size + 1e-8)
     first = round(-np.log2(scales[0]))
@@ -168,6 +204,14 @@ def scatter_fill(kept: torch.Tensor, fill: torch.Tensor, ids_restore: torch.Tens
     """``torch.gather`` of the concatenated rows, plus the position embedding."""
     rows = torch.cat([kept, fill], dim=1)
     return rows.gather(1, ids_restore.long()[..., None].expand(-1, -1, rows.shape[2])) + pos
+
+
+def _inside(x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """(B, H, W) bool"""
+    inside = torch.zeros(x[:, 0].shape, dtype=torch.bool)
+    for image, (rows, columns) in zip(inside, sizes.tolist(), strict=True):
+        image[:rows, :columns] = True
+    return inside
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
