@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..kernels import OPS, dispatch
-from ..testing import op_cases
+from ..testing import op_cases, recording
 from ..testing.budget import Measurement
 from ..testing.memory import poisoned_allocations
 from ..testing.op_cases import DIFFERENTIABLE, DTYPES
@@ -106,6 +106,7 @@ def select(
 
     Raises:
         BadUseError: no case matches, or none that matches can run here; says why.
+        mimdet.testing.RecordingError: a recording that the cases need is missing or altered.
     """
     gpu = torch.cuda.is_available()
     devices = [device] if device else ["cpu", "cuda"] if gpu else ["cpu"]
@@ -124,6 +125,8 @@ def select(
             else:
                 missing.append(Unavailable(case.op, case.implementation, case.device, case.dtype, reason))
     missing = list(dict.fromkeys(missing))
+    if any(case.op in models.PARTS for case in listed):
+        recording.check()
     if listed:
         return listed, missing
     asked = " with ".join(t for t in (f"--only {only}" if only else "", f"--dtype {dtype}" if dtype else "") if t)
@@ -199,7 +202,7 @@ def _in_level(level: str, interpreted: bool, dtype: str, layout: str, size: str)
     if level == "default":
         if interpreted:
             return (size == "small" and (ours or dtype == "fp32")) or (ours and dtype == "fp32" and size not in _LONG)
-        return ours or size == "small"
+        return ours or size == "small" or (dtype == "fp32" and size in ("faint", "padded"))
     return not (interpreted and size == "model")
 
 

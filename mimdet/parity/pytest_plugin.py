@@ -35,13 +35,14 @@ class Cases(pytest.Collector):
 
     def collect(self) -> list[pytest.Item]:
         """One test for each case."""
+        from ..testing import RecordingError
         from .cases import BadUseError, select
         from .run import Interpreter
 
         options = self.config.getoption
         try:
             cases, _ = select(options("--mimdet-parity-level"), device=options("--mimdet-parity-device"))
-        except BadUseError as error:
+        except (BadUseError, RecordingError) as error:
             raise pytest.UsageError(f"--mimdet-parity: {error}") from None
         interpreter = Interpreter()
         self.config.add_cleanup(interpreter.close)

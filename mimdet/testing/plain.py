@@ -46,7 +46,7 @@ def batch_norm(
 ) -> torch.Tensor:
     """``F.batch_norm`` with statistics of the batch, then ReLU; of the images' areas alone, zero around them."""
     if sizes is not None:
-        inside = _inside(x, sizes)
+        inside = _area(x, sizes)
         cells = x.permute(0, 2, 3, 1)[inside].T[None, :, None]
         y = batch_norm(cells, weight, bias, training, relu, eps)[0, :, 0].T
         return x.new_zeros(*inside.shape, x.shape[1]).index_put((inside,), y).permute(0, 3, 1, 2)
@@ -87,7 +87,7 @@ def layer_norm_gelu(
 ) -> torch.Tensor:
     """``F.gelu`` of ``F.layer_norm`` over the channels of each position; of each image's area alone, zero around it."""
     if sizes is not None:
-        inside = _inside(x, sizes)[:, None]
+        inside = _area(x, sizes)[:, None]
         return layer_norm_gelu(x.where(inside, 0), weight, bias, eps).where(inside, 0)
     return F.gelu(F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps)).permute(0, 3, 1, 2)
 
@@ -206,7 +206,7 @@ def scatter_fill(kept: torch.Tensor, fill: torch.Tensor, ids_restore: torch.Tens
     return rows.gather(1, ids_restore.long()[..., None].expand(-1, -1, rows.shape[2])) + pos
 
 
-def _inside(x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+def _area(x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """(B, H, W) bool"""
     inside = torch.zeros(x[:, 0].shape, dtype=torch.bool)
     for image, (rows, columns) in zip(inside, sizes.tolist(), strict=True):
