@@ -162,13 +162,13 @@ def _operations(level: str, device: str, interpreter: bool) -> Iterator[tuple[Pa
     for op, operation in dispatch.operations().items():
         for implementation, registered in operation.implementations.items():
             for dtype in op_cases.dtypes_of(op):
-                interpreted = implementation == "triton" and device == "cpu"
-                if interpreted and interpreter:
+                interpreted = interpreter and implementation == "triton" and device == "cpu"
+                if registered.device != "any" and not interpreted and (device == "cpu") != (registered.device == "CPU"):
+                    continue  # made for the other device
+                if interpreted:
                     reason = _interpreter_refuses(registered, dtype)
                 else:
                     reason = registered.refusal(_call(device, dtype, equal_lengths=True))
-                if reason is not None and device == "cpu" and not _says_more(implementation):
-                    continue
                 for layout in op_cases.layouts_of(op):
                     for size in op_cases.sizes_of(op):
                         if _in_level(level, interpreted, dtype, layout, size):
@@ -186,11 +186,6 @@ def _interpreter_refuses(registered: dispatch.Implementation, dtype: str) -> str
     if registered.dtypes and DTYPES[dtype] not in registered.dtypes:
         return f"no kernel for {DTYPES[dtype]}"
     return None
-
-
-def _says_more(implementation: str) -> bool:
-    """Kernels for GPUs alone are not listed as missing on a CPU."""
-    return implementation not in ("cuda", "flash_attn", "torch_varlen")
 
 
 def _in_level(level: str, interpreted: bool, dtype: str, layout: str, size: str) -> bool:

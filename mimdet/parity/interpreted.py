@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import warnings
 from dataclasses import asdict
 
 
@@ -17,6 +19,8 @@ def main() -> None:
     from .cases import parse
     from .run import run_case
 
+    # NumPy warns of lanes that the kernels mask.
+    warnings.simplefilter("ignore", RuntimeWarning)
     interpreter.patch()
     for line in sys.stdin:
         values = asdict(run_case(parse(json.loads(line))))
@@ -25,4 +29,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(KeyboardInterrupt):  # the parent says it
+        main()

@@ -5,6 +5,9 @@ Without the option nothing is imported but this file.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 NAME = "mimdet-parity"
@@ -41,8 +44,10 @@ class Cases(pytest.Collector):
 
         options = self.config.getoption
         try:
-            cases, _ = select(options("--mimdet-parity-level"), device=options("--mimdet-parity-device"))
-        except (BadUseError, RecordingError) as error:
+            cases, _ = select(
+                options("--mimdet-parity-level"), device=options("--mimdet-parity-device"), original=_original()
+            )
+        except (BadUseError, RecordingError, FileNotFoundError) as error:
             raise pytest.UsageError(f"--mimdet-parity: {error}") from None
         interpreter = Interpreter()
         self.config.add_cleanup(interpreter.close)
@@ -61,7 +66,7 @@ class CaseItem(pytest.Item):
         """Measure it; its numbers become properties of the test in --junit-xml."""
         from .run import FAILED, run_case
 
-        result = self.interpreter.run(self.case) if self.case.interpreted else run_case(self.case)
+        result = self.interpreter.run(self.case) if self.case.interpreted else run_case(self.case, _original())
         for name in ("tensor", "error", "budget", "reference_error", "ulp"):
             self.user_properties.append((name, getattr(result, name)))
         if result.status == FAILED:
@@ -76,6 +81,11 @@ class CaseItem(pytest.Item):
     def reportinfo(self):
         """Where it is, for reports."""
         return self.path, None, f"{NAME}: {self.name}"
+
+
+def _original() -> Path | None:
+    """The checkout of the original that the environment names."""
+    return Path(os.environ["MIMDET_ORIGINAL"]) if os.environ.get("MIMDET_ORIGINAL") else None
 
 
 class CaseFailedError(Exception):

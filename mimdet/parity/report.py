@@ -183,6 +183,8 @@ def header(about: Report) -> list[str]:
     ]
     if any(result.case.interpreted for result in about.results):
         lines.append(INTERPRETED)
+    if "gpu" not in values:
+        lines.append("the CPU alone: kernels compiled for a GPU were not compared")
     reasons: dict[tuple, list[Unavailable]] = {}
     for missing in about.unavailable:
         reasons.setdefault((missing.implementation, missing.device, missing.reason), []).append(missing)

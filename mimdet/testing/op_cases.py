@@ -33,7 +33,7 @@ SIZES = {
     "model": {"length": 196, "channels": 192},
     # Of norms alone: a variance as small as epsilon, and a mean that is large beside the standard deviation.
     "faint": {"mean": 0.0, "std": 1e-3},
-    "far": {"mean": 16.0},
+    "far": {"mean": 8.0},
     # Of maps alone: images of other sizes than their batch, and NaN around them.
     "padded": {"batch": 3, "length": 36, "padded": True},
 }
