@@ -1,4 +1,4 @@
-"""The whole detector against recordings of the original MIMDet on Detectron2: the model's cases of ``mimdet parity``."""
+"""The whole detector against recordings of the original on Detectron2: the model's cases of ``mimdet parity``."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The cases of ``mimdet parity`` that need Detectron2, and the original's checkout where ``MIMDET_ORIGINAL`` names it."""
+"""The cases of ``mimdet parity`` that need Detectron2, and those of the checkout that ``MIMDET_ORIGINAL`` names."""
 
 import os
 from pathlib import Path
