@@ -97,8 +97,10 @@ def _growth(before: Mapping[str, Any], after: Mapping[str, Any]) -> Growth:
         if before["error"] is not None:
             grown, ulp = after["error"] - before["error"], after["ulp"] or before["ulp"]
             ulps = grown / ulp if ulp else grown  # integers are counted
+        else:
+            ulps = -float("inf")  # an exception before
     elif before["error"] is None:
-        ulps = 0.0  # an error in both
+        ulps = 0.0  # an exception in both
     return Growth(after["id"], after["tensor"], *errors, ulps, share, fails)
 
 

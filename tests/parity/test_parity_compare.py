@@ -41,17 +41,18 @@ def test_growth_in_units_in_the_last_place(tmp_path):
     first = write(
         tmp_path / "a.json", ("same", 1, "passed"), ("little", 1, "passed"), ("much", 1, "passed"),
         ("less", 3, "passed"), ("gone", 1, "passed"), ("fails", 7, "passed"), ("broken", None, "failed"),
+        ("mended", None, "failed"),
     )  # fmt: skip
     second = write(
         tmp_path / "b.json", ("same", 1.4, "passed"), ("little", 2, "passed"), ("much", 5, "passed"),
         ("less", 1, "passed"), ("fails", 9, "failed"), ("broken", None, "failed"), ("new", 1, "passed"),
-        auto="eager", torch="2.15.0",
+        ("mended", 2, "passed"), auto="eager", torch="2.15.0",
     )  # fmt: skip
     result = compare.compare(first, second)
     grown = {growth.id: growth.ulps for growth in result.grown}
     assert grown == {"fails": pytest.approx(2), "much": pytest.approx(4), "little": pytest.approx(1)}
     assert next(iter(grown)) == "fails"
-    assert (result.shrunk, result.same) == (1, 2)
+    assert (result.shrunk, result.same) == (2, 2)
     assert result.newly_failed == ["fails"]
     assert (result.only_first, result.only_second) == (["gone"], ["new"])
     assert result.auto == [("op cpu fp32", "cpp", "eager")]
