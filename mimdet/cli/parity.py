@@ -29,7 +29,7 @@ def parity(
         bool, typer.Option("--quick", help="Small inputs, the model once: under a minute on two cores.")
     ] = False,
     full: Annotated[
-        bool, typer.Option("--full", help="Every size, and the model by every implementation: an hour.")
+        bool, typer.Option("--full", help="Every size, and the model by every implementation: half an hour.")
     ] = False,
     only: Annotated[
         str | None,

@@ -142,8 +142,7 @@ def table(results: Sequence[Result]) -> Table:
     failed = [result for result in results if result.status == FAILED]
     groups: dict[tuple, list[Result]] = {}
     for result in results:
-        case = result.case
-        groups.setdefault((case.op, case.implementation, case.device, case.dtype), []).append(result)
+        groups.setdefault(_group(result), []).append(result)
     passed = [max(group, key=_rank) for group in groups.values() if not any(r.status == FAILED for r in group)]
     counts = {id(worst): len(groups[_group(worst)]) for worst in passed}
     drawn = Table(title="Parity, worst case first", title_justify="left", title_style="bold")
