@@ -5,10 +5,11 @@ import json
 import re
 import sys
 import xml.etree.ElementTree as ET
+from importlib.util import find_spec
 
 import pytest
 import torch
-from support.kernels import usable
+from support.kernels import mocked_gpu, usable
 
 from mimdet.cli import main
 from mimdet.kernels import OPS
@@ -109,6 +110,22 @@ def test_an_error_inside_a_case_is_its_message(monkeypatch):
     result = running.run_case(case)
     assert (result.status, result.message, result.error) == ("failed", "RuntimeError: no such memory", None)
     json.dumps(result.row(), allow_nan=False)
+
+
+def test_a_gpu_has_its_implementations(monkeypatch):
+    with mocked_gpu():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+        everywhere, _ = cases.select("quick")
+        on_gpu, _ = cases.select("quick", device="cuda")
+        interpreted, _ = cases.select("quick", device="cpu")
+    assert {c.device for c in everywhere} == {"cpu", "cuda"}
+    assert not [c for c in everywhere if c.interpreted]
+    assert [c for c in interpreted if c.interpreted] or not find_spec("triton")
+    chosen = {c.implementation for c in on_gpu}
+    assert chosen >= {"auto", "cuda", "eager", "torch_varlen"}
+    assert not chosen & {"cpp", "aten_cpu"}
+    assert [c for c in on_gpu if c.op == "attention_varlen" and c.implementation == "sdpa"]
 
 
 BAD = {
