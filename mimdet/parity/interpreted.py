@@ -29,5 +29,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):  # the parent says it
+    # The parent tells of Ctrl-C; if it is gone, nobody reads the answers.
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         main()

@@ -89,8 +89,11 @@ class Interpreter:
     def run(self, case: ParityCase) -> Result:
         """Measure one case there; if the process dies, the case failed and the next one starts another."""
         with self._lock:
-            if self._process is None:
-                self._process = self._start()
+            try:
+                if self._process is None:
+                    self._process = self._start()
+            except OSError as error:
+                return Result(case, FAILED, message=f"the interpreter's process cannot start: {error}")
             process = self._process
             try:
                 process.stdin.write(json.dumps(asdict(case)) + "\n")
@@ -135,11 +138,11 @@ def run(
         advance: called after each case.
     """
     results: dict[ParityCase, Result] = {}
-    interpreter = Interpreter()
+    interpreter, stopped = Interpreter(), threading.Event()
 
     def interpret() -> None:
         for case in cases:
-            if case.interpreted:
+            if case.interpreted and not stopped.is_set():
                 results[case] = interpreter.run(case)
                 advance()
 
@@ -152,5 +155,8 @@ def run(
                 advance()
         beside.join()
     finally:
+        # After Ctrl-C here, the case that is on its way is the interpreter's last.
+        stopped.set()
+        beside.join()
         interpreter.close()
     return [results[case] for case in cases]

@@ -1,9 +1,12 @@
 """``mimdet parity``: its files, its exit statuses, and one clear line for whatever cannot be done."""
 
+import dataclasses
 import importlib.metadata
 import json
 import re
 import sys
+import threading
+import time
 import xml.etree.ElementTree as ET
 from importlib.util import find_spec
 
@@ -110,6 +113,38 @@ def test_an_error_inside_a_case_is_its_message(monkeypatch):
     result = running.run_case(case)
     assert (result.status, result.message, result.error) == ("failed", "RuntimeError: no such memory", None)
     json.dumps(result.row(), allow_nan=False)
+
+
+def test_ctrl_c_ends_the_interpreter_too(monkeypatch):
+    started, seen = threading.Event(), []
+
+    def interpret(self, case):
+        seen.append(case)
+        started.set()
+        time.sleep(0.2)
+        return running.Result(case, running.PASSED)
+
+    def interrupted(case, original):
+        started.wait()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running.Interpreter, "run", interpret)
+    monkeypatch.setattr(running, "run_case", interrupted)
+    native = cases.ParityCase("bias_gelu", "eager", "cpu", "fp32", "contiguous", "small", "forward")
+    interpreted = [dataclasses.replace(native, implementation="triton", size=size) for size in ("small", "odd", "wide")]
+    with pytest.raises(KeyboardInterrupt):
+        running.run([*interpreted, native])
+    assert len(seen) == 1
+
+
+def test_an_interpreter_that_cannot_start_is_named(monkeypatch):
+    def start():
+        raise OSError("no memory for a process")
+
+    interpreter = running.Interpreter()
+    monkeypatch.setattr(interpreter, "_start", start)
+    result = interpreter.run(cases.ParityCase("bias_gelu", "triton", "cpu", "fp32", "contiguous", "small", "forward"))
+    assert result.message == "the interpreter's process cannot start: no memory for a process"
 
 
 def test_a_gpu_has_its_implementations(monkeypatch):
