@@ -14,7 +14,8 @@ from pathlib import Path
 
 from .cases import ParityCase
 
-PASSED, FAILED = "passed", "failed"
+PASSED = "passed"
+FAILED = "failed"
 
 
 @dataclass(frozen=True)
