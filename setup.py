@@ -55,6 +55,6 @@ class PlatformWheel(bdist_wheel):
 setup(
     # kernels/, csrc/, bench/ and configs/ are symbolic links inside mimdet/, so that the package is one tree.
     packages=find_namespace_packages(include=["mimdet", "mimdet.*"], exclude=["mimdet.bench.results*"]),
-    package_data={"mimdet.csrc": ["*"], "mimdet.bench": ["*.json"]},
+    package_data={"mimdet.csrc": ["*"], "mimdet.bench": ["*.json"], "mimdet.testing.recordings": ["*"]},
     cmdclass={"build_py": BuildKernels, "bdist_wheel": PlatformWheel},
 )

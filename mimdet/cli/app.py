@@ -13,7 +13,7 @@ from rich.text import Text
 from .. import __version__
 from ..bench.cli import app as bench
 from ..files import drop_dead_stream
-from . import check_data, convert, demo, info, predict, show, train
+from . import check_data, convert, demo, info, parity, predict, show, train
 
 app = typer.Typer(
     name="mimdet",
@@ -50,6 +50,7 @@ app.command("check-data")(check_data.check_data)
 app.command("info")(info.info)
 app.command("convert")(convert.convert)
 app.add_typer(show.app, name="show")
+app.command("parity")(parity.parity)
 app.add_typer(bench, name="bench")
 
 

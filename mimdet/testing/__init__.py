@@ -1,7 +1,22 @@
-"""Tools for tests of this package, a port or a kernel: error budget, fixed random numbers, tiny detectors."""
+"""Tools for tests of this package, a port or a kernel: cases of every operation, error budget, fixed random numbers,
+recordings of the original, tiny detectors."""
 
-from .budget import assert_within_budget, error_and_budget
+from .budget import Measurement, assert_within_budget, error_and_budget, measure
 from .configs import tiny_config, tiny_overrides
 from .noise import fixed_noise
+from .op_cases import Case, cases
+from .recording import Recording, RecordingError
 
-__all__ = ["assert_within_budget", "error_and_budget", "fixed_noise", "tiny_config", "tiny_overrides"]
+__all__ = [
+    "Case",
+    "Measurement",
+    "Recording",
+    "RecordingError",
+    "assert_within_budget",
+    "cases",
+    "error_and_budget",
+    "fixed_noise",
+    "measure",
+    "tiny_config",
+    "tiny_overrides",
+]

@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from functools import cache
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from markdown_it import MarkdownIt
 from mimdet import demo
 from mimdet.cli.app import app, main
 from mimdet.config import find_config, load
+from mimdet.parity import pytest_plugin
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -135,6 +137,11 @@ def check_command(words):
         config = find_config(arguments[arguments.index("--config-file") + 1])
         # Detectron2's configs have the keys of the native ones of the same name.
         load(config.stem, [word for word in arguments if re.match(r"[\w.]+=", word)])
+    elif program == "pytest" and "--mimdet-parity" in arguments:
+        parser = pytest.Parser()
+        pytest_plugin.pytest_addoption(parser)
+        _, others = parser.parse_known_and_unknown_args(arguments)
+        assert not [word for word in others if word.startswith("--mimdet")], "no such option of the plugin"
     elif program == "pytest":
         files = [word for word in arguments if word.endswith(".py")]
         assert files, "names no file"
@@ -203,6 +210,7 @@ def test_commands_can_be_right(path):
         "mimdet predict photos/",
         "python -m mimdet.detectron2 --config-file configs/detectron2/no_such_config.py",
         "pytest tests/no_such_test.py",
+        "pytest --mimdet-parity --mimdet-parity-no-such-option",
         "make no-such-target",
         'pip install ".[no-such-extra]"',
         "no-such-program",
@@ -216,7 +224,45 @@ def test_wrong_commands_are_noticed(line):
 def test_every_block_has_a_known_language():
     """A block of another word than these would be neither run nor parsed."""
     languages = {block.language.split()[0] for path in PAGES for block in read(path).blocks}
-    assert languages == {"sh", "python", "bibtex", "text", "{toctree}", "{eval-rst}", "{include}"}
+    assert languages == {"sh", "python", "yaml", "bash", "bibtex", "text", "{toctree}", "{eval-rst}", "{include}"}
+
+
+def scripts(block):
+    """The command lines of a CI configuration or of a script."""
+    if block.language == "bash":
+        subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+        lines = block.text.splitlines()
+    else:
+        jobs = yaml.safe_load(block.text)
+        jobs = jobs.get("jobs", jobs).values()
+        steps = [step for job in jobs for step in job.get("steps", ())]
+        lines = [line for step in steps for line in step.get("run", "").splitlines()]
+        lines += [line for job in jobs for line in job.get("script", ())]
+    for line in lines:
+        words = shlex.split(re.sub(r"\$\{\{.*?\}\}", "VALUE", line), comments=True)
+        if words and words[0] != "set":
+            yield words
+
+
+@pytest.mark.parametrize(
+    "block",
+    [b for path in PAGES for b in read(path).blocks if b.language in ("yaml", "bash")],
+    ids=lambda b: f"{b.page}:{b.line}",
+)
+def test_ci_files_parse_and_their_commands_can_be_right(block):
+    lines = list(scripts(block))
+    for words in lines:
+        check_command(words)
+    assert any(words[0] == "mimdet" for words in lines)
+
+
+def test_a_wrong_ci_file_is_noticed():
+    text = "jobs:\n  a:\n    steps:\n      - run: mimdet parity --no-such-option\n"
+    (words,) = scripts(Block("page", 1, "yaml", text, frozenset()))
+    with pytest.raises(Exception, match=r"(?i)no such option"):
+        check_command(words)
+    with pytest.raises(subprocess.CalledProcessError):
+        list(scripts(Block("page", 1, "bash", "if true; then", frozenset())))
 
 
 def test_commands_that_need_nothing_run(tmp_path, monkeypatch, capsys):

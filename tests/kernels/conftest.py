@@ -1,4 +1,4 @@
-"""Fixtures of the operations' tests, and patches of Triton's interpreter.
+"""Fixtures of the operations' tests.
 
 With TRITON_INTERPRET=1 set before Triton is imported, so in a process of its own, ``runner`` is Triton's interpreter
 and only the tests that take it are collected. Else it is every implementation that runs on this machine.
@@ -7,6 +7,8 @@ and only the tests that take it are collected. Else it is every implementation t
 import pytest
 import torch
 from support.kernels import INTERPRETED, PLACES, poisoned_allocations, threads, usable
+
+from mimdet.testing import interpreter
 
 
 def pytest_collection_modifyitems(items):
@@ -40,8 +42,8 @@ def far_rows(tmp_path, runner):
     return memory.as_strided((1, 65, 64), (0, 2**25, 1))
 
 
-@pytest.fixture
-def interpreter():
+@pytest.fixture(name="interpreter")
+def _interpreter():
     """For tests of the interpreter itself."""
 
 
@@ -59,34 +61,5 @@ def two_threads():
         yield
 
 
-def _patch_interpreter():
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    # range() over a runtime bound asks the bound for an index; numpy >= 2.4 no longer gives one for 1-element arrays.
-    # Triton sets its own again at every launch.
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor, *scope):
-        patch_tensor(tensor, *scope)
-        tensor.__index__ = lambda self: int(self.handle.data.reshape(-1)[0])
-
-    interpreter._patch_lang_tensor = patch_lang_tensor
-
-    # The interpreter truncates float32 -> bfloat16; GPUs round to nearest even.
-    original = interpreter.InterpreterBuilder.create_fp_trunc
-
-    def create_fp_trunc(self, src, dst_type):
-        if dst_type.scalar == tl.bfloat16 and src.dtype.scalar == tl.float32:
-            bits = np.ascontiguousarray(src.data, dtype=np.float32).view(np.uint32)
-            rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-            nan = np.isnan(src.data)
-            return interpreter.TensorHandle(np.where(nan, np.uint16(0x7FC0), rounded), dst_type.scalar)
-        return original(self, src, dst_type)
-
-    interpreter.InterpreterBuilder.create_fp_trunc = create_fp_trunc
-
-
 if INTERPRETED:
-    _patch_interpreter()
+    interpreter.patch()

@@ -27,7 +27,7 @@ from mimdet.modeling import BenchmarkingViTDet, ImageList
 from mimdet.modeling.benchmarking.block import RelativePositionBias, window_partition, window_reverse
 from mimdet.modeling.vit import add
 from mimdet.predict import Predictor
-from mimdet.testing import fixed_noise
+from mimdet.testing import Recording, fixed_noise
 
 COUNTERPART = [
     *(f"model.backbone.bottom_up.{key}={json.dumps(value)}" for key, value in SMALL.items()),
@@ -87,7 +87,7 @@ def test_position_bias_is_the_tables_rows_by_the_index(dtype):
 
 
 def test_features_and_gradients_of_the_original():
-    golden = np.load(RECORDINGS / "benchmarking_small.npz")
+    golden = Recording("benchmarking_small").data
     model = small_backbone()
     features = model(ImageList(small_input(), [(128, 100), (50, 128)]))
     assert {name: f.shape[1:] for name, f in features.items()} == {

@@ -13,6 +13,7 @@ import pytest
 from support.paths import ROOT
 
 from mimdet.kernels import build
+from mimdet.testing import recording
 
 HAS_COMPILER = any(map(shutil.which, ("g++", "c++", "clang++")))
 
@@ -79,6 +80,29 @@ def test_only_mimdet_is_installed(wheel):
     assert "mimdet/configs/mimdet_b_mask_rcnn.py" in names
     assert "mimdet/configs/common/coco.py" in names
     assert not [n for n in names if "tests" in n.split("/") or n.rsplit("/", 1)[-1].startswith("test_")]
+
+
+def test_recordings_are_in_the_wheel_and_small(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {Path(i.filename).name: i.file_size for i in archive.infolist() if "/recordings/" in i.filename}
+    assert set(sizes) == set(recording.SUMS)
+    assert sum(sizes.values()) < 3e6
+
+
+def test_the_pytest_plugin_is_announced(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/entry_points.txt")]
+        assert "[pytest11]\nmimdet_parity = mimdet.parity.pytest_plugin\n" in archive.read(name).decode()
+
+
+def test_parity_runs_from_the_wheel_in_any_folder(installed, tmp_path):
+    code = (
+        "import sys; from mimdet.cli import main; "
+        "sys.argv = ['mimdet', 'parity', '--quick', '--only', 'bias_gelu-[et]*-small-forward']; main()"
+    )
+    done = run(code, tmp_path, installed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].endswith("cases, all within their budgets")
 
 
 def test_archives_carry_the_sources_of_the_kernels(archives):

@@ -11,6 +11,30 @@ import torch
 
 from mimdet.kernels import build, dispatch
 from mimdet.modeling import memory
+from mimdet.testing.memory import poison, poisoned_allocations
+from mimdet.testing.op_cases import layouts, quantized
+
+__all__ = [
+    "BF16",
+    "F16",
+    "F32",
+    "IMPLS",
+    "INTERPRETED",
+    "PLACES",
+    "Guarded",
+    "activation_bytes",
+    "here",
+    "layouts",
+    "mocked_gpu",
+    "native",
+    "needs_compiler",
+    "on_all",
+    "poisoned_allocations",
+    "quantized",
+    "run_on_older_processor",
+    "threads",
+    "usable",
+]
 
 INTERPRETED = dispatch.interpreting()
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -60,12 +84,6 @@ def threads(count):
         torch.set_num_threads(before)
 
 
-def quantized(*shape, dtype=torch.float32, seed=0, mean=0.0, std=1.0):
-    """Random numbers rounded to ``dtype``, so that float64 holds them exactly."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std + mean).to(dtype)
-
-
 def run_on_older_processor(isa, file, selected):
     """The tests of ``file`` that ``-k selected`` names, with kernels for the instruction set ``isa``."""
     if "MIMDET_CPU_ISA" in os.environ:
@@ -73,35 +91,6 @@ def run_on_older_processor(isa, file, selected):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", file, "-k", selected]
     done = subprocess.run(command, env={**os.environ, "MIMDET_CPU_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-
-
-def _poison(tensor):
-    if tensor.is_floating_point():
-        return float("nan")
-    return True if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).max
-
-
-@contextlib.contextmanager
-def poisoned_allocations():
-    """Inside, torch.empty, empty_like, empty_strided and new_empty return NaN (integers: their largest value)."""
-
-    def poison(tensor):
-        if tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.FakeTensor):
-            tensor.detach().fill_(_poison(tensor))
-        return tensor
-
-    def wrapped(function):
-        return lambda *args, **kwargs: poison(function(*args, **kwargs))
-
-    places = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
-    originals = [getattr(owner, name) for owner, name in places]
-    try:
-        for (owner, name), original in zip(places, originals, strict=True):
-            setattr(owner, name, wrapped(original))
-        yield
-    finally:
-        for (owner, name), original in zip(places, originals, strict=True):
-            setattr(owner, name, original)
 
 
 @contextlib.contextmanager
@@ -133,8 +122,8 @@ class Guarded:
 
     def __init__(self, tensor):
         span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-        poison = _poison(tensor)
-        self.memory = torch.full((span + 2 * self.BAND,), poison, dtype=tensor.dtype, device=tensor.device)
+        filling = poison(tensor)
+        self.memory = torch.full((span + 2 * self.BAND,), filling, dtype=tensor.dtype, device=tensor.device)
         self.tensor = self.memory.as_strided(tensor.shape, tensor.stride(), self.BAND)
         self.tensor.copy_(tensor)
         self.before = self.memory.clone()
@@ -148,16 +137,3 @@ class Guarded:
         if not memory.is_floating_point():
             return memory
         return memory.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[memory.element_size()])
-
-
-def layouts(x):
-    """The same values in five layouts, by name: dense, channels last (4-D), transposed, sliced, with an offset."""
-    variants = {"contiguous": x.contiguous()}
-    if x.ndim == 4:
-        variants["channels_last"] = x.contiguous(memory_format=torch.channels_last)
-    variants["transposed"] = x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
-    wide[..., ::2] = x
-    variants["sliced"] = wide[..., ::2]
-    variants["offset"] = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-    return variants

@@ -1,17 +1,11 @@
 """Polygons that are hard to rasterize, windows on them, and pycocotools' answer."""
 
 import numpy as np
-import pycocotools.mask as coco_mask
 import torch
 
+from mimdet.testing.plain import rasterize_by_pycocotools
 
-def rasterize_by_pycocotools(polygons, window, size):
-    """(size, size) bool of a list of (K, 2) float64 arrays inside a window x0, y0, x1, y1."""
-    scale = size / np.maximum(window[2:] - window[:2], 0.1)
-    moved = [((polygon - window[:2]) * scale).reshape(-1) for polygon in polygons]
-    if not moved:
-        return np.zeros((size, size), dtype=bool)
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(moved, size, size))).astype(bool)
+__all__ = ["KINDS", "SIDES", "packed", "random_case", "rasterize_by_pycocotools", "windows"]
 
 
 def packed(instances):
