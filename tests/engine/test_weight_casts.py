@@ -353,6 +353,7 @@ def test_float32_casts_nothing(tmp_path):
 
 def test_a_compiled_module_is_left_to_the_compiler(tmp_path):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = Net()
     model.last = torch.compile(model.last, backend="aot_eager")
     step = training(tmp_path, model)
