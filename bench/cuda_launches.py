@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..kernels import build
-from .machine_code import Binary, Launch, Pointer, disassemble, tool
+from ..kernels.ahead import Launch
+from .machine_code import Binary, Pointer, disassemble, tool
 
 _RUNTIME = Path(__file__).absolute().parent / "recording_runtime.cpp"
 

@@ -1,4 +1,4 @@
-"""Machine code of kernels without a GPU: launches recorded instead of made, compiled ahead of time, disassembled."""
+"""Machine code of kernels without a GPU: recorded launches are compiled ahead of time and disassembled."""
 
 from __future__ import annotations
 
@@ -16,24 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..kernels.ahead import Launch
 from .sass import REGION
 
 
 class MissingToolError(RuntimeError):
     """Triton or one of the tools that come with it is not here; the message says what to install."""
-
-
-class Launch(NamedTuple):
-    """A recorded launch: arguments by position and by name, as the launcher passed them."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: tuple
-    constants: dict
-
-    def named(self) -> dict[str, Any]:
-        """All arguments and options by name."""
-        return {**dict(zip(self.kernel.arg_names, self.arguments, strict=False)), **self.constants}
 
 
 class Pointer:
@@ -172,27 +160,6 @@ def target(capability: int | str) -> Iterator[None]:
         yield
     finally:
         driver._active = before
-
-
-@contextlib.contextmanager
-def launches() -> Iterator[list[Launch]]:
-    """Inside, Triton kernels are not launched; yields the list of recorded launches."""
-    from triton.runtime.jit import JITFunction
-
-    recorded: list[Launch] = []
-    run = JITFunction.run
-
-    def record(kernel, *arguments, grid, warmup, **constants):
-        if warmup:
-            return run(kernel, *arguments, grid=grid, warmup=warmup, **constants)
-        recorded.append(Launch(kernel, grid, arguments, constants))
-        return None
-
-    JITFunction.run = record
-    try:
-        yield recorded
-    finally:
-        JITFunction.run = run
 
 
 def compile_triton(capability: int | str, launch: Launch) -> Binary:

@@ -14,10 +14,10 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..kernels import library
-from . import machine_code
+from ..kernels import ahead, library
+from ..kernels.ahead import Launch
 from .experiments.launches import fake_step
-from .machine_code import Launch, Pointer, target
+from .machine_code import Pointer, target
 from .workload import Setting
 
 BACKWARD = ("_backward", "_sums")
@@ -77,7 +77,7 @@ class Recorder(TorchDispatchMode):
         if implementation == "cuda" and not has_cuda(operation):
             return []
         arguments = tuple(implementation if argument == "triton" else argument for argument in arguments)
-        recorders: dict[str, Callable] = {"triton": machine_code.launches, "cuda": c_calls}
+        recorders: dict[str, Callable] = {"triton": ahead.launches, "cuda": c_calls}
         with recorders[implementation]() as launches:
             library._runs[name](*arguments)
         found = []

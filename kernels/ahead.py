@@ -23,12 +23,16 @@ class KernelCompilationError(RuntimeError):
 
 
 class Launch(NamedTuple):
-    """A kernel and its arguments, with an ``_Address`` in place of a tensor."""
+    """A recorded launch: arguments by position, constants and compiler options by name."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: tuple
-    options: dict[str, Any]
+    constants: dict[str, Any]
+
+    def named(self) -> dict[str, Any]:
+        """All arguments and options by name."""
+        return {**dict(zip(self.kernel.arg_names, self.arguments, strict=False)), **self.constants}
 
 
 class _Address:
@@ -60,27 +64,33 @@ class _Launchers(TorchDispatchMode):
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Inside, Triton's kernels are not launched; yields the list that collects their launches.
-
-    What runs inside must compute with fake tensors: results are uninitialized. Operations are those of ``mimdet``.
-    """
+def launches() -> Iterator[list[Launch]]:
+    """Inside, Triton's kernels are not launched; yields the list that collects their launches."""
     from triton.runtime.jit import JITFunction
 
-    launches, run = [], JITFunction.run
+    recorded, run = [], JITFunction.run
 
-    def record(kernel, *arguments, grid, warmup, **options):
-        launches.append(Launch(kernel, grid, tuple(map(_without_memory, arguments)), options))
+    def record(kernel, *arguments, grid, warmup, **constants):
+        if warmup:
+            return run(kernel, *arguments, grid=grid, warmup=warmup, **constants)
+        recorded.append(Launch(kernel, grid, arguments, constants))
+        return None
 
     JITFunction.run = record
     try:
-        with _Launchers():
-            yield launches
+        yield recorded
     finally:
         JITFunction.run = run
 
 
-def compile_all(launches: Sequence[Launch], progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """``launches``, also of operations of ``mimdet`` that compute with fake tensors. Their results have no numbers."""
+    with launches() as recorded, _Launchers():
+        yield recorded
+
+
+def compile_all(recorded: Sequence[Launch], progress: Callable[[int, int], None] = lambda done, total: None) -> int:
     """Compile the kernels of launches for the current GPU, as many at a time as this process has CPU cores.
 
     Triton caches them in this process and on disk, from where other processes load them.
@@ -98,9 +108,9 @@ def compile_all(launches: Sequence[Launch], progress: Callable[[int, int], None]
 
     with ThreadPoolExecutor(_cores()) as pool, AsyncCompileMode(pool, ignore_errors=True):
         waiting = {}
-        for kernel, grid, arguments, options in launches:
+        for kernel, grid, arguments, constants in recorded:
             with _naming(kernel, pool):
-                compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)
+                compiled = kernel.run(*map(_without_memory, arguments), grid=grid, warmup=True, **constants)
             if isinstance(compiled, FutureKernel):
                 waiting[id(compiled)] = kernel, compiled
         for done, (kernel, compiled) in enumerate(waiting.values()):
@@ -123,9 +133,9 @@ def warm_up(step: Callable[[], object], progress: Callable[[int, int], None] = l
     Raises:
         KernelCompilationError: names the kernel and the reason.
     """
-    with recording() as launches:
+    with recording() as recorded:
         step()
-    return compile_all(launches, progress)
+    return compile_all(recorded, progress)
 
 
 @contextmanager

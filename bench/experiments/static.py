@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from ...kernels import build
+from ...kernels.ahead import Launch
 from .. import cuda_launches, environment, launch_cost, views
 from ..gpu_model import GPUS, Gpu, predict
-from ..machine_code import Binary, Launch, MissingToolError, Pointer, compile_triton, tool, triton_missing
+from ..machine_code import Binary, MissingToolError, Pointer, compile_triton, tool, triton_missing
 from ..real_launches import Recorded, record
 from ..row import Results, key
 from ..sass import REGION

@@ -72,7 +72,7 @@ def _compile(
     cfg: DictConfig, batch: Sequence[Mapping[str, Any]], fabric: Fabric, evaluates: bool, console: Console | None
 ) -> None:
     begin = time.perf_counter()
-    with recording() as launches, warnings.catch_warnings():
+    with recording() as recorded, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         try:
             _step(cfg, batch, fabric, evaluates)
@@ -87,7 +87,7 @@ def _compile(
             if status is not None:
                 status.update(f"compiling kernels {done}/{total}")
 
-        count = compile_all(launches, show)
+        count = compile_all(recorded, show)
     if count:
         logger.info("%d Triton kernels are ready after %.1f s", count, time.perf_counter() - begin)
 

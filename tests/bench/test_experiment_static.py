@@ -18,12 +18,13 @@ from mimdet.bench import cuda_launches, launch_cost, machine_code
 from mimdet.bench.compare import compare
 from mimdet.bench.experiments import static
 from mimdet.bench.gpu_model import GPUS, Work, blocks_per_sm, predict, tensor_flop
-from mimdet.bench.machine_code import Binary, Launch, Pointer
+from mimdet.bench.machine_code import Binary, Pointer
 from mimdet.bench.plot import plot
 from mimdet.bench.real_launches import operation_of, record
 from mimdet.bench.row import Results
 from mimdet.bench.sass import REGION, Code, Instruction
 from mimdet.kernels import OPS, build
+from mimdet.kernels.ahead import Launch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from mimdet.bench.machine_code import Launch, compile_triton, launches, narrow_products, target
+from mimdet.bench.machine_code import compile_triton, narrow_products, target
+from mimdet.kernels.ahead import Launch, launches
 
 __all__ = [
     "Compiled",
