@@ -70,7 +70,7 @@ class Library:
 
     def launches(self, call: Launch) -> list[CudaLaunch]:
         """What a recorded C call launches; see ``real_launches.c_calls``."""
-        found = []
+        launched = []
 
         def report(name: bytes, grid: _Dim3, block: _Dim3, shared: int, arguments) -> None:
             binary = _kernel(self._path, name.decode())
@@ -81,13 +81,13 @@ class Library:
             warps = -(-block.x * block.y * block.z // 32)
             binary = binary._replace(shared=max(0, binary.shared - self._reserved) + shared, warps=warps)
             kernel, case = _readable(name.decode())
-            found.append(CudaLaunch(kernel, case, binary, grid.sizes(), block.sizes(), values))
+            launched.append(CudaLaunch(kernel, case, binary, grid.sizes(), block.sizes(), values))
 
         with self._reporting(report):
             code = getattr(self._functions, f"mimdet_{call.kernel}")(*_converted(call.arguments), ctypes.c_void_p(0))
         if code:
             raise RuntimeError(f"mimdet: CUDA kernel {call.kernel} failed with CUDA error {code}")
-        return found
+        return launched
 
     @contextmanager
     def _reporting(self, report: Callable) -> Iterator[None]:

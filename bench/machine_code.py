@@ -170,14 +170,14 @@ def compile_triton(capability: int | str, launch: Launch) -> Binary:
     """
     with target(capability):
         built = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
-    found = built.metadata
+    metadata = built.metadata
     if _is_amd(capability):
         code = built.asm["amdgcn"]
         registers, stack = (int(re.search(rf"\.{key}:\s+(\d+)", code)[1]) for key in _AMD_KEYS)
-        return Binary(found.name, registers, stack, found.shared, found.num_warps, code, built.asm["ttir"])
+        return Binary(metadata.name, registers, stack, metadata.shared, metadata.num_warps, code, built.asm["ttir"])
     (one,) = disassemble(built.asm["cubin"])
     return one._replace(
-        shared=found.shared, warps=found.num_warps, ttir=built.asm["ttir"], signature=built.src.signature
+        shared=metadata.shared, warps=metadata.num_warps, ttir=built.asm["ttir"], signature=built.src.signature
     )
 
 
@@ -214,8 +214,8 @@ def _parameters(information: str) -> tuple[tuple[int, int], ...]:
     """(offset in constant bank 0, bytes) of a kernel's parameters, in their order."""
     start = re.search(r"EIATTR_PARAM_CBANK\s+Format:\s*\S+\s+Value:\s+0x\w+ 0x(\w+)", information)
     start = int(start[1], 16) & 0xFFFF if start else 0
-    found = re.findall(r"Ordinal : 0x(\w+)\s+Offset\s+: 0x(\w+)\s+Size\s+: 0x(\w+)", information)
-    ordered = sorted(tuple(int(word, 16) for word in words) for words in found)
+    entries = re.findall(r"Ordinal : 0x(\w+)\s+Offset\s+: 0x(\w+)\s+Size\s+: 0x(\w+)", information)
+    ordered = sorted(tuple(int(word, 16) for word in words) for words in entries)
     return tuple((start + offset, size) for _, offset, size in ordered)
 
 

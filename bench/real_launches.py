@@ -80,7 +80,7 @@ class Recorder(TorchDispatchMode):
         recorders: dict[str, Callable] = {"triton": ahead.launches, "cuda": c_calls}
         with recorders[implementation]() as launches:
             library._runs[name](*arguments)
-        found = []
+        kinds = []
         for launch in launches:
             launch = Launch(launch.kernel, tuple(launch.grid), _pointers(launch.arguments), launch.constants)
             described = operation, direction, implementation
@@ -91,8 +91,8 @@ class Recorder(TorchDispatchMode):
                 _kind(launch.arguments),
                 _kind(tuple(launch.constants.items())),
             )
-            found.append(self.recorded.setdefault(key, Recorded(*described, launch)))
-        return found
+            kinds.append(self.recorded.setdefault(key, Recorded(*described, launch)))
+        return kinds
 
 
 def record(options: Setting, implementations: Sequence[str], capability: int | str) -> list[Recorded]:

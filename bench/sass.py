@@ -136,13 +136,13 @@ class Code:
         return self._loops
 
     def _find_loops(self) -> list[tuple[int, int]]:
-        found = []
+        edges = []
         for index, one in enumerate(self.instructions):
             if one.base == "BRA":
                 target = self.target(one)
                 if target is not None and target < index:
-                    found.append((target, index))
-        return found
+                    edges.append((target, index))
+        return edges
 
     def _leaves_loop(self, index: int, target: int) -> bool:
         """Whether a forward jump leaves the innermost loop around it."""
@@ -302,8 +302,8 @@ def _decode(one: Instruction, code: Code) -> _Step:
 
 def _address(one: Instruction, code: Code) -> Callable[[_State], int | None]:
     """Of a load or a store in global memory."""
-    found = [_ADDRESS.search(_DESCRIPTOR.sub("", operand)) for operand in one.operands]
-    places = [place for place in found if place]
+    matches = [_ADDRESS.search(_DESCRIPTOR.sub("", operand)) for operand in one.operands]
+    places = [place for place in matches if place]
     if not places:
         return _unknown
     place = places[-1]  # LDGSTS names shared memory first
@@ -486,17 +486,17 @@ def _destinations(one: Instruction) -> list[str]:
     width = 4 if ".128" in one.name or "MMA" in one.base else 2 if re.search(r"64|WIDE", one.name) else 1
     if one.base == "CS2R" and ".32" not in one.name:
         width = 2
-    found = []
+    operands = []
     for operand in one.operands:
         if re.fullmatch(r"U?P\d", operand):
-            found.append(operand)
+            operands.append(operand)
         elif re.fullmatch(r"U?P?T", operand):
             continue
         elif re.fullmatch(r"U?R\d+(\.64)?", operand):
-            return found + [_shifted(operand, i) for i in range(width)]
+            return operands + [_shifted(operand, i) for i in range(width)]
         else:
             break
-    return found
+    return operands
 
 
 def _three(operands: Sequence[str]) -> tuple[list[str], list[str], list[str]]:

@@ -139,8 +139,8 @@ def rows_of(options: Options) -> list[dict]:
     timed = _on_this_gpu(options.arch)
     with views.progress(f"kernels, batch {options.batch}", len(recorded)) as advance:
         computed = _in_processes(lambda one: _rows_of_launch(options, one), recorded)
-        for one, found in zip(recorded, computed, strict=True):
-            for row in found:
+        for one, of_launch in zip(recorded, computed, strict=True):
+            for row in of_launch:
                 if timed and one.implementation == "triton":
                     row["measured_us"] = measured_us(one.launch)
                 # Strides and alignment alone do not make another row.

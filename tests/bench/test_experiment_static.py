@@ -316,9 +316,9 @@ def tiny_step():
 
 def test_a_step_launches_every_operation_of_its_config():
     """Maps are channels_last, as cuDNN's convolutions leave them."""
-    found = {(one.operation, one.direction) for one in tiny_step()}
+    launched = {(one.operation, one.direction) for one in tiny_step()}
     absent = {"layer_norm_gelu"}  # of another config
-    assert {operation for operation, _ in found} == set(OPS) - absent - {
+    assert {operation for operation, _ in launched} == set(OPS) - absent - {
         "attention_varlen_packed",
         "sample_packed_tokens",
     }
@@ -464,9 +464,9 @@ def test_names_of_kernels_are_readable():
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_kernels_are_compiled_by_several_processes_and_stay_in_order(monkeypatch, jobs):
     monkeypatch.setenv("MAX_JOBS", str(jobs))
-    found = list(static._in_processes(lambda number: (2 * number, os.getpid()), range(4)))
-    assert [number for number, _ in found] == [0, 2, 4, 6]
-    assert (os.getpid() in {process for _, process in found}) == (jobs == 1)
+    results = list(static._in_processes(lambda number: (2 * number, os.getpid()), range(4)))
+    assert [number for number, _ in results] == [0, 2, 4, 6]
+    assert (os.getpid() in {process for _, process in results}) == (jobs == 1)
 
 
 def test_a_page_shows_the_launches_that_take_most_of_the_step():

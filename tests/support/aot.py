@@ -104,9 +104,9 @@ def count_instructions(op, capability, assembly, pattern, run, **options):
 def instructions(capability, kernel, *arguments, grid=(1,), **constants):
     """Machine instructions of one launch compiled for sm_<capability>, in order, without NOPs."""
     code = compile_triton(capability, Launch(kernel, grid, arguments, constants)).code
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(\S[^;]*);", code)
-    assert found, code[-2000:]
-    return [instruction for instruction in found if not instruction.startswith("NOP")]
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(\S[^;]*);", code)
+    assert lines, code[-2000:]
+    return [instruction for instruction in lines if not instruction.startswith("NOP")]
 
 
 def table(*options):

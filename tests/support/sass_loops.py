@@ -36,14 +36,14 @@ def main_loops(op, run):
     with target(90), pretend("triton", op), launches() as recorded:
         run()
         built = [(one, one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants)) for one in recorded]
-    found = []
+    loops = []
     for one, kernel in built:
         bodies = [body for body in _loops(_disassembled(kernel.asm["cubin"])) if _count(body, "HGMMA")]
         if bodies:
             body = max(bodies, key=lambda b: _count(b, "HGMMA"))
             counts = [_count(body, pattern) for pattern in ("HGMMA", "WARPGROUP.DEPBAR", "MUFU.EX2")]
-            found.append(Loop(kernel.metadata.name, len(body), *counts, one.constants))
-    return found
+            loops.append(Loop(kernel.metadata.name, len(body), *counts, one.constants))
+    return loops
 
 
 def _count(body, pattern):
