@@ -7,24 +7,26 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "has_x"], do_not_specialize_on_alignment=["scale"])
 def _add_layer_norm_fwd_kernel(
-    residual, x, scale, weight, bias, residual_out, y, mean, rstd, N, C, eps,
-    HAS_X: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_C: tl.constexpr,
+    residual, x, scale, weight, bias, residual_out, y, mean, rstd, N, C, eps, has_x,
+    HAS_SCALE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """residual, x, residual_out, y: (M, C); scale: (M // N,); weight, bias: (C,); mean, rstd: (M,) float32."""
+    """residual, x, residual_out, y: (M, C); scale: (M // N,); weight, bias: (C,); mean, rstd: (M,) float32.
+
+    Without x, which a number tells, x and residual_out are not touched.
+    """
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
     offs, mask = row * C + channel, channel < C
     total = tl.load(residual + offs, mask=mask, other=0.0).to(tl.float32)
-    if HAS_X:
-        added = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32)
-        if HAS_SCALE:
-            added *= tl.load(scale + tl.program_id(0) // N).to(tl.float32)
-        rounded = (total + added).to(residual_out.dtype.element_ty)
-        tl.store(residual_out + offs, rounded, mask=mask)
-        # Backward sees only the rounded sum, so the statistics are those of the rounded sum.
-        total = rounded.to(tl.float32)
+    added = tl.load(x + offs, mask=mask & (has_x != 0), other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        added *= tl.load(scale + tl.program_id(0) // N).to(tl.float32)
+    rounded = (total + added).to(residual_out.dtype.element_ty)
+    tl.store(residual_out + offs, rounded, mask=mask & (has_x != 0))
+    # Backward sees only the rounded sum, so the statistics are those of the rounded sum.
+    total = rounded.to(tl.float32)
     row_mean = tl.sum(total, axis=0) / C
     x_centered = tl.where(mask, total - row_mean, 0.0)
     row_rstd = 1.0 / tl.sqrt(tl.sum(x_centered * x_centered, axis=0) / C + eps)
@@ -35,7 +37,7 @@ def _add_layer_norm_fwd_kernel(
     tl.store(rstd + row, row_rstd)
 
 
-@triton.jit(do_not_specialize=["M", "N", "step"])
+@triton.jit(do_not_specialize=["M", "N", "step"], do_not_specialize_on_alignment=["scale"])
 def _add_layer_norm_bwd_kernel(
     dresidual_out, dy, residual_out, mean, rstd, scale, weight, dresidual, dx, partials, M, N, C, step,
     HAS_DRESIDUAL: tl.constexpr, HAS_X: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -89,8 +91,8 @@ def launch_add_layer_norm_fwd(
     """Contiguous residual, x (B, N, C), scale (B,), weight, bias (C,) -> residual_out (if x), y, mean, rstd."""
     batch, length, channels = residual.shape
     _add_layer_norm_fwd_kernel[(batch * length,)](
-        residual, x, scale, weight, bias, residual_out, y, mean, rstd, length, channels, eps,
-        HAS_X=x is not None, HAS_SCALE=scale is not None, **_blocks(channels),
+        residual, y if x is None else x, scale, weight, bias, residual_out, y, mean, rstd,
+        length, channels, eps, int(x is not None), HAS_SCALE=scale is not None, **_blocks(channels),
     )  # fmt: skip
 
 

@@ -26,26 +26,26 @@ _PROGRAMS = 528
 # Rows and columns that a program of the second sum reads at once.
 _SUM_ROWS, _SUM_COLUMNS = 64, 32
 
-# Sizes that change with the images: one that is a multiple of 16 must not compile a kernel again.
-_VARYING = ["S", "W", "programs", "parts", "steps", "columns"]
+# Sizes that change with the images and the stages: one that is a multiple of 16 must not compile a kernel again.
+_VARYING = ["S", "W", "C", "programs", "parts", "steps", "columns"]
 
 
 @triton.jit
-def _program(tiles, C: tl.constexpr, REPEAT: tl.constexpr, NHWC: tl.constexpr):
+def _program(tiles, C, ROW: tl.constexpr, NHWC: tl.constexpr):
     """Sample, tile and block of a program: neighbors are of one row."""
-    blocks = tl.cdiv(REPEAT * C, _COLUMNS) if NHWC else C
+    blocks = tl.cdiv(ROW, _COLUMNS) if NHWC else C
     row = tl.program_id(0) // blocks
     return (row // tiles).to(tl.int64), row % tiles, tl.program_id(0) % blocks
 
 
 @triton.jit
 def _tile(
-    tile, block, sample, sizes, S, W, C: tl.constexpr, REPEAT: tl.constexpr, VECTOR: tl.constexpr, NHWC: tl.constexpr,
+    tile, block, sample, sizes, S, W, C, ROW: tl.constexpr, VECTOR: tl.constexpr, NHWC: tl.constexpr,
     HAS_SIZES: tl.constexpr,
 ):  # fmt: skip
     """A tile of a sample, (_ROWS, _COLUMNS / VECTOR, VECTOR): offsets, what exists and what is valid.
 
-    NHWC: a row is REPEAT positions of all channels, which whole blocks of _COLUMNS fill; VECTOR divides C.
+    NHWC: a row is ROW numbers, some positions of all channels, which whole blocks of _COLUMNS fill; VECTOR divides C.
     NCHW: a row is _COLUMNS positions of the channel ``block``; VECTOR divides S. So vectors exist or not as a whole.
     """
     row = tl.arange(0, _ROWS)[:, None, None]
@@ -53,30 +53,40 @@ def _tile(
     lane = tl.arange(0, VECTOR)[None, None, :]
     if NHWC:
         column += block * _COLUMNS
-        offs = sample * C * S + tile.to(tl.int64) * (_ROWS * REPEAT * C) + (row * (REPEAT * C) + column + lane)
-        position = start(tile, _ROWS * REPEAT) + row * REPEAT + column // C
-        exists = position < S
-        if REPEAT * C // _COLUMNS * _COLUMNS != REPEAT * C:
-            exists &= column < REPEAT * C
+        length = _multiple(C, VECTOR) * S
+        number = tile.to(tl.int64) * (_ROWS * ROW) + (row * ROW + column)
+        offs = sample * length + (number + lane)
+        exists = number < length
+        if ROW // _COLUMNS * _COLUMNS != ROW:
+            exists &= column < ROW
     else:
         position = start(tile, _ROWS * _COLUMNS) + row * _COLUMNS + column
         exists = position < S
         position += lane
-        length = (S // VECTOR).to(tl.int64) * VECTOR  # S: tells the compiler that VECTOR divides it
+        length = _multiple(S, VECTOR)
         offs = (sample * C + block) * length + position
     valid = exists
     if HAS_SIZES:
+        if NHWC:
+            position = start(tile, _ROWS * (ROW // C)) + row * (ROW // C) + column // C
         valid = exists & valid_mask(position, sizes + 2 * sample, W)
     return offs, exists, valid
 
 
 @triton.jit
-def _affine(weight, bias, block, C: tl.constexpr, VECTOR: tl.constexpr, NHWC: tl.constexpr):
+def _multiple(number, VECTOR: tl.constexpr):
+    """``number`` in int64; tells the compiler that VECTOR divides it."""
+    return (number // VECTOR).to(tl.int64) * VECTOR
+
+
+@triton.jit
+def _affine(weight, bias, block, C, VECTOR: tl.constexpr, NHWC: tl.constexpr):
     """Weight and bias of a tile's channels, of its shape, so that every thread loads what it needs; NCHW: numbers."""
     channel = block
     if NHWC:
         column = block * _COLUMNS + tl.arange(0, _COLUMNS // VECTOR)[None, :, None] * VECTOR
-        channel = column % C + tl.arange(0, VECTOR)[None, None, :] + tl.zeros((_ROWS, 1, 1), tl.int32)
+        channel = tl.multiple_of(column % C, (1, 1, VECTOR)) + tl.arange(0, VECTOR)[None, None, :]
+        channel += tl.zeros((_ROWS, 1, 1), tl.int32)
     return tl.load(weight + channel), tl.load(bias + channel)
 
 
@@ -93,7 +103,7 @@ def _merge(count, mean, m2):
 
 @triton.jit(do_not_specialize=_VARYING)
 def _group_norm_gelu_moments_kernel(
-    x, sizes, moments, S, W, parts, steps, C: tl.constexpr, REPEAT: tl.constexpr, VECTOR: tl.constexpr,
+    x, sizes, moments, S, W, parts, steps, C, ROW: tl.constexpr, VECTOR: tl.constexpr,
     NHWC: tl.constexpr, HAS_SIZES: tl.constexpr,
 ):  # fmt: skip
     """x: (B, S, C) if NHWC else (B, C, S); sizes: (B, 2); moments: (programs, 3) float32: count, mean, m2.
@@ -101,14 +111,14 @@ def _group_norm_gelu_moments_kernel(
     A program takes `steps` tiles. Each number of a tile sums x - pivot, its first valid x, and the squares: these are
     at most steps + 1 times m2, so that little cancels.
     """
-    sample, part, block = _program(parts, C, REPEAT, NHWC)
+    sample, part, block = _program(parts, C, ROW, NHWC)
     count = tl.zeros((_ROWS, _COLUMNS // VECTOR, VECTOR if HAS_SIZES and not NHWC else 1), tl.float32)
     pivot = tl.zeros((_ROWS, _COLUMNS // VECTOR, VECTOR), tl.float32)
     total = tl.zeros((_ROWS, _COLUMNS // VECTOR, VECTOR), tl.float32)
     squares = tl.zeros((_ROWS, _COLUMNS // VECTOR, VECTOR), tl.float32)
     for step in tl.range(0, steps, loop_unroll_factor=4):
         tile = start(part, steps) + step
-        offs, _, valid = _tile(tile, block, sample, sizes, S, W, C, REPEAT, VECTOR, NHWC, HAS_SIZES)
+        offs, _, valid = _tile(tile, block, sample, sizes, S, W, C, ROW, VECTOR, NHWC, HAS_SIZES)
         value = tl.load(x + offs, mask=valid, other=0.0).to(tl.float32)
         pivot = tl.where(count == 0, value, pivot)
         rest = tl.where(valid, value - pivot, 0.0)
@@ -141,17 +151,17 @@ def _group_norm_gelu_statistics_kernel(moments, mean, rstd, parts, eps, PARTS: t
 
 @triton.jit(do_not_specialize=_VARYING)
 def _group_norm_gelu_fwd_kernel(
-    x, weight, bias, sizes, mean, rstd, y, S, W, programs, steps, C: tl.constexpr, REPEAT: tl.constexpr,
+    x, weight, bias, sizes, mean, rstd, y, S, W, programs, steps, C, ROW: tl.constexpr,
     VECTOR: tl.constexpr, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr,
 ):  # fmt: skip
     """x, y: (B, S, C) if NHWC else (B, C, S); weight, bias: (C,); mean, rstd: (B,). A program takes `steps` tiles."""
-    sample, first, block = _program(programs, C, REPEAT, NHWC)
+    sample, first, block = _program(programs, C, ROW, NHWC)
     w, b = _affine(weight, bias, block, C, VECTOR, NHWC)
     x_mean = tl.load(mean + sample)
     scale = tl.load(rstd + sample) * w
     for step in range(steps):
         tile = start(first, steps) + step
-        offs, exists, valid = _tile(tile, block, sample, sizes, S, W, C, REPEAT, VECTOR, NHWC, HAS_SIZES)
+        offs, exists, valid = _tile(tile, block, sample, sizes, S, W, C, ROW, VECTOR, NHWC, HAS_SIZES)
         value = tl.load(x + offs, mask=valid, other=0.0).to(tl.float32)
         result = gelu((value - x_mean) * scale + b)
         if HAS_SIZES:
@@ -161,14 +171,14 @@ def _group_norm_gelu_fwd_kernel(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _group_norm_gelu_bwd_sums_kernel(
-    dy, x, weight, bias, sizes, mean, rstd, sums, S, W, parts, steps, C: tl.constexpr, REPEAT: tl.constexpr,
+    dy, x, weight, bias, sizes, mean, rstd, sums, S, W, parts, steps, C, ROW: tl.constexpr,
     VECTOR: tl.constexpr, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr,
 ):  # fmt: skip
-    """dy, x: (B, S, C) if NHWC else (B, C, S); sums: (B, parts, 2, REPEAT * C), of dz and of dz * x_hat.
+    """dy, x: (B, S, C) if NHWC else (B, C, S); sums: (B, parts, 2, ROW), of dz and of dz * x_hat.
 
     A program takes `steps` tiles.
     """
-    sample, part, block = _program(parts, C, REPEAT, NHWC)
+    sample, part, block = _program(parts, C, ROW, NHWC)
     w, b = _affine(weight, bias, block, C, VECTOR, NHWC)
     x_mean = tl.load(mean + sample)
     x_rstd = tl.load(rstd + sample)
@@ -176,19 +186,19 @@ def _group_norm_gelu_bwd_sums_kernel(
     dw = tl.zeros((_ROWS, _COLUMNS // VECTOR, VECTOR), tl.float32)
     for step in range(steps):
         tile = start(part, steps) + step
-        offs, _, valid = _tile(tile, block, sample, sizes, S, W, C, REPEAT, VECTOR, NHWC, HAS_SIZES)
+        offs, _, valid = _tile(tile, block, sample, sizes, S, W, C, ROW, VECTOR, NHWC, HAS_SIZES)
         value = tl.load(x + offs, mask=valid, other=0.0).to(tl.float32)
         gradient = tl.load(dy + offs, mask=valid, other=0.0).to(tl.float32)
         x_hat = (value - x_mean) * x_rstd
         dz = gradient * gelu_derivative(x_hat * w + b)
         db += dz
         dw += dz * x_hat
-    sums += (sample * parts + part) * 2 * REPEAT * C
+    sums += (sample * parts + part) * 2 * ROW
     if NHWC:
         column = tl.arange(0, _COLUMNS // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
         column += block * _COLUMNS
-        tl.store(sums + column, tl.sum(db, axis=0), mask=column < REPEAT * C)
-        tl.store(sums + REPEAT * C + column, tl.sum(dw, axis=0), mask=column < REPEAT * C)
+        tl.store(sums + column, tl.sum(db, axis=0), mask=column < ROW)
+        tl.store(sums + ROW + column, tl.sum(dw, axis=0), mask=column < ROW)
     else:
         tl.store(sums + block, tl.sum(db))
         tl.store(sums + C + block, tl.sum(dw))
@@ -233,11 +243,11 @@ def _group_norm_gelu_bwd_means_kernel(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _group_norm_gelu_bwd_dx_kernel(
-    dy, x, weight, bias, sizes, mean, rstd, means, dx, S, W, programs, steps, C: tl.constexpr, REPEAT: tl.constexpr,
+    dy, x, weight, bias, sizes, mean, rstd, means, dx, S, W, programs, steps, C, ROW: tl.constexpr,
     VECTOR: tl.constexpr, NHWC: tl.constexpr, HAS_SIZES: tl.constexpr,
 ):  # fmt: skip
     """dy, x, dx: (B, S, C) if NHWC else (B, C, S); mean, rstd: (B,); means: (B, 2). A program takes `steps` tiles."""
-    sample, first, block = _program(programs, C, REPEAT, NHWC)
+    sample, first, block = _program(programs, C, ROW, NHWC)
     w, b = _affine(weight, bias, block, C, VECTOR, NHWC)
     x_mean = tl.load(mean + sample)
     x_rstd = tl.load(rstd + sample)
@@ -245,7 +255,7 @@ def _group_norm_gelu_bwd_dx_kernel(
     k = tl.load(means + 2 * sample + 1)
     for step in range(steps):
         tile = start(first, steps) + step
-        offs, exists, valid = _tile(tile, block, sample, sizes, S, W, C, REPEAT, VECTOR, NHWC, HAS_SIZES)
+        offs, exists, valid = _tile(tile, block, sample, sizes, S, W, C, ROW, VECTOR, NHWC, HAS_SIZES)
         value = tl.load(x + offs, mask=valid, other=0.0).to(tl.float32)
         gradient = tl.load(dy + offs, mask=valid, other=0.0).to(tl.float32)
         x_hat = (value - x_mean) * x_rstd
@@ -266,7 +276,7 @@ def _layout(x, sizes, nhwc):
         while repeat > 1 and repeat * channels > _LONGEST_ROW:
             repeat //= 2
     options = {
-        "C": channels, "REPEAT": repeat, "VECTOR": math.gcd(channels if nhwc else positions, 8), "NHWC": nhwc,
+        "C": channels, "ROW": repeat * channels, "VECTOR": math.gcd(channels if nhwc else positions, 8), "NHWC": nhwc,
         "HAS_SIZES": sizes is not None, "num_warps": 8,
     }  # fmt: skip
     tiles = triton.cdiv(positions, _ROWS.value * (repeat if nhwc else width))
@@ -303,7 +313,7 @@ def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx,
     positions = height * width
     tiles, blocks, options = _layout(x, sizes, nhwc)
     parts, steps = _parts(tiles, blocks)
-    columns = options["REPEAT"] * channels
+    columns = options["ROW"]
     sums = torch.empty((batch, parts, 2, columns), dtype=torch.float32, device=x.device)
     means = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
     _group_norm_gelu_bwd_sums_kernel[(batch * parts * blocks,)](

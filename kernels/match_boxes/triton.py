@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -48,10 +50,10 @@ def _match_boxes_maxima_fwd_kernel(
         tl.atomic_max(maxima + image * slots + g, highest.to(tl.int32, bitcast=True), mask=highest > 0.0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["slots", "count", "image_stride"])
+@triton.jit(do_not_specialize=["slots", "count", "image_stride", "low_quality"])
 def _match_boxes_fwd_kernel(
     boxes, counts, candidates, thresholds, outside, maxima, index, label, slots, count, image_stride,
-    LABELS: tl.constexpr, HAS_OUTSIDE: tl.constexpr, LOW_QUALITY: tl.constexpr, BLOCK: tl.constexpr,
+    labels, low_quality, HAS_OUTSIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """boxes: (B, G, 4); counts: (B,) int32; candidates: an image's ``image_stride`` after the last one's; maxima:
     (B, G); index: (B, N) int32; label: (B, N) int8."""
@@ -64,16 +66,16 @@ def _match_boxes_fwd_kernel(
         overlap = _overlap(boxes + (image * slots + g) * 4, x0, y0, x1, y1, area)
         slot = tl.where(overlap > best, g, slot)
         best = tl.where(overlap > best, overlap, best)
-        if LOW_QUALITY:
-            low = low | (overlap == tl.load(maxima + image * slots + g))
-    band = tl.full((BLOCK,), LABELS[0], tl.int32)
+        # No overlap is -1.
+        low = low | (overlap == tl.load(maxima + image * slots + g, mask=low_quality != 0, other=-1.0))
+    band = tl.full((BLOCK,), labels[0], tl.float32)
     for i in tl.static_range(len(thresholds)):
-        band = tl.where(best >= thresholds[i], LABELS[i + 1], band)
-    band = tl.where(low, 1, band)
+        band = tl.where(best >= thresholds[i], labels[i + 1], band)
+    band = tl.where(low, 1.0, band)
     place = image * count + n
     if HAS_OUTSIDE:
         drop = tl.load(outside + place, mask=here, other=1) != 0
-        slot, band = tl.where(drop, 0, slot), tl.where(drop, -1, band)
+        slot, band = tl.where(drop, 0, slot), tl.where(drop, -1.0, band)
     tl.store(index + place, slot, mask=here)
     tl.store(label + place, band.to(tl.int8), mask=here)
 
@@ -94,7 +96,10 @@ def launch_match_boxes_fwd(
         _match_boxes_maxima_fwd_kernel[grid](
             boxes, counts, candidates, outside, maxima.view(torch.int32), *sizes, **options
         )
+    # Triton compiles anew for another number of thresholds, and for integers in a tuple.
+    above = max(0, 2 - len(thresholds))
+    thresholds, labels = (*thresholds, *[math.inf] * above), (*labels, *labels[-1:] * above)
     _match_boxes_fwd_kernel[grid](
-        boxes, counts, candidates, tuple(thresholds), outside, maxima, index, label, *sizes,
-        LABELS=tuple(labels), LOW_QUALITY=maxima is not None, **options,
+        boxes, counts, candidates, thresholds, outside, boxes if maxima is None else maxima, index, label, *sizes,
+        tuple(map(float, labels)), int(maxima is not None), **options,
     )  # fmt: skip

@@ -17,6 +17,8 @@ import triton.language as tl
 GAP = tl.constexpr(3)
 # Side of the tiles of a map that a program of backward has.
 SIDE = tl.constexpr(8)
+# Bins that a program has: less than a row of them, so that rows of any length are read by one kernel.
+_BINS = 8
 # The fewest and most channels that a program has, and the sums that a warp may hold.
 _CHANNELS = 16, 256
 _SUMS = 512
@@ -101,7 +103,7 @@ def _roi_align_levels_fwd_kernel(
     features, levels, ranges, weights, y, heights, widths, slots, length, C, P, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """features: (B, H, W, C) each; y: (N, P, P, C). A program has a row of bins of one ROI."""
+    """features: (B, H, W, C) each; y: (N, P, P, C). A program has BLOCK_P bins of a row of one ROI."""
     program = tl.program_id(0)
     roi = (program // P).to(tl.int64)
     row = (program % P).to(tl.int64)
@@ -115,25 +117,27 @@ def _roi_align_levels_fwd_kernel(
     width = tl.cast(width, tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     feature += roi // slots * tl.cast(height, tl.int64) * width * C
-    b = tl.arange(0, BLOCK_P)
+    begin = tl.program_id(2) * BLOCK_P
+    b, bins = tl.arange(0, BLOCK_P), P - begin
     of_rows = ranges + 4 * roi * P + 2 * row
-    of_columns = ranges + (4 * roi + 2) * P + 2 * b
+    of_columns = ranges + (4 * roi + 2) * P + 2 * begin + 2 * b
     weights += 2 * roi * length
-    first = tl.load(of_columns, mask=b < P, other=0)
-    last = tl.load(of_columns + 1, mask=b < P, other=-1)
+    of_bins = weights + length + GAP * begin
+    first = tl.load(of_columns, mask=b < bins, other=0)
+    last = tl.load(of_columns + 1, mask=b < bins, other=-1)
     longest = tl.max(last - first) + 1
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for p in range(tl.load(of_rows), tl.load(of_rows + 1) + 1):
         row_weight = tl.load(weights + p + GAP * row)
         for k in range(longest):
             x = first + k
-            w = tl.load(weights + length + x + GAP * b, mask=x <= last, other=0.0) * row_weight
+            w = tl.load(of_bins + x + GAP * b, mask=x <= last, other=0.0) * row_weight
             at = feature + (p * width + x)[:, None] * C + c[None, :]
             # No weight between the points of a sparse grid.
             value = tl.load(at, mask=(w != 0.0)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
             total += w[:, None] * value
-    to = y + ((roi * P + row) * P + b)[:, None] * C + c[None, :]
-    tl.store(to, total.to(y.dtype.element_ty), mask=(b < P)[:, None] & (c < C)[None, :])
+    to = y + ((roi * P + row) * P + begin) * C + b[:, None].to(tl.int64) * C + c[None, :]
+    tl.store(to, total.to(y.dtype.element_ty), mask=(b < bins)[:, None] & (c < C)[None, :])
 
 
 @triton.jit
@@ -216,11 +220,11 @@ def launch_roi_align_levels_fwd(features, boxes, levels, sizes, scales, sampling
     """features (B, C, H, W) and y (B * S, C, P, P) channels_last, boxes (B, S, 4), levels (B, S), sizes (L, B, 2)."""
     rows, channels, side, _ = y.shape
     tables = _axes(boxes, levels, sizes, scales, sampling_ratio, features, side)
-    block_p = triton.next_power_of_2(side)
-    block_c = _block_c(channels, block_p, warps=4)
-    _roi_align_levels_fwd_kernel[(rows * side, triton.cdiv(channels, block_c))](
+    block_c = _block_c(channels, _BINS, warps=4)
+    grid = rows * side, triton.cdiv(channels, block_c), triton.cdiv(side, _BINS)
+    _roi_align_levels_fwd_kernel[grid](
         tuple(features), levels, *tables, y, *_shapes(features), boxes.shape[1], tables[1].shape[2], channels, side,
-        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
+        BLOCK_P=_BINS, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
 
 

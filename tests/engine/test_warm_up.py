@@ -19,11 +19,11 @@ from mimdet.engine import trainer, warm_up
 from mimdet.engine.warm_up import compile_kernels
 from mimdet.kernels import KernelCompilationError, ahead, batch_norm, gather_add_pos, use
 
-# More blocks launch the same kernels.
-SHALLOW = [f"model.backbone.bottom_up.{part}.depth=1" for part in ("encoder", "decoder")]
+# More blocks launch the same kernels. The encoder's first block is never dropped, the second one is.
+SHALLOW = [f"model.backbone.bottom_up.{part}.depth={depth}" for part, depth in (("encoder", 2), ("decoder", 1))]
 STEPS = 1000
 # Kernels that a training of the Base model compiles, where Triton's are chosen for all operations.
-MOST = 66
+MOST = 52
 
 pytestmark = needs_compiler
 
