@@ -244,5 +244,5 @@ def nearest(target: str) -> str:
     name = target.rpartition(".")[2]
     if hint := next((_NEAREST[part] for part in reversed(target.split(".")) if part in _NEAREST), ""):
         return hint
-    near = difflib.get_close_matches(name, _BY_THEIRS, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, _BY_THEIRS, n=1, cutoff=0.5) if "." in target else []
     return _BY_THEIRS[near[0]].native if near else ""

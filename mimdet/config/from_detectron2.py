@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .counterparts import BY_NATIVE, ORIGINAL, ORIGINAL_IN_CONFIGS, Counterpart, counterpart, nearest
@@ -69,7 +69,7 @@ def to_native(sections: Mapping[str, Any], where: str, run: Run | None = None) -
     cfg = conversion.convert()
     if conversion.problems:
         raise ValueError(
-            f"config {where} has no native counterpart in these keys:\n"
+            f"config {where}: these parts have no native counterpart:\n"
             + "\n".join(f"  {line}" for line in conversion.problems)
             + "\nchange them in the config, or train it with python -m mimdet.detectron2, which needs Detectron2"
         )
@@ -118,8 +118,8 @@ class _Conversion:
             return self._call(value, path)
         if isinstance(value, dict):
             return {key: self._value(item, f"{path}.{key}") for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self._value(item, f"{path}.{index}") for index, item in enumerate(value)]
+        if type(value) in (list, tuple):
+            return type(value)(self._value(item, f"{path}.{index}") for index, item in enumerate(value))
         if isinstance(value, functools.partial) and isinstance(value.func, StandIn):
             name = facts_of(value.func).name
             self._problem(path, name, f"nearest: {nearest(name)}" if nearest(name) else "")
@@ -157,25 +157,30 @@ class _Conversion:
             self._problem(path, repr(target), _REGISTRY)
             return None
         if _is_local(target) and name in ORIGINAL_IN_CONFIGS and (defaults := _defaults(target, name)) is not None:
-            node = {**defaults, **node}
+            node = node | {key: value for key, value in defaults.items() if key not in node}
             self.notes.append(f"{path}: {name} of the config file is replaced by {counterpart(name).native}")
         elif not _is_theirs(name):
             if _is_local(target) or isinstance(target, StandIn) or _has_detectron2_base(target):
                 self._unknown(path, name, target)
                 return None
+            if name.startswith("mimdet.") and (known := BY_NATIVE.get(name.rpartition(".")[2])):
+                return self._arguments(known, node, path) | {TARGET: target}
             children = {key: self._value(value, f"{path}.{key}") for key, value in node.items() if key != TARGET}
             return {TARGET: target, **children}
         known = counterpart(name)
         if known is None:
             self._unknown(path, name, target)
             return None
-        return self._arguments(known, node, path, name)
+        return self._arguments(known, self._theirs(known, node, path, name), path)
 
-    def _arguments(self, known: Counterpart, node: dict[str, Any], path: str, name: str) -> dict[str, Any]:
+    def _theirs(self, known: Counterpart, node: dict[str, Any], path: str, name: str) -> dict[str, Any]:
+        """The arguments of a Detectron2 node, with the defaults that are not the native ones."""
+        node = node | {key: value for key, value in known.defaults.items() if key not in node}
+        special = _SPECIAL.get(known.name)
+        return special(self, node, path, name) if special else node
+
+    def _arguments(self, known: Counterpart, node: dict[str, Any], path: str) -> dict[str, Any]:
         parameters = _parameters(known)
-        node = {**known.defaults, **node}
-        if special := _SPECIAL.get(known.name):
-            node = special(self, node, path, name)
         result: dict[str, Any] = {TARGET: known.native}
         for key, value in node.items():
             if key == TARGET:
@@ -185,8 +190,10 @@ class _Conversion:
             elif key in known.unused:
                 self.notes.append(f"{path}.{key} is left out: it changes no result")
             elif not any(self._equal(value, neutral, f"{path}.{key}") for neutral in known.neutral.get(key, ())):
-                near = _near_argument(key, parameters)
-                self._problem(f"{path}.{key}", _shown(value), f"{known.native} has no such argument{near}")
+                what = _shown(value)
+                near = nearest(what) or next(iter(difflib.get_close_matches(key, parameters, n=1)), "")
+                hint = f"{known.native} has no such argument" + (f"; nearest: {near}" if near else "")
+                self._problem(f"{path}.{key}", what, hint)
         runtime = {"model", "params", "dataset"} if known.name.startswith(("get_", "COCO")) else set()
         for key, parameter in parameters.items():
             missing = parameter.default is parameter.empty and key not in result and key not in runtime
@@ -197,7 +204,6 @@ class _Conversion:
     # What a class needs beyond its table entry
 
     def _evaluator(self, node: dict[str, Any], path: str, name: str) -> dict[str, Any]:
-        node = dict(node)
         dataset, tested = (self._resolved(key) for key in (f"{path}.dataset_name", "dataloader.test.dataset.names"))
         if dataset is not None and _one(dataset) != _one(tested):
             self._problem(
@@ -222,12 +228,15 @@ class _Conversion:
         return node
 
     def _mapper(self, node: dict[str, Any], path: str, name: str) -> dict[str, Any]:
-        return {"use_instance_mask": False, **node} if self._resolved(f"{path}.is_train") else node
+        if self._resolved(f"{path}.is_train"):
+            node.setdefault("use_instance_mask", False)
+        return node
 
     def _rcnn(self, node: dict[str, Any], path: str, name: str) -> dict[str, Any]:
         if "input_format" not in node and self._resolved("dataloader.test.mapper.image_format"):
-            node = {**node, "input_format": "${dataloader.test.mapper.image_format}"}
-        return {"inference": {TARGET: "mimdet.detection.InferencePasses", "passes": 1, "ratio": None}, **node}
+            node["input_format"] = "${dataloader.test.mapper.image_format}"
+        node.setdefault("inference", {TARGET: "mimdet.detection.InferencePasses", "passes": 1, "ratio": None})
+        return node
 
     def _train_loader(self, node: dict[str, Any], path: str, name: str) -> dict[str, Any]:
         return {**node, "seed": "${train.seed}"} if "train" in self._sections else node
@@ -240,7 +249,6 @@ class _Conversion:
         return node
 
     def _steps(self, node: dict[str, Any], path: str, name: str) -> dict[str, Any]:
-        node = dict(node)
         values, milestones, updates = (
             self._resolved(f"{path}.{key}") for key in ("values", "milestones", "num_updates")
         )
@@ -252,7 +260,6 @@ class _Conversion:
         return node
 
     def _default_params(self, node: dict[str, Any], path: str, name: str) -> dict[str, Any]:
-        node = dict(node)
         optimizer = path.rpartition(".")[0]
         for key, option in (("base_lr", "lr"), ("weight_decay", "weight_decay")):
             value, overall = self._resolved(f"{path}.{key}"), self._resolved(f"{optimizer}.{option}")
@@ -314,7 +321,7 @@ class _Conversion:
             value = OmegaConf.select(self._before, path)
         except OmegaConfBaseException:
             return None
-        return OmegaConf.to_container(value, resolve=True) if isinstance(value, (DictConfig, ListConfig)) else value
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
     def _equal(self, value: Any, neutral: Any, path: str) -> bool:
         if isinstance(value, str) and "${" in value:
@@ -329,7 +336,7 @@ class _Conversion:
         elif path.endswith(".mapper"):
             hints.append("a native mapper is called as mapper(record, rng), as mimdet.data.DatasetMapper is")
         elif not isinstance(target, str) and not name.startswith(_ROOTS):
-            hints.append("it is code for Detectron2, and native classes have another interface")
+            hints.append("a native class has another interface, and is in an importable module")
         self._problem(path, name, "; ".join(hints))
 
     def _problem(self, path: str, what: str, hint: str) -> None:
@@ -352,11 +359,11 @@ _SPECIAL: dict[str, Callable[[_Conversion, dict[str, Any], str, str], dict[str, 
 
 def _plain(value: Any) -> Any:
     """A tree of dicts and lists, interpolations as they are written."""
-    if isinstance(value, (DictConfig, ListConfig)):
+    if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=False)
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def _targets(node: Any) -> Iterator[Any]:
@@ -364,7 +371,7 @@ def _targets(node: Any) -> Iterator[Any]:
         if TARGET in node:
             yield node[TARGET]
         node = [*node.values()]
-    for child in node if isinstance(node, list) else ():
+    for child in node if isinstance(node, (list, tuple)) else ():
         yield from _targets(child)
 
 
@@ -428,15 +435,11 @@ def _norm_name(norm: Any) -> Any:
     return "naiveSyncBN" + f"_{mode}" * bool(mode)
 
 
-def _near_argument(name: str, parameters: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, parameters, n=1)
-    return f"; nearest: {near[0]}" if near else ""
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, dict) and TARGET in value:
         return _target_name(value[TARGET])
-    return _target_name(value) if isinstance(value, StandIn) or callable(value) else repr(value)
+    value = value.func if isinstance(value, functools.partial) else value
+    return _target_name(value) if callable(value) else repr(value)
 
 
 def _one(names: Any) -> Any:

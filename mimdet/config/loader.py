@@ -23,7 +23,7 @@ from .overrides import apply_overrides
 from .serialize import from_yaml
 from .stand_ins import OLD_STYLE, PREFIX, Run, configs_of, imports_detectron2
 
-_SHIPPED = Path(__file__).absolute().parents[1] / "configs"
+SHIPPED = Path(__file__).absolute().parents[1] / "configs"
 _WIDTH = 100  # characters of a line in the list of shipped configs
 _OLD_KEYS = {"_BASE_", "DATASETS", "INPUT", "MODEL", "SOLVER"}  # of Detectron2's YAML configs
 _counter = itertools.count()
@@ -40,8 +40,8 @@ def find_config(path: str | Path) -> Path:
     file = Path(path).expanduser()
     if file.is_file():
         return Path(os.path.abspath(file))
-    relative = Path(*file.parts[1:]) if file.parts[:1] == (_SHIPPED.name,) else file
-    for candidate in (_SHIPPED / relative, _SHIPPED / f"{relative}.py"):
+    relative = Path(*file.parts[1:]) if file.parts[:1] == (SHIPPED.name,) else file
+    for candidate in (SHIPPED / relative, SHIPPED / f"{relative}.py"):
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(_no_config(path, relative))
@@ -49,7 +49,7 @@ def find_config(path: str | Path) -> Path:
 
 def _no_config(path: str | Path, relative: Path) -> str:
     """Error message for an unknown config: the nearest name, then all names by kind."""
-    names = {file.relative_to(_SHIPPED).with_suffix("").as_posix() for file in _SHIPPED.rglob("*.py")}
+    names = {file.relative_to(SHIPPED).with_suffix("").as_posix() for file in SHIPPED.rglob("*.py")}
     names = sorted((name for name in names if not name.startswith("common/")), key=lambda n: (n.rpartition("/")[0], n))
     asked = re.sub(r"\.(py|ya?ml)$", "", relative.as_posix())
     near = difflib.get_close_matches(asked, names, n=1) or [n for n in names if n.endswith(f"/{Path(asked).name}")]
