@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_INSIDE = "mimdet.detectron2"  # our classes for Detectron2's trainer
+_IN_DETECTRON2 = "mimdet.detectron2"  # our classes for Detectron2's trainer
 _MODEL = "detectron2.modeling"
 _HEADS = "detectron2.modeling.roi_heads"
 _TRANSFORMS = "detectron2.data.transforms"
@@ -84,7 +84,7 @@ COUNTERPARTS = (
     ),
     Counterpart(
         "mimdet.detection.GeneralizedRCNN",
-        f"{_INSIDE}.GeneralizedRCNNImageListForward",
+        f"{_IN_DETECTRON2}.GeneralizedRCNNImageListForward",
         aliases=("GeneralizedRCNN",),
         native_only=("inference",),
         unused=("vis_period",),
@@ -108,7 +108,7 @@ COUNTERPARTS = (
     ),
     Counterpart(
         "mimdet.detection.RetinaNet",
-        f"{_INSIDE}.RetinaNetImageListForward",
+        f"{_IN_DETECTRON2}.RetinaNetImageListForward",
         aliases=("RetinaNet",),
         native_only=("inference",),
         neutral=_SMOOTH_L1,
@@ -118,8 +118,8 @@ COUNTERPARTS = (
     Counterpart("mimdet.detection.RetinaNetHead", f"{_MODEL}.meta_arch.retinanet.RetinaNetHead"),
     Counterpart("mimdet.detection.StandardROIHeads", f"{_HEADS}.StandardROIHeads", neutral=_NO_KEYPOINTS),
     Counterpart("mimdet.detection.StandardRPNHead", f"{_MODEL}.proposal_generator.StandardRPNHead"),
-    Counterpart("mimdet.modeling.BenchmarkingViTDet", f"{_INSIDE}.BenchmarkingViTDet"),
-    Counterpart("mimdet.modeling.MIMDetBackbone", f"{_INSIDE}.MIMDetBackbone"),
+    Counterpart("mimdet.modeling.BenchmarkingViTDet", f"{_IN_DETECTRON2}.BenchmarkingViTDet"),
+    Counterpart("mimdet.modeling.MIMDetBackbone", f"{_IN_DETECTRON2}.MIMDetBackbone"),
     Counterpart("mimdet.modeling.MIMDetDecoder", None),
     Counterpart("mimdet.modeling.MIMDetEncoder", None),
     Counterpart("mimdet.modeling.ShapeSpec", "detectron2.layers.ShapeSpec"),

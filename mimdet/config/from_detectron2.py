@@ -419,15 +419,15 @@ def _defaults(target: Any, name: str) -> dict[str, Any] | None:
 
 def _norm_name(norm: Any) -> Any:
     """The name of a norm that is a class or function of Detectron2's; other norms unchanged."""
-    made = norm
+    result = norm
     if _is_local(norm) or isinstance(norm, functools.partial):
         try:
-            made = norm(_CHANNELS)
+            result = norm(_CHANNELS)
         except Exception:  # any code: the caller reports it
             return norm
-    if not isinstance(made, StandIn):
+    if not isinstance(result, StandIn):
         return norm
-    facts = facts_of(made)
+    facts = facts_of(result)
     name = (facts.target or facts).name.rpartition(".")[2]
     if name != "NaiveSyncBatchNorm" or set(facts.kwargs) - {"stats_mode"}:
         return norm

@@ -230,9 +230,9 @@ class _Writer:
         for name, dotted in self._names.items():
             modules[dotted.rpartition(".")[0]].append(name)
         lines = ["from functools import partial\n"] if self._partials else []
-        own = [module for module in sorted(modules) if module.startswith("mimdet.")]
-        others = [module for module in sorted(modules) if module not in own]
-        statements = [[_import(m, modules[m]) for m in group] for group in (others, own)]
+        native = [module for module in sorted(modules) if module.startswith("mimdet.")]
+        others = [module for module in sorted(modules) if module not in native]
+        statements = [[_import(m, modules[m]) for m in group] for group in (others, native)]
         return [*lines, *([*statements[0], ""] if others else []), *config, *statements[1]]
 
     def changes(self, changes: list[tuple[tuple, Any]]) -> list[str]:
