@@ -113,7 +113,6 @@ COUNTERPARTS = (
         native_only=("inference",),
         neutral=_SMOOTH_L1,
         unused=("vis_period",),
-        defaults={"input_format": "BGR"},
     ),
     Counterpart("mimdet.detection.RetinaNetHead", f"{_MODEL}.meta_arch.retinanet.RetinaNetHead"),
     Counterpart("mimdet.detection.StandardROIHeads", f"{_HEADS}.StandardROIHeads", neutral=_NO_KEYPOINTS),
@@ -244,5 +243,6 @@ def nearest(target: str) -> str:
     name = target.rpartition(".")[2]
     if hint := next((_NEAREST[part] for part in reversed(target.split(".")) if part in _NEAREST), ""):
         return hint
-    near = difflib.get_close_matches(name, _BY_THEIRS, n=1, cutoff=0.5) if "." in target else []
+    # A config file's function may have any name: only the same one is like it.
+    near = difflib.get_close_matches(name, _BY_THEIRS, n=1, cutoff=0.5 if "." in target else 1.0)
     return _BY_THEIRS[near[0]].native if near else ""

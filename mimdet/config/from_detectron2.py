@@ -233,8 +233,6 @@ class _Conversion:
         return node
 
     def _rcnn(self, node: dict[str, Any], path: str, name: str) -> dict[str, Any]:
-        if "input_format" not in node and self._resolved("dataloader.test.mapper.image_format"):
-            node["input_format"] = "${dataloader.test.mapper.image_format}"
         node.setdefault("inference", {TARGET: "mimdet.detection.InferencePasses", "passes": 1, "ratio": None})
         return node
 
@@ -276,6 +274,10 @@ class _Conversion:
     def _fill(self, cfg: dict[str, Any]) -> None:
         """The keys that native configs have and Detectron2's have not."""
         self._fill_masks(cfg)
+        model = cfg.get("model")
+        if isinstance(model, dict) and self._resolved("model.input_format") == "BGR":
+            del model["input_format"]
+            self.notes.append("model.input_format is left out: the mappers' image_format decides, BGR as well as RGB")
         train = cfg.get("train")
         if not isinstance(train, dict):
             return
@@ -306,9 +308,9 @@ class _Conversion:
         loader, model = cfg.get("dataloader"), cfg.get("model")
         if not isinstance(loader, dict):
             return
-        boxes_alone = isinstance(model, dict) and str(model.get(TARGET)).endswith(".RetinaNet")
-        mapper = "dataloader.train.mapper.use_instance_mask"
-        uses = {"train": not (loader.get("train") and self._resolved(mapper) is not True), "test": not boxes_alone}
+        boxes_alone = isinstance(model, dict) and _target_name(model.get(TARGET, "")).endswith(".RetinaNet")
+        mapper = (loader.get("train") or {}).get("mapper") or {}
+        uses = {"train": mapper.get("use_instance_mask", True) is not False, "test": not boxes_alone}
         for split, masks in uses.items():
             dataset = (loader.get(split) or {}).get("dataset")
             if isinstance(dataset, dict) and dataset.get(TARGET) == BY_NATIVE["CocoDataset"].native:

@@ -177,9 +177,10 @@ class Run:
         try:
             return builtins.__import__(name, globals, locals, fromlist, level)
         except ModuleNotFoundError as error:
-            if _root(error.name or "") is None or not fromlist:
+            if _root(error.name or "") is None:
                 raise
-            return StandIn(Facts(name, self, needs_detectron2=True))  # the conversion names what is used of it
+            # A module of the user's that needs Detectron2: the conversion names what is used of it.
+            return StandIn(Facts(name if fromlist else name.partition(".")[0], self, needs_detectron2=True))
 
     def _import_relative(self, name: str, file: Path, fromlist: tuple[str, ...], level: int) -> types.ModuleType:
         path = _relative_file(name, file, level)

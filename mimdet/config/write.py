@@ -122,10 +122,8 @@ def _source_text(cfg: DictConfig, source: str) -> tuple[str, str, int]:
         for name in names
     }
     base = min(names, key=distance.__getitem__)
-    order = list(load(base))
-    changes = sorted(
-        _changes(load(base), cfg), key=lambda change: order.index(change[0][0]) if change[0][0] in order else -1
-    )
+    order = {key: index for index, key in enumerate(load(base))}
+    changes = sorted(_changes(load(base), cfg), key=lambda change: order.get(change[0][0], -1))
     writer = _Writer()
     body = writer.changes(changes)
     sections = sorted(set(cfg) & set(order))
@@ -182,7 +180,10 @@ def _changes(live: DictConfig, cfg: DictConfig) -> list[tuple[tuple, Any]]:
             return list(changes.items())
         # A key that refers to another changes with it, so keys that refer to none come first.
         written = plain(live)
-        for path in [path for path in paths if "${" not in str(_at(written, path))] or paths[:1]:
+        free = [path for path in paths if "${" not in str(_at(written, path))]
+        for path in free or paths[:1]:
+            while not OmegaConf.is_config(_node(live, path[:-1])):
+                path = path[:-1]  # an argument of a functools.partial: the whole of it changes
             # A second change: the reference that the source has is to another value here.
             value = _at(expected, path) if path in changes else _raw(cfg, path, expected)
             parent = _node(live, path[:-1])

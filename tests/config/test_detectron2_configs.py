@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from support.fill_weights import fill_module
 from support.paths import CONFIGS
 
-from mimdet.config import find_config, instantiate, load, to_yaml
+from mimdet.config import instantiate, load, to_yaml
 from mimdet.config.counterparts import BY_NATIVE, COUNTERPARTS, nearest
 from mimdet.config.lazy import resolve_target
 from mimdet.config.stand_ins import imports_detectron2
@@ -181,7 +181,10 @@ def test_its_losses_optimizer_and_schedule_are_those_of_the_shipped_one(base):
     images = make_images(sizes, seed=11)
     targets = [target(21 + index, size, 3) for index, size in enumerate(sizes)]
     results = []
-    for cfg in (load(base, tiny_overrides(name)), tiny_config(name)):
+    # The config repeats widths that the shipped one refers to.
+    repeated = ["model.backbone.bottom_up.decoder.embed_dim=48", "model.roi_heads.box_head.input_shape.channels=16"]
+    small = [*tiny_overrides(name), *repeated]
+    for cfg in (load(base, small), tiny_config(name)):
         model = instantiate(cfg.model).train()
         fill_module(model)
         torch.manual_seed(0)
@@ -286,7 +289,9 @@ def test_lazy_config_load_and_load_rel(tmp_path):
     from mimdet.config import find_config
     train, extra = LazyConfig.load_rel("sub/other.py", ("train", "extra"))
     all = LazyConfig.load("%s")
-    model = LazyConfig.load(str(find_config("detectron2/mimdet_b_mask_rcnn"))).model
+    model, mae_checkpoint = LazyConfig.load(
+        str(find_config("detectron2/mimdet_b_mask_rcnn")), ("model", "mae_checkpoint")
+    )
     """
     cfg = load(write(tmp_path, mine=text % (tmp_path / "sub" / "other.py")))
     assert (cfg.train.max_iter, cfg.extra.a) == (7, 1)
@@ -340,7 +345,7 @@ def test_common_detectors_with_our_backbone(tmp_path, name, native, features, mo
     cfg.optimizer.params.model = model
     assert {g["weight_decay"] for g in instantiate(cfg.optimizer).param_groups} == {0.0, 1e-4}
     assert cfg.dataloader.test.dataset.use_masks == (name != "retinanet")
-    assert cfg.model.input_format == cfg.dataloader.train.mapper.image_format == "BGR"
+    assert instantiate(cfg.dataloader.train.mapper).image_format == "BGR"
     schedule = instantiate(cfg.lr_multiplier)
     assert [round(schedule(n / 27), 3) for n in (0, 12, 21, 22, 25, 26)] == [0.001, 1, 0.1, 0.1, 0.01, 0.01]
     assert cfg.lr_multiplier.scheduler.num_updates == 270_000
@@ -349,11 +354,9 @@ def test_common_detectors_with_our_backbone(tmp_path, name, native, features, mo
 def test_model_zoo_names_what_it_has_without_detectron2(tmp_path):
     file = write(
         tmp_path,
-        mine="from detectron2.model_zoo import get_config\nmodel = get_config('COCO-Detection/fcos_R_50_FPN_1x.py').model",
+        mine="from detectron2.model_zoo import get_config\nmodel = get_config('COCO-Detection/fcos.py').model",
     )
-    with pytest.raises(
-        ImportError, match=r"mine\.py, line 2: model_zoo\.get_config\('COCO-.*copy that file beside.*opt"
-    ):
+    with pytest.raises(ImportError, match=r"mine\.py, line 2: model_zoo\.get_config\('COCO-.*copy that file beside"):
         load(file)
 
 
@@ -439,7 +442,7 @@ def test_the_nearest_name_is_suggested():
         ("import needs_it\nA.append(L(needs_it.Mine)())", "A.3", "augmentation(image, targets, rng)"),
         ("from needs_it import Mine\nA.append(L(Mine)())", "A.3", "needs_it.Mine (a native augmentation is"),
         ("from needs_it import Mine\nmodel = L(Mine)()", "model", "needs_it.Mine (a native class has another"),
-        ("from needs_it import mapper\ndataloader.train.mapper = L(mapper)()", "dataloader.train.mapper", "(record, rng)"),
+        ("from needs_it import m\ndataloader.train.mapper = L(m)()", "dataloader.train.mapper", "mapper(record, rng)"),
         ("class Mine(T.Augmentation): pass\nmodel = L(Mine)()", "model", "Mine (a native class has another interface"),
         ("optimizer.params.model = lambda: 1", "optimizer.params.model", "an importable module"),
         (
@@ -463,13 +466,7 @@ def test_the_nearest_name_is_suggested():
 def test_what_has_no_counterpart(tmp_path, monkeypatch, lines, key, what):
     write(tmp_path, needs_it="from detectron2.data.transforms import Augmentation\nclass Mine(Augmentation): pass")
     monkeypatch.syspath_prepend(tmp_path)
-    if "import needs_it" in lines:
-        lines = lines.replace("import needs_it", "from . import needs_it") if False else lines
     text = f"{HEADER}\nA = dataloader.train.mapper.augmentations\n{lines}\ndel A"
-    if lines.startswith("import needs_it"):
-        with pytest.raises(ImportError, match=r"mine\.py, line \d+: .*detectron2"):
-            load(write(tmp_path, mine=text))
-        return
     found = problems(write(tmp_path, mine=text))
     key = key.replace("A.", "dataloader.train.mapper.augmentations.")
     assert list(found) == [key]
@@ -612,7 +609,7 @@ def test_a_users_models_package_stays(tmp_path, monkeypatch):
     for name in ("Net", "MIMDetBackbone"):
         file = write(
             tmp_path,
-            mine=f"from models import {name} as N\nfrom mimdet.config import LazyCall as L\nmodel = L(N)(in_features=1)",
+            mine=f"from models import {name} as N\nfrom mimdet.config import LazyCall as L\nmodel = L(N)(bias=1)",
         )
         assert not imports_detectron2(file)
         assert load(file).model._target_ is torch.nn.Linear
@@ -712,5 +709,4 @@ def test_the_command(base, tmp_path, monkeypatch, capsys, caplog):
         captured = capsys.readouterr()
         assert "exists" in captured.err
         assert run("check-data", "--config-file", base) == 1
-    assert "instances_train2017.json" in capsys.readouterr().err
-    assert find_config(tmp_path / "ours.py").is_file()
+    assert "annotation file not found: datasets/coco/annotations/instances_train2017.json" in capsys.readouterr().out
