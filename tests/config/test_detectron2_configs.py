@@ -646,7 +646,7 @@ model.roi_heads.box_predictor.test_nms_thresh = 0.6
 model.backbone.out_channels = 128
 model.backbone.bottom_up.encoder.norm_layer = partial(torch.nn.LayerNorm, eps=1e-4)
 optimizer.params.skip_list = ("pos_embed",)
-optimizer.betas = [0.9, 0.95]
+optimizer.betas = (0.9, 0.95)
 train.pop("clip_grad_norm")
 train.notes = {{"a": 1, "b c": None}}
 del mae_checkpoint.path
