@@ -20,11 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .counterparts import BY_NATIVE, ORIGINAL, ORIGINAL_IN_CONFIGS, Counterpart, counterpart, nearest
 from .lazy import PARTIAL, TARGET, resolve_target
-from .stand_ins import PREFIX, Run, StandIn, facts_of
+from .stand_ins import PREFIX, SECTIONS, Run, StandIn, facts_of
 
 logger = logging.getLogger(__name__)
 
-_SECTIONS = ("dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train")
 _ROOTS = ("detectron2.", "fvcore.", "models.", "mimdet.detectron2.")
 _NORMS = ("", "BN", "SyncBN", "naiveSyncBN", "naiveSyncBN_N", "GN")
 _NEAREST_NORM = {"LN": "GN", "FrozenBN": "BN"}
@@ -97,7 +96,7 @@ class _Conversion:
         for key, section in self._sections.items():
             problems = len(self.problems)
             result[key] = self._value(section, key)
-            if key not in _SECTIONS and len(self.problems) > problems:
+            if key not in SECTIONS and len(self.problems) > problems:
                 del self.problems[problems:]
                 del result[key]
                 self.notes.append(f"{key} is left out: no part of the training reads it")
@@ -119,6 +118,11 @@ class _Conversion:
         if isinstance(value, dict):
             return {key: self._value(item, f"{path}.{key}") for key, item in value.items()}
         if type(value) in (list, tuple):
+            if path == "dataloader.evaluator" and len(value) != 1:
+                self._problem(path, f"{len(value)} evaluators", "a test has one mimdet.evaluation.COCOEvaluator")
+                return None
+            if path == "dataloader.evaluator":
+                return self._value(value[0], f"{path}.0")
             return type(value)(self._value(item, f"{path}.{index}") for index, item in enumerate(value))
         if isinstance(value, functools.partial) and isinstance(value.func, StandIn):
             name = facts_of(value.func).name

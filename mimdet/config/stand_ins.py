@@ -32,6 +32,7 @@ OLD_STYLE = (
     "is of Detectron2's YAML configs, whose keys are not those of a LazyConfig: write a LazyConfig in Python, or start "
     "from a shipped config, such as mimdet_b_mask_rcnn"
 )
+SECTIONS = ("dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train")  # of a whole config
 _FACTS = "__facts__"
 _counter = itertools.count()
 
@@ -173,6 +174,8 @@ class Run:
             return self._import_relative(name, Path(globals["__file__"]), fromlist or (), level)
         root = _root(name)
         if root is not None and (root != "models" or self._original):
+            if "*" in (fromlist or ()):
+                raise ImportError(f"from {name} import *: name what the config uses, as Detectron2's code is not run")
             return StandIn(Facts(name if fromlist else root.partition(".")[0], self))
         try:
             return builtins.__import__(name, globals, locals, fromlist, level)
@@ -244,9 +247,17 @@ def imports_detectron2(file: Path, seen: set[Path] | None = None) -> bool:
 
 
 def configs_of(values: Any) -> dict[str, Any]:
-    """The sections among the variables of a config file, as Detectron2 chooses them."""
+    """The sections among the variables of a config file: dicts and configs, as Detectron2 chooses them.
+
+    A stand-in as a section of a whole config is one too, for the conversion to report.
+    """
     kinds = (dict, DictConfig, ListConfig)
-    return {key: as_config(values[key]) for key in values if not key.startswith("_") and isinstance(values[key], kinds)}
+    return {
+        key: as_config(values[key])
+        for key in values
+        if not key.startswith("_")
+        and (isinstance(values[key], kinds) or (key in SECTIONS and isinstance(values[key], StandIn)))
+    }
 
 
 def as_config(value: Any) -> Any:

@@ -116,7 +116,7 @@ def _source_text(cfg: DictConfig, source: str) -> tuple[str, str, int]:
     """The nearest shipped config's name, the text of the file, and the number of its changes."""
     complete_cfg = complete(cfg)
     names = sorted(f.relative_to(SHIPPED).with_suffix("").as_posix() for f in SHIPPED.rglob("*.py"))
-    names = [name for name in names if not name.startswith(("common/", "detectron2/", "demo"))]
+    names = [name for name in names if "/" not in name and not name.startswith("demo")]
     distance = {
         name: sum(_size(_at(complete_cfg, path)) for path in _differences(complete(load(name)), complete_cfg, ()))
         for name in names
@@ -185,7 +185,7 @@ def _changes(live: DictConfig, cfg: DictConfig) -> list[tuple[tuple, Any]]:
             while not OmegaConf.is_config(_node(live, path[:-1])):
                 path = path[:-1]  # an argument of a functools.partial: the whole of it changes
             # A second change: the reference that the source has is to another value here.
-            value = _at(expected, path) if path in changes else _raw(cfg, path, expected)
+            value = _without_defaults(_at(expected, path)) if path in changes else _raw(cfg, path, expected)
             parent = _node(live, path[:-1])
             if isinstance(value, list) and type(_resolved(parent, path[-1])).__name__ == "TupleConfig":
                 value = tuple(value)  # omegaconf 2.4 warns where a list replaces a tuple
@@ -214,7 +214,17 @@ def _at(tree: Any, path: tuple) -> Any:
 def _raw(cfg: DictConfig, path: tuple, expected: Any) -> Any:
     """The value at ``path`` as it is written in a config, or else the default that holds there."""
     value = _at(plain(cfg), path)
-    return _at(expected, path) if value is _NONE else value
+    return _without_defaults(_at(expected, path)) if value is _NONE else value
+
+
+def _without_defaults(value: Any) -> Any:
+    """A complete value without the arguments that are their defaults."""
+    if isinstance(value, list):
+        return [_without_defaults(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    defaults = _signature(value[TARGET])[1] if TARGET in value else {}
+    return {key: _without_defaults(item) for key, item in value.items() if defaults.get(key, _NONE) != item}
 
 
 class _Writer:
@@ -301,7 +311,7 @@ def _import(module: str, names: list[str]) -> str:
 def _bracket(start: str, items: list[str], end: str, indent: int, before: int = 0) -> str:
     """One line, or one line for each item."""
     line = f"{start}{', '.join(items)}{end}"
-    if "\n" not in line and indent + before + len(line) <= _WIDTH - 10:
+    if "\n" not in line and indent + before + len(line) < _WIDTH:
         return line
     inner = " " * (indent + 4)
     return f"{start}\n" + "".join(f"{inner}{item},\n" for item in items) + " " * indent + end.lstrip(",")

@@ -460,6 +460,8 @@ def test_the_nearest_name_is_suggested():
             "dataloader.train.dataset.names",
             "merge the annotation files",
         ),
+        ("from needs_it import make\nmodel = make()", "model", "needs_it.make() (a native class"),
+        ("dataloader.evaluator = [dataloader.evaluator] * 2", "dataloader.evaluator", "2 evaluators (a test has one"),
         ("model.detectron2 = L('detectron2.projects.x.RPN')()", "model.detectron2", "detectron2.projects.x.RPN"),
     ],
 )  # fmt: skip
@@ -489,6 +491,7 @@ def test_what_has_no_counterpart(tmp_path, monkeypatch, lines, key, what):
         ),
         ("a.py", "import detectron2\nfrom .b import x", r"a\.py, line 2: cannot import \.b: a relative import takes"),
         ("a.py", "import detectron2\nfrom . import x", r"a\.py, line 2: cannot import"),
+        ("a.py", "from detectron2.config import *\n", r"a\.py, line 1: from detectron2\.config import \*: name what"),
         ("a.py", "import detectron2\n1 / 0", r"a\.py, line 2: ZeroDivisionError"),
         ("a.py", "import detectron2\nfrom .c import y", r"a\.py, line 2: cannot import name 'y'"),
     ],
@@ -554,6 +557,12 @@ def test_registered_datasets(tmp_path):
         CocoDataset(cfg.dataloader.test.dataset.names)
     cfg = load(tmp_path / "mine.py", ["dataloader.test.dataset.names=null", "dataloader.test.dataset.json_file=a.json"])
     assert cfg.dataloader.test.dataset.json_file == "a.json"
+
+
+def test_one_evaluator_in_a_list(tmp_path):
+    text = f"{HEADER}\ndataloader.evaluator = [L('detectron2.evaluation.COCOEvaluator')(dataset_name='coco_2017_val')]"
+    cfg = load(write(tmp_path, mine=text))
+    assert type(instantiate(cfg.dataloader.evaluator)).__module__ == "mimdet.evaluation.coco_evaluator"
 
 
 def test_calls_that_do_nothing_are_said(tmp_path, caplog):
@@ -660,14 +669,20 @@ model.backbone.bottom_up.encoder.pretrained = "it's \\"there\\""
     assert "model.backbone.out_channels = 128" in text
     assert "in_channels" not in text  # it refers to the line above
     assert "partial(LayerNorm, eps=0.0001)" in text
+    assert max(map(len, text.splitlines())) <= 120
     assert len(text.splitlines()) < 40
     assert not imports_detectron2(target)
     compile(text, str(target), "exec")
 
 
-def test_convert_config_of_a_shipped_config_changes_nothing(tmp_path):
+def test_convert_config_of_a_shipped_config(tmp_path):
+    """The nearest detector and what an ablation changes."""
     convert_config("ablations/table3_grid", tmp_path / "ours.py")
-    assert '_base = load("ablations/table3_grid")' in (tmp_path / "ours.py").read_text()
+    assert (tmp_path / "ours.py").read_text().splitlines()[7:] == [
+        'model.backbone.bottom_up.sampling = "grid"',
+        'model.backbone.bottom_up.decoder.fill = "mask_token"',
+        'train.output_dir = "output/ablations/table3_grid"',
+    ]
 
 
 def test_convert_config_keeps_files(base, tmp_path):
