@@ -104,7 +104,24 @@ class _Conversion:
         for call in self._calls:
             if id(call) not in self._used and call.where and counterpart(call.target.name) is None:
                 self.notes.append(f"{call.name} in {call.where} is not called: Detectron2's code is not run")
-        return OmegaConf.create(result, flags={"allow_objects": True})
+        cfg = OmegaConf.create(result, flags={"allow_objects": True})
+        self._keep_references(cfg, "")
+        return cfg
+
+    def _keep_references(self, node: Any, prefix: str) -> None:
+        """Values in place of the interpolations that refer to what is left out."""
+        for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+            path = f"{prefix}{key}"
+            if not OmegaConf.is_interpolation(node, key):
+                child = None if OmegaConf.is_missing(node, key) else node[key]
+                if isinstance(child, (DictConfig, ListConfig)):
+                    self._keep_references(child, f"{path}.")
+                continue
+            try:
+                node[key]
+            except OmegaConfBaseException:
+                if (value := self._resolved(path)) is not None:
+                    node[key] = value
 
     # Values
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from support.fill_weights import fill_module
-from support.paths import CONFIGS
+from support.paths import CONFIGS, ROOT
 
 from mimdet.config import instantiate, load, to_yaml
 from mimdet.config.counterparts import BY_NATIVE, COUNTERPARTS, nearest
@@ -351,6 +351,15 @@ def test_common_detectors_with_our_backbone(tmp_path, name, native, features, mo
     assert cfg.lr_multiplier.scheduler.num_updates == 270_000
 
 
+def test_the_config_of_the_documentation(tmp_path):
+    page = (ROOT / "docs" / "detectron2.md").read_text(encoding="utf-8")
+    cfg = load(write(tmp_path, mine=page.split("# mine.py\n")[1].split("```")[0]))
+    with torch.device("meta"):
+        model = instantiate(cfg.model)
+    assert model.backbone.bottom_up.output_shape().keys() == {"s0", "s1", "s2", "s3"}
+    assert set(cfg) == {"dataloader", "lr_multiplier", "model", "optimizer", "train"}
+
+
 def test_model_zoo_names_what_it_has_without_detectron2(tmp_path):
     file = write(
         tmp_path,
@@ -469,10 +478,10 @@ def test_what_has_no_counterpart(tmp_path, monkeypatch, lines, key, what):
     write(tmp_path, needs_it="from detectron2.data.transforms import Augmentation\nclass Mine(Augmentation): pass")
     monkeypatch.syspath_prepend(tmp_path)
     text = f"{HEADER}\nA = dataloader.train.mapper.augmentations\n{lines}\ndel A"
-    found = problems(write(tmp_path, mine=text))
+    lines_by_key = problems(write(tmp_path, mine=text))
     key = key.replace("A.", "dataloader.train.mapper.augmentations.")
-    assert list(found) == [key]
-    assert what in found[key]
+    assert list(lines_by_key) == [key]
+    assert what in lines_by_key[key]
 
 
 @pytest.mark.parametrize(
@@ -557,6 +566,20 @@ def test_registered_datasets(tmp_path):
         CocoDataset(cfg.dataloader.test.dataset.names)
     cfg = load(tmp_path / "mine.py", ["dataloader.test.dataset.names=null", "dataloader.test.dataset.json_file=a.json"])
     assert cfg.dataloader.test.dataset.json_file == "a.json"
+
+
+def test_references_to_what_is_left_out(tmp_path):
+    """They become the values that they had."""
+    text = f"""{HEADER}
+model.input_format = "BGR"
+dataloader.train.mapper.image_format = "${{model.input_format}}"
+model.vis_period = "${{train.no_such_key}}"
+train.max_iter = "${{lr_multiplier.scheduler.num_updates}}"
+"""
+    cfg = load(write(tmp_path, mine=text))
+    assert cfg.dataloader.test.mapper.image_format == "BGR"
+    assert OmegaConf.is_interpolation(cfg.train, "max_iter")
+    assert "input_format" not in cfg.model
 
 
 def test_one_evaluator_in_a_list(tmp_path):
