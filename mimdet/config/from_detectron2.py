@@ -114,7 +114,7 @@ class _Conversion:
             path = f"{prefix}{key}"
             if not OmegaConf.is_interpolation(node, key):
                 child = None if OmegaConf.is_missing(node, key) else node[key]
-                if isinstance(child, (DictConfig, ListConfig)):
+                if OmegaConf.is_config(child):
                     self._keep_references(child, f"{path}.")
                 continue
             try:
@@ -321,6 +321,8 @@ class _Conversion:
                 f"train.reference_batch_size is {batch}: another dataloader.train.total_batch_size scales the learning "
                 "rate and schedule"
             )
+        if "://" in str(train.get("init_checkpoint")):
+            self.notes.append(f"train.init_checkpoint: download {train['init_checkpoint']} and name the file")
         if unread := sorted(set(train) - _TRAIN):
             self.notes.append(f"no part of the training reads {', '.join(f'train.{key}' for key in unread)}")
 

@@ -589,11 +589,12 @@ def test_one_evaluator_in_a_list(tmp_path):
 
 
 def test_calls_that_do_nothing_are_said(tmp_path, caplog):
-    text = "from detectron2.data import DatasetCatalog\nDatasetCatalog.register('x', None)\ntrain = dict(wandb=1)"
+    text = "from detectron2.data import DatasetCatalog\nDatasetCatalog.register('x', None)\ntrain = dict(wandb=1, init_checkpoint='https://a/b.pth')"
     load(write(tmp_path, mine=text))
     lines = [record.getMessage() for record in caplog.records]
     assert any(re.search(r"DatasetCatalog\.register\(\) in .*mine\.py, line 2 is not called", line) for line in lines)
     assert any("no part of the training reads train.wandb" in line for line in lines)
+    assert any("train.init_checkpoint: download https://a/b.pth" in line for line in lines)
 
 
 @pytest.mark.parametrize(
