@@ -13,7 +13,7 @@ from rich.text import Text
 from .. import __version__
 from ..bench.cli import app as bench
 from ..files import drop_dead_stream
-from . import check_data, convert, demo, info, parity, predict, show, train
+from . import check_data, convert, convert_config, demo, info, parity, predict, show, train
 
 app = typer.Typer(
     name="mimdet",
@@ -49,6 +49,7 @@ app.command("predict")(predict.predict)
 app.command("check-data")(check_data.check_data)
 app.command("info")(info.info)
 app.command("convert")(convert.convert)
+app.command("convert-config")(convert_config.convert_config)
 app.add_typer(show.app, name="show")
 app.command("parity")(parity.parity)
 app.add_typer(bench, name="bench")

@@ -12,7 +12,10 @@ from typing import Annotated
 import typer
 
 ConfigFile = Annotated[
-    str, typer.Option(help="Python config, or a config.yaml that a run saved. Shipped ones are found by name.")
+    str,
+    typer.Option(
+        help="Python config, of Detectron2 too, or a config.yaml that a run saved. Shipped ones are found by name."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import itertools
@@ -11,17 +12,20 @@ import sys
 import textwrap
 import traceback
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .from_detectron2 import is_detectron2, to_native
 from .overrides import apply_overrides
 from .serialize import from_yaml
+from .stand_ins import OLD_STYLE, PREFIX, Run, configs_of, imports_detectron2
 
-_SHIPPED = Path(__file__).absolute().parents[1] / "configs"
+SHIPPED = Path(__file__).absolute().parents[1] / "configs"
 _WIDTH = 100  # characters of a line in the list of shipped configs
+_OLD_KEYS = {"_BASE_", "DATASETS", "INPUT", "MODEL", "SOLVER"}  # of Detectron2's YAML configs
 _counter = itertools.count()
 
 
@@ -36,8 +40,8 @@ def find_config(path: str | Path) -> Path:
     file = Path(path).expanduser()
     if file.is_file():
         return Path(os.path.abspath(file))
-    relative = Path(*file.parts[1:]) if file.parts[:1] == (_SHIPPED.name,) else file
-    for candidate in (_SHIPPED / relative, _SHIPPED / f"{relative}.py"):
+    relative = Path(*file.parts[1:]) if file.parts[:1] == (SHIPPED.name,) else file
+    for candidate in (SHIPPED / relative, SHIPPED / f"{relative}.py"):
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(_no_config(path, relative))
@@ -45,7 +49,7 @@ def find_config(path: str | Path) -> Path:
 
 def _no_config(path: str | Path, relative: Path) -> str:
     """Error message for an unknown config: the nearest name, then all names by kind."""
-    names = {file.relative_to(_SHIPPED).with_suffix("").as_posix() for file in _SHIPPED.rglob("*.py")}
+    names = {file.relative_to(SHIPPED).with_suffix("").as_posix() for file in SHIPPED.rglob("*.py")}
     names = sorted((name for name in names if not name.startswith("common/")), key=lambda n: (n.rpartition("/")[0], n))
     asked = re.sub(r"\.(py|ya?ml)$", "", relative.as_posix())
     near = difflib.get_close_matches(asked, names, n=1) or [n for n in names if n.endswith(f"/{Path(asked).name}")]
@@ -65,6 +69,8 @@ def _no_config(path: str | Path, relative: Path) -> str:
 def load(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
     """Load a config and apply ``key=value`` overrides.
 
+    A config of Detectron2's, or of the original MIMDet's, becomes a native one: see :mod:`.from_detectron2`.
+
     Args:
         path: a Python config (its module-level dicts and lists become the keys; relative imports reach
             other config files) or a ``.yaml`` saved by a run.
@@ -74,7 +80,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file does not parse, or raises; with file and line.
+        ValueError: the file does not parse, or raises, with file and line; or it is a Detectron2 config with parts that
+            have no native counterpart, all of which the message names.
         ImportError: the file imports a module that does not exist.
         KeyError: an override names a key that does not exist; the message suggests the nearest.
     """
@@ -84,16 +91,25 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
             cfg = from_yaml(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"config {file}: {error}") from error
-    elif file.suffix == ".py":
-        cfg = _from_module(_execute(file), file)
-    else:
+        if _OLD_KEYS & set(cfg):
+            raise ValueError(f"config {file} {OLD_STYLE}")
+    elif file.suffix != ".py":
         raise ValueError(f"config {file}: expected a .py or .yaml file")
+    elif imports_detectron2(file):
+        run = Run()
+        with _explained(file, run.prefix):
+            sections = configs_of(run.execute(file))
+        return apply_overrides(to_native(sections, str(file), run), overrides)
+    else:
+        cfg = _from_module(_execute(file), file)
+    if is_detectron2(cfg):
+        cfg = to_native(cfg, str(file))
     return apply_overrides(cfg, overrides)
 
 
 def _execute(file: Path) -> types.ModuleType:
     """Import a config file afresh, inside temporary packages that make its relative imports work."""
-    prefix = f"_mimdet_config_{next(_counter)}"
+    prefix = f"{PREFIX}{next(_counter)}"
     folders = [*reversed(file.parents)]
     name = prefix
     for folder in folders:
@@ -103,17 +119,25 @@ def _execute(file: Path) -> types.ModuleType:
         parent, name = name, f"{name}.d"
     keep, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
-        return importlib.import_module(f"{parent}.{file.stem}")
+        with _explained(file, prefix):
+            return importlib.import_module(f"{parent}.{file.stem}")
+    finally:
+        sys.dont_write_bytecode = keep
+        for module in [m for m in sys.modules if m == prefix or m.startswith(prefix + ".")]:
+            del sys.modules[module]
+
+
+@contextlib.contextmanager
+def _explained(file: Path, prefix: str) -> Iterator[None]:
+    """Errors of config files, whose modules have names of this prefix, get file and line."""
+    try:
+        yield
     except SyntaxError as error:
         line = f", line {error.lineno}" if error.lineno else ""
         raise ValueError(f"config {error.filename or file}{line}: {error.msg}") from error
     except Exception as error:
         kind = ImportError if isinstance(error, ImportError) else ValueError
         raise kind(f"config {_where(error, prefix) or file}: {_what(error, prefix)}") from error
-    finally:
-        sys.dont_write_bytecode = keep
-        for module in [m for m in sys.modules if m == prefix or m.startswith(prefix + ".")]:
-            del sys.modules[module]
 
 
 def _where(error: Exception, prefix: str) -> str:

@@ -18,7 +18,7 @@ def to_yaml(cfg: DictConfig) -> str:
     Raises:
         ValueError: a value that cannot be imported by name, such as a lambda.
     """
-    return yaml.safe_dump(_plain(cfg), sort_keys=False, default_flow_style=None, width=110)
+    return yaml.safe_dump(plain(cfg), sort_keys=False, default_flow_style=None, width=110)
 
 
 def from_yaml(text: str) -> DictConfig:
@@ -38,18 +38,23 @@ def from_yaml(text: str) -> DictConfig:
         raise ValueError(f"config holds what none can: {error}") from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A config as dicts, lists and plain values: interpolations as written, callables as dotted names.
+
+    Raises:
+        ValueError: a callable that cannot be imported by name.
+    """
     if isinstance(value, (DictConfig, ListConfig)):
         value = OmegaConf.to_container(value, resolve=False)
     if isinstance(value, dict):
         named = {TARGET: dotted_name(value[TARGET])} if callable(value.get(TARGET)) else {}
-        return {str(k): _plain(v) for k, v in value.items()} | named
+        return {str(k): plain(v) for k, v in value.items()} | named
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, functools.partial):
         if value.args:
             raise ValueError(f"config: {value} has positional arguments and cannot be saved; use keywords")
-        return {TARGET: dotted_name(value.func), PARTIAL: True, **_plain(value.keywords)}
+        return {TARGET: dotted_name(value.func), PARTIAL: True, **plain(value.keywords)}
     if callable(value):
         return {TARGET: dotted_name(value), PARTIAL: True}
     return value

@@ -132,5 +132,6 @@ def find(name: str) -> tuple[str, str]:
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise DataError(
         f"unknown dataset {name!r}: {hint}Known: {', '.join(known)}. "
-        "Use mimdet.data.register(name, json_file, image_root), or give json_file and image_root instead"
+        "Use mimdet.data.register(name, json_file, image_root), or give json_file and image_root instead "
+        "(--train-json and --train-images, --val-json and --val-images)"
     )

@@ -12,59 +12,11 @@ from detectron2.config import LazyConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..config import find_config, load
+from ..config.counterparts import BY_NATIVE, ORIGINAL
 from ..config.lazy import TARGET
 
-# Class name -> module of Detectron2 with a class of that name and the same arguments.
-_MODULES = {
-    "AugmentationList": "detectron2.data.transforms",
-    "BenchmarkingViTDet": __package__,
-    "Box2BoxTransform": "detectron2.modeling.box_regression",
-    "COCOEvaluator": "detectron2.evaluation",
-    "CascadeROIHeads": "detectron2.modeling.roi_heads",
-    "CosineParamScheduler": "fvcore.common.param_scheduler",
-    "DatasetMapper": "detectron2.data",
-    "DefaultAnchorGenerator": "detectron2.modeling.anchor_generator",
-    "FPN": "detectron2.modeling",
-    "FastRCNNConvFCHead": "detectron2.modeling.roi_heads",
-    "FastRCNNOutputLayers": "detectron2.modeling.roi_heads",
-    "FixedSizeCrop": "detectron2.data.transforms",
-    "LastLevelMaxPool": "detectron2.modeling.backbone.fpn",
-    "LastLevelP6P7": "detectron2.modeling.backbone.fpn",
-    "MIMDetBackbone": __package__,
-    "MaskRCNNConvUpsampleHead": "detectron2.modeling.roi_heads",
-    "Matcher": "detectron2.modeling.matcher",
-    "MultiStepParamScheduler": "fvcore.common.param_scheduler",
-    "ROIPooler": "detectron2.modeling.poolers",
-    "RPN": "detectron2.modeling.proposal_generator",
-    "RandomApply": "detectron2.data.transforms",
-    "RandomCrop": "detectron2.data.transforms",
-    "RandomFlip": "detectron2.data.transforms",
-    "ResizeScale": "detectron2.data.transforms",
-    "ResizeShortestEdge": "detectron2.data.transforms",
-    "RetinaNetHead": "detectron2.modeling.meta_arch.retinanet",
-    "ShapeSpec": "detectron2.layers",
-    "StandardROIHeads": "detectron2.modeling.roi_heads",
-    "StandardRPNHead": "detectron2.modeling.proposal_generator",
-    "WarmupParamScheduler": "detectron2.solver",
-    "build_detection_test_loader": "detectron2.data",
-    "build_detection_train_loader": "detectron2.data",
-}
-_RENAMED = {
-    "CocoDataset": "detectron2.data.get_detection_dataset_dicts",
-    "GeneralizedRCNN": f"{__package__}.GeneralizedRCNNImageListForward",
-    "RetinaNet": f"{__package__}.RetinaNetImageListForward",
-}
-_NATIVE = ("MIMDetDecoder", "MIMDetEncoder", "UpsampledTokens")
-# Arguments that only the native callable has.
-_NATIVE_ARGUMENTS = {
-    "CocoDataset": ("json_file", "image_root", "use_masks"),
-    "GeneralizedRCNN": ("inference",),
-    "RetinaNet": ("inference",),
-    "build_detection_test_loader": ("batch_size",),
-    "build_detection_train_loader": ("seed",),
-}
 _NATIVE_TRAIN = ("clip_grad_norm", "init_checkpoint_ignore")
-_ORIGINAL = ("MIMDetBackbone", "MIMDetEncoder", "MIMDetDecoder", "BenchmarkingViTDet")
+_ORIGINAL = tuple(name for name in ORIGINAL if name != "_postprocess")
 
 
 def use_detectron2(
@@ -161,14 +113,16 @@ def _switch(file: str, name: str) -> str:
 def _retarget(node: DictConfig) -> None:
     dotted = _dotted(node[TARGET])
     name = dotted.rsplit(".", 1)[-1]
-    if not dotted.startswith("mimdet.") or dotted.startswith(f"{__package__}.") or name in _NATIVE:
+    if not dotted.startswith("mimdet.") or dotted.startswith(f"{__package__}."):
         return
-    if name not in _MODULES and name not in _RENAMED:
+    known = BY_NATIVE.get(name)
+    if known is None:
         raise ValueError(f"Detectron2 has no counterpart of {dotted} that {__package__} knows")
-    for argument in set(node) & set(_NATIVE_ARGUMENTS.get(name, ())):
+    for argument in set(node) & set(known.native_only):
         del node[argument]  # pop would resolve interpolations
-    # omegaconf would turn a dataclass such as ShapeSpec into a config of its fields: use its name.
-    node[TARGET] = _RENAMED.get(name) or f"{_MODULES[name]}.{name}"
+    if known.theirs is not None:
+        # omegaconf would turn a dataclass such as ShapeSpec into a config of its fields: use its name.
+        node[TARGET] = known.theirs
 
 
 def _dotted(target: Any) -> str:
