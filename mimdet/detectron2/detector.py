@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks, RotatedBoxes
 
 from .. import detection
 from ..modeling.shapes import ImageList
@@ -106,7 +106,7 @@ def _target(x: dict[str, Any], name: str, with_masks: bool) -> dict[str, Any]:
     if missing := [field for field in ("gt_boxes", "gt_classes") if field not in fields]:
         raise ValueError(f"{name}['instances'] has no {', '.join(missing)}, only {', '.join(fields) or 'nothing'}")
     boxes = instances.gt_boxes
-    if not isinstance(boxes, Boxes):
+    if not isinstance(boxes, Boxes) or isinstance(boxes, RotatedBoxes):
         raise TypeError(f"{name}['instances'].gt_boxes must be Boxes, got {type(boxes).__name__}")
     target = {"boxes": boxes.tensor, "labels": instances.gt_classes}
     if with_masks:
