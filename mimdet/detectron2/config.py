@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..config import find_config, load
 from ..config.lazy import TARGET
+from ..engine.optim import can_be_fused
 
 # Class name -> module of Detectron2 with a class of that name and the same arguments.
 _MODULES = {
@@ -117,6 +118,8 @@ def from_native(file: str) -> list[DictConfig]:
         )
     cfg = load(folder.parent / path.relative_to(folder))
     use_detectron2(cfg.model, cfg.dataloader, cfg.lr_multiplier, cfg.train)
+    if can_be_fused(cfg.optimizer):
+        cfg.optimizer.fused = True  # as in native training
     return [cfg[name] for name in sorted(cfg)]
 
 

@@ -234,6 +234,12 @@ def test_large_scale_jitter_postprocess():
     assert torch.equal(results.pred_boxes.tensor, boxes)
 
 
+def test_the_optimizer_is_fused_as_in_native_training(model):
+    cfg = load_config(d2.BASE)
+    cfg.optimizer.params.model = model
+    assert instantiate(cfg.optimizer).defaults["fused"] is True
+
+
 def test_overridden_mae_path_is_read(tmp_path):
     with pytest.raises(RuntimeError, match=r"no checkpoint at .*mae\.pth"):
         instantiate(load_config(d2.BASE, [f"mae_checkpoint.path='{tmp_path}/mae.pth'"]).model)
