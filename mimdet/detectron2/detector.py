@@ -10,7 +10,6 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks, Rota
 
 from .. import detection
 from ..modeling.shapes import ImageList
-from ..polygons import PackedPolygons
 
 
 class _InDetectron2:
@@ -114,7 +113,7 @@ def _target(x: dict[str, Any], name: str, with_masks: bool) -> dict[str, Any]:
     return target
 
 
-def _masks(fields: dict[str, Any], name: str, count: int) -> PackedPolygons | torch.Tensor:
+def _masks(fields: dict[str, Any], name: str, count: int) -> list[list[Any]] | torch.Tensor:
     name = f"{name}['instances'].gt_masks"
     if "gt_masks" not in fields:
         if count:
@@ -122,10 +121,10 @@ def _masks(fields: dict[str, Any], name: str, count: int) -> PackedPolygons | to
                 f"{name} is missing, which the mask head needs: use DatasetMapper(use_instance_mask=True) and "
                 "annotations with a segmentation"
             )
-        return PackedPolygons.pack([])  # Detectron2's mapper sets no masks of an image without objects
+        return []  # Detectron2's mapper sets no masks of an image without objects
     masks = fields["gt_masks"]
     if isinstance(masks, PolygonMasks):
-        return PackedPolygons.pack(masks.polygons, name)
+        return masks.polygons
     if isinstance(masks, BitMasks):
         return masks.tensor
     raise TypeError(f"{name} must be PolygonMasks or BitMasks, got {type(masks).__name__}")

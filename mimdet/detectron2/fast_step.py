@@ -70,6 +70,7 @@ def _counterparts() -> dict[Any, type]:
     """Native class of each class of Detectron2 that has one."""
     known = {locate(_RENAMED[name]): native for name, native in _DETECTORS.items()}
     known |= {locate(f"detectron2.modeling.{name}"): native for name, native in _DETECTORS.items()}
+    known |= {getattr(detection, name): native for name, native in _DETECTORS.items()}  # of a native config
     native = {name: getattr(detection, name) for name in _MODULES if hasattr(detection, name)}
     return known | {locate(f"{_MODULES[name]}.{name}"): counterpart for name, counterpart in native.items()}
 
@@ -100,9 +101,8 @@ class _Conversion:
 
     def _call(self, node: DictConfig, path: str) -> list[str]:
         """A lazy call; returns the arguments that remain to be visited."""
-        target = node[TARGET]
-        target = (locate(target) or target) if isinstance(target, str) else target
-        name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+        target = _resolve(node[TARGET])
+        name = _text(target)
         arguments = [key for key in node if key != TARGET]
         if name.startswith("mimdet.") and target not in self._counterparts:
             return arguments  # the backbone, or a section that is native already
@@ -138,16 +138,16 @@ class _Conversion:
 
     def _norm(self, node: DictConfig, path: str, key: str, norm: Any, native: type) -> None:
         """The name of a batch norm that a callable makes, or of the one that weighs processes as Detectron2's does."""
-        made = norm(8) if callable(norm) else None
+        layer = norm(256) if callable(norm) else None
         name = None
-        if norm == "SyncBN" or isinstance(made, nn.SyncBatchNorm):
+        if norm == "SyncBN" or isinstance(layer, nn.SyncBatchNorm):
             name = "naiveSyncBN_N" if native in _HEADS_OF_ROWS else "SyncBN"
-        elif isinstance(made, NaiveSyncBatchNorm):
-            name = "naiveSyncBN_N" if made._stats_mode == "N" else "naiveSyncBN"
-        elif type(made) is nn.BatchNorm2d:
+        elif isinstance(layer, NaiveSyncBatchNorm):
+            name = "naiveSyncBN_N" if layer._stats_mode == "N" else "naiveSyncBN"
+        elif type(layer) is nn.BatchNorm2d:
             name = "BN"
-        elif isinstance(made, nn.modules.batchnorm._BatchNorm):
-            self.problems.append(f"{path}.{key} ({type(made).__name__}): no native norm")
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            self.problems.append(f"{path}.{key} ({type(layer).__name__}): no native norm")
         if name is not None:
             self.changes.append(lambda: node.__setitem__(key, name))
 
@@ -158,7 +158,7 @@ def _values(node: DictConfig, native: type) -> Iterator[tuple[str, str]]:
         if isinstance(node.get(key), str) and node[key] not in _NORMS:
             yield key, f"the norms are {', '.join(filter(None, _NORMS))}"
     if native is detection.ROIPooler:
-        if node["pooler_type"] != "ROIAlignV2":
+        if node.get("pooler_type") != "ROIAlignV2":
             yield "pooler_type", "the pooler is ROIAlignV2"
         if not isinstance(node["output_size"], int):
             yield "output_size", "the side of a square is needed"
@@ -166,26 +166,37 @@ def _values(node: DictConfig, native: type) -> Iterator[tuple[str, str]]:
         yield "loss_weight", "one number for both losses is needed"
     if issubclass(native, detection.StandardROIHeads):
         mask_head = node.get("mask_head")
-        if isinstance(mask_head, DictConfig) and mask_head.get("num_classes", 0) != node["num_classes"]:
+        if (
+            isinstance(mask_head, DictConfig)
+            and mask_head.get("num_classes", node["num_classes"]) != node["num_classes"]
+        ):
             yield "mask_head", f"masks are those of each of the {node['num_classes']} classes"
 
 
 def _parameters(target: type) -> dict[str, inspect.Parameter]:
     """Named arguments of a class; what it passes on to its base classes included."""
-    found: dict[str, inspect.Parameter] = {}
+    every: dict[str, inspect.Parameter] = {}
     for base in target.__mro__:
         if "__init__" not in vars(base) or base in (object, nn.Module):
             continue
         parameters = inspect.signature(base.__init__).parameters
         named = {n: p for n, p in parameters.items() if n != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-        found = named | found
+        every = named | every
         if all(p.kind != p.VAR_KEYWORD for p in parameters.values()):
             break
-    return found
+    return every
+
+
+def _resolve(target: Any) -> Any:
+    """The class that a target names; a name without one stays."""
+    try:
+        return locate(target) if isinstance(target, str) else target
+    except ImportError:
+        return target
 
 
 def _text(value: Any) -> str:
     """A target or a value for a message."""
     if isinstance(value, DictConfig) and TARGET in value:
         value = value[TARGET]
-    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else str(value)
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else str(value)

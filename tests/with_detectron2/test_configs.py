@@ -192,7 +192,7 @@ def test_detectron2s_own_rcnn_takes_the_backbone():
 
 
 def test_five_lines_in_a_config_of_detectron2(tmp_path):
-    """Those of the README."""
+    """Those of the docs, without the fast step."""
     common = Path(detectron2.__file__).parents[1] / "configs" / "common"
     if not common.is_dir():
         pytest.skip("this Detectron2 comes without its configs/")

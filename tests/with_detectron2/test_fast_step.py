@@ -21,7 +21,7 @@ from mimdet.bench.fake_gpu import backward, fake_gpu, to_fake_gpu
 from mimdet.config import LazyCall as L
 from mimdet.config.lazy import TARGET
 from mimdet.detection.rpn import Proposals
-from mimdet.testing import fixed_noise, tiny_overrides
+from mimdet.testing import fixed_noise, tiny_config, tiny_overrides
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
@@ -182,12 +182,12 @@ def test_weights_go_both_ways_through_detectron2s_checkpointer(detectors, tmp_pa
 def test_results_are_of_height_and_width(detectors):
     """As Detectron2 scales them; without postprocessing they are those of the model's images."""
     inputs = [{**x, "height": 2 * x["height"], "width": 3 * x["width"]} for x in d2.inputs()]
-    found = []
+    results = []
     for model in detectors:
         model.load_state_dict(model.weights)
         with torch.no_grad():
-            found.append([x["instances"] for x in model.eval()(inputs)])
-    for expected, mine in zip(*found, strict=True):
+            results.append([x["instances"] for x in model.eval()(inputs)])
+    for expected, mine in zip(*results, strict=True):
         order = d2.matched(d2.boxes_and_classes(mine), d2.boxes_and_classes(expected), 5e-3)
         assert mine.image_size == expected.image_size in ((448, 960), (300, 900))
         assert not mine.has("pred_masks") or mine.pred_masks[order].shape == expected.pred_masks.shape
@@ -209,11 +209,11 @@ def test_inference_without_postprocessing(mask_rcnn):
 
 def test_large_scale_jitter_scales_by_one_factor():
     image = torch.nn.functional.pad(d2.inputs()[0]["image"], (0, 0, 0, 96))
-    inputs, found = [{"image": image, "height": 448, "width": 640}], []
+    inputs, results = [{"image": image, "height": 448, "width": 640}], []
     for model in pair("mimdet_b_mask_rcnn", "model.lsj_postprocess=True"):
         with torch.no_grad():
-            found.append(model.eval()(inputs)[0]["instances"])
-    expected, mine = found
+            results.append(model.eval()(inputs)[0]["instances"])
+    expected, mine = results
     order = d2.matched(d2.boxes_and_classes(mine), d2.boxes_and_classes(expected), 1e-3)
     assert len(order) > 5
     assert (mine.pred_masks[order] != expected.pred_masks).flatten(1).sum(1).max() <= 3
@@ -254,18 +254,18 @@ def evaluate(model, inputs, content, folder):
     )
     evaluator = COCOEvaluator(name, tasks=("bbox", "segm"), output_dir=str(folder / name), use_fast_impl=False)
     results = inference_on_dataset(model, [[x] for x in inputs], evaluator)
-    found = json.loads((folder / name / "coco_instances_results.json").read_text())
-    return {task: results[task]["AP"] for task in ("bbox", "segm")}, found
+    rows = json.loads((folder / name / "coco_instances_results.json").read_text())
+    return {task: results[task]["AP"] for task in ("bbox", "segm")}, rows
 
 
 def test_ap_by_detectron2s_evaluator_on_the_sample(tmp_path):
     """Weights are random: AP on the annotations is nearly 0; on Detectron2's detections as ground truth it is 100."""
     inputs, content = images_of_the_sample()
     theirs, ours = pair("mimdet_b_mask_rcnn")
-    expected, found = evaluate(theirs, inputs, content, tmp_path)
+    expected, results = evaluate(theirs, inputs, content, tmp_path)
     actual, _ = evaluate(ours, inputs, content, tmp_path)
     assert actual == pytest.approx(expected, abs=1e-3)
-    rows = [{**row, "id": i, "iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3]} for i, row in enumerate(found, 1)]
+    rows = [{**row, "id": i, "iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3]} for i, row in enumerate(results, 1)]
     assert len(rows) > 20
     imitated = {**content, "annotations": rows}
     for model in (theirs, ours):
@@ -361,6 +361,12 @@ def test_the_section_becomes_native_and_stays_so():
     assert cfg.model.backbone.bottom_up._target_.endswith("MIMDetBackbone")
 
 
+def test_a_native_config_becomes_one_for_detectron2s_trainer():
+    model = tiny_config("mimdet_b_mask_rcnn").model
+    use_fast_step(model)
+    assert isinstance(instantiate(model), NativeGeneralizedRCNN)
+
+
 def test_what_detectron2_alone_has_goes_where_it_changes_nothing():
     """And what a config leaves out keeps Detectron2's default."""
     model = config().model
@@ -402,6 +408,7 @@ def test_shared_arguments_have_one_default_or_detectron2s_is_written():
         (torch.nn.BatchNorm2d, "BN"),
         ("SyncBN", "naiveSyncBN_N"),  # it weighs every process by its rows
         ("GN", "GN"),
+        (None, None),
     ],
 )
 def test_norms_of_heads(norm, name):
@@ -424,6 +431,7 @@ def test_all_parts_without_a_counterpart_are_named_and_nothing_changes():
     heads.box_predictor.box_reg_loss_type = "giou"
     heads.keypoint_head = L(KRCNNConvDeconvUpsampleHead)(num_keypoints=17)
     heads.mask_head.num_classes = 1
+    heads.proposal_matcher._target_ = "my_project.Matcher"
     heads.mask_head.conv_norm = "FrozenBN"
     heads.box_pooler.pooler_type = "ROIAlign"
     model.proposal_generator.loss_weight = {"loss_rpn_cls": 1.0, "loss_rpn_loc": 2.0}
@@ -442,10 +450,11 @@ def test_all_parts_without_a_counterpart_are_named_and_nothing_changes():
         "model.roi_heads.mask_head.conv_norm (FrozenBN): the norms are BN",
         "model.roi_heads.box_pooler.pooler_type (ROIAlign): the pooler is ROIAlignV2",
         "model.proposal_generator.loss_weight",
+        "model.roi_heads.proposal_matcher (my_project.Matcher): no native class",
         "model.backbone.bottom_up (detectron2.modeling.backbone.resnet.ResNet): no native class",
     ):
         assert sum(line.strip().startswith(start) for line in lines) == 1, (start, lines)
-    assert len(lines) == 12
+    assert len(lines) == 13
     assert "train without use_fast_step" in lines[-1]
     assert OmegaConf.to_yaml(model) == before
 
@@ -488,7 +497,7 @@ def spoiled(**fields):
         (lambda: spoiled(gt_boxes=None), "has no gt_boxes, only gt_classes, gt_masks"),
         (lambda: spoiled(gt_boxes=RotatedBoxes(torch.zeros(3, 5))), "gt_boxes must be Boxes, got RotatedBoxes"),
         (lambda: spoiled(gt_masks=PolygonMasks([[np.zeros(6)]] * 2)), "3 boxes, labels of shape .*, 2 masks"),
-        (lambda: spoiled(gt_masks=PolygonMasks([[np.full(6, np.nan)]] * 3)), r"\.gt_masks\[0\]\[0\] holds NaN"),
+        (lambda: spoiled(gt_masks=PolygonMasks([[np.full(6, np.nan)]] * 3)), r"\['masks'\]\[0\]\[0\] holds NaN"),
         (lambda: spoiled(gt_classes=torch.tensor([0, 1, 80])), "the model has classes 0..79"),
     ],
 )

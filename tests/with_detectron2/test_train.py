@@ -117,23 +117,11 @@ def test_ours_evaluates_only(run, trained):
     assert "were not found in the checkpoint" not in log
 
 
-FAST = """
-from mimdet.detectron2 import load_config, use_fast_step
-
-cfg = load_config("detectron2/mimdet_b_mask_rcnn")
-dataloader, lr_multiplier, model, optimizer, train = (
-    cfg[name] for name in ("dataloader", "lr_multiplier", "model", "optimizer", "train")
-)
-mae_checkpoint = cfg.mae_checkpoint
-use_fast_step(model)
-"""
-
-
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory):
-    """A config whose step is native."""
+    """The docs' config whose step is native."""
     file = tmp_path_factory.mktemp("configs") / "fast.py"
-    file.write_text(FAST)
+    file.write_text((ROOT / "docs" / "detectron2.md").read_text().split("```python\n")[2].partition("```")[0])
     return file
 
 
