@@ -256,8 +256,9 @@ def detectron2(
     """The whole detector beside the original MIMDet's own code on Detectron2: a training step, inference, components.
 
     All have one set of weights, the checkpointing and the optimizer of their configs, and are timed only if losses,
-    gradients and detections equal the original's. `ours-detectron2` is our backbone in Detectron2. Components are
-    measured in rounds of their own.
+    gradients and detections equal the original's. `ours-detectron2` is our backbone in Detectron2, `ours-fast-step` is
+    our whole step in it. Operators that a step dispatches, and those that make the host wait for a GPU, are counted.
+    Components are measured in rounds of their own.
 
     Detectron2 must be installed. Overrides apply to all configs, in Detectron2's syntax.
     """

@@ -177,6 +177,42 @@ class Counter(TorchDispatchMode):
         return result
 
 
+class Dispatches(TorchDispatchMode):
+    """Counts the operators of a step that runs inside ``with``, and those whose numbers the host must read.
+
+    Attributes:
+        operations: operators that are no views; one may launch several kernels.
+        waits: operators after which the host waits for a GPU: numbers that it reads, results whose shape depends on
+            data, and copies to the host. Without a GPU, what a CPU reads from a tensor without an operator, as
+            ``tolist`` does, is not seen, and numbers that a GPU's program keeps on the host count too.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace != "prim" and not _moves_nothing(function):
+            self.operations += 1
+            self.waits += _waits(function, args, result)
+        return result
+
+
+def _waits(function, args: tuple, result) -> bool:
+    packet = function.overloadpacket
+    if packet in (aten.index, aten.index_put, aten.index_put_):
+        masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+        # One number at the places of a mask is written without counting them.
+        return bool(masks) and (packet is aten.index or args[2].numel() > 1)
+    if packet in (aten._to_copy, aten.copy_):
+        source, target = (args[0], result) if packet is aten._to_copy else (args[1], args[0])
+        return source.is_cuda and not target.is_cuda
+    if packet is torch.ops.torchvision.nms or packet is aten.is_nonzero:  # without tags
+        return True
+    return bool({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(function.tags))
+
+
 def flops(function, args: tuple, kwargs: dict, result) -> int:
     """Multiplications and additions of one call: 2 for each term of a product; 0 for operations without products."""
     formula = flop_registry.get(function.overloadpacket)

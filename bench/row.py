@@ -58,6 +58,7 @@ VALUES = {
     **dict.fromkeys(("gb_s", "tflop_s", "of_limit"), float),
     "calls": int,
     "count": int,  # of operations
+    "waits": int,  # operations after which the host waits for a GPU
     **dict.fromkeys(("gflop", "mib", "floor_ms"), float),
     # Of machine code; see experiments/static.py.
     **dict.fromkeys(("launches", "grid", "registers", "spills", "shared_bytes", "warps_per_sm"), int),

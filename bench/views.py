@@ -24,6 +24,7 @@ COLORS = {
     "ours": "#d55e00",
     "ours-checkpointed": "#e69f00",
     "ours-detectron2": "#f0e442",
+    "ours-fast-step": "#882255",
     "original": "#0072b2",
     "original-no-checkpoint": "#56b4e9",
     "original-sdpa": "#009e73",

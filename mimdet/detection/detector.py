@@ -49,7 +49,7 @@ class Detector(nn.Module):
         if input_format != "RGB":
             raise ValueError(f"input_format must be 'RGB', got {input_format!r}")
         self.backbone = backbone
-        self.inference = inference or InferencePasses()
+        self.passes = inference or InferencePasses()
         self.register_buffer("pixel_mean", torch.tensor(list(pixel_mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(list(pixel_std)).view(-1, 1, 1), persistent=False)
 
@@ -125,7 +125,7 @@ class Detector(nn.Module):
         new = batch.image_sizes if output_sizes is None else [(int(h), int(w)) for h, w in output_sizes]
         if len(new) != len(batch):
             raise ValueError(f"output_sizes must name one size for each of {len(batch)} images, got {len(new)}")
-        detections = self.inference(
+        detections = self.passes(
             lambda **ratio: self.detect(self.backbone(batch, **ratio), batch.sizes), self.num_classes
         )
         results = self._resize(detections, batch.image_sizes, new).tolist()

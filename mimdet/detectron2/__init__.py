@@ -10,8 +10,10 @@ require_detectron2()
 from ..engine.optim import get_fpn_model_parameters
 from ..modeling import MIMDetDecoder, MIMDetEncoder
 from .backbone import BenchmarkingViTDet, MIMDetBackbone
-from .config import from_native, use_detectron2
+from .config import from_native, load_config, use_detectron2
 from .dense import RetinaNetImageListForward
+from .detector import NativeGeneralizedRCNN, NativeRetinaNet
+from .fast_step import use_fast_step
 from .model import GeneralizedRCNNImageListForward, _postprocess
 
 __all__ = [
@@ -20,9 +22,13 @@ __all__ = [
     "MIMDetBackbone",
     "MIMDetDecoder",
     "MIMDetEncoder",
+    "NativeGeneralizedRCNN",
+    "NativeRetinaNet",
     "RetinaNetImageListForward",
     "_postprocess",
     "from_native",
     "get_fpn_model_parameters",
+    "load_config",
     "use_detectron2",
+    "use_fast_step",
 ]

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ..config import find_config, load
 from ..config.counterparts import BY_NATIVE, ORIGINAL
 from ..config.lazy import TARGET
+from ..engine.optim import can_be_fused
 
 _NATIVE_TRAIN = ("clip_grad_norm", "init_checkpoint_ignore")
 _ORIGINAL = tuple(name for name in ORIGINAL if name != "_postprocess")
@@ -69,6 +70,8 @@ def from_native(file: str) -> list[DictConfig]:
         )
     cfg = load(folder.parent / path.relative_to(folder))
     use_detectron2(cfg.model, cfg.dataloader, cfg.lr_multiplier, cfg.train)
+    if can_be_fused(cfg.optimizer):
+        cfg.optimizer.fused = True  # as in native training
     return [cfg[name] for name in sorted(cfg)]
 
 

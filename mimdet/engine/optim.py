@@ -28,10 +28,12 @@ def build_optimizer(cfg: DictConfig, model: nn.Module, scaled: bool = False) -> 
         scaled: whether gradients are scaled (float16). Lightning Fabric cannot clip those of a fused optimizer.
     """
     params = instantiate(cfg.params, model=model)
-    fused = {}
-    if not scaled and resolve_target(cfg[TARGET]) in (Adam, AdamW) and not {"fused", *_UPDATES} & set(cfg):
-        fused = {"fused": True}
-    return instantiate(cfg, params=params, **fused)
+    return instantiate(cfg, params=params, **({"fused": True} if not scaled and can_be_fused(cfg) else {}))
+
+
+def can_be_fused(cfg: DictConfig) -> bool:
+    """Whether an ``optimizer`` section names PyTorch's Adam or AdamW and does not say how they update."""
+    return resolve_target(cfg[TARGET]) in (Adam, AdamW) and not {"fused", *_UPDATES} & set(cfg)
 
 
 def get_fpn_model_parameters(

@@ -4,10 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+import torchvision
 
 from mimdet.bench import measure, operations, workload
 from mimdet.bench.compare import compare
 from mimdet.bench.experiments import detectron2
+from mimdet.bench.operations import Dispatches
 from mimdet.bench.plot import plot
 from mimdet.bench.readme import render
 from mimdet.bench.row import Results
@@ -29,7 +31,7 @@ def fakes(monkeypatch):
     cfg = tiny_config("mimdet_b_mask_rcnn")
     images, targets = workload.random_batch(1, setting.size, cfg.model.roi_heads.num_classes, "cpu")
     detectors = {}
-    for name in ("original", "ours-detectron2", "ours"):
+    for name in ("original", "ours-detectron2", "ours-fast-step", "ours"):
         model = build_model(cfg, pretrained=False)
         workload.bottom_up(model).inference_sample_ratio = 0.5
         forward = partial(detectron2._run_ours, model, images, targets)
@@ -51,6 +53,7 @@ def test_rows_of_steps_and_components(fakes, options, tmp_path, capsys):
     trained = [row for row in steps if row["mode"] == "train"]
     assert [row["implementation"] for row in trained] == list(implementations)
     assert all(row["activation_mib"] > 0 and row["allocated_mib"] > 0 for row in trained)
+    assert all(row["count"] > 500 and row["waits"] == 0 for row in trained)
     for mode in ("train", "inference"):
         present = {row["component"] for row in rows if row["mode"] == mode and row["implementation"] == "ours"}
         assert set(detectron2.COMPONENTS) <= present
@@ -129,7 +132,7 @@ def wrong_gradient(model):
         ("ours", wrong_weights, "loss_cls: relative error"),
         ("ours-detectron2", wrong_masks, "image 0: a mask differs by"),
         ("ours", wrong_proposals, "proposals are more than 0.01 pixels away"),
-        ("ours", wrong_gradient, "gradient of backbone: relative error"),
+        ("ours-fast-step", wrong_gradient, "gradient of backbone: relative error"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -176,3 +179,27 @@ def test_beside_the_original(options, capsys):
     missing = [(i, c) for i in detectron2.IMPLEMENTATIONS for c in detectron2.COMPONENTS if (i, c) not in seen]
     assert not missing
     assert torch.isfinite(torch.tensor([row["p50_ms"] for row in results.rows])).all()
+    steps = {row["implementation"]: row for row in results.rows if row["component"] == detectron2.STEP}
+    assert [steps[name]["waits"] for name in ("ours", "ours-fast-step")] == [0, 0]
+    assert min(steps[name]["waits"] for name in ("ours-detectron2", "original-sdpa")) > 20
+    assert steps["ours-fast-step"]["count"] == pytest.approx(steps["ours"]["count"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("run", "operations", "waits"),
+    [
+        (lambda x: x + 1, 1, 0),
+        (lambda x: x.view(4).t(), 0, 0),
+        (lambda x: x.sum().item(), 2, 1),
+        (lambda x: x.nonzero(), 1, 1),
+        (lambda x: x[x > 0], 2, 1),
+        (lambda x: x[torch.tensor([0])], 1, 0),
+        (lambda x: x.index_put_((x > 0,), torch.zeros(())), 3, 0),
+        (lambda x: torchvision.ops.nms(x.new_ones(1, 4), x.new_ones(1), 0.5), 3, 1),
+    ],
+)
+def test_operations_and_waits(run, operations, waits):
+    x = torch.arange(4.0)
+    with Dispatches() as counted:
+        run(x)
+    assert (counted.operations, counted.waits) == (operations, waits)

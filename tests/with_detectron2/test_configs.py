@@ -192,7 +192,7 @@ def test_detectron2s_own_rcnn_takes_the_backbone():
 
 
 def test_five_lines_in_a_config_of_detectron2(tmp_path):
-    """Those of the README."""
+    """Those of the docs, without the fast step."""
     common = Path(detectron2.__file__).parents[1] / "configs" / "common"
     if not common.is_dir():
         pytest.skip("this Detectron2 comes without its configs/")
@@ -232,6 +232,12 @@ def test_large_scale_jitter_postprocess():
     assert result.pred_masks.shape == (2, 120, 200)
     assert result.pred_masks[0].sum() == pytest.approx(80 * 60, rel=0.05)
     assert torch.equal(results.pred_boxes.tensor, boxes)
+
+
+def test_the_optimizer_is_fused_as_in_native_training(model):
+    cfg = load_config(d2.BASE)
+    cfg.optimizer.params.model = model
+    assert instantiate(cfg.optimizer).defaults["fused"] is True
 
 
 def test_overridden_mae_path_is_read(tmp_path):

@@ -117,14 +117,37 @@ def test_ours_evaluates_only(run, trained):
     assert "were not found in the checkpoint" not in log
 
 
-def test_two_processes(run, tmp_path):
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory):
+    """The docs' config whose step is native."""
+    file = tmp_path_factory.mktemp("configs") / "fast.py"
+    file.write_text((ROOT / "docs" / "detectron2.md").read_text().split("```python\n")[2].partition("```")[0])
+    return file
+
+
+def test_detectron2s_script_runs_the_fast_step(run, trained, fast, tmp_path):
+    """From the checkpoint of Detectron2's heads."""
+    output, _ = trained
+    options = [f"train.output_dir='{tmp_path}'", f"train.init_checkpoint='{output / 'model_final.pth'}'"]
+    log = run(TOOL, "--config-file", fast, *TINY, *options)
+    assert "copypaste: AP,AP50,AP75,APs,APm,APl" in log
+    assert "not found in the checkpoint" not in log
+    metrics = {name for line in (tmp_path / "metrics.json").read_text().splitlines() for name in json.loads(line)}
+    assert {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask", "bbox/AP", "segm/AP"} <= metrics
+    before, after = (checkpoint(folder / "model_final.pth")["model"] for folder in (output, tmp_path))
+    assert before.keys() == after.keys()
+
+
+@pytest.mark.parametrize("config", ["detectron2", "fast"])
+def test_two_processes(run, tmp_path, config, fast):
     """Gradients are compressed, and weights equal in both processes, which use the CPU without GPUs."""
+    file = fast if config == "fast" else d2.BASE
     options = [f"train.output_dir='{tmp_path}'", "train.eval_period=0", "train.ddp.fp16_compression=True"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = ["--node_rank", 0, "--master_addr", "127.0.0.1", "--master_port", port]
-    log = run("-m", "mimdet.detectron2", "--config-file", d2.BASE, "--num-gpus", 2, *address, *TINY, *options)
+    log = run("-m", "mimdet.detectron2", "--config-file", file, "--num-gpus", 2, *address, *TINY, *options)
     assert "World size: 2" in log
     assert checkpoint(tmp_path / "model_final.pth")["iteration"] == 1
 
