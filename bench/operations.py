@@ -193,7 +193,7 @@ class Dispatches(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function.namespace != "prim" and not _moves_nothing(function):
+        if function.namespace != "prim" and not moves_nothing(function):
             self.operations += 1
             self.waits += _waits(function, args, result)
         return result

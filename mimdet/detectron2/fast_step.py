@@ -13,9 +13,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from .. import detection
+from ..config.counterparts import COUNTERPARTS
 from ..config.lazy import TARGET
 from . import detector
-from .config import _MODULES, _RENAMED
 
 _DETECTORS = {"GeneralizedRCNN": detector.NativeGeneralizedRCNN, "RetinaNet": detector.NativeRetinaNet}
 _NORMS = ("", "BN", "SyncBN", "naiveSyncBN", "naiveSyncBN_N", "GN")
@@ -68,11 +68,13 @@ def _check_section(model: Any) -> None:
 
 def _counterparts() -> dict[Any, type]:
     """Native class of each class of Detectron2 that has one."""
-    known = {locate(_RENAMED[name]): native for name, native in _DETECTORS.items()}
-    known |= {locate(f"detectron2.modeling.{name}"): native for name, native in _DETECTORS.items()}
-    known |= {getattr(detection, name): native for name, native in _DETECTORS.items()}  # of a native config
-    native = {name: getattr(detection, name) for name in _MODULES if hasattr(detection, name)}
-    return known | {locate(f"{_MODULES[name]}.{name}"): counterpart for name, counterpart in native.items()}
+    known = {}
+    for entry in COUNTERPARTS:
+        if entry.theirs is not None and hasattr(detection, entry.name):
+            known[locate(entry.theirs)] = _DETECTORS.get(entry.name) or getattr(detection, entry.name)
+    for name, native in _DETECTORS.items():
+        known[locate(f"detectron2.modeling.{name}")] = known[getattr(detection, name)] = native
+    return known
 
 
 class _Conversion:
