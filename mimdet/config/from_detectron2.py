@@ -86,6 +86,7 @@ class _Conversion:
         self.notes: list[str] = []
         self._datasets = run.datasets if run else {}
         self._calls = list(run.calls) if run else []
+        self._skipped = dict.fromkeys(run.skipped) if run else {}
         self._used: set[int] = set()
         self._sections = {key: self._as_node(value) for key, value in sections.items()}
         # The values behind interpolations, as long as targets are theirs.
@@ -104,6 +105,7 @@ class _Conversion:
         for call in self._calls:
             if id(call) not in self._used and call.where and counterpart(call.target.name) is None:
                 self.notes.append(f"{call.name} in {call.where} is not called: Detectron2's code is not run")
+        self.notes += [f"module {name} is not run: it imports Detectron2" for name in self._skipped]
         cfg = OmegaConf.create(result, flags={"allow_objects": True})
         self._keep_references(cfg, "")
         return cfg

@@ -598,6 +598,16 @@ def test_calls_that_do_nothing_are_said(tmp_path, caplog):
     assert any("train.init_checkpoint: download https://a/b.pth" in line for line in lines)
 
 
+def test_modules_that_need_detectron2_are_said(tmp_path, monkeypatch, caplog):
+    """Their import may be all that a config does with them: to register datasets."""
+    write(tmp_path, needs_it="import fvcore.common\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    load(write(tmp_path, mine="import detectron2\nimport needs_it\nimport needs_it\ntrain = dict(max_iter=1)"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "config mine.py: module needs_it is not run: it imports Detectron2"
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "milestones", "updates"),
     [
