@@ -31,6 +31,7 @@ class Counterpart:
         neutral: arguments that only theirs has -> the values that change nothing.
         unused: arguments that only theirs has, and that change no result, whatever their value.
         defaults: their defaults that are not native ones.
+        order: names of their positional arguments, where they are others than the native ones.
         rest: dotted name of the callable that takes the native callable's ``**kwargs``.
     """
 
@@ -41,6 +42,7 @@ class Counterpart:
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
     rest: str | None = None
 
     @property
@@ -68,7 +70,12 @@ COUNTERPARTS = (
         rest="mimdet.detection.StandardROIHeads",
     ),
     Counterpart("mimdet.detection.DefaultAnchorGenerator", f"{_MODEL}.anchor_generator.DefaultAnchorGenerator"),
-    Counterpart("mimdet.detection.FPN", f"{_MODEL}.FPN", neutral={"fuse_type": ("sum",), "square_pad": (0,)}),
+    Counterpart(
+        "mimdet.detection.FPN",
+        f"{_MODEL}.FPN",
+        neutral={"fuse_type": ("sum",), "square_pad": (0,)},
+        order=("bottom_up", "in_features", "out_channels", "norm", "top_block", "fuse_type", "square_pad"),
+    ),
     Counterpart("mimdet.detection.FastRCNNConvFCHead", f"{_HEADS}.FastRCNNConvFCHead"),
     Counterpart(
         "mimdet.detection.FastRCNNOutputLayers",
@@ -131,6 +138,7 @@ COUNTERPARTS = (
         native_only=("json_file", "image_root", "use_masks"),
         neutral={"min_keypoints": (0,), "proposal_files": (None,)},
         unused=("check_consistency",),
+        order=("names", "filter_empty", "min_keypoints", "proposal_files", "check_consistency"),
     ),
     Counterpart(
         "mimdet.data.DatasetMapper",
@@ -146,12 +154,27 @@ COUNTERPARTS = (
         "mimdet.data.FixedSizeCrop",
         f"{_TRANSFORMS}.FixedSizeCrop",
         unused=("seg_pad_value",),
+        order=("crop_size", "pad", "pad_value", "seg_pad_value"),
     ),
     Counterpart("mimdet.data.RandomApply", f"{_TRANSFORMS}.RandomApply"),
     Counterpart("mimdet.data.RandomCrop", f"{_TRANSFORMS}.RandomCrop"),
-    Counterpart("mimdet.data.RandomFlip", f"{_TRANSFORMS}.RandomFlip"),
-    Counterpart("mimdet.data.ResizeScale", f"{_TRANSFORMS}.ResizeScale", neutral=_BILINEAR),
-    Counterpart("mimdet.data.ResizeShortestEdge", f"{_TRANSFORMS}.ResizeShortestEdge", neutral=_BILINEAR),
+    Counterpart(
+        "mimdet.data.RandomFlip",
+        f"{_TRANSFORMS}.RandomFlip",
+        order=("prob",),
+    ),
+    Counterpart(
+        "mimdet.data.ResizeScale",
+        f"{_TRANSFORMS}.ResizeScale",
+        neutral=_BILINEAR,
+        order=("min_scale", "max_scale", "target_height", "target_width", "interp"),
+    ),
+    Counterpart(
+        "mimdet.data.ResizeShortestEdge",
+        f"{_TRANSFORMS}.ResizeShortestEdge",
+        neutral=_BILINEAR,
+        order=("short_edge_length", "max_size", "sample_style", "interp"),
+    ),
     Counterpart(
         "mimdet.data.build_detection_test_loader",
         "detectron2.data.build_detection_test_loader",
@@ -171,19 +194,35 @@ COUNTERPARTS = (
         "detectron2.evaluation.COCOEvaluator",
         neutral={"tasks": (None, ["bbox", "segm"], ["segm", "bbox"]), "kpt_oks_sigmas": ([],)},
         unused=("distributed", "use_fast_impl", "allow_cached_coco"),
+        order=("dataset_name", "tasks", "distributed", "output_dir"),
     ),
     # optimizer and schedule
     Counterpart("mimdet.engine.CosineParamScheduler", f"{_SCHEDULERS}.CosineParamScheduler"),
-    Counterpart("mimdet.engine.MultiStepParamScheduler", f"{_SCHEDULERS}.MultiStepParamScheduler"),
+    Counterpart(
+        "mimdet.engine.MultiStepParamScheduler",
+        f"{_SCHEDULERS}.MultiStepParamScheduler",
+        order=("values", "num_updates", "milestones"),
+    ),
     Counterpart(
         "mimdet.engine.WarmupParamScheduler",
         "detectron2.solver.WarmupParamScheduler",
         neutral={"warmup_method": ("linear",), "rescale_interval": (False,)},
+        order=("scheduler", "warmup_factor", "warmup_length", "warmup_method", "rescale_interval"),
     ),
     Counterpart(
         "mimdet.engine.get_default_optimizer_params",
         None,
         neutral={"bias_lr_factor": (None, 1.0), "lr_factor_func": (None,)},
+        order=(
+            "model",
+            "base_lr",
+            "weight_decay",
+            "weight_decay_norm",
+            "bias_lr_factor",
+            "weight_decay_bias",
+            "lr_factor_func",
+            "overrides",
+        ),
     ),
     Counterpart("mimdet.engine.get_fpn_model_parameters", None),
 )

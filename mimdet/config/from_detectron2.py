@@ -84,12 +84,13 @@ class _Conversion:
     def __init__(self, sections: dict[str, Any], run: Run | None):
         self.problems: list[str] = []
         self.notes: list[str] = []
-        self._sections = sections
         self._datasets = run.datasets if run else {}
         self._calls = list(run.calls) if run else []
+        self._skipped = dict.fromkeys(run.skipped) if run else {}
         self._used: set[int] = set()
+        self._sections = {key: self._as_node(value) for key, value in sections.items()}
         # The values behind interpolations, as long as targets are theirs.
-        self._before = OmegaConf.create(sections, flags={"allow_objects": True})
+        self._before = OmegaConf.create(self._sections, flags={"allow_objects": True})
 
     def convert(self) -> DictConfig:
         result = {}
@@ -104,6 +105,7 @@ class _Conversion:
         for call in self._calls:
             if id(call) not in self._used and call.where and counterpart(call.target.name) is None:
                 self.notes.append(f"{call.name} in {call.where} is not called: Detectron2's code is not run")
+        self.notes += [f"module {name} is not run: it imports Detectron2" for name in self._skipped]
         cfg = OmegaConf.create(result, flags={"allow_objects": True})
         self._keep_references(cfg, "")
         return cfg
@@ -129,7 +131,9 @@ class _Conversion:
         if path.startswith("model.") and path.rpartition(".")[2] in _NORM_KEYS:
             return self._norm(value, path)
         if isinstance(value, StandIn):
-            return self._stand_in(value, path)
+            self._used.add(id(facts_of(value)))
+            self._unknown(path, facts_of(value).name, value)
+            return None
         if isinstance(value, dict) and TARGET in value:
             return self._call(value, path)
         if isinstance(value, dict):
@@ -150,16 +154,21 @@ class _Conversion:
             self._problem(path, repr(value), _REGISTRY)
         return value
 
-    def _stand_in(self, value: StandIn, path: str) -> Any:
-        """A stand-in as a value; a call of a class with a counterpart is the same as a ``LazyCall`` of it."""
-        facts = facts_of(value)
-        self._used.add(id(facts))
-        known = counterpart(facts.target.name) if facts.target and not facts.target.needs_detectron2 else None
+    def _as_node(self, value: Any) -> Any:
+        """A tree in which calls of classes that have a counterpart are as ``LazyCall`` of them."""
+        if isinstance(value, dict):
+            return {key: self._as_node(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(map(self._as_node, value))
+        facts = facts_of(value) if isinstance(value, StandIn) else None
+        known = counterpart(facts.target.name) if facts and facts.target and not facts.needs_detectron2 else None
         if known is None:
-            self._unknown(path, facts.name, value)
-            return None
-        positional = dict(zip(_parameters(known), facts.args, strict=False))  # both have the same order
-        return self._call({TARGET: facts.target.name, **_plain(positional), **_plain(facts.kwargs)}, path)
+            return value
+        self._used.add(id(facts))
+        names = known.order or tuple(_parameters(known))
+        names += tuple(f"argument {index + 1}" for index in range(len(names), len(facts.args)))  # reported as unknown
+        positional = dict(zip(names, facts.args, strict=False))
+        return {TARGET: facts.target.name, **self._as_node(_plain({**positional, **facts.kwargs}))}
 
     def _norm(self, norm: Any, path: str) -> Any:
         norm = _norm_name(norm)

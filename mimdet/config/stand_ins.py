@@ -108,12 +108,14 @@ class Run:
     Attributes:
         calls: calls of stand-ins, in order.
         datasets: name -> (annotation file, folder of images).
+        skipped: modules of the user's that a config imports and that need Detectron2, which is not installed.
     """
 
     def __init__(self) -> None:
         self.prefix = f"{PREFIX}{next(_counter)}"
         self.calls: list[Facts] = []
         self.datasets: dict[str, tuple[str, str]] = {}
+        self.skipped: list[str] = []
         self._original = _models_are_the_originals()
         self._special = {
             "detectron2.LazyCall": lambda: LazyCall,
@@ -182,7 +184,7 @@ class Run:
         except ModuleNotFoundError as error:
             if _root(error.name or "") is None:
                 raise
-            # A module of the user's that needs Detectron2: the conversion names what is used of it.
+            self.skipped.append(name)
             return StandIn(Facts(name if fromlist else name.partition(".")[0], self, needs_detectron2=True))
 
     def _import_relative(self, name: str, file: Path, fromlist: tuple[str, ...], level: int) -> types.ModuleType:

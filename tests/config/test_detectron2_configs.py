@@ -256,11 +256,12 @@ def test_nothing_but_the_config_sees_the_stand_ins(tmp_path, monkeypatch):
         "def f():\n    from detectron2.data import transforms\n    return transforms\nT = f()",
     ],
 )
-@pytest.mark.parametrize("flip", ["L(T.RandomFlip)(horizontal=True)", "T.RandomFlip(True)", "L('RandomFlip')()"])
+@pytest.mark.parametrize("flip", ["L(T.RandomFlip)(horizontal=True)", "T.RandomFlip(1.0)", "L('RandomFlip')()"])
 def test_every_way_to_import(tmp_path, line, flip):
     flip = flip.replace("'RandomFlip'", "'detectron2.data.transforms.transform.RandomFlip'")
     text = f"{HEADER}\n{line}\ndataloader.train.mapper.augmentations = [{flip}]"
     (augmentation,) = instantiate(load(write(tmp_path, mine=text)).dataloader.train.mapper).augmentations.augs
+    assert (augmentation.prob, augmentation.axis) == (1.0 if "1.0" in flip else 0.5, 0)
     assert type(augmentation).__module__ == "mimdet.data.transforms"
 
 
@@ -597,6 +598,16 @@ def test_calls_that_do_nothing_are_said(tmp_path, caplog):
     assert any("train.init_checkpoint: download https://a/b.pth" in line for line in lines)
 
 
+def test_modules_that_need_detectron2_are_said(tmp_path, monkeypatch, caplog):
+    """Their import may be all that a config does with them: to register datasets."""
+    write(tmp_path, needs_it="import fvcore.common\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    load(write(tmp_path, mine="import detectron2\nimport needs_it\nimport needs_it\ntrain = dict(max_iter=1)"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "config mine.py: module needs_it is not run: it imports Detectron2"
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "milestones", "updates"),
     [
@@ -613,6 +624,30 @@ def test_milestones(tmp_path, arguments, milestones, updates):
     """
     schedule = instantiate(load(write(tmp_path, mine=text)).lr_multiplier)
     assert (schedule.milestones, schedule.num_updates) == (milestones, updates)
+
+
+def test_objects_that_are_built_at_once(tmp_path):
+    """In place of ``LazyCall``, anywhere, with arguments by position."""
+    text = f"""
+from detectron2.data import DatasetMapper
+from detectron2.evaluation import COCOEvaluator
+from detectron2.solver import WarmupParamScheduler
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+{HEADER}
+lr_multiplier = WarmupParamScheduler(MultiStepParamScheduler([1.0, 0.1, 0.01], 9, [6, 8]), 0.5, 0.1)
+dataloader.train.mapper = DatasetMapper(True, augmentations=[T.RandomFlip(0.3)], image_format="RGB")
+dataloader.evaluator = COCOEvaluator("coco_2017_val")
+"""
+    cfg = load(write(tmp_path, mine=text))
+    schedule = instantiate(cfg.lr_multiplier)
+    assert (schedule.scheduler.milestones, schedule.scheduler.num_updates, schedule.warmup_factor) == ([6, 8], 9, 0.5)
+    mapper = instantiate(cfg.dataloader.train.mapper)
+    assert (mapper.use_instance_mask, mapper.augmentations.augs[0].prob) == (False, 0.3)
+    assert set(cfg.dataloader.evaluator) == {"_target_", "output_dir"}
+    lines = problems(
+        write(tmp_path, mine=f"{HEADER}\ndataloader.train.mapper.augmentations = [T.RandomFlip(0.3, True)]")
+    )
+    assert "has no such argument" in lines["dataloader.train.mapper.augmentations.0.argument 2"]
 
 
 def test_optimizer_parameters(tmp_path):

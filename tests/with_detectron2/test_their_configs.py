@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from mimdet.config import instantiate, load
 from mimdet.config.counterparts import COUNTERPARTS
 from mimdet.config.from_detectron2 import to_native
+from mimdet.config.lazy import resolve_target
 from mimdet.config.model_zoo import PARTS
 from mimdet.config.write import complete
 
@@ -187,8 +188,6 @@ def defaults_of(target):
 
 @pytest.mark.parametrize("entry", [e for e in COUNTERPARTS if e.theirs], ids=lambda entry: entry.name)
 def test_the_table_names_what_detectron2_has(entry):
-    from mimdet.config.lazy import resolve_target
-
     theirs, ours = (resolve_target(name) for name in (entry.theirs, entry.native))
     arguments = set(parameters_of(theirs))
     assert (set(entry.neutral) | set(entry.unused)) <= arguments | {"vis_period", "loss_weight"}
@@ -196,6 +195,23 @@ def test_the_table_names_what_detectron2_has(entry):
     known |= set(parameters_of(resolve_target(entry.rest))) if entry.rest else set()
     special = {"dataset_name", "args", "kwargs"}
     assert arguments - known <= special, arguments - known
+
+
+@pytest.mark.parametrize("entry", COUNTERPARTS, ids=lambda entry: entry.name)
+def test_positional_arguments_have_detectron2s_order(entry):
+    names = {
+        "GeneralizedRCNN": "detectron2.modeling.GeneralizedRCNN",
+        "RetinaNet": "detectron2.modeling.meta_arch.retinanet.RetinaNet",
+        "get_default_optimizer_params": "detectron2.solver.build.get_default_optimizer_params",
+    }
+    if (name := names.get(entry.name, entry.theirs)) is None:
+        pytest.skip("it is ours in Detectron2 too")
+    theirs = resolve_target(name)
+    theirs = theirs.__init__ if inspect.isclass(theirs) else theirs
+    parameters = inspect.signature(inspect.unwrap(theirs)).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
+    ours = entry.order or list(inspect.signature(resolve_target(entry.native)).parameters)
+    assert list(ours)[: len(positional)] == positional or entry.name == "CascadeROIHeads"
 
 
 def parameters_of(target):
