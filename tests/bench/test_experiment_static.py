@@ -337,7 +337,7 @@ def few(*operations):
 @pytest.fixture
 def small(monkeypatch):
     """``record`` gives the launches of one operation, in this process."""
-    monkeypatch.setattr(static, "record", lambda options, implementations: [
+    monkeypatch.setattr(static, "record", lambda options, implementations, capability: [
         one for one in few("bias_gelu") if one.implementation in implementations
     ])  # fmt: skip
     monkeypatch.setenv("MAX_JOBS", "1")
