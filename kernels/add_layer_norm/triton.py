@@ -20,11 +20,12 @@ def _add_layer_norm_fwd_kernel(
     channel = tl.arange(0, BLOCK_C)
     offs, mask = row * C + channel, channel < C
     total = tl.load(residual + offs, mask=mask, other=0.0).to(tl.float32)
-    added = tl.load(x + offs, mask=mask & (has_x != 0), other=0.0).to(tl.float32)
+    with_x = channel < C * has_x
+    added = tl.load(x + offs, mask=with_x, other=0.0).to(tl.float32)
     if HAS_SCALE:
         added *= tl.load(scale + tl.program_id(0) // N).to(tl.float32)
     rounded = (total + added).to(residual_out.dtype.element_ty)
-    tl.store(residual_out + offs, rounded, mask=mask & (has_x != 0))
+    tl.store(residual_out + offs, rounded, mask=with_x)
     # Backward sees only the rounded sum, so the statistics are those of the rounded sum.
     total = rounded.to(tl.float32)
     row_mean = tl.sum(total, axis=0) / C

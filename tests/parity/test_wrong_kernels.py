@@ -60,11 +60,11 @@ MUTATIONS = {
     ],
     "kernels/add_layer_norm/triton.py": [("/ C + eps)", "/ C + 10 * eps)")],
     "kernels/bias_gelu/triton.py": [
-        ("mask = offs < count", "mask = offs < count - 1"),
-        ("db += dz", "db = (db + dz).to(tl.bfloat16).to(tl.float32)"),
+        ("mask = channel < C\n    offs", "mask = channel < C - 1\n    offs"),
+        ("db += tl.sum(dz, axis=0)[None, :]", "db = (db + tl.sum(dz, axis=0)[None, :]).to(tl.bfloat16).to(tl.float32)"),
     ],
     "kernels/scatter_fill/triton.py": [
-        ("\n\n@triton.jit\ndef _scatter_fill_fwd", "\n\n_cache = {}\n\n\n@triton.jit\ndef _scatter_fill_fwd"),
+        ("import triton.language as tl\n", "import triton.language as tl\n\n_cache = {}\n"),
         ("kept, fill, ids_restore, pos, y, batch * length,",
          "kept, fill, ids_restore, _cache.setdefault(pos.shape, pos), y, batch * length,"),
         ("mask = (row < M)[:, None] & (channel < C)[None, :]\n    batch",
