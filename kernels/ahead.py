@@ -6,7 +6,6 @@ is told by a step of it on fake tensors (``torch._subclasses.FakeTensorMode``), 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import library
+from . import build, library
 
 
 class KernelCompilationError(RuntimeError):
@@ -106,7 +105,7 @@ def compile_all(recorded: Sequence[Launch], progress: Callable[[int, int], None]
     """
     from triton import AsyncCompileMode, FutureKernel
 
-    with ThreadPoolExecutor(_cores()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+    with ThreadPoolExecutor(build.cores()) as pool, AsyncCompileMode(pool, ignore_errors=True):
         waiting = {}
         for kernel, grid, arguments, constants in recorded:
             with _naming(kernel, pool):
@@ -151,7 +150,3 @@ def _without_memory(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
         return _Address(argument)
     return tuple(map(_without_memory, argument)) if isinstance(argument, tuple) else argument
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -239,10 +239,14 @@ def _remove_scratch(folder: Path) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def workers() -> int:
     """Compilers that may run at once: MAX_JOBS, else the cores of this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = os.environ.get("MAX_JOBS") or str(cores)
+    asked = os.environ.get("MAX_JOBS") or str(cores())
     if not asked.isdecimal() or int(asked) < 1:
         raise BuildError(f"MAX_JOBS must be a positive whole number, got {asked!r}")
     return int(asked)

@@ -24,6 +24,7 @@ from .data.synthetic import generate_shapes
 from .engine import train
 from .evaluation.coco_evaluator import RESULTS_FILE
 from .files import write_json
+from .kernels.build import cores
 from .visualize import comparison_grid, plot_training
 from .visualize.curves import read_metrics
 
@@ -79,7 +80,7 @@ def run_demo(
     minutes = (time.perf_counter() - start) / 60
     cpu_minutes = sum(now - then for now, then in zip(os.times()[:4], before[:4], strict=True)) / 60
 
-    cost = {"minutes": round(minutes, 2), "cpu_minutes": round(cpu_minutes, 2), "cores": _cores()}
+    cost = {"minutes": round(minutes, 2), "cpu_minutes": round(cpu_minutes, 2), "cores": cores()}
     write_json(output / "metrics.json", {"metrics": metrics, **cost}, indent=2)
     plot_training(output / "metrics.jsonl", output / "curves.png", title=Path(config).stem)
     console.print(
@@ -157,11 +158,6 @@ def _progress(output: Path, max_iter: int) -> Table:
         shown = [f"{median[key]:.3f}" if recent else "-" for key in losses]
         table.add_row(f"{iteration + 1}/{max_iter}", *shown, *(f"{evaluation[key]:.3f}" for key in scores), left)
     return table
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _summary(metrics: dict) -> Table:
