@@ -4,5 +4,3 @@ from .common.benchmarking import dataloader, lr_multiplier, model, num_epochs, o
 from .common.schedule import mae_checkpoint
 
 num_epochs(25)
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

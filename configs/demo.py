@@ -42,5 +42,3 @@ train.update(
     amp=dict(enabled=False, dtype="auto"),
 )
 train["checkpointer"] = dict(period=_ITERATIONS // 4, max_to_keep=1)
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

@@ -7,5 +7,3 @@ from .common.schedule import lr_multiplier, mae_checkpoint, optimizer, train
 
 model.backbone.bottom_up = _bottom_up
 train["output_dir"] = "output/mimdet_b_cascade_mask_rcnn"
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

@@ -10,5 +10,3 @@ for _part in (dataloader.train, dataloader.test):
     _part.dataset.use_masks = False
 dataloader.train.mapper.use_instance_mask = False
 train["output_dir"] = "output/mimdet_b_retinanet"
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

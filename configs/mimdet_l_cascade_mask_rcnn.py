@@ -6,5 +6,3 @@ model.backbone.bottom_up.encoder.update(embed_dim=1024, depth=24, num_heads=16, 
 model.backbone.bottom_up._out_feature_channels = [256, 512, 512, 512]
 optimizer.params.multiplier = 3.5
 train["output_dir"] = "output/mimdet_l_cascade_mask_rcnn"
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

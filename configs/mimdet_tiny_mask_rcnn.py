@@ -36,5 +36,3 @@ lr_multiplier.warmup_length = 0.05
 lr_multiplier.scheduler = L(CosineParamScheduler)(start_value=1.0, end_value=0.0)
 train.update(output_dir="output/mimdet_tiny_mask_rcnn", reference_batch_size=2, max_iter=1000, eval_period=500)
 train["checkpointer"] = dict(period=500, max_to_keep=2)
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

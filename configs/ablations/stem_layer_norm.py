@@ -8,5 +8,3 @@ from ..mimdet_b_mask_rcnn import dataloader, lr_multiplier, mae_checkpoint, mode
 
 model.backbone.bottom_up.encoder.stem_norm = "layer"
 train["output_dir"] = "output/ablations/stem_layer_norm"
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

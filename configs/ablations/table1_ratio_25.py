@@ -7,5 +7,3 @@ from .table6_mask_token import dataloader, lr_multiplier, mae_checkpoint, model,
 
 model.backbone.bottom_up.sample_ratio = 0.25
 train["output_dir"] = "output/ablations/table1_ratio_25"
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

@@ -18,5 +18,3 @@ lr_multiplier.warmup_length = 0.25 / _EPOCHS
 train["max_iter"] = train["max_iter"] * _EPOCHS // 36
 train["init_checkpoint"] = "output/ablations/table6_mask_token/model_final.pth"
 train["output_dir"] = "output/ablations/table2_full_set"
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

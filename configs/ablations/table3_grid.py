@@ -4,5 +4,3 @@ from .table6_mask_token import dataloader, lr_multiplier, mae_checkpoint, model,
 
 model.backbone.bottom_up.sampling = "grid"
 train["output_dir"] = "output/ablations/table3_grid"
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

@@ -7,5 +7,3 @@ from .table6_mask_token import dataloader, lr_multiplier, mae_checkpoint, model,
 
 model.inference.update(passes=4, ratio=0.5)
 train["output_dir"] = "output/ablations/table4_ensemble"
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

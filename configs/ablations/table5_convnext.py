@@ -9,5 +9,3 @@ from .table6_mask_token import dataloader, lr_multiplier, mae_checkpoint, model,
 
 model.backbone.bottom_up.encoder.stem = "convnext"
 train["output_dir"] = "output/ablations/table5_convnext"
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

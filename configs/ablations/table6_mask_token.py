@@ -8,5 +8,3 @@ from ..mimdet_b_mask_rcnn import dataloader, lr_multiplier, mae_checkpoint, mode
 
 model.backbone.bottom_up.decoder.fill = "mask_token"
 train["output_dir"] = "output/ablations/table6_mask_token"
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

@@ -8,5 +8,3 @@ from .table6_mask_token import dataloader, lr_multiplier, mae_checkpoint, model,
 model.backbone.bottom_up.encoder.window = 7
 model.backbone.bottom_up.update(decoder=None, sample_ratio=1.0, _out_feature_channels=[192, 384, 768, 768])
 train["output_dir"] = "output/ablations/table8_window"
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

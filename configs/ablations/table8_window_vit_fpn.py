@@ -13,5 +13,3 @@ model.backbone.bottom_up.encoder.taps = [3, 6]
 model.backbone.bottom_up.pyramid = L(UpsampledTokens)(embed_dim="${..encoder.embed_dim}")
 model.backbone.bottom_up._out_feature_channels = [768, 768, 768, 768]
 train["output_dir"] = "output/ablations/table8_window_vit_fpn"
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

@@ -6,5 +6,3 @@ Every file of ``configs/detectron2`` is a link to this one.
 from mimdet.detectron2 import from_native
 
 dataloader, lr_multiplier, mae_checkpoint, model, optimizer, train = from_native(__file__)
-
-__all__ = ["dataloader", "lr_multiplier", "mae_checkpoint", "model", "optimizer", "train"]

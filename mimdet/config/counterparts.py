@@ -158,11 +158,7 @@ COUNTERPARTS = (
     ),
     Counterpart("mimdet.data.RandomApply", f"{_TRANSFORMS}.RandomApply"),
     Counterpart("mimdet.data.RandomCrop", f"{_TRANSFORMS}.RandomCrop"),
-    Counterpart(
-        "mimdet.data.RandomFlip",
-        f"{_TRANSFORMS}.RandomFlip",
-        order=("prob",),
-    ),
+    Counterpart("mimdet.data.RandomFlip", f"{_TRANSFORMS}.RandomFlip", order=("prob",)),
     Counterpart(
         "mimdet.data.ResizeScale",
         f"{_TRANSFORMS}.ResizeScale",

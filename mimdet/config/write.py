@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..files import write_bytes
 from .counterparts import BY_NATIVE
 from .lazy import PARTIAL, TARGET, dotted_name, public_target, resolve_target
 from .loader import SHIPPED, load
@@ -49,36 +49,28 @@ def convert_config(source: str | Path, target: str | Path, force: bool = False) 
         raise FileNotFoundError(f"{target}: no folder {target.absolute().parent}")
     cfg = load(source)
     base, text, changes = _source_text(cfg, Path(source).name)
-    handle, name = tempfile.mkstemp(suffix=".py", dir=target.absolute().parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        if complete(load(name)) != complete(cfg):
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, target.name)
+        copy.write_text(text, encoding="utf-8")
+        if complete(load(copy)) != complete(cfg):
             raise RuntimeError(f"the config written for {source} does not load to the same config: please report this")
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    write_bytes(target, text.encode())
     return [f"{target}: {base} with {changes} changed key{'s' * (changes != 1)}; loads to the same config as {source}"]
 
 
-def complete(cfg: DictConfig) -> dict[str, Any]:
+def complete(node: Any) -> Any:
     """A config as plain values, for comparison: interpolations resolved, defaults of all arguments filled in.
 
     Two configs that are complete alike build the same objects with the same arguments.
     """
-    return _completed(cfg)
-
-
-def _completed(node: Any) -> Any:
     if OmegaConf.is_config(node):  # omegaconf 2.4 has configs of tuples too
         keys = list(node) if isinstance(node, DictConfig) else range(len(node))
-        values = {key: node[key] if key == TARGET else _completed(_resolved(node, key)) for key in keys}
+        values = {key: node[key] if key == TARGET else complete(_resolved(node, key)) for key in keys}
         return _with_defaults(values) if isinstance(node, DictConfig) else list(values.values())
     value = plain(node)
     if isinstance(value, dict):
-        return _with_defaults({key: item if key == TARGET else _completed(item) for key, item in value.items()})
-    return [_completed(item) for item in value] if isinstance(value, list) else value
+        return _with_defaults({key: item if key == TARGET else complete(item) for key, item in value.items()})
+    return [complete(item) for item in value] if isinstance(value, list) else value
 
 
 def _resolved(node: Any, key: Any) -> Any:
@@ -108,7 +100,7 @@ def _signature(target: Callable | str) -> tuple[str, dict[str, Any]]:
             parameters = inspect.signature(each).parameters.values()
         except (TypeError, ValueError):  # a builtin
             continue
-        defaults |= {p.name: _completed(p.default) for p in parameters if p.default is not p.empty}
+        defaults |= {p.name: complete(p.default) for p in parameters if p.default is not p.empty}
     return name, defaults
 
 
@@ -329,9 +321,3 @@ def _exported(target: Any) -> str:
         except ImportError:
             continue
     return dotted
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 from omegaconf import OmegaConf
-from support.fill_weights import fill_module
+from support.command import run
 from support.paths import CONFIGS, ROOT
 
 from mimdet.config import instantiate, load, to_yaml
@@ -18,8 +18,6 @@ from mimdet.config.lazy import resolve_target
 from mimdet.config.stand_ins import imports_detectron2
 from mimdet.config.write import complete, convert_config
 from mimdet.data import CocoDataset, DataError
-from mimdet.testing import tiny_config
-from mimdet.testing.configs import tiny_overrides
 
 # The styles of the original MIMDet's configs: a class and a function in a config, dicts that are used as configs.
 COMMON = """
@@ -171,31 +169,6 @@ def problems(file):
 
 def test_a_config_in_the_originals_style_is_the_shipped_one(base):
     assert complete(load(base)) == complete(load("mimdet_b_mask_rcnn"))
-
-
-def test_its_losses_optimizer_and_schedule_are_those_of_the_shipped_one(base):
-    from support.small_mimdet import make_images, target
-
-    name = "mimdet_b_mask_rcnn"
-    sizes = [(96, 128), (70, 100)]
-    images = make_images(sizes, seed=11)
-    targets = [target(21 + index, size, 3) for index, size in enumerate(sizes)]
-    results = []
-    # The config repeats widths that the shipped one refers to.
-    repeated = ["model.backbone.bottom_up.decoder.embed_dim=48", "model.roi_heads.box_head.input_shape.channels=16"]
-    small = [*tiny_overrides(name), *repeated]
-    for cfg in (load(base, small), tiny_config(name)):
-        model = instantiate(cfg.model).train()
-        fill_module(model)
-        torch.manual_seed(0)
-        losses = {key: loss.item() for key, loss in model(images, targets).items()}
-        cfg.optimizer.params.model = model
-        groups = instantiate(cfg.optimizer).param_groups
-        options = [(g["lr"], g["weight_decay"], [tuple(p.shape) for p in g["params"]]) for g in groups]
-        schedule = [instantiate(cfg.lr_multiplier)(where / 50) for where in range(50)]
-        results.append((list(model.state_dict()), losses, options, schedule))
-    assert results[0] == results[1]
-    assert len(results[0][1]) > 4
 
 
 def test_what_changes_without_an_error_is_said_once_each(base, caplog):
@@ -489,11 +462,7 @@ def test_what_has_no_counterpart(tmp_path, monkeypatch, lines, key, what):
     ("name", "text", "message"),
     [
         ("a.yaml", "_BASE_: b.yaml\nMODEL: {MASK_ON: true}", r"a\.yaml is of Detectron2's YAML configs.*LazyConfig"),
-        (
-            "a.py",
-            "from detectron2.config import get_cfg\ncfg = get_cfg()",
-            r"line 1: .*get_cfg is of Detectron2's YAML",
-        ),
+        ("a.py", "from detectron2.config import get_cfg\ncfg = get_cfg()", r"line 1: .*get_cfg is of .*YAML"),
         (
             "a.py",
             "from detectron2.data import MetadataCatalog\nn = len(MetadataCatalog.get('x').thing_classes)",
@@ -759,28 +728,15 @@ def test_convert_config_keeps_files(base, tmp_path):
     for wrong, error in ((tmp_path / "ours.yaml", ValueError), (tmp_path / "none" / "ours.py", FileNotFoundError)):
         with pytest.raises(error):
             convert_config(base, wrong)
-    assert sorted(p.name for p in tmp_path.glob("*") if p.suffix) == [
-        "bad.py",
-        "base.py",
-        "coco.py",
-        "common.py",
-        "ours.py",
-    ]
+    names = [path.name for path in tmp_path.glob("*") if path.suffix]
+    assert sorted(names) == ["bad.py", "base.py", "coco.py", "common.py", "ours.py"]
 
 
 def test_the_command(base, tmp_path, monkeypatch, capsys, caplog):
-    from mimdet.cli import main
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["mimdet", *map(str, argv)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code or 0
-
     with caplog.at_level(logging.ERROR):
-        assert run("convert-config", base, tmp_path / "ours.py") == 0
-        assert run("convert-config", base, tmp_path / "ours.py") == 1
+        assert run(monkeypatch, "convert-config", base, tmp_path / "ours.py") == 0
+        assert run(monkeypatch, "convert-config", base, tmp_path / "ours.py") == 1
         captured = capsys.readouterr()
         assert "exists" in captured.err
-        assert run("check-data", "--config-file", base) == 1
+        assert run(monkeypatch, "check-data", "--config-file", base) == 1
     assert "annotation file not found: datasets/coco/annotations/instances_train2017.json" in capsys.readouterr().out

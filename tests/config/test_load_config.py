@@ -10,10 +10,8 @@ from omegaconf import OmegaConf
 from support.paths import CONFIGS
 from torch import nn
 
-from mimdet.config import LazyCall, from_yaml, instantiate, load, to_yaml
+from mimdet.config import LazyCall, instantiate, load, to_yaml
 from mimdet.config.lazy import resolve_target
-
-CONFIGS = CONFIGS
 
 
 @pytest.fixture
@@ -137,16 +135,12 @@ def test_shipped_config_is_found_from_anywhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
-def test_every_shipped_config_builds_and_survives_yaml(path, tmp_path):
-    saved = tmp_path / "saved.yaml"
-    saved.write_text(to_yaml(load(path)))
+def test_every_shipped_config_builds(path):
+    cfg = load(path)
     with torch.device("meta"):
-        models = [instantiate(load(source).model) for source in (path, saved)]
-    first, second = ({k: v.shape for k, v in m.state_dict().items()} for m in models)
-    assert first == second
-    for source in (path, saved):
-        multiplier = instantiate(load(source).lr_multiplier)
-        assert 0 <= multiplier(0.0) <= multiplier(0.5) <= 1
+        assert instantiate(cfg.model).state_dict()
+    multiplier = instantiate(cfg.lr_multiplier)
+    assert 0 <= multiplier(0.0) <= multiplier(0.5) <= 1
 
 
 @pytest.mark.parametrize(
@@ -185,12 +179,6 @@ def test_targets_that_cannot_be_found_are_named(name, message, tmp_path, monkeyp
         resolve_target(name)
 
 
-def test_syntax_error_names_file_and_line(tmp_path):
-    (tmp_path / "bad.py").write_text("x = 1\ny = = 2\n")
-    with pytest.raises(ValueError, match=r"bad\.py, line 2"):
-        load(tmp_path / "bad.py")
-
-
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
@@ -205,6 +193,7 @@ def test_syntax_error_names_file_and_line(tmp_path):
         ("open('/no/such/file')\n", ValueError, r"bad\.py, line 1: FileNotFoundError"),
         ("train = dict(a='${b')\n", ValueError, r"bad\.py: train: GrammarParseError: .* full_key: a"),
         ("x = '\0'\n", ValueError, r"bad\.py.*null bytes"),
+        ("x = 1\ny = = 2\n", ValueError, r"bad\.py, line 2: invalid syntax"),
     ],
 )
 def test_an_error_in_a_config_names_file_and_line(tmp_path, text, error, message):
@@ -248,12 +237,6 @@ def test_yaml_refuses_what_has_no_name():
         to_yaml(OmegaConf.create({"f": lambda c: c}, flags={"allow_objects": True}))
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [1"], ids=["list", "broken"])
-def test_yaml_that_is_no_config(text):
-    with pytest.raises(ValueError, match="YAML"):
-        from_yaml(text)
-
-
 def test_wrong_argument_names_the_callable():
     with pytest.raises(TypeError, match="while building Linear"):
         instantiate(LazyCall(nn.Linear)(in_features=1, out=2))
@@ -265,5 +248,3 @@ def test_extra_arguments_win():
 
 def test_target_by_name():
     assert isinstance(instantiate({"_target_": "torch.nn.Identity"}), torch.nn.Identity)
-    with pytest.raises(ImportError, match=r"no\.such"):
-        instantiate({"_target_": "no.such"})
