@@ -1,11 +1,11 @@
 """Files that are no checkpoints, or run code: errors name what they are, and nothing in them runs."""
 
+import argparse
 import gzip
 import io
 import os
 import pickle
 import re
-import struct
 import subprocess
 import sys
 import tarfile
@@ -14,6 +14,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save as save_safetensors
 
 from mimdet.checkpoint.read import CheckpointError, read_checkpoint, state_dict_of
 
@@ -34,14 +35,18 @@ def saved(content, **options):
     return file.getvalue()
 
 
-def packed(form):
+def tarred():
     file = io.BytesIO()
-    if form == "tar":
-        with tarfile.open(fileobj=file, mode="w") as archive:
-            archive.addfile(tarfile.TarInfo("a.pth"))
-    else:
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("a.pth", b"content")
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.pth"))
+    return file.getvalue()
+
+
+def zipped(*names):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"x")
     return file.getvalue()
 
 
@@ -54,19 +59,6 @@ def compressed(content):
     return file.getvalue()
 
 
-def safetensors():
-    header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    return struct.pack("<Q", len(header)) + header + bytes(4)
-
-
-def torchscript():
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
-            archive.writestr(f"model/{name}", b"x")
-    return file.getvalue()
-
-
 KINDS = {
     "empty": (b"", "it is empty; copy or download it again"),
     "html": (b"<!DOCTYPE html>\n<html>not found</html>", r"web page \(HTML or XML\).*download the file itself"),
@@ -76,13 +68,13 @@ KINDS = {
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     "zeros": (bytes(2000), "begins with zeros, as an unfinished download"),
     "gzip": (gzip.compress(b"x"), "gzip archive: unpack it"),
-    "tar": (packed("tar"), "tar archive: unpack it"),
-    "zip": (packed("zip"), "zip archive that torch.save did not write"),
+    "tar": (tarred(), "tar archive: unpack it"),
+    "zip": (zipped("a.pth"), "zip archive that torch.save did not write"),
     "pickle": (pickle.dumps({"x": 1}), "pickle that torch.save did not write"),
     "pickle-2": (pickle.dumps({"x": 1}, protocol=2), "pickle that torch.save did not write"),
     "numpy": (b"\x93NUMPY\x01\x00", "NumPy array"),
-    "safetensors": (safetensors(), r"safetensors file: convert it: torch\.save"),
-    "torchscript": (torchscript(), "TorchScript model, which is code"),
+    "safetensors": (save_safetensors({"x": torch.zeros(1)}), r"safetensors file: convert it: torch\.save"),
+    "torchscript": (zipped("m/data.pkl", "m/constants.pkl", "m/code/__torch__.py"), "TorchScript model, which is code"),
     "garbage": (bytes(range(255, 0, -1)) * 9, r"Unsupported operand 255\. It may be cut short"),
     "cut": (saved({"x": torch.zeros(999)})[:-1], "may be cut short .* copy or download it again"),
     "cut-old": (saved({"x": torch.zeros(999)}, _use_new_zipfile_serialization=False)[:-1], "may be cut short"),
@@ -169,6 +161,12 @@ def test_slightly_compressed_and_old_files_still_load(tmp_path):
     for content in (compressed(saved(weights)), saved(weights, _use_new_zipfile_serialization=False), saved(weights)):
         (tmp_path / "a.pth").write_bytes(content)
         assert torch.equal(read_checkpoint(tmp_path / "a.pth")["x"], weights["x"])
+
+
+def test_numpy_values_and_namespaces_are_data(tmp_path):
+    torch.save({"args": argparse.Namespace(lr=np.float64(0.5)), "array": np.arange(3)}, tmp_path / "a.pth")
+    content = read_checkpoint(tmp_path / "a.pth")
+    assert (content["args"].lr, content["array"].tolist()) == (0.5, [0, 1, 2])
 
 
 @pytest.mark.parametrize(

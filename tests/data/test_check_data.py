@@ -2,18 +2,18 @@
 
 import copy
 import json
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.command import run
+from test_coco import RLE, instance
+from test_coco import content as content_of
 
-from mimdet.cli import main
 from mimdet.data import CocoDataset, DataError, DatasetMapper, ResizeShortestEdge
 from mimdet.data.check import check_config, check_dataset
 from mimdet.evaluation.ground_truth import load_ground_truth
 
-TRIANGLE = [10.0, 10.0, 30.0, 10.0, 10.0, 25.0]
 DEEP = []
 for _ in range(150):
     DEEP = [DEEP]
@@ -26,20 +26,10 @@ BAD = [
 
 
 def content():
-    def instance(number, **changes):
-        fields = {"image_id": 7, "category_id": 9, "bbox": [10, 10, 20.5, 15], "segmentation": [list(TRIANGLE)]}
-        return {"id": number, **fields, "iscrowd": 0, "area": 150.0, **changes}
-
-    crowd = {"size": [40, 60], "counts": [0, 5, 2395]}
-    return {
-        "images": [{"id": i, "file_name": f"{i}.png", "height": 40, "width": 60} for i in (7, 8)],
-        "annotations": [
-            instance(1),
-            instance(2, image_id=8, category_id=4),
-            instance(3, iscrowd=1, segmentation=crowd),
-        ],
-        "categories": [{"id": 9, "name": "cat"}, {"id": 4, "name": "dog"}],
-    }
+    box = {"bbox": [10, 10, 20.5, 15]}
+    crowd = instance(3, iscrowd=1, segmentation=RLE, **box)
+    data = content_of([instance(1, **box), instance(2, 8, 4, **box), crowd], images=(7, 8))
+    return json.loads(json.dumps(data))  # without shared lists
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +141,9 @@ def check(monkeypatch, capsys, folder, train, val, *options):
     arguments = []
     for name, data in (("train", train), ("val", val)):
         arguments += [f"--{name}-json", write(folder, data, f"{name}.json")["json_file"], f"--{name}-images", folder]
-    monkeypatch.setattr(sys, "argv", ["mimdet", "check-data", "--config-file", "demo", *map(str, arguments), *options])
     monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return caught.value.code or 0, capsys.readouterr().out
+    status = run(monkeypatch, "check-data", "--config-file", "demo", *arguments, *options)
+    return status, capsys.readouterr().out
 
 
 def test_sound_data_is_summed_up(monkeypatch, capsys, folder):

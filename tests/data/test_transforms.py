@@ -113,21 +113,6 @@ def test_resize_draws_the_length(style, lengths, expected):
     assert {resize(make_image(), None, generator)[0].height for _ in range(60)} == expected
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"short_edge_length": (1, 2, 3)},
-        {"short_edge_length": (3, 2)},
-        {"short_edge_length": 10, "sample_style": "uniform"},
-        {"short_edge_length": (), "sample_style": "choice"},
-    ],
-    ids=str,
-)
-def test_resize_refuses(arguments):
-    with pytest.raises(ValueError, match=r"short_edge_length|sample_style"):
-        ResizeShortestEdge(**arguments)
-
-
 def test_horizontal_flip():
     flipped, targets = RandomFlip(prob=1.0)(make_image(), make_targets((6, 4, 30, 20)), rng())
     np.testing.assert_array_equal(np.asarray(flipped), np.asarray(make_image())[:, ::-1])
@@ -153,14 +138,6 @@ def test_probability(prob):
     apply = RandomApply(AugmentationList([ResizeShortestEdge(20)]), prob)
     share = np.mean([apply(make_image(), None, generator)[0].height == 20 for _ in range(300)])
     assert share == pytest.approx(prob, abs=0.08 if 0 < prob < 1 else 0)
-
-
-@pytest.mark.parametrize(
-    "build", [lambda: RandomFlip(prob=1.5), lambda: RandomApply(None, -0.1)], ids=["flip", "apply"]
-)
-def test_probability_is_checked(build):
-    with pytest.raises(ValueError, match="prob"):
-        build()
 
 
 @pytest.mark.parametrize("key", ["crop_polygon", "crop_polygon_split"])
@@ -240,12 +217,6 @@ def test_crop_windows_cover_the_range(height, width, heights, widths):
     assert np.bincount(w)[widths[0] :] / len(w) == pytest.approx(1 / (widths[1] - widths[0] + 1), abs=0.03)
 
 
-@pytest.mark.parametrize("arguments", [("relative", (0.5, 0.5)), ("absolute_range", (30, 20))], ids=str)
-def test_crop_refuses(arguments):
-    with pytest.raises(ValueError, match="crop_"):
-        RandomCrop(*arguments)
-
-
 @pytest.mark.parametrize(
     ("size", "scale", "expected"),
     [
@@ -295,12 +266,24 @@ def test_fixed_size_crop_without_padding_and_targets():
 
 
 @pytest.mark.parametrize(
-    "build",
-    [lambda: ResizeScale(0, 2, 8, 8), lambda: ResizeScale(2, 1, 8, 8), lambda: FixedSizeCrop((0, 8))],
-    ids=["zero", "order", "crop"],
+    ("build", "message"),
+    [
+        (lambda: ResizeShortestEdge((1, 2, 3)), "short_edge_length"),
+        (lambda: ResizeShortestEdge((3, 2)), "short_edge_length"),
+        (lambda: ResizeShortestEdge(10, sample_style="uniform"), "sample_style"),
+        (lambda: ResizeShortestEdge((), sample_style="choice"), "short_edge_length"),
+        (lambda: RandomFlip(prob=1.5), "prob"),
+        (lambda: RandomApply(None, -0.1), "prob"),
+        (lambda: RandomCrop("relative", (0.5, 0.5)), "crop_"),
+        (lambda: RandomCrop("absolute_range", (30, 20)), "crop_"),
+        (lambda: ResizeScale(0, 2, 8, 8), "min_scale"),
+        (lambda: ResizeScale(2, 1, 8, 8), "min_scale"),
+        (lambda: FixedSizeCrop((0, 8)), "crop_size"),
+    ],
+    ids=range(11),
 )
-def test_large_scale_jitter_refuses(build):
-    with pytest.raises(ValueError, match=r"min_scale|crop_size"):
+def test_bad_arguments_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
         build()
 
 
@@ -323,21 +306,9 @@ def test_masks_follow_the_image_through_the_whole_pipeline():
     """A bright rectangle on black stays where the polygons are."""
     pixels = np.zeros((200, 300, 3), np.uint8)
     pixels[60:150, 100:220] = 255
-    augment = AugmentationList(
-        [
-            RandomFlip(),
-            RandomApply(
-                AugmentationList(
-                    [
-                        ResizeShortestEdge((160, 220), sample_style="choice"),
-                        RandomCrop("absolute_range", (120, 200)),
-                    ]
-                ),
-                0.5,
-            ),
-            ResizeShortestEdge((200, 240, 280), sample_style="choice", max_size=400),
-        ]
-    )
+    resize, crop = ResizeShortestEdge((160, 220), sample_style="choice"), RandomCrop("absolute_range", (120, 200))
+    last = ResizeShortestEdge((200, 240, 280), sample_style="choice", max_size=400)
+    augment = AugmentationList([RandomFlip(), RandomApply(AugmentationList([resize, crop]), 0.5), last])
     generator = rng(1)
     for _ in range(20):
         result, targets = augment(Image.fromarray(pixels), make_targets((100, 60, 220, 150)), generator)

@@ -9,7 +9,6 @@ import re
 import runpy
 import shlex
 import subprocess
-import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,9 +18,10 @@ import pytest
 import typer
 import yaml
 from markdown_it import MarkdownIt
+from support.command import run
 
 from mimdet import demo
-from mimdet.cli.app import app, main
+from mimdet.cli.app import app
 from mimdet.config import find_config, load
 from mimdet.parity import pytest_plugin
 
@@ -271,21 +271,18 @@ def test_commands_that_need_nothing_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "NUM_TRAIN", 4)
     monkeypatch.setattr(demo, "NUM_VAL", 2)
     blocks = [b for path in PAGES for b in read(path).blocks if b.language == "sh" and not b.needs]
-    run = []
+    done = []
     # The demo first: other commands read what it wrote.
     for block in sorted(blocks, key=lambda b: not b.text.startswith("mimdet demo")):
         for words in commands(block):
-            if words in run:
+            if words in done:
                 continue
-            run.append(words)
+            done.append(words)
             assert words[0] == "mimdet", f"{block.page}:{block.line}: mark what it needs: {shlex.join(words)}"
             extra = TRAIN_WORDS if words[1] in ("demo", "train") else ()
-            monkeypatch.setattr(sys, "argv", [*words, *extra])
-            with pytest.raises(SystemExit) as caught:
-                main()
-            printed = capsys.readouterr()
-            assert not caught.value.code, f"{block.page}:{block.line}: {shlex.join(words)}: {printed.err[-500:]}"
-    assert ["mimdet", "demo"] in run
+            status, printed = run(monkeypatch, *words[1:], *extra), capsys.readouterr()
+            assert status == 0, f"{block.page}:{block.line}: {shlex.join(words)}: {printed.err[-500:]}"
+    assert ["mimdet", "demo"] in done
 
 
 PYTHON_BLOCKS = [b for path in PAGES for b in read(path).blocks if b.language == "python"]

@@ -157,19 +157,11 @@ def alone(installed, tmp_path_factory):
     return json.loads(done.stdout) | {"stderr": done.stderr}
 
 
-def test_wheel_is_what_was_imported(alone, installed):
+def test_the_wheel_alone_has_what_a_model_needs(alone, installed):
+    """Importing it loads the standard library alone."""
     assert all(Path(file).is_relative_to(installed) for file in alone["files"]), alone["files"]
-
-
-def test_importing_needs_the_standard_library_alone(alone):
     assert alone["light"] == []
-
-
-def test_wheel_builds_the_model_from_its_own_configs(alone):
     assert alone["parameters"] == 127954768
-
-
-def test_wheel_without_triton_says_so_and_runs(alone):
     assert "Triton is not installed (pip install triton)" in alone["reasons"]
     assert alone["result"] == pytest.approx(0.841345, abs=1e-6)
 
