@@ -3,31 +3,21 @@
 import pytest
 import torch
 from support.no_sync import NoSync, SyncError
-from support.small_mimdet import make_images, target
-from support.tiny_detectors import DETECTORS, detector
+from support.tiny_detectors import DETECTORS, detector, samples
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from mimdet.bench.experiments.launches import Launches
 from mimdet.bench.fake_gpu import fake_gpu, to_fake_gpu, train_step
 from mimdet.bench.operations import UPDATE
+from mimdet.testing.small import make_images
 
 SIZES = [(75, 141), (96, 128), (75, 141), (40, 64)]
 WAITS = (SyncError, DataDependentOutputException, DynamicOutputShapeException)
 
 
-def samples(batch):
-    every = [
-        {"image": image.to(torch.uint8), "image_id": i, "targets": target(7 + i, size, 3)}
-        for i, (image, size) in enumerate(zip(make_images(SIZES[:batch]), SIZES[:batch], strict=True))
-    ]
-    for sample in every:
-        sample["targets"]["labels"] %= 4
-    return every
-
-
 def train(name, batch, *options, dtype=None, clip=None, spoil=None):
     """Two steps; the count of each operation of the second, by component and direction."""
-    model, every = detector(name, *options).train(), samples(batch)
+    model, every = detector(name, *options).train(), samples(SIZES[:batch], 3)
     if spoil is not None:
         model.backbone.register_forward_hook(lambda module, inputs, output: spoil(output["p3"]))
     with fake_gpu(), NoSync():

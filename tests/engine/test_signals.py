@@ -135,13 +135,14 @@ def test_repeated_sigterm_does_not_abort(runs, whole, tmp_path):
     assert_resumes(tmp_path, whole)
 
 
-def test_a_second_ctrl_c_aborts_with_workers_alive(runs, tmp_path):
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_ctrl_c_aborts_with_workers_alive(runs, tmp_path, first):
     pid, workers = runs.start(tmp_path, "step", 4)
-    os.killpg(pid, signal.SIGTERM)
+    os.killpg(pid, first)
     time.sleep(0.1)
     os.killpg(pid, signal.SIGINT)
     assert int(runs.server.stdout.readline()) in (130, -signal.SIGINT)
-    assert not (tmp_path / "run" / "model_0000004.pth").exists()
+    assert [path.name for path in (tmp_path / "run").glob("*.pth")] == ["model_0000002.pth"]
     assert_gone(workers)
 
 

@@ -6,14 +6,12 @@ from collections import Counter
 import pytest
 import torch
 from support.engine_fakes import fake_config
-from support.small_mimdet import make_images, target
-from support.tiny_detectors import DETECTORS, detector
+from support.tiny_detectors import DETECTORS, detector, samples
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mimdet.bench.experiments.launches import Launches
 from mimdet.bench.fake_gpu import fake_gpu, to_fake_gpu, train_step
-from mimdet.bench.workload import idle_optimizer
 from mimdet.config import apply_overrides
 from mimdet.engine import weight_casts
 from mimdet.engine.runtime import build_fabric
@@ -34,14 +32,6 @@ def small_groups(monkeypatch):
 def autocast_alone(monkeypatch):
     """A function after which every step casts as autocast does."""
     return lambda: monkeypatch.setattr(WeightCasts, "learn", lambda *_: None)
-
-
-def samples():
-    every = zip(make_images(SIZES), SIZES, strict=True)
-    every = [{"image": im.byte(), "image_id": i, "targets": target(7 + i, s, 2)} for i, (im, s) in enumerate(every)]
-    for sample in every:
-        sample["targets"]["labels"] %= 4
-    return every
 
 
 def training(tmp_path, model, clip=None, dtype="bf16"):
@@ -80,7 +70,7 @@ def assert_same_as_autocast(tmp_path, model, batch, autocast_alone, **options):
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_detector_trains_bit_for_bit_as_with_autocast_alone(tmp_path, autocast_alone, name):
     model = detector(name).train()
-    assert assert_same_as_autocast(tmp_path, model, samples(), autocast_alone, clip=1.0) > 30
+    assert assert_same_as_autocast(tmp_path, model, samples(SIZES, 2), autocast_alone, clip=1.0) > 30
 
 
 @pytest.mark.parametrize(
@@ -93,7 +83,7 @@ def test_a_detector_trains_bit_for_bit_as_with_autocast_alone(tmp_path, autocast
 )
 def test_so_do_other_backbones(tmp_path, autocast_alone, small_groups, options):
     model = detector("retinanet", *(f"model.backbone.bottom_up.{option}" for option in options)).train()
-    assert assert_same_as_autocast(tmp_path, model, samples(), autocast_alone, steps=2) > 30
+    assert assert_same_as_autocast(tmp_path, model, samples(SIZES, 2), autocast_alone, steps=2) > 30
 
 
 class Net(nn.Module):
@@ -392,18 +382,19 @@ def casts_of(counts):
     return total
 
 
-def test_a_step_on_a_gpu_casts_each_group_once():
+def test_a_step_on_a_gpu_casts_each_group_once(monkeypatch):
+    monkeypatch.setattr(weight_casts, "_GROUP", 2**16)
     model = detector("retinanet", "model.backbone.bottom_up.encoder.checkpointing=true").train()
     counts = []
     with fake_gpu():
         to_fake_gpu(model)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         step = train_step(model, optimizer, dtype=torch.bfloat16)
-        step(samples())
+        step(samples(SIZES, 2))
         step._casts._groups = None  # the next step learns again
         for _ in range(2):
             with Launches(model, optimizer) as launches:
-                step(samples())
+                step(samples(SIZES, 2))
             counts.append(casts_of(launches.counts))
     before, after = counts
     groups = step._casts._groups
@@ -411,26 +402,6 @@ def test_a_step_on_a_gpu_casts_each_group_once():
     recomputed = 2 * 7 + 5  # of two blocks and of ConvStem
     single, many = aten._to_copy.default, aten._foreach_copy_.default
     assert weights == 46
-    assert after["forward", many] - before["forward", many] == after["backward", many] == len(groups) == 1
+    assert after["forward", many] - before["forward", many] == after["backward", many] == len(groups) > 1
     assert before["forward", single] - after["forward", single] == weights
     assert before["backward", single] - after["backward", single] == weights + recomputed
-
-
-def test_the_casts_of_a_step_on_the_cpu(small_groups):
-    model = Net()
-    casts = WeightCasts(model)
-    optimizer = idle_optimizer(model)
-    totals = []
-    for _ in range(2):
-        with Launches(model, optimizer, "cpu") as launches, casts.step():
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model([sample["image"] for sample in small_batch()])["loss"]
-            casts.learn(loss)
-            loss.backward()
-        totals.append(casts_of(launches.counts))
-    before, after = totals
-    single, many = aten._to_copy.default, aten._foreach_copy_.default
-    assert before["backward", many] == 0
-    assert after["forward", many] == after["backward", many] == len(casts._groups) == 2
-    for direction in ("forward", "backward"):
-        assert before[direction, single] - after[direction, single] == 6

@@ -2,9 +2,9 @@
 
 import torch
 from support.fill_weights import fill_module
-from support.small_mimdet import SMALL
 
 from mimdet.config import instantiate, load
+from mimdet.testing.small import SMALL, make_images, target
 
 TINY = [
     *SMALL,
@@ -40,3 +40,15 @@ def detector(name, *overrides):
     model = instantiate(load(f"configs/mimdet_b_{name}.py", [*TINY, *DETECTORS[name], *overrides]).model)
     fill_module(model)
     return model.to(memory_format=torch.channels_last)
+
+
+def targets_of(sizes, counts):
+    """Ground truth of ``counts[i]`` objects, of the detectors' four classes, for each image."""
+    every = [target(7 + i, size, count) for i, (size, count) in enumerate(zip(sizes, counts, strict=True))]
+    return [each | {"labels": each["labels"] % 4} for each in every]
+
+
+def samples(sizes, count):
+    """A training batch, as from the loader, of images with ``count`` objects each."""
+    pairs = zip(make_images(sizes), targets_of(sizes, [count] * len(sizes)), strict=True)
+    return [{"image": image.byte(), "image_id": i, "targets": truth} for i, (image, truth) in enumerate(pairs)]
