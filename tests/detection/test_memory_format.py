@@ -2,10 +2,10 @@
 
 import torch
 from support.fill_weights import fill_module
-from support.small_mimdet import SIZES, make_images, small_config, target
 from torch import nn
 
 from mimdet.engine.model import build_model
+from mimdet.testing.small import SIZES, make_images, small_config, target
 
 # fc1 has Detectron2's order of weights, channels first: the flattened maps are copied to it, and their gradient has it.
 FLATTENED = "roi_heads.box_head.conv4"

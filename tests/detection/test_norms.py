@@ -20,8 +20,12 @@ RUNS = {
     "one without valid rows": ("N", (0, 4), True, ((4, 5), (4, 5))),
     "no rows": ("N", (0, 0), False, ((4, 5), (4, 5))),
     "no valid rows": ("N", (0, 0), True, ((4, 5), (4, 5))),
+    "with padding": ("", (2, 1), False, ((5, 7), (8, 1))),
 }
 SLOTS = 6
+CPU = torch.device("cpu")
+# The maps "with padding"; the second process's one has none.
+AREAS = (ValidArea([(5, 3), (2, 7)], (5, 7), CPU), ValidArea([(8, 1)], (8, 1), CPU))
 
 
 def maps(rank, rows, grid):
@@ -42,6 +46,7 @@ def one(rank, name):
     """What a process finds; of the rows that are valid."""
     mode, rows, by_valid, grids = RUNS[name]
     x, weight = (t.float() for t in maps(rank, rows[rank], grids[rank]))
+    area = AREAS[rank] if name == "with padding" else None
     norm, valid = layer(mode), torch.ones(len(x), dtype=torch.bool)
     if by_valid:
         # In slots, of which the last hold NaN.
@@ -49,7 +54,8 @@ def one(rank, name):
         x = torch.full((SLOTS, *x.shape[1:]), float("nan")).masked_scatter(valid.view(-1, 1, 1, 1), x)
         weight = torch.full_like(x, float("nan")).masked_scatter(valid.view(-1, 1, 1, 1), weight)
     x.requires_grad_()
-    y = norm(x, valid=valid if by_valid else None, relu=True)
+    y = norm(x, area, valid=valid if by_valid else None, relu=True)
+    y = y if area is None else area.zero_padding(y)
     (y[valid] * weight[valid]).sum().backward()
     assert not y[~valid].any()
     assert not x.grad[~valid].any()
@@ -93,17 +99,22 @@ def expected(name):
     weight, bias = (t.double().detach().requires_grad_() for t in (layer(mode).weight, layer(mode).bias))
     xs, losses = zip(*(maps(rank, rows[rank], grids[rank]) for rank in range(2)), strict=True)
     xs = [x.requires_grad_() for x in xs]
+    masks = [torch.ones_like(x[:, :1]) for x in xs]
     shares = [float(len(x)) if mode == "N" else 1.0 for x in xs]
+    if name == "with padding":
+        masks = [(~area.padding).double() for area in AREAS]
+        shares = [float(mask.sum()) for mask in masks]
     total = max(sum(shares), 1.0)
 
     def average(values):
-        return sum(w * v.sum((0, 2, 3)) / max(v[:, 0].numel(), 1) for w, v in zip(shares, values, strict=True)) / total
+        sums = [(v * m).sum((0, 2, 3)) / max(float(m.sum()), 1.0) for v, m in zip(values, masks, strict=True)]
+        return sum(w * s for w, s in zip(shares, sums, strict=True)) / total
 
     mean = average(xs)
     centered = [x - mean.view(-1, 1, 1) for x in xs]
     var = average([c.square() for c in centered])
     gain = (weight * (var + 1e-5).rsqrt()).view(-1, 1, 1)
-    ys = [(c * gain + bias.view(-1, 1, 1)).relu() for c in centered]
+    ys = [(c * gain + bias.view(-1, 1, 1)).relu() * m for c, m in zip(centered, masks, strict=True)]
     results = []
     for rank in range(2):
         # Gradients of parameters are each process's alone: DDP adds them up.
@@ -185,7 +196,7 @@ def test_one_value_a_channel_cannot_be_normalized(name):
     norm.eval()(torch.ones(1, 3, 1, 1))
 
 
-AREA = ValidArea([(5, 3), (2, 7)], (5, 7), torch.device("cpu"))
+AREA = AREAS[0]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -8,17 +8,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from support.fill_weights import fill_module
 from support.slots import truth_of
-from support.small_mimdet import make_images, target
-from support.tiny_detectors import DETECTORS, detector
+from support.tiny_detectors import DETECTORS, detector, targets_of
 from torch import nn
 
 from mimdet.config import load
 from mimdet.data.synthetic import generate_shapes
-from mimdet.detection import FPN, LastLevelP6P7, Matcher, NaiveSyncBatchNorm, ROIPooler
+from mimdet.detection import FPN, LastLevelP6P7, Matcher, ROIPooler
 from mimdet.detection.assignment import outside_images
 from mimdet.detection.layers import get_norm, normalize
 from mimdet.engine.evaluate import Evaluation
-from mimdet.modeling.areas import PackedFeatures, ValidArea, ValidAreas
+from mimdet.modeling.areas import PackedFeatures, ValidAreas
+from mimdet.testing.small import make_images
 
 # A multiple of 32, odd sides, one pixel, the whole width of the canvas, one smaller than p5's cells.
 SIZES = [(96, 128), (75, 141), (1, 1), (40, 160), (20, 30)]
@@ -105,52 +105,49 @@ def test_padding_of_every_level_is_zero(name, norm):
 
 def parts_of_losses(model, images, targets, monkeypatch):
     """Losses as sums over anchors and proposals instead of means, and the gradient of their total."""
-    seen = {}
-    if hasattr(model, "roi_heads"):
-        predictor = model.roi_heads.box_predictor
-        plain = type(predictor).losses
-
-        def spy(scores, deltas, boxes, classes, *others):
-            seen.update(box=len(classes), mask=int((classes < predictor.num_classes).sum()))
-            return plain(predictor, scores, deltas, boxes, classes, *others)
-
-        monkeypatch.setattr(predictor, "losses", spy)
-    else:
+    counts, heads = {}, getattr(model, "roi_heads", None)
+    if heads is None:
         model.loss_normalizer.fill_(100.0)
-    losses = model(images, targets)
-    if seen:
-        counts = {"loss_cls": seen["box"], "loss_box_reg": seen["box"], "loss_mask": seen["mask"]}
-        losses = {name: loss * counts.get(name, len(images)) for name, loss in losses.items()}
+        counts = dict.fromkeys(("loss_cls", "loss_box_reg"), model.loss_normalizer)
     else:
-        losses = {name: loss * model.loss_normalizer for name, loss in losses.items()}
+        stages = heads.box_predictor if isinstance(heads.box_predictor, nn.ModuleList) else [heads.box_predictor]
+        for number, predictor in enumerate(stages):
+            suffix = f"_stage{number}" if len(stages) > 1 else ""
+
+            def spy(scores, deltas, boxes, classes, *others, predictor=predictor, suffix=suffix):
+                counts.update({f"loss_cls{suffix}": len(classes), f"loss_box_reg{suffix}": len(classes)})
+                counts.setdefault("loss_mask", int((classes < predictor.num_classes).sum()))
+                return type(predictor).losses(predictor, scores, deltas, boxes, classes, *others)
+
+            monkeypatch.setattr(predictor, "losses", spy)
+    losses = {name: loss * counts.get(name, len(images)) for name, loss in model(images, targets).items()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(sum(losses.values()), parameters)
     return torch.stack(list(losses.values())).detach().double(), torch.cat([g.flatten() for g in gradients]).double()
 
 
-@pytest.mark.parametrize("name", ["mask_rcnn", "retinanet"])
+@pytest.mark.parametrize("name", DETECTORS)
 def test_losses_and_gradients_are_the_sums_of_those_alone(name, monkeypatch):
     """Without batch norms, which mix images, and with samples of all anchors and proposals."""
     norms = ["model.backbone.norm=GN", "model.backbone.bottom_up.sample_ratio=1.0"]
-    if name == "mask_rcnn":
-        norms += ["model.roi_heads.box_head.conv_norm=GN", "model.roi_heads.mask_head.conv_norm=GN"]
+    if name == "retinanet":
+        norms += ["model.head.norm=GN"]
+    else:
+        heads = ["box_head"] if name == "mask_rcnn" else [f"box_heads.{stage}" for stage in range(3)]
+        norms += [f"model.roi_heads.{head}.conv_norm=GN" for head in (*heads, "mask_head")]
         for part in ("proposal_generator", "roi_heads"):
             norms += [f"model.{part}.batch_size_per_image=20000", f"model.{part}.positive_fraction=0.5"]
-    else:
-        norms += ["model.head.norm=GN"]
     model = packed(name, *norms).train()
     sizes = [(96, 128), (75, 141), (40, 50)]
-    images, targets = make_images(sizes), [target(7 + i, size, 3) for i, size in enumerate(sizes)]
-    # At the edges, where an anchor in the padding would overlap most; and an image without objects.
+    images, targets = make_images(sizes), targets_of(sizes, (3, 3, 0))
+    # At the edges, where an anchor in the padding would overlap most.
     targets[1]["boxes"][0] = torch.tensor([117.0, 51.0, 141.0, 75.0])
-    targets[2] = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": []}
-    for each in targets:
-        each["labels"] %= 4
     alone = [parts_of_losses(model, [i], [t], monkeypatch) for i, t in zip(images, targets, strict=True)]
     losses, gradient = parts_of_losses(model, images, targets, monkeypatch)
     torch.testing.assert_close(losses, sum(x for x, _ in alone), rtol=2e-5, atol=1e-5)
     expected = sum(g for _, g in alone)
-    assert float((gradient - expected).norm() / expected.norm()) <= 2e-5
+    limit = 5e-5 if name == "cascade_mask_rcnn" else 2e-5  # three stages round
+    assert float((gradient - expected).norm() / expected.norm()) <= limit
 
 
 @pytest.mark.parametrize("garbage", [3.0, float("nan")])
@@ -181,25 +178,6 @@ def test_norms_see_the_valid_area_alone(norm, garbage):
     assert not actual.masked_select(area.padding).any()
     assert x.grad.isfinite().all()
     assert not x.grad.masked_select(area.padding).any()
-
-
-def _maps():
-    torch.manual_seed(0)
-    area = AREAS.at(4)
-    x, weight = torch.randn(2, 3, 3, *area.grid) * 2 + 1
-    return x, area.zero_padding(weight)
-
-
-def _batch_norm(rank):
-    """The first process has two images with padding, the other one image that fills its maps."""
-    x, weight = _maps()
-    samples = slice(0, 2) if rank == 0 else slice(2, 3)
-    rows, columns = AREAS.at(4).grid if rank == 0 else (8, 1)
-    x = x[samples, :, :rows, :columns].clone().requires_grad_()
-    norm = NaiveSyncBatchNorm(3)
-    out = normalize(norm, x, ValidArea(AREAS.at(4).sizes[samples], (rows, columns), x.device))
-    (out * weight[samples, :, :rows, :columns]).sum().backward()
-    return {"out": out.detach(), "grad": x.grad, "mean": norm.running_mean}
 
 
 class Recorder:
@@ -240,10 +218,7 @@ def _process(rank, folder):
     for world in (3, 2):
         if rank < world:
             dist.init_process_group("gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world)
-            results = {"evaluations": [_evaluate(folder, *case) for case in CASES]}
-            if world == 2:
-                results |= _batch_norm(rank)
-            torch.save(results, f"{folder}/{world}-{rank}.pth")
+            torch.save([_evaluate(folder, *case) for case in CASES], f"{folder}/{world}-{rank}.pth")
             dist.destroy_process_group()
 
 
@@ -263,7 +238,7 @@ def test_an_evaluation_finds_the_same_with_any_number_of_processes(processes, ca
     assert len(alone) == 7
     assert sum(len(each["scores"]) for each in alone.values()) > 50
     for parts in results.values():
-        shares = [part["evaluations"][case] for part in parts]
+        shares = [part[case] for part in parts]
         assert sum(map(len, shares)) == 7
         for image, actual in (pair for share in shares for pair in share.items()):
             for key, value in alone[image].items():
@@ -275,21 +250,6 @@ def test_the_demo_evaluates_as_it_predicts(processes):
     folder, _ = processes
     single, demo = (_evaluate(folder, batch_size, "canvas") for batch_size in (1, None))
     assert all(torch.equal(demo[image]["boxes"], single[image]["boxes"]) for image in single)
-
-
-def test_statistics_of_two_processes_are_those_of_one(processes):
-    parts = processes[1][2]
-    x, weight = _maps()
-    norm, area = NaiveSyncBatchNorm(3), AREAS.at(4)
-    out = normalize(norm, x.requires_grad_(), area)
-    (out * weight).sum().backward()
-    for name, expected in (("out", out.detach()), ("grad", x.grad)):
-        for part, samples, (rows, columns) in zip(parts, ((0, 1), (2,)), (area.grid, (8, 1)), strict=True):
-            actual = torch.zeros(len(samples), 3, *area.grid)
-            actual[:, :, :rows, :columns] = part[name]
-            torch.testing.assert_close(actual, expected[list(samples)], atol=1e-5, rtol=1e-4)
-    for part in parts:
-        torch.testing.assert_close(part["mean"], norm.running_mean, atol=1e-6, rtol=1e-5)
 
 
 def test_pooling_ends_with_the_image():

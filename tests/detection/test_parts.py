@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.slots import sizes_of, truth_of
-from support.small_mimdet import make_images, small_model, target
 
 from mimdet.detection import (
     Box2BoxTransform,
@@ -22,6 +21,7 @@ from mimdet.detection.masks import paste_in_parts, paste_masks
 from mimdet.evaluation.results import encode_masks
 from mimdet.modeling import ShapeSpec
 from mimdet.polygons import PackedPolygons
+from mimdet.testing.small import make_images, small_model, target
 
 
 def random_boxes(count, size=100.0):
@@ -29,20 +29,13 @@ def random_boxes(count, size=100.0):
     return torch.cat([corner, corner + side], dim=1)
 
 
-def test_box_coding_round_trip():
+def test_box_coding_goes_there_and_back_and_stays_finite():
     torch.manual_seed(0)
     coder = Box2BoxTransform((10, 10, 5, 5))
     source, boxes = random_boxes(50), random_boxes(50)
     torch.testing.assert_close(coder.apply_deltas(coder.get_deltas(source, boxes), source), boxes, atol=1e-3, rtol=0)
-
-
-def test_decoding_no_boxes():
-    assert Box2BoxTransform((1, 1, 1, 1)).apply_deltas(torch.zeros(0, 8), torch.zeros(0, 4)).shape == (0, 8)
-
-
-def test_box_growth_is_bounded():
-    box = Box2BoxTransform((1, 1, 1, 1)).apply_deltas(torch.tensor([[0.0, 0.0, 50.0, 50.0]]), random_boxes(1))
-    assert bool(box.isfinite().all())
+    assert coder.apply_deltas(torch.zeros(0, 8), torch.zeros(0, 4)).shape == (0, 8)
+    assert coder.apply_deltas(torch.tensor([[0.0, 0.0, 500.0, 500.0]]), random_boxes(1)).isfinite().all()
 
 
 def test_boxes_clip_and_emptiness():
@@ -78,14 +71,6 @@ def test_matcher_bands_and_low_quality():
     # The second object's best candidate counts although its overlap is low.
     matcher = Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)
     assert matcher(truth, candidates)[1].tolist() == [[0, -1, 1, 1], [0] * 4]
-
-
-@pytest.mark.parametrize(
-    ("thresholds", "labels"), [([0.7, 0.3], [0, -1, 1]), ([0.5], [0, -1, 1]), ([0.5], [0, 2]), ([0.0], [0, 1])]
-)
-def test_matcher_refuses(thresholds, labels):
-    with pytest.raises(ValueError, match="matcher"):
-        Matcher(thresholds, labels)
 
 
 def test_subsample_counts_and_membership():
@@ -137,12 +122,6 @@ def test_pooler_picks_levels_and_keeps_order():
     valid = torch.tensor([[True, True, True, True, False]])
     assert pooler(levels, boxes, valid)[:, 0, 3, 3].tolist() == [3, 1, 2, 4, 0]
     assert pooler(levels, boxes[:, :0], valid[:, :0]).shape == (0, 2, 7, 7)
-
-
-@pytest.mark.parametrize("kwargs", [{"pooler_type": "ROIAlign"}, {"scales": (1 / 4, 1 / 16)}], ids=["type", "scales"])
-def test_pooler_refuses(kwargs):
-    with pytest.raises(ValueError, match="pooler"):
-        ROIPooler(**{"output_size": 7, "scales": (1 / 4, 1 / 8), **kwargs})
 
 
 @pytest.mark.parametrize(
@@ -268,21 +247,27 @@ def test_masks_can_be_left_unpasted():
         torch.testing.assert_close(value, pasted[key], rtol=0, atol=0)
 
 
-def test_unknown_norm():
-    with pytest.raises(ValueError, match="unknown norm 'XN'"):
-        get_norm("XN", 8)
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Matcher([0.7, 0.3], [0, -1, 1]), "matcher"),
+        (lambda: Matcher([0.5], [0, -1, 1]), "matcher"),
+        (lambda: Matcher([0.5], [0, 2]), "matcher"),
+        (lambda: Matcher([0.0], [0, 1]), "matcher"),
+        (lambda: ROIPooler(7, (1 / 4, 1 / 8), pooler_type="ROIAlign"), "pooler"),
+        (lambda: ROIPooler(7, (1 / 4, 1 / 16)), "pooler"),
+        (lambda: get_norm("XN", 8), "unknown norm 'XN'"),
+    ],
+    ids=range(7),
+)
+def test_bad_arguments_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 @pytest.fixture(scope="module")
 def model():
     return small_model()
-
-
-def test_every_trainable_parameter_gets_a_gradient(model):
-    model.train()
-    sum(model(make_images([(96, 128)]), [target(5, (96, 128), 2)]).values()).backward()
-    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
-    model.zero_grad()
 
 
 def test_inference_is_reproducible_and_sorted(model):
@@ -303,15 +288,6 @@ def test_uint8_and_float_images_are_the_same(model):
     with torch.no_grad():
         a, b = model(floats)[0], model([floats[0].to(torch.uint8)])[0]
     assert torch.equal(a["scores"], b["scores"])
-
-
-def test_bfloat16_autocast_trains(model):
-    model.train()
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = model(make_images([(96, 128)]), [target(5, (96, 128), 2)])
-    assert all(loss.dtype == torch.float32 and bool(loss.isfinite()) for loss in losses.values())
-    sum(losses.values()).backward()
-    model.zero_grad()
 
 
 TINY = (64, 96)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from support.slots import detections_of, sizes_of
-from support.small_mimdet import target
 
 from mimdet.config import instantiate
 from mimdet.detection import InferencePasses
 from mimdet.testing import fixed_noise, tiny_config
+from mimdet.testing.small import target
 
 
 def found(*rows):

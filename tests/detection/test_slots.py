@@ -1,134 +1,64 @@
-"""Slots of a batch give what the detectors find image by image, and nothing in an empty slot counts."""
-
-from contextlib import contextmanager
+"""Batches in slots: an empty slot changes nothing, whatever it holds, and whether it is computed or not."""
 
 import pytest
 import torch
-from support import dynamic_detection
-from support.small_mimdet import make_images, target
-from support.tiny_detectors import DETECTORS, detector
+from support.tiny_detectors import DETECTORS, detector, targets_of
 
 from mimdet.detection import roi_heads, slots
-from mimdet.detection.masks import GroundTruthMasks
 from mimdet.detection.slots import GroundTruth
 from mimdet.kernels.tensors import to_host_together
-from mimdet.testing import fixed_noise
+from mimdet.testing.small import make_images, target
 
 SIZES = [(96, 128), (75, 141), (40, 64)]
-NOTHING = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": []}
 
 
-@pytest.fixture(params=["counted", "slots", "mask slots counted"])
-def counted(request, monkeypatch):
-    """On a CPU valid rows are counted; a GPU computes all slots, of masks in a large batch as many as are needed."""
-    for module in (slots, roi_heads):
-        monkeypatch.setattr(module, "counting_is_free", lambda device: request.param == "counted")
-    monkeypatch.setattr(roi_heads, "_BATCH_OF_ALL_SLOTS", 0 if request.param == "mask slots counted" else 8)
+@pytest.fixture
+def in_every_way(monkeypatch):
+    """A function's results: a CPU counts valid rows, a GPU computes all slots, of masks in small batches."""
+
+    def call(function):
+        results = []
+        for counting_is_free, batch_of_all_slots in ((True, 8), (False, 8), (False, 0)):
+            for module in (slots, roi_heads):
+                monkeypatch.setattr(module, "counting_is_free", lambda device, free=counting_is_free: free)
+            monkeypatch.setattr(roi_heads, "_BATCH_OF_ALL_SLOTS", batch_of_all_slots)
+            results.append(function())
+        return results
+
+    return call
 
 
-def truth_of(counts):
-    targets = [target(7 + i, size, n) if n else NOTHING for i, (size, n) in enumerate(zip(SIZES, counts, strict=True))]
-    for each in targets:
-        each["labels"] = each["labels"] % 4
-    return targets
-
-
-@contextmanager
-def recorded(model):
-    """What a training step chooses: proposals, sample, mask targets."""
-    seen, patches = {}, pytest.MonkeyPatch()
-    hook = model.proposal_generator.register_forward_hook(lambda m, a, out: seen.update(proposals=out[0]))
-    sample, masks = roi_heads.StandardROIHeads.sample_proposals, GroundTruthMasks.targets
-
-    def keep(name, function):
-        def run(*arguments):
-            seen[name] = function(*arguments), arguments
-            return seen[name][0]
-
-        return run
-
-    patches.setattr(roi_heads.StandardROIHeads, "sample_proposals", keep("sample", sample))
-    patches.setattr(GroundTruthMasks, "targets", keep("masks", masks))
-    try:
-        yield seen
-    finally:
-        hook.remove()
-        patches.undo()
-
-
-def numbers_for(model, images):
-    """Uniform numbers for the anchors and proposals of a batch."""
-    torch.manual_seed(1)
-    batch = model.preprocess(images)
-    height, width = batch.tensor.shape[2:]
-    cells = sum(-(-height // s) * -(-width // s) for s in (4, 8, 16, 32, 64))
-    return {"anchors": torch.rand(len(images), 3 * cells), "proposals": torch.rand(len(images), 100 + 256)}
-
-
-def step(model, losses):
-    """Losses and the gradient of their sum."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(sum(losses.values()), parameters)
-    return {k: v.item() for k, v in losses.items()}, torch.cat([g.flatten() for g in gradients]).double()
+def step(model, state, images, targets):
+    """Losses, the gradient of their sum and the new statistics, and detections, from one seed and the same weights."""
+    torch.manual_seed(3)
+    model.load_state_dict(state)
+    if hasattr(model, "loss_normalizer"):
+        model.loss_normalizer.fill_(100.0)
+    losses = model.train()(images, targets)
+    gradients = torch.autograd.grad(sum(losses.values()), [p for p in model.parameters() if p.requires_grad])
+    statistics = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        detections = model.eval()(images)
+    losses = {key: loss.item() for key, loss in losses.items()}
+    return losses, torch.cat([g.flatten() for g in gradients]), statistics, detections
 
 
 @pytest.mark.parametrize("counts", [(3, 1, 2), (0, 4, 0), (0, 0, 0), (130, 1, 0)], ids=str)
 @pytest.mark.parametrize("mode", ["canvas", "packed"])
 @pytest.mark.parametrize("name", DETECTORS)
-def test_training_equals_the_dynamic_path(name, mode, counts, counted):
+def test_computing_all_slots_changes_nothing(name, mode, counts, in_every_way):
     ratio = "model.backbone.bottom_up.sample_ratio=1.0"
-    model = detector(name, f"model.backbone.bottom_up.batch_mode={mode}", ratio).train()
-    images, targets = make_images(SIZES), truth_of(counts)
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    if name == "retinanet":
-        expected, _ = dynamic_detection.train(model, images, targets, None)
-        expected = step(model, expected)
-        model.load_state_dict(state)
-        actual = step(model, model(images, targets))
-    else:
-        noise = numbers_for(model, images)
-        expected, (boxes, samples, masks) = dynamic_detection.train(model, images, targets, noise)
-        expected, after = step(model, expected), {k: v.clone() for k, v in model.state_dict().items()}
-        model.load_state_dict(state)
-        with fixed_noise(model, None, **noise), recorded(model) as seen:
-            actual = step(model, model(images, targets))
-        same_choices(seen, boxes, samples, masks)
-        for key, value in model.state_dict().items():  # running statistics
-            torch.testing.assert_close(value, after[key], rtol=1e-5, atol=1e-6)
-    assert actual[0] == pytest.approx(expected[0], rel=1e-6, abs=1e-9)
-    assert float((actual[1] - expected[1]).norm()) <= 1e-5 * float(expected[1].norm())
-
-
-def same_choices(seen, boxes, samples, masks):
-    """Proposals, sampled rows, classes, matched boxes and mask targets, bit for bit."""
-    (sampled, _), (small, (_, _, _, valid, _)) = seen["sample"], seen["masks"]
-    proposed = seen["proposals"]
-    for i, (expected, sample) in enumerate(zip(boxes, samples, strict=True)):
-        assert torch.equal(proposed.boxes[i][proposed.valid[i]], expected)
-        keep = sampled.valid[i]
-        assert torch.equal(sampled.boxes[i][keep], sample[0])
-        assert torch.equal(sampled.classes[i][keep], sample[1])
-        assert torch.equal(sampled.gt_index[i][keep], sample[2])
-        foreground = sample[1] < 4
-        assert torch.equal(sampled.gt_boxes[i][keep][foreground], sample[3][foreground])
-        assert int(keep.sum()) == int(keep[: len(sample[0])].sum()), "a prefix"
-    assert torch.equal(small[valid], masks)
-
-
-@pytest.mark.parametrize("mode", ["canvas", "packed"])
-@pytest.mark.parametrize("name", DETECTORS)
-def test_detections_equal_the_dynamic_path(name, mode, counted):
-    options = [] if name == "retinanet" else ["model.roi_heads.box_predictor.test_score_thresh=0.2"]
-    if name == "cascade_mask_rcnn":
-        options = ["model.roi_heads.box_predictors.2.test_score_thresh=0.2"]
-    model = detector(name, f"model.backbone.bottom_up.batch_mode={mode}", *options).eval()
-    images = make_images(SIZES)
-    with torch.no_grad():
-        for actual, expected in zip(model(images), dynamic_detection.detect(model, images), strict=True):
-            assert len(expected[0]) > 0
-            assert torch.equal(actual["labels"], expected[2])
-            torch.testing.assert_close(actual["boxes"], expected[0], rtol=1e-6, atol=1e-4)
-            torch.testing.assert_close(actual["scores"], expected[1], rtol=1e-6, atol=1e-6)
+    model = detector(name, f"model.backbone.bottom_up.batch_mode={mode}", ratio)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    images, targets = make_images(SIZES), targets_of(SIZES, counts)
+    (losses, gradient, statistics, detections), *others = in_every_way(lambda: step(model, state, images, targets))
+    assert all(len(each["scores"]) > 0 for each in detections)
+    for other in others:
+        assert other[0] == pytest.approx(losses, rel=1e-6, abs=1e-9)
+        assert float((other[1] - gradient).norm()) <= 1e-5 * float(gradient.norm())
+        torch.testing.assert_close(other[2], statistics, rtol=1e-5, atol=1e-6)
+        for actual, expected in zip(other[3], detections, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [torch.nan, 1e30], ids=str)
@@ -137,22 +67,12 @@ def test_what_empty_slots_hold_changes_no_bit(name, value, monkeypatch):
     """Values of slots without a box: of the ground truth, of proposals, and features of their rows."""
     for module in (slots, roi_heads):
         monkeypatch.setattr(module, "counting_is_free", lambda device: False)
-    model, images, targets = detector(name), make_images(SIZES), truth_of((3, 0, 1))
+    model, images, targets = detector(name), make_images(SIZES), targets_of(SIZES, (3, 0, 1))
     state = {k: v.clone() for k, v in model.state_dict().items()}
     if name != "retinanet":
         model.proposal_generator.nms_thresh = 0.1  # few proposals stay
 
-    def run():
-        torch.manual_seed(3)
-        model.load_state_dict(state)
-        if name == "retinanet":
-            model.loss_normalizer.fill_(100.0)
-        losses, gradient = step(model.train(), model(images, targets))
-        with torch.no_grad():
-            detections = model.eval()(images)
-        return losses, gradient, model.state_dict(), detections
-
-    clean = run()
+    clean = step(model, state, images, targets)
     from_targets = GroundTruth.from_targets
 
     def poisoned_truth(*arguments):
@@ -176,7 +96,7 @@ def test_what_empty_slots_hold_changes_no_bit(name, value, monkeypatch):
             pooler.register_forward_hook(
                 lambda m, inputs, rows: torch.where(inputs[2].flatten()[:, None, None, None], rows, 1e30)
             )
-    dirty = run()
+    dirty = step(model, state, images, targets)
     assert dirty[0] == clean[0]
     assert torch.equal(dirty[1], clean[1])
     assert all(torch.equal(value, clean[2][key]) for key, value in dirty[2].items())

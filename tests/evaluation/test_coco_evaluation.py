@@ -1,7 +1,6 @@
 import json
 import logging
 import math
-import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,19 +15,19 @@ from mimdet.data import CocoDataset, DataError
 from mimdet.engine.evaluate import Evaluation
 from mimdet.evaluation import (
     COCOEvaluator,
+    coco_evaluator,
     copypaste_lines,
     format_results,
     results_table,
     to_coco_results,
 )
-from mimdet.evaluation.coco_evaluator import gather
-from mimdet.evaluation.results import encode_masks
 from mimdet.evaluation.toolkit import TOOLKITS, choose_toolkit
 from mimdet.files import write_json
 
 HEIGHT, WIDTH = 160, 200
 CATEGORY_IDS = [3, 17, 90]
 CLASSES = ["car", "cat", "toothbrush"]
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
 both_toolkits = pytest.mark.parametrize("toolkit", TOOLKITS)
 
@@ -157,9 +156,7 @@ def test_ground_truth_scores_one(tmp_path, toolkit, with_crowd):
     content = coco_content()
     figures = evaluate(make_dataset(tmp_path), truth_as_results(content, with_crowd), toolkit=toolkit)
     for task in ("bbox", "segm"):
-        assert figures[task] == {
-            name: pytest.approx(1, abs=1e-12) for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
-        }
+        assert figures[task] == dict.fromkeys(METRICS, pytest.approx(1, abs=1e-12))
         assert figures[f"{task}_per_class"] == {name: pytest.approx(1, abs=1e-12) for name in CLASSES}
 
 
@@ -209,9 +206,7 @@ def test_figures_are_those_of_pycocotools_summary(tmp_path, toolkit, task):
     run.accumulate()
     run.summarize()
     figures = evaluate(dataset, results, toolkit=toolkit)[task]
-    expected = dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), run.stats, strict=False))
-    expected["AR100"] = run.stats[8]
-    assert figures == pytest.approx(expected, abs=1e-12)
+    assert figures == pytest.approx(dict(zip(METRICS, [*run.stats[:6], run.stats[8]], strict=True)), abs=1e-12)
 
 
 @both_toolkits
@@ -303,13 +298,6 @@ def test_results_file_and_its_content(tmp_path):
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["coco_instances_results.json"]
 
 
-def test_masks_survive_encoding():
-    masks = torch.rand(5, 37, 23, generator=torch.Generator().manual_seed(0)) > 0.6
-    decoded = [mask_util.decode(rle) for rle in encode_masks(masks)]
-    np.testing.assert_array_equal(np.stack(decoded), masks.numpy())
-    assert encode_masks(torch.zeros(0, 37, 23, dtype=torch.bool)) == []
-
-
 def test_conversion_leaves_the_results_alone():
     result = {
         "boxes": torch.tensor([[1.0, 2.0, 5.0, 9.0]], dtype=torch.float64),
@@ -383,40 +371,29 @@ def test_objects_without_a_mask_count_where_boxes_alone_are_scored(tmp_path, too
     assert "segm" not in figures
 
 
+def changed(**fields):
+    return lambda content: content["annotations"][2].update(fields)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda c: c["annotations"][2].pop("bbox"), r"annotations\[2\] must have bbox"),
         (lambda c: c["images"].pop(0), "annotation 0 of image 7 refers to an image that the file does not list"),
+        (changed(segmentation={"size": [HEIGHT, WIDTH], "counts": "PPPP"}), "annotation 2 of image 7: counts"),
+        (changed(segmentation={"counts": [HEIGHT * WIDTH]}), "annotation 2 of image 7: size"),
+        (changed(iscrowd="0"), "annotation 2 of image 7: iscrowd"),
+        (changed(id=1), "id 1 in annotations .*twice"),
     ],
-    ids=["no-box", "no-image"],
+    ids=["no-box", "no-image", "counts", "size", "iscrowd", "id"],
 )
-def test_flawed_ground_truth_is_named_before_inference(tmp_path, spoil, message):
+def test_flawed_ground_truth_is_named_when_the_evaluation_is_built(tmp_path, spoil, message):
     content = coco_content()
     spoil(content)
-    evaluator = COCOEvaluator(make_dataset(tmp_path, content))
-    with pytest.raises(ValueError, match=message):
-        evaluator.reset()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "PPPP"}}, "annotation 2 of image 7: counts"),
-        ({"segmentation": {"counts": [HEIGHT * WIDTH]}}, "annotation 2 of image 7: size"),
-        ({"iscrowd": "0"}, "annotation 2 of image 7: iscrowd"),
-        ({"id": 1}, "id 1 in annotations .*twice"),
-    ],
-    ids=["counts", "size", "iscrowd", "id"],
-)
-def test_flawed_ground_truth_is_named_when_the_evaluation_is_built(tmp_path, changes, message):
-    content = coco_content()
-    content["annotations"][2].update(changes)
-    dataset = make_dataset(tmp_path, content)
     cfg = OmegaConf.create(flags={"allow_objects": True})
     cfg.dataloader = {"evaluator": LazyCall(COCOEvaluator)()}
     with pytest.raises(DataError, match=rf"instances\.json: {message}"):
-        Evaluation.from_config(cfg, SimpleNamespace(dataset=dataset))
+        Evaluation.from_config(cfg, SimpleNamespace(dataset=make_dataset(tmp_path, content)))
 
 
 @both_toolkits
@@ -477,36 +454,17 @@ def test_toolkit_choice(monkeypatch):
         choose_toolkit("faster_coco_eval")
 
 
-def _evaluate_rank(rank, folder, answers):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    content = coco_content()
-    dataset = SimpleNamespace(json_file=f"{folder}/instances.json", classes=CLASSES, category_ids=CATEGORY_IDS)
-    results = random_results(content, seed=5)
-    evaluator = COCOEvaluator(dataset, toolkit="pycocotools")
-    evaluator.reset()
-    # DistributedSampler's even split repeats the last image of an odd number
-    for index in ((0, 2), (1, 0))[rank]:
-        evaluator.process([{"image_id": (7, 11, 20)[index]}], [results[index]])
-    answers.put((rank, evaluator.evaluate()))
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_give_the_figures_of_one(tmp_path):
-    dataset = make_dataset(tmp_path)
-    expected = evaluate(dataset, random_results(coco_content(), seed=5), toolkit="pycocotools")
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    ranks = [context.Process(target=_evaluate_rank, args=(rank, tmp_path, answers)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    results = dict(answers.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(timeout=60)
-    assert results == {0: expected, 1: {}}
-
-
-def test_gather_without_distribution():
-    assert gather({"a": 1}) == [{"a": 1}]
+def test_two_ranks_give_the_figures_of_one(tmp_path, monkeypatch):
+    """``gather`` itself is tested with two processes in tests/engine/test_distributed.py."""
+    dataset, results, images = make_dataset(tmp_path), random_results(coco_content(), seed=5), (7, 11, 20)
+    expected = evaluate(dataset, results)
+    sent = []
+    monkeypatch.setattr(
+        coco_evaluator, "gather", lambda value: sent.append(value) or (sent if len(sent) == 2 else None)
+    )
+    # DistributedSampler's even split repeats the last image of an odd number; the first rank comes last
+    for shares, figures in (((1, 0), {}), ((0, 2), expected)):
+        assert evaluate(dataset, [results[i] for i in shares], [images[i] for i in shares]) == figures
 
 
 def test_interrupted_write_keeps_the_old_file(tmp_path):
@@ -519,17 +477,9 @@ def test_interrupted_write_keeps_the_old_file(tmp_path):
 
 
 FIGURES = {
-    "bbox": {
-        "AP": 0.51234,
-        "AP50": 0.7,
-        "AP75": 0.55,
-        "APs": float("nan"),
-        "APm": 0.5,
-        "APl": 0.6,
-        "AR100": 0.65,
-    },
+    "bbox": dict(zip(METRICS, (0.51234, 0.7, 0.55, float("nan"), 0.5, 0.6, 0.65), strict=True)),
     "bbox_per_class": {"car": 0.5, "cat": float("nan"), "dog": 0.25, "bus": 1.0},
-    "segm": {"AP": 0.45, "AP50": 0.69, "AP75": 0.5, "APs": 0.2, "APm": 0.4, "APl": 0.5, "AR100": 0.6},
+    "segm": dict(zip(METRICS, (0.45, 0.69, 0.5, 0.2, 0.4, 0.5, 0.6), strict=True)),
     "segm_per_class": {"car": 0.4, "cat": float("nan"), "dog": 0.2, "bus": 0.9},
 }
 

@@ -1,7 +1,7 @@
 """Benchmarking-ViT: its parts, its configs against the original's, and a small model from training to prediction.
 
 ``recordings/benchmarking_small.npz`` holds every 13th value of the original's features and gradients, for the size and
-the loss of ``small_benchmarking.py`` and the weights of ``fill_weights.py``.
+the loss of ``mimdet.testing.small_benchmarking`` and the weights of ``fill_weights.py``.
 """
 
 import json
@@ -14,7 +14,6 @@ from support.kernels import activation_bytes
 from support.paths import RECORDINGS
 from support.relative_error import relative_error
 from support.slots import detections_of
-from support.small_benchmarking import SMALL, loss, small_backbone, small_input
 
 from mimdet.checkpoint.convert import convert_checkpoint
 from mimdet.checkpoint.read import CheckpointError, read_checkpoint
@@ -28,6 +27,7 @@ from mimdet.modeling.benchmarking.block import RelativePositionBias, window_part
 from mimdet.modeling.vit import add
 from mimdet.predict import Predictor
 from mimdet.testing import Recording, fixed_noise
+from mimdet.testing.small_benchmarking import SMALL, loss, small_backbone, small_input
 
 COUNTERPART = [
     *(f"model.backbone.bottom_up.{key}={json.dumps(value)}" for key, value in SMALL.items()),

@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.fill_weights import fill_module, gradient, image
+from support.fill_weights import fill_module, image
 from support.relative_error import relative_error
-from support.slots import detections_of
-from support.small_benchmarking import SMALL, loss, small_input
 
 from mimdet.bench.experiments.detectron2 import make_importable
 from mimdet.data import FixedSizeCrop, ResizeScale
 from mimdet.data.transforms import clip_targets, mask_boxes
-from mimdet.detection import GeneralizedRCNN
 from mimdet.modeling import BenchmarkingViTDet
+from mimdet.testing.small_benchmarking import SMALL, loss, small_input
 
 ORIGINAL = os.environ.get("MIMDET_ORIGINAL")
 pytestmark = pytest.mark.skipif(not ORIGINAL, reason="MIMDET_ORIGINAL does not name a checkout of the original")
@@ -55,41 +53,6 @@ def test_features_and_gradients(original, changes):
         assert relative_error(features[0][name], expected) <= 3e-6, name
     for (name, actual), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert relative_error(actual.grad, expected.grad) <= 2e-5, name
-
-
-@pytest.mark.parametrize("sincos", [True, False])
-def test_mae_weights(original, tmp_path, sincos):
-    width = SMALL["embed_dim"]
-    make = original("models.benchmarking").BenchmarkingViTDet
-    state = {k: v for k, v in make(**SMALL).state_dict().items() if k.startswith(("patch_embed.", "blocks."))}
-    state |= {"cls_token": torch.zeros(1, 1, width), "pos_embed": torch.randn(1, 197, width)}
-    state |= {"norm.weight": torch.ones(width), "norm.bias": torch.ones(width)}
-    torch.save({"model": state}, tmp_path / "mae.pth")
-    options = {**SMALL, "sincos_pos_embed": sincos, "pretrained": str(tmp_path / "mae.pth")}
-    ours, theirs = (build(**options).state_dict() for build in (BenchmarkingViTDet, make))
-    for name, expected in theirs.items():
-        if not name.startswith("ms_adaptor."):
-            torch.testing.assert_close(ours[name], expected, rtol=0, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("new", [(75, 100), (300, 200), (333, 1000)], ids=str)
-def test_postprocess(original, new):
-    structures = original("detectron2.structures")
-    corners = torch.from_numpy(gradient(5, (40, 2, 2))).abs() * 60
-    boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
-    masks = torch.from_numpy(gradient(6, (40, 28, 28))).sigmoid()
-    detection = {"boxes": boxes, "scores": torch.rand(40), "labels": torch.arange(40), "mask_probabilities": masks}
-    model = SimpleNamespace(lsj_postprocess=True, device=torch.device("cpu"))
-    (ours,) = GeneralizedRCNN._resize(model, detections_of([detection]), [(128, 128)], [new]).tolist()
-    ours = GeneralizedRCNN._paste(ours, new)
-    instances = structures.Instances(
-        (128, 128), pred_boxes=structures.Boxes(boxes.clone()), pred_classes=torch.arange(40), pred_masks=masks[:, None]
-    )
-    theirs = original("models.modeling.postprocessing").detector_postprocess(instances, *new)
-    assert len(theirs) < 40
-    assert torch.equal(ours["labels"], theirs.pred_classes)
-    torch.testing.assert_close(ours["boxes"], theirs.pred_boxes.tensor)
-    assert (ours["masks"] != theirs.pred_masks).flatten(1).sum(1).max() <= 10
 
 
 @pytest.mark.parametrize("scale", [0.13, 0.7, 1.3, 1.99])

@@ -4,14 +4,14 @@ import logging
 
 import pytest
 import torch
-from support.small_mimdet import small_model
+from support.packed_images import batch
+from support.packed_images import tiny_backbone as backbone
 from torch import nn
 
-from mimdet.config import instantiate
 from mimdet.modeling.memory import AutoRecompute, activation_bytes, free_bytes
-from mimdet.testing import fixed_noise, tiny_config
+from mimdet.testing import fixed_noise
 
-BOTTOM_UP = "model.backbone.bottom_up"
+BASE = "mimdet_b_mask_rcnn"
 
 
 def test_activation_bytes_count_each_memory_once_and_no_parameters():
@@ -21,18 +21,12 @@ def test_activation_bytes_count_each_memory_once_and_no_parameters():
     assert activation_bytes(lambda: (x * x.detach()).view(-1) * x.view(-1).detach(), ()) == x.nbytes
 
 
-def backbone(name="mimdet_b_mask_rcnn", *changes):
-    torch.manual_seed(0)
-    overrides = (f"{BOTTOM_UP}.{c}" for c in ("encoder.checkpointing=auto", "encoder.recompute=auto", *changes))
-    return instantiate(tiny_config(name, *overrides).model).backbone.bottom_up.train()
-
-
 def modes(model):
     encoder = model.encoder
     return encoder.checkpointing, encoder.blocks[0].recompute
 
 
-@pytest.mark.parametrize("name", ["mimdet_b_mask_rcnn", "ablations/table5_convnext", "ablations/table8_window_vit_fpn"])
+@pytest.mark.parametrize("name", [BASE, "ablations/table5_convnext", "ablations/table8_window_vit_fpn"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_the_prediction_is_what_a_step_saves(name, autocast, monkeypatch):
     """Not of checkpointing, whose inputs of blocks no hook sees; it is the last resort."""
@@ -61,7 +55,7 @@ def test_what_is_not_auto_does_not_change(words, expected):
 
 
 def test_more_is_recomputed_for_a_larger_batch_and_never_less_again(monkeypatch, caplog):
-    model = backbone()
+    model = backbone(BASE)
     model(torch.zeros(1, 3, 32, 32))
     (constant, slope), (_, selective_slope), _ = model._recomputation._bytes
     pixels = 160 * 160
@@ -77,22 +71,37 @@ def test_more_is_recomputed_for_a_larger_batch_and_never_less_again(monkeypatch,
     assert "backward recomputes blocks, and" in caplog.text
 
 
-def test_choosing_changes_no_number():
-    """Counting uses up no draws of the step and no fixed noise; checkpointing alone rounds differently."""
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        (BASE, "canvas"),
+        (BASE, "packed"),
+        ("ablations/stem_layer_norm", "canvas"),
+        ("ablations/table5_convnext", "canvas"),
+        ("ablations/table6_mask_token", "canvas"),
+        ("ablations/table8_window", "canvas"),
+        ("ablations/table8_window_vit_fpn", "canvas"),
+    ],
+)
+def test_what_backward_recomputes_changes_no_number(name, mode):
+    """Counting uses up no draws of the step, drop path's among them; checkpointing alone rounds differently."""
     results = []
     for checkpointing, recompute in (("auto", "auto"), ("false", "none"), ("false", "lean"), ("true", "lean")):
-        changes = f"encoder.checkpointing={checkpointing}", f"encoder.recompute={recompute}"
-        model = backbone("mimdet_b_mask_rcnn", *changes)
+        changes = f"encoder.checkpointing={checkpointing}", f"encoder.recompute={recompute}", "encoder.dpr=0.5"
+        model = backbone(name, f"batch_mode={mode}", *changes)
         torch.manual_seed(3)
-        features = model(torch.rand(2, 3, 96, 64, generator=torch.Generator().manual_seed(0)))
+        features = model(batch([(96, 64), (75, 41)]))
         sum(f.square().mean() for f in features.values()).backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
         results.append([*features.values(), *gradients, torch.rand(4)])
     for first, none, selective, checkpointing in zip(*results, strict=True):
         assert torch.equal(first, none)
         assert torch.equal(first, selective)
         torch.testing.assert_close(first, checkpointing, rtol=1e-4, atol=1e-5)
-    model = backbone()
+
+
+def test_choosing_uses_no_fixed_noise():
+    model = backbone(BASE)
     with fixed_noise(model, torch.rand(2, 24)):
         model(torch.rand(2, 3, 96, 64))
 
@@ -106,14 +115,9 @@ def test_free_memory_excludes_gradients_and_moments():
 
 
 def test_evaluation_and_fixed_words_choose_nothing():
-    model = backbone().eval()
+    model = backbone(BASE).eval()
     with torch.no_grad():
         model(torch.rand(1, 3, 64, 64))
     assert model._recomputation.level == -1
-    fixed = "model.backbone.bottom_up.encoder.checkpointing=true", "model.backbone.bottom_up.encoder.recompute=lean"
-    assert small_model(*fixed).backbone.bottom_up._recomputation is None
-
-
-def test_unknown_words_are_refused():
-    with pytest.raises(ValueError, match="checkpointing: 'often' is unknown; choose from true, false, auto"):
-        backbone("mimdet_b_mask_rcnn", "encoder.checkpointing=often")
+    fixed = backbone(BASE, "encoder.checkpointing=true", "encoder.recompute=lean")
+    assert fixed._recomputation is None

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from support.packed_images import STRIDES, batch, cells
+from support.packed_images import STRIDES, batch, cells, own
 from support.relative_error import relative_error
-from support.small_mimdet import make_images, small_config, small_model, target
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from mimdet.config import instantiate
 from mimdet.modeling import ImageList
 from mimdet.modeling.noise import NoiseSource
 from mimdet.modeling.sampling import sampling_noise, split_packed
@@ -16,6 +14,7 @@ from mimdet.modeling.sequences import Sequences
 from mimdet.modeling.vit import draw_drop_path, make_blocks, run_layers
 from mimdet.pos_embed import PosEmbedCache, sincos_pos_embed_2d
 from mimdet.testing import fixed_noise
+from mimdet.testing.small import small_model
 
 PACKED = "model.backbone.bottom_up.batch_mode=packed"
 # Multiples of 32, odd sides, a single token, the full size of the padded batch.
@@ -47,10 +46,7 @@ def step(model, images, ratio, weights=None):
     features = run(model, images, ratio)
     by_size = {}
     for b, size in enumerate(images.image_sizes):
-        cropped = {
-            name: f[b, :, : cells(size, s)[0], : cells(size, s)[1]]
-            for (name, s), f in zip(STRIDES.items(), features.values(), strict=True)
-        }
+        cropped = own(features, b, size)
         draw = torch.Generator().manual_seed(sum(size))
         loss = sum((f * torch.randn(f.shape, generator=draw)).sum() for f in cropped.values())
         gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], retain_graph=True)
@@ -111,56 +107,6 @@ def test_cost_is_that_of_own_tokens(ratio):
         run(model, images, ratio)
     cropped = [rows * columns for rows, columns in map(cells, SIZES)]
     assert seen == [sum(max(1, int(n * ratio)) for n in cropped), sum(cropped)]
-
-
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
-@pytest.mark.parametrize("recompute", ["lean", "none"])
-def test_recomputing_changes_nothing(checkpointing, recompute):
-    """Including drop path's numbers."""
-    by_size = []
-    for options in ((), (f"checkpointing={checkpointing}", f"recompute={recompute}")):
-        model = backbone("model.backbone.bottom_up.encoder.dpr=0.5",
-                         *(f"model.backbone.bottom_up.encoder.{o}" for o in options)).train()  # fmt: skip
-        torch.manual_seed(0)
-        features = model(batch(SIZES))
-        sum(f.square().sum() for f in features.values()).backward()
-        by_size.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
-    # Checkpointed blocks add the residual in another kernel, which rounds differently.
-    assert relative_error(*by_size) <= 1e-6 * checkpointing
-
-
-def test_bf16_autocast():
-    model = backbone().train()
-    images = batch(SIZES)
-    with torch.no_grad():
-        expected = run(model, images)
-        with torch.autocast("cpu", torch.bfloat16):
-            actual = run(model, images)
-    for name, value in expected.items():
-        assert relative_error(actual[name].float(), value) <= 3e-2, name
-        assert actual[name].isfinite().all()
-
-
-def test_training_repeats_bitwise():
-    def losses():
-        torch.manual_seed(0)
-        cfg = small_config(PACKED, "model.backbone.bottom_up.encoder.dpr=0.2")
-        model = instantiate(cfg.model).to(memory_format=torch.channels_last).train()
-        sizes = [(96, 128), (75, 141)]
-        targets = [target(3 + i, size, 2) for i, size in enumerate(sizes)]
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        history = []
-        for _ in range(2):
-            step_losses = model(make_images(sizes), targets)
-            sum(step_losses.values()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            history.append(torch.stack(list(step_losses.values())).detach())
-        return torch.stack(history)
-
-    first = losses()
-    assert first.isfinite().all()
-    assert torch.equal(first, losses())
 
 
 LENGTHS = (1, 2, 31, 32, 33, 0, 127, 128, 129, 1050)
@@ -254,26 +200,11 @@ def test_position_cache_keeps_the_grids_last_used_within_its_bytes():
     assert cache(table, (100, 100)) is cache(table, (100, 100))
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [("batch_mode=paked", "batch_mode: 'paked' is unknown; choose from canvas, packed"),
-     ("sampling=checker", "sampling: 'checker' is unknown; choose from random, grid")],
-    ids=["batch_mode", "sampling"],
-)  # fmt: skip
-def test_unknown_words(override, message):
-    with pytest.raises(ValueError, match=message):
-        instantiate(small_config(f"model.backbone.bottom_up.{override}").model)
-
-
-@pytest.mark.parametrize("ratio", [0.25, 0.75])
-def test_grid_sampling_at_another_ratio(ratio):
+def test_grid_sampling_refuses_other_ratios_and_noise():
     model = small_model("model.backbone.bottom_up.sampling=grid").backbone.bottom_up
-    with pytest.raises(ValueError, match=f"sample_ratio must be 0.5 or 1, got {ratio}"):
-        model(batch([(96, 128)]), sample_ratio=ratio)
-
-
-def test_grid_sampling_with_noise():
-    model = small_model("model.backbone.bottom_up.sampling=grid").backbone.bottom_up
+    for ratio in (0.25, 0.75):
+        with pytest.raises(ValueError, match=f"sample_ratio must be 0.5 or 1, got {ratio}"):
+            model(batch([(96, 128)]), sample_ratio=ratio)
     with pytest.raises(ValueError, match="tokens cannot have fixed noise"):
         run(model, batch([(96, 128)]), 0.5)
 

@@ -3,13 +3,11 @@
 import pytest
 import torch
 from support.packed_images import batch
-from support.small_benchmarking import small_backbone, small_input
+from support.packed_images import tiny_backbone as backbone
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mimdet.config import instantiate
-from mimdet.testing import tiny_config
+from mimdet.testing.small_benchmarking import small_backbone, small_input
 
-BOTTOM_UP = "model.backbone.bottom_up"
 SIZES = [(64, 96), (40, 50)]
 
 
@@ -35,11 +33,6 @@ def step(model, images):
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return draws.names, {**features, **gradients}
-
-
-def backbone(name, *changes):
-    torch.manual_seed(0)
-    return instantiate(tiny_config(name, *(f"{BOTTOM_UP}.{c}" for c in changes)).model).backbone.bottom_up.train()
 
 
 def assert_checkpointing_changes_nothing(models, images, expected):

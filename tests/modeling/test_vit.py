@@ -144,11 +144,6 @@ def test_frozen_parameters():
         assert (actual[name] is None) if name in frozen else torch.equal(actual[name], value), name
 
 
-def test_unknown_recomputation():
-    with pytest.raises(ValueError, match="'full' is unknown; choose from "):
-        make_blocks(8, 2, 4.0, [0.0], nn.LayerNorm, "full")
-
-
 def test_blocks_compile_whole():
     _, ours = make_pair(depth=1)
     compiled = torch.compile(run_ours, fullgraph=True, backend="aot_eager")

@@ -12,13 +12,12 @@ import torch
 from support.fill_weights import fill_module, image
 from support.paths import RECORDINGS
 from support.slots import proposals_of, sizes_of, truth_of
-from support.small_mimdet import target
 from torch import nn
 
-from mimdet import detection
 from mimdet.config import instantiate
 from mimdet.modeling import ShapeSpec
 from mimdet.testing import tiny_config
+from mimdet.testing.small import target
 
 DATA = RECORDINGS / "detectron2_heads.npz"
 CLASSES = 5
@@ -70,56 +69,24 @@ def roi_inputs():
     return features, proposals
 
 
-def our_cascade():
-    config = tiny_config("mimdet_b_cascade_mask_rcnn", f"model.roi_heads.num_classes={CLASSES}")
-    for predictor in config.model.roi_heads.box_predictors:
+def cascade(model):
+    """The ROI heads of a Cascade's section, native or Detectron2's, at the size of the recordings."""
+    model.roi_heads.num_classes = CLASSES
+    for predictor in model.roi_heads.box_predictors:
         predictor.test_topk_per_image = 20
-    heads = instantiate(config.model.roi_heads)
+    return instantiate(model.roi_heads)
+
+
+def our_cascade():
+    heads = cascade(tiny_config("mimdet_b_cascade_mask_rcnn").model)
     fill_module(heads)
     return heads
 
 
 def their_cascade():
-    from detectron2.layers import ShapeSpec as TheirShape
-    from detectron2.modeling import box_regression, matcher, poolers, roi_heads
+    from support import detectron2_testing as d2
 
-    scales = [1 / stride for stride in LEVELS.values()]
-    heads = roi_heads.CascadeROIHeads(
-        num_classes=CLASSES,
-        batch_size_per_image=32,
-        positive_fraction=0.25,
-        box_in_features=list(LEVELS),
-        box_pooler=poolers.ROIPooler(7, scales, 0, "ROIAlignV2"),
-        box_heads=[
-            roi_heads.FastRCNNConvFCHead(
-                TheirShape(channels=CHANNELS, height=7, width=7),
-                conv_dims=[16],
-                fc_dims=[32],
-                conv_norm="naiveSyncBN_N",
-            )
-            for _ in range(3)
-        ],
-        box_predictors=[
-            roi_heads.FastRCNNOutputLayers(
-                TheirShape(channels=32),
-                test_score_thresh=0.05,
-                test_topk_per_image=20,
-                box2box_transform=box_regression.Box2BoxTransform((10 * k, 10 * k, 5 * k, 5 * k)),
-                cls_agnostic_bbox_reg=True,
-                num_classes=CLASSES,
-            )
-            for k in (1, 2, 3)
-        ],
-        proposal_matchers=[matcher.Matcher([iou], [0, 1]) for iou in (0.5, 0.6, 0.7)],
-        mask_in_features=list(LEVELS),
-        mask_pooler=poolers.ROIPooler(14, scales, 0, "ROIAlignV2"),
-        mask_head=roi_heads.MaskRCNNConvUpsampleHead(
-            TheirShape(channels=CHANNELS, height=14, width=14),
-            num_classes=CLASSES,
-            conv_dims=[16, 16],
-            conv_norm="naiveSyncBN_N",
-        ),
-    )
+    heads = cascade(d2.tiny("mimdet_b_cascade_mask_rcnn").model)
     heads.load_state_dict(our_cascade().state_dict())
     return heads
 
@@ -189,54 +156,27 @@ class Stem(nn.Module):
         return {"c3": c3, "c4": c4, "c5": self.c5(c4)}
 
 
+def retinanet(model, stem):
+    """A RetinaNet over ``stem`` from its section, native or Detectron2's, at the size of the recordings."""
+    model.update(num_classes=CLASSES, test_topk_candidates=40, max_detections_per_image=30)
+    model.backbone.norm = "BN"
+    model.backbone.top_block.in_channels = 16
+    return instantiate(model, backbone=instantiate(model.backbone, bottom_up=stem))
+
+
 def our_retinanet():
-    config = tiny_config("mimdet_b_retinanet", f"model.num_classes={CLASSES}", "model.test_topk_candidates=40").model
-    config.max_detections_per_image = 30
-    config.backbone.norm = "BN"
-    config.backbone.top_block.in_channels = 16
-    model = detection.RetinaNet(
-        **{key: instantiate(value) for key, value in config.items() if key not in ("_target_", "backbone")},
-        backbone=instantiate(
-            {key: value for key, value in config.backbone.items() if key != "bottom_up"}, bottom_up=Stem()
-        ),
-    )
+    model = retinanet(tiny_config("mimdet_b_retinanet").model, Stem())
     fill_module(model)
     return model
 
 
 def their_retinanet():
-    from detectron2.layers import ShapeSpec as TheirShape
-    from detectron2.modeling import anchor_generator, backbone, box_regression, matcher
-    from detectron2.modeling.backbone.fpn import LastLevelP6P7
-    from detectron2.modeling.meta_arch import retinanet
+    from detectron2.modeling import Backbone
+    from support import detectron2_testing as d2
 
-    model = retinanet.RetinaNet(
-        backbone=backbone.FPN(
-            type("TheirStem", (Stem, backbone.Backbone), {})(),
-            ["c3", "c4", "c5"],
-            CHANNELS,
-            "BN",
-            LastLevelP6P7(16, CHANNELS, "c5"),
-        ),
-        head=retinanet.RetinaNetHead(
-            input_shape=[TheirShape(channels=CHANNELS)] * 5, num_classes=CLASSES, conv_dims=[16], num_anchors=9
-        ),
-        head_in_features=["p3", "p4", "p5", "p6", "p7"],
-        anchor_generator=anchor_generator.DefaultAnchorGenerator(
-            sizes=[[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in [32, 64, 128, 256, 512]],
-            aspect_ratios=[0.5, 1.0, 2.0],
-            strides=[8, 16, 32, 64, 128],
-            offset=0.0,
-        ),
-        box2box_transform=box_regression.Box2BoxTransform((1.0, 1.0, 1.0, 1.0)),
-        anchor_matcher=matcher.Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True),
-        num_classes=CLASSES,
-        test_topk_candidates=40,
-        max_detections_per_image=30,
-        pixel_mean=[123.675, 116.28, 103.53],
-        pixel_std=[58.395, 57.12, 57.375],
-        input_format="RGB",
-    )
+    section = d2.tiny("mimdet_b_retinanet").model
+    section._target_ = "detectron2.modeling.meta_arch.retinanet.RetinaNet"
+    model = retinanet(section, type("TheirStem", (Stem, Backbone), {})())
     model.load_state_dict(our_retinanet().state_dict())
     return model
 

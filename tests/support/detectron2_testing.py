@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+import detectron2
 import numpy as np
 import pytest
 import torch
@@ -16,17 +17,26 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from support.fill_weights import fill_module
-from support.small_mimdet import SIZES, SMALL, make_images, target
 
 from mimdet.bench import equality
 from mimdet.bench.experiments.detectron2 import equal_tokens, make_importable
+from mimdet.detectron2.config import load_config
+from mimdet.testing import tiny_overrides
+from mimdet.testing.small import SIZES, SMALL, make_images, target
 
 BASE = "configs/detectron2/mimdet_b_mask_rcnn.py"
 _BASE = "mimdet_vit_base_mask_rcnn_fpn_sr_0p5_800_1333_4xdec_coco_3x.py"
 _LARGE = "mimdet_vit_large_mask_rcnn_fpn_sr_0p5_800_1333_4xdec_coco_3x.py"
+
+
+def spelled(overrides):
+    """Native overrides as Detectron2 reads them."""
+    return [override.replace("=false", "=False") for override in overrides]
+
+
 # The original repeats the encoder's width and checkpointing in its decoder.
 ORIGINAL_SMALL = [
-    *(o.replace("=false", "=False") for o in SMALL),
+    *spelled(SMALL),
     "model.backbone.bottom_up.decoder.embed_dim=192",
     "model.backbone.bottom_up.decoder.checkpointing=False",
 ]
@@ -67,11 +77,27 @@ def switched_config(scratch, size="base"):
 
 
 def small(cfg, overrides=SMALL):
-    """A config's model at the size of ``small_mimdet.py`` and with its weights."""
-    cfg = LazyConfig.apply_overrides(cfg, [o.replace("=false", "=False") for o in overrides])
+    """A config's model at the size of ``mimdet.testing.small`` and with its weights."""
+    cfg = LazyConfig.apply_overrides(cfg, spelled(overrides))
     model = instantiate(cfg.model)
     fill_module(model)
     return model
+
+
+def tiny(name, *overrides):
+    """The Detectron2 config of a shipped name, at the size of ``tiny_config``."""
+    return load_config(f"detectron2/{name}", [*spelled(tiny_overrides(name)), *overrides])
+
+
+def beside_common(folder, model, text):
+    """A config file beside Detectron2's own ``common``, with its ``model`` of that name and its data, then ``text``."""
+    common = Path(detectron2.__file__).parents[1] / "configs" / "common"
+    if not common.is_dir():
+        pytest.skip("this Detectron2 comes without its configs/")
+    (folder / "common").symlink_to(common)
+    file = folder / "mine.py"
+    file.write_text(f"from .common.models.{model} import model\nfrom .common.data.coco import dataloader\n{text}")
+    return str(file)
 
 
 def inputs(sizes=SIZES, counts=(3, 5)):
@@ -117,13 +143,41 @@ def outputs(model, batch, proposals=None):
     return *evaluated, losses, seen["proposals"]
 
 
-def boxes_and_classes(instances):
-    """Of detections, for ``matched``."""
-    return instances.pred_boxes.tensor, instances.pred_classes
+def fields(detections):
+    """Detections under the native names; ``Instances`` have others."""
+    if isinstance(detections, dict):
+        return detections
+    values = {name.removeprefix("pred_"): value for name, value in detections.get_fields().items()}
+    return values | {"boxes": values["boxes"].tensor, "labels": values["classes"]}
 
 
 def matched(actual, expected, tolerance):
     """``equality.matched``, of detections that must match."""
-    order = equality.matched(actual, expected, tolerance)
-    assert order is not None, (actual, expected)
+    pairs = [(each["boxes"], each["labels"]) for each in map(fields, (actual, expected))]
+    order = equality.matched(*pairs, tolerance)
+    assert order is not None, pairs
     return order
+
+
+def assert_same_detections(results, expected, tolerance=5e-3, scores=1e-4, pixels=10, least=20):
+    """Of each image, native or ``Instances``; those with nearly equal scores may change places."""
+    for ours, theirs in zip(map(fields, results), map(fields, expected), strict=True):
+        order = matched(ours, theirs, tolerance)
+        assert len(order) > least
+        torch.testing.assert_close(ours["scores"][order], theirs["scores"], atol=scores, rtol=0)
+        assert ("masks" in ours) == ("masks" in theirs)
+        if "masks" in theirs:
+            assert (ours["masks"][order] != theirs["masks"]).flatten(1).sum(1).max() <= pixels
+
+
+def assert_autocast_trains(model, batch, rel):
+    """Mixed precision as on a GPU, in the dtype that a CPU has for it."""
+    losses = {}
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with EventStorage(0), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses[enabled] = sum(model.train()(batch).values())
+    losses[True].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    model.zero_grad()
+    assert losses[True].item() == pytest.approx(losses[False].item(), rel=rel)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from support.paths import RECORDINGS
 from support.relative_error import relative_error
-from support.small_benchmarking import SMALL
+
+from mimdet.testing.small_benchmarking import SMALL
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
@@ -68,10 +69,7 @@ def test_native_weights_give_the_same_detections(model):
     with torch.no_grad():
         expected = native.eval()([x["image"] for x in batch], output_sizes=sizes)
         results = model.eval()(batch)
-    for theirs, actual in zip(expected, (x["instances"] for x in results), strict=True):
-        order = d2.matched(d2.boxes_and_classes(actual), (theirs["boxes"], theirs["labels"]), 5e-3)
-        assert len(order) > 20
-        assert (actual.pred_masks[order] != theirs["masks"]).flatten(1).sum(1).max() <= 10
+    d2.assert_same_detections([x["instances"] for x in results], expected)
 
 
 def test_augmentations_give_squares():
@@ -124,10 +122,7 @@ def test_whole_detector_of_the_original(model):
         assert losses[name].item() == pytest.approx(expected.item(), rel=1e-5), name
     for name, expected in want_features.items():
         assert relative_error(features[name], expected) <= 3e-6, name
-    for actual, expected in zip(results, want_results, strict=True):
-        order = d2.matched(d2.boxes_and_classes(actual), d2.boxes_and_classes(expected), 5e-3)
-        assert len(order) > 20
-        torch.testing.assert_close(actual.scores[order], expected.scores, atol=1e-4, rtol=0)
+    d2.assert_same_detections(results, want_results)
 
 
 def _plain(node):

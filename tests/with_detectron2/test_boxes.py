@@ -87,11 +87,7 @@ def _fixed(height, width, seed):
 @pytest.mark.parametrize(
     ("kind", "recompute"),
     [
-        ("nothing", False),
-        ("flips", False),
-        ("resize", False),
-        ("resize and crop", False),
-        ("fixed size", False),
+        *((kind, False) for kind in ("nothing", "flips", "resize", "resize and crop", "fixed size")),
         ("fixed size", True),
     ],
 )

@@ -1,19 +1,16 @@
 """The model in Detectron2 against the native one: the same weights, numbers and kernels."""
 
-import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
-from support.paths import CONFIGS, RECORDINGS
-from support.small_mimdet import small_model
+from support.paths import CONFIGS
 
 from mimdet.kernels import library, table
+from mimdet.testing.small import small_model
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-import detectron2
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import Backbone, GeneralizedRCNN
 from detectron2.structures import ImageList, Instances
@@ -50,21 +47,9 @@ def test_backbone_is_a_detectron2_backbone(model):
     assert bottom_up.size_divisibility == 32
     assert bottom_up.padding_constraints == {"size_divisibility": 32}
     shapes = bottom_up.output_shape()
-    assert {name: (s.channels, s.stride) for name, s in shapes.items()} == {
-        "c2": (48, 4),
-        "c3": (96, 8),
-        "c4": (128, 16),
-        "c5": (128, 32),
-    }
+    sizes = {name: (s.channels, s.stride) for name, s in shapes.items()}
+    assert sizes == {"c2": (48, 4), "c3": (96, 8), "c4": (128, 16), "c5": (128, 32)}
     assert all(type(shape).__module__.startswith("detectron2") for shape in shapes.values())
-
-
-@pytest.mark.parametrize("size", ["b", "l"])
-def test_keys_and_shapes_of_the_full_size(size):
-    recorded = json.loads((RECORDINGS / f"mimdet_{size}.json").read_text())
-    with torch.device("meta"):
-        model = instantiate(load_config(f"configs/detectron2/mimdet_{size}_mask_rcnn.py").model)
-    assert {k: list(v.shape) for k, v in model.state_dict().items()} == {k: shape for k, (shape, _) in recorded.items()}
 
 
 def test_native_weights_give_the_same_detections(model):
@@ -80,11 +65,7 @@ def test_native_weights_give_the_same_detections(model):
         expected = native([x["image"] for x in batch])
         torch.manual_seed(0)
         results = model.eval()(batch)
-    for theirs, actual in zip(expected, (x["instances"] for x in results), strict=True):
-        order = d2.matched(d2.boxes_and_classes(actual), (theirs["boxes"], theirs["labels"]), 5e-3)
-        assert len(order) > 20
-        torch.testing.assert_close(actual.scores[order], theirs["scores"], atol=1e-4, rtol=0)
-        assert (actual.pred_masks[order] != theirs["masks"]).flatten(1).sum(1).max() <= 10
+    d2.assert_same_detections([x["instances"] for x in results], expected)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("[!b]*.py")), ids=lambda f: f.stem)
@@ -123,13 +104,7 @@ def test_channels_last_throughout(model):
         hook.remove()
     wrong = [n for n, out in layouts.items() if not out.is_contiguous(memory_format=torch.channels_last)]
     assert not wrong
-    parts = (
-        "backbone.bottom_up.",
-        "backbone.fpn_",
-        "proposal_generator.",
-        "roi_heads.box_head.",
-        "roi_heads.mask_head.",
-    )
+    parts = ("backbone.bottom_up", "backbone.fpn_", "proposal_generator", "roi_heads.box_head", "roi_heads.mask_head")
     assert all(any(name.startswith(part) for name in layouts) for part in parts)
 
 
@@ -157,18 +132,8 @@ def test_every_operation_takes_the_implementation_of_the_table(model, monkeypatc
 
 
 def test_autocast_trains(model):
-    """Mixed precision as on a GPU, in the dtype that a CPU has for it."""
-    batch = d2.inputs()
     d2.set_ratio(model, 0.5)
-    losses = {}
-    for enabled in (False, True):
-        torch.manual_seed(0)
-        with EventStorage(0), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            losses[enabled] = sum(model.train()(batch).values())
-    losses[True].backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    model.zero_grad()
-    assert losses[True].item() == pytest.approx(losses[False].item(), rel=0.05)
+    d2.assert_autocast_trains(model, d2.inputs(), rel=0.05)
 
 
 def test_plain_tensor_counts_as_unpadded_and_says_so(model, caplog):
@@ -193,14 +158,7 @@ def test_detectron2s_own_rcnn_takes_the_backbone():
 
 def test_five_lines_in_a_config_of_detectron2(tmp_path):
     """Those of the docs, without the fast step."""
-    common = Path(detectron2.__file__).parents[1] / "configs" / "common"
-    if not common.is_dir():
-        pytest.skip("this Detectron2 comes without its configs/")
-    (tmp_path / "common").symlink_to(common)
-    (tmp_path / "mine.py").write_text(
-        f"from .common.models.mask_rcnn_fpn import model\nfrom .common.data.coco import dataloader\n{FIVE_LINES}"
-    )
-    cfg = LazyConfig.load(str(tmp_path / "mine.py"))
+    cfg = LazyConfig.load(d2.beside_common(tmp_path, "mask_rcnn_fpn", FIVE_LINES))
     assert cfg.dataloader.test.mapper.image_format == "RGB"
     results = d2.small(cfg).eval()(d2.inputs()[:1])
     assert len(results[0]["instances"]) > 0

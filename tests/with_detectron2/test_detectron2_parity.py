@@ -125,7 +125,7 @@ def compare(expected, actual):
         nearest = (a[:, None] - b[None]).abs().amax(2).amin(1)
         report[f"proposals {i}"] = nearest.quantile(0.99).item()
     for i, (theirs, ours) in enumerate(zip(*results, strict=True)):
-        order = d2.matched(d2.boxes_and_classes(ours), d2.boxes_and_classes(theirs), 5e-3)
+        order = d2.matched(ours, theirs, 5e-3)
         assert len(order) > 10
         report[f"boxes {i}"] = (ours.pred_boxes.tensor[order] - theirs.pred_boxes.tensor).abs().max().item()
         report[f"scores {i}"] = (ours.scores[order] - theirs.scores).abs().max().item()

@@ -4,7 +4,6 @@ import inspect
 import json
 from contextlib import ExitStack, suppress
 from itertools import chain
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from omegaconf import OmegaConf
 from support.no_sync import NoSync
 from support.paths import ROOT
-from support.small_mimdet import SIZES
 from torch.nn.utils.rnn import pad_sequence
 
 from mimdet.bench.experiments.detectron2 import equal_tokens
@@ -21,11 +19,11 @@ from mimdet.bench.fake_gpu import backward, fake_gpu, to_fake_gpu
 from mimdet.config import LazyCall as L
 from mimdet.config.lazy import TARGET
 from mimdet.detection.rpn import Proposals
-from mimdet.testing import fixed_noise, tiny_config, tiny_overrides
+from mimdet.testing import fixed_noise, tiny_config
+from mimdet.testing.small import SIZES
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-import detectron2
 import detectron2.data.transforms as T
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, instantiate
@@ -40,15 +38,14 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks, Rota
 from detectron2.utils.events import EventStorage
 from support import detectron2_testing as d2
 
-from mimdet.detectron2 import NativeGeneralizedRCNN, NativeRetinaNet, fast_step, load_config, use_fast_step
+from mimdet.detectron2 import NativeGeneralizedRCNN, NativeRetinaNet, fast_step, use_fast_step
 
 NAMES = ("mimdet_b_mask_rcnn", "mimdet_b_cascade_mask_rcnn", "mimdet_b_retinanet")
 COUNTS = (3, 5)
 
 
 def config(name="mimdet_b_mask_rcnn", *overrides):
-    tiny = [o.replace("=false", "=False") for o in tiny_overrides(name)]
-    return load_config(f"detectron2/{name}", [*tiny, "model.backbone.bottom_up.encoder.dpr=0.0", *overrides])
+    return d2.tiny(name, "model.backbone.bottom_up.encoder.dpr=0.0", *overrides)
 
 
 def pair(name, *overrides):
@@ -149,15 +146,11 @@ def test_losses_gradients_and_detections_are_detectron2s(detectors, case):
     errors = {name: gradient_error(our_gradients[name], gradients[name]) for name in gradients}
     assert np.quantile(list(errors.values()), 0.25) < 1e-4
     assert max(errors.values()) < 1e-2, errors
+    d2.assert_same_detections(our_detections, detections, 1e-3, scores=1e-5, pixels=3, least=10)
     for mine, expected in zip(our_detections, detections, strict=True):
-        order = d2.matched(d2.boxes_and_classes(mine), d2.boxes_and_classes(expected), 1e-3)
-        assert len(order) > 10
-        torch.testing.assert_close(mine.scores[order], expected.scores, atol=1e-5, rtol=0)
         assert mine.get_fields().keys() == expected.get_fields().keys()
         assert mine.image_size == expected.image_size
-        if expected.has("pred_masks"):
-            assert mine.pred_masks.dtype == expected.pred_masks.dtype
-            assert (mine.pred_masks[order] != expected.pred_masks).flatten(1).sum(1).max() <= 3
+        assert not mine.has("pred_masks") or mine.pred_masks.dtype == expected.pred_masks.dtype
 
 
 def gradient_error(actual, expected):
@@ -188,7 +181,7 @@ def test_results_are_of_height_and_width(detectors):
         with torch.no_grad():
             results.append([x["instances"] for x in model.eval()(inputs)])
     for expected, mine in zip(*results, strict=True):
-        order = d2.matched(d2.boxes_and_classes(mine), d2.boxes_and_classes(expected), 5e-3)
+        order = d2.matched(mine, expected, 5e-3)
         assert mine.image_size == expected.image_size in ((448, 960), (300, 900))
         assert not mine.has("pred_masks") or mine.pred_masks[order].shape == expected.pred_masks.shape
 
@@ -199,7 +192,7 @@ def test_inference_without_postprocessing(mask_rcnn):
         expected = theirs.eval().inference(d2.inputs(), do_postprocess=False)
         results = ours.eval().inference(d2.inputs(), do_postprocess=False)
     for one, other in zip(results, expected, strict=True):
-        order = d2.matched(d2.boxes_and_classes(one), d2.boxes_and_classes(other), 1e-3)
+        order = d2.matched(one, other, 1e-3)
         torch.testing.assert_close(one.pred_masks[order], other.pred_masks, atol=1e-4, rtol=0)
     with pytest.raises(NotImplementedError, match="takes no detected_instances: build the model without use_fast_step"):
         ours.inference(d2.inputs(), expected)
@@ -213,10 +206,8 @@ def test_large_scale_jitter_scales_by_one_factor():
     for model in pair("mimdet_b_mask_rcnn", "model.lsj_postprocess=True"):
         with torch.no_grad():
             results.append(model.eval()(inputs)[0]["instances"])
-    expected, mine = results
-    order = d2.matched(d2.boxes_and_classes(mine), d2.boxes_and_classes(expected), 1e-3)
-    assert len(order) > 5
-    assert (mine.pred_masks[order] != expected.pred_masks).flatten(1).sum(1).max() <= 3
+    theirs, ours = results
+    d2.assert_same_detections([ours], [theirs], 1e-3, pixels=3, least=5)
 
 
 def images_of_the_sample():
@@ -281,29 +272,15 @@ def test_steps_of_detectron2s_trainer(mask_rcnn):
     )
     before = [p.clone() for p in mask_rcnn.parameters()]
     trainer.train(0, 4)
-    assert trainer.storage.latest()["loss_mask"][0] >= 0
-    assert {
-        "loss_rpn_cls",
-        "loss_rpn_loc",
-        "loss_cls",
-        "loss_box_reg",
-        "loss_mask",
-        "total_loss",
-    } <= trainer.storage.latest().keys()
+    latest = trainer.storage.latest()
+    assert latest["loss_mask"][0] >= 0
+    assert {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "total_loss"} <= latest.keys()
     assert sum(not torch.equal(a, b) for a, b in zip(before, mask_rcnn.parameters(), strict=True)) > 50
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast_trains(name):
-    """Mixed precision as of AMPTrainer, in the dtype that a CPU has for it."""
-    ours, losses = pair(name)[1].train(), {}
-    for enabled in (False, True):
-        torch.manual_seed(0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            losses[enabled] = sum(ours(batch("one_empty")).values())
-    losses[True].backward()
-    assert all(p.grad.isfinite().all() for p in ours.parameters() if p.grad is not None)
-    assert losses[True].item() == pytest.approx(losses[False].item(), rel=0.1)
+    d2.assert_autocast_trains(pair(name)[1], batch("one_empty"), rel=0.1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -320,12 +297,8 @@ def test_attributes_that_tools_read(detectors):
     images, expected = ours.preprocess_image(d2.inputs()), theirs.preprocess_image(d2.inputs())
     assert torch.equal(images.tensor, expected.tensor)
     assert images.image_sizes == expected.image_sizes == SIZES
-    parts = (
-        ("backbone", "head", "anchor_generator")
-        if hasattr(ours, "head")
-        else ("backbone", "proposal_generator", "roi_heads")
-    )
-    assert all(isinstance(getattr(ours, part), torch.nn.Module) for part in parts)
+    heads = ("head", "anchor_generator") if hasattr(ours, "head") else ("proposal_generator", "roi_heads")
+    assert all(isinstance(getattr(ours, part), torch.nn.Module) for part in ("backbone", *heads))
 
 
 @pytest.mark.parametrize(
@@ -333,17 +306,10 @@ def test_attributes_that_tools_read(detectors):
     [("mask_rcnn_fpn", "mask_rcnn", 5), ("cascade_rcnn", "mask_rcnn", 9), ("retinanet", "retinanet", 2)],
 )
 def test_five_lines_of_the_docs_in_a_config_of_detectron2(tmp_path, theirs, ours, losses):
-    common = Path(detectron2.__file__).parents[1] / "configs" / "common"
-    if not common.is_dir():
-        pytest.skip("this Detectron2 comes without its configs/")
     lines = (ROOT / "docs" / "detectron2.md").read_text().split("```python\n")[1].partition("```")[0]
     assert len([line for line in lines.splitlines() if line]) == 5
     lines = lines.replace("mimdet_b_mask_rcnn", f"mimdet_b_{ours}")
-    (tmp_path / "common").symlink_to(common)
-    (tmp_path / "mine.py").write_text(
-        f"from .common.models.{theirs} import model\nfrom .common.data.coco import dataloader\n{lines}"
-    )
-    cfg = LazyConfig.load(str(tmp_path / "mine.py"))
+    cfg = LazyConfig.load(d2.beside_common(tmp_path, theirs, lines))
     assert cfg.dataloader.test.mapper.image_format == "RGB"
     model = d2.small(cfg)
     assert isinstance(model, (NativeGeneralizedRCNN, NativeRetinaNet))

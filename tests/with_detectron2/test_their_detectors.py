@@ -3,10 +3,10 @@
 import pytest
 import torch
 from support.paths import CONFIGS
-from support.small_mimdet import SIZES, target
 
 from mimdet.config import instantiate, load
-from mimdet.testing import tiny_config, tiny_overrides
+from mimdet.testing import tiny_config
+from mimdet.testing.small import SIZES, target
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
@@ -26,7 +26,7 @@ def test_every_ablation_has_a_counterpart_but_the_passes_which_are_native_alone(
     assert native - set(ABLATIONS) == {"ablations/table4_ensemble"}
 
 
-@pytest.mark.parametrize("name", [*OTHER_DETECTORS, *ABLATIONS])
+@pytest.mark.parametrize("name", ["mimdet_b_mask_rcnn", "mimdet_l_mask_rcnn", *OTHER_DETECTORS, *ABLATIONS])
 def test_full_size_has_the_native_keys(name):
     with torch.device("meta"):
         native = instantiate(load(f"configs/{name}.py").model)
@@ -37,9 +37,8 @@ def test_full_size_has_the_native_keys(name):
 
 @pytest.mark.parametrize("name", OTHER_DETECTORS)
 def test_both_forms_agree(name):
-    overrides = [o.replace("=false", "=False") for o in tiny_overrides(name)]
     native = instantiate(tiny_config(name).model)
-    theirs = their_instantiate(load_config(f"configs/detectron2/{name}.py", overrides).model)
+    theirs = their_instantiate(d2.tiny(name).model)
     heads = theirs.head if name.endswith("retinanet") else theirs.roi_heads
     assert type(heads).__module__.startswith("detectron2.modeling.")
     d2.fill_module(native)
@@ -48,18 +47,13 @@ def test_both_forms_agree(name):
     with torch.no_grad():
         expected = native.eval()([x["image"] for x in batch])
         results = [x["instances"] for x in theirs.eval()(batch)]
-    for ours, actual in zip(expected, results, strict=True):
-        order = d2.matched(d2.boxes_and_classes(actual), (ours["boxes"], ours["labels"]), 5e-3)
-        assert len(order) > 10
-        torch.testing.assert_close(actual.scores[order], ours["scores"], atol=1e-4, rtol=0)
-        assert actual.has("pred_masks") == ("masks" in ours)
+    d2.assert_same_detections(results, expected, least=10)
 
 
 @pytest.mark.parametrize("name", OTHER_DETECTORS)
 def test_losses_of_a_training_step(name):
     """Detectron2 draws other proposals, so only names and finiteness are compared."""
-    overrides = [o.replace("=false", "=False") for o in tiny_overrides(name)]
-    model = their_instantiate(load_config(f"configs/detectron2/{name}.py", overrides).model)
+    model = their_instantiate(d2.tiny(name).model)
     with EventStorage(0):
         losses = model.train()(d2.inputs())
     sum(losses.values()).backward()

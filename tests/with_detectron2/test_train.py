@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.paths import ROOT
-from support.small_mimdet import SMALL
+
+from mimdet.testing.small import SMALL
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
@@ -23,7 +24,7 @@ from mimdet.detectron2 import train
 
 TOOL = Path(detectron2.__file__).parents[1] / "tools" / "lazyconfig_train_net.py"
 TINY = [
-    *(override.replace("=false", "=False") for override in SMALL),
+    *d2.spelled(SMALL),
     "model.roi_heads.batch_size_per_image=32",
     "model.roi_heads.box_predictor.test_score_thresh=0.0",
     "model.proposal_generator.post_nms_topk=[100,50]",
