@@ -426,12 +426,6 @@ def test_an_unknown_device_is_refused_before_anything_is_read(tmp_path):
         Predictor(config(), tmp_path / "missing.pth", device="banana")
 
 
-def test_weights_that_are_not_numbers_are_refused(tmp_path):
-    torch.save({"model": {"weight": torch.tensor([torch.nan])}}, tmp_path / "model.pth")
-    with pytest.raises(CheckpointError, match=r"model\.pth: 1 tensor holds NaN or infinite values: weight\."):
-        Predictor(config(), tmp_path / "model.pth", device="cpu")
-
-
 def test_safetensors_hold_weights_too(tmp_path):
     save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
     assert Predictor(config(), tmp_path / "model.safetensors", device="cpu").model.weight.item() == 1

@@ -175,8 +175,12 @@ def test_full_ratio_gives_the_projection_a_zero_gradient():
     assert model.decoder.conv_feat_proj.weight.grad.abs().max() == 0
 
 
-def test_evaluation_sees_everything_unless_told_otherwise():
-    model = small_model().backbone.bottom_up.eval()
+@pytest.fixture(scope="module")
+def model():
+    return small_model().backbone.bottom_up.eval()
+
+
+def test_evaluation_sees_everything_unless_told_otherwise(model):
     images = ImageList.from_tensors(normalized(make_images()), 32)
     with torch.no_grad():
         full = model(images)["c4"]
@@ -188,24 +192,21 @@ def test_evaluation_sees_everything_unless_told_otherwise():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_plain_tensor_counts_as_unpadded():
-    model = small_model().backbone.bottom_up.eval()
+def test_plain_tensor_counts_as_unpadded(model):
     x = torch.stack(normalized(make_images([(96, 128)])))
     with torch.no_grad(), fixed_noise(model, torch.rand(1, 48)):
         plain, listed = (model(images, sample_ratio=0.5) for images in (x, ImageList(x, [(96, 128)])))
     assert torch.equal(plain["c4"], listed["c4"])
 
 
-def test_features_are_channels_last():
-    model = small_model().backbone.bottom_up.eval()
+def test_features_are_channels_last(model):
     x = torch.stack(normalized(make_images([(96, 128)]))).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         for name, feature in model(x).items():
             assert feature.is_contiguous(memory_format=torch.channels_last), name
 
 
-def test_image_smaller_than_a_patch():
-    model = small_model().backbone.bottom_up.eval()
+def test_image_smaller_than_a_patch(model):
     images = ImageList.from_tensors(normalized(make_images([(5, 9)])), 32)
     with torch.no_grad():
         features = model(images, sample_ratio=0.125)
@@ -217,7 +218,6 @@ def test_image_smaller_than_a_patch():
     ("shape", "tokens", "message"),
     [((1, 3, 90, 128), 48, "multiples of 32"), ((1, 3, 96, 128), 47, r"noise of tokens must be \(1, 48\)")],
 )
-def test_bad_input(shape, tokens, message):
-    model = small_model().backbone.bottom_up.eval()
+def test_bad_input(model, shape, tokens, message):
     with pytest.raises(ValueError, match=message), fixed_noise(model, torch.zeros(1, tokens)):
         model(torch.zeros(shape), sample_ratio=0.5)

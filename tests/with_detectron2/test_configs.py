@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.paths import CONFIGS
 
+from mimdet.config import load
+from mimdet.config.write import complete
 from mimdet.kernels import library, table
 from mimdet.testing.small import small_model
 
@@ -71,6 +73,7 @@ def test_native_weights_give_the_same_detections(model):
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("[!b]*.py")), ids=lambda f: f.stem)
 def test_native_configs_load_with_detectron2s_lazy_config(file):
     cfg = LazyConfig.load(str(file))
+    assert complete(cfg) == complete(load(file))
     samples = "sample_ratio" in cfg.model.backbone.bottom_up
     LazyConfig.apply_overrides(cfg, ["model.backbone.bottom_up.sample_ratio=1.0"] if samples else [])
     with torch.device("meta"):
@@ -81,15 +84,6 @@ def test_native_configs_load_with_detectron2s_lazy_config(file):
     assert len(instantiate(cfg.optimizer).param_groups) > 1
     assert instantiate(cfg.lr_multiplier)(0.5) > 0
     assert len(instantiate(cfg.dataloader.train.mapper).augmentations.augs) > 1
-
-
-def test_native_config_built_by_detectron2_detects_alike():
-    cfg = LazyConfig.load(str(CONFIGS / "mimdet_b_mask_rcnn.py"))
-    theirs = d2.small(cfg).eval()
-    images = [x["image"] for x in d2.inputs()]
-    with torch.no_grad():
-        for actual, expected in zip(theirs(images), small_model().eval()(images), strict=True):
-            assert torch.equal(actual["boxes"], expected["boxes"])
 
 
 def test_channels_last_throughout(model):
