@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..kernels import build
 from ..kernels.ahead import Launch
-from .machine_code import Binary, Pointer, disassemble, tool
+from .machine_code import Binary, Compiled, Pointer, disassemble, tool
 
 _RUNTIME = Path(__file__).absolute().parent / "recording_runtime.cpp"
 
@@ -32,24 +32,6 @@ class _Dim3(ctypes.Structure):
 
 
 _Report = ctypes.CFUNCTYPE(None, ctypes.c_char_p, _Dim3, _Dim3, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p))
-
-
-class CudaLaunch(NamedTuple):
-    """One kernel that a C function launched.
-
-    Attributes:
-        name, case: of the kernel and its template arguments.
-        binary: its machine code.
-        grid, block: sizes along x, y, z.
-        values: bits of its parameters.
-    """
-
-    name: str
-    case: str
-    binary: Binary
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    values: Sequence[int]
 
 
 class Library:
@@ -68,7 +50,7 @@ class Library:
         self._functions = ctypes.CDLL(str(self._path))
         self._reserved = 1024 if int(arch.removeprefix("sm_")) >= 90 else 0  # that cuobjdump counts
 
-    def launches(self, call: Launch) -> list[CudaLaunch]:
+    def launches(self, call: Launch) -> list[Compiled]:
         """What a recorded C call launches; see ``real_launches.c_calls``."""
         launched = []
 
@@ -81,7 +63,7 @@ class Library:
             warps = -(-block.x * block.y * block.z // 32)
             binary = binary._replace(shared=max(0, binary.shared - self._reserved) + shared, warps=warps)
             kernel, case = _readable(name.decode())
-            launched.append(CudaLaunch(kernel, case, binary, grid.sizes(), block.sizes(), values))
+            launched.append(Compiled(kernel, case, binary, grid.sizes(), block.sizes(), values))
 
         with self._reporting(report):
             code = getattr(self._functions, f"mimdet_{call.kernel}")(*_converted(call.arguments), ctypes.c_void_p(0))

@@ -280,28 +280,26 @@ def register_flops() -> None:
     import_module("torch.nn.attention.varlen")
     import_module("mimdet.kernels.attention_varlen.api")
 
-    def attention(q: torch.Tensor, cu_seqlens: torch.Tensor, products: int) -> int:
-        """N x N x head_dim products of each sequence by itself; q: (T, ..., heads, head_dim)."""
-        return 2 * products * int(cu_seqlens.diff().long().square().sum()) * q.shape[-2:].numel()
+    def attention(products: int, q: int, cu_seqlens: int) -> Callable[..., int]:
+        """N x N x head_dim products of each sequence by itself.
 
-    def forward(q, k, v, cu_seqlens, *rest, **kwargs) -> int:
-        return attention(q, cu_seqlens, 2)
+        Args:
+            q, cu_seqlens: places among the arguments; q is (T, ..., heads, head_dim).
+        """
 
-    def backward(grad, q, k, v, out, lse, cu_seqlens, *rest, **kwargs) -> int:
-        return attention(q, cu_seqlens, 5)  # the scores again, and one product for each of dV, dP, dQ and dK
+        def formula(*arguments, **_) -> int:
+            lengths = arguments[cu_seqlens].diff().long()
+            return 2 * products * int(lengths.square().sum()) * arguments[q].shape[-2:].numel()
 
-    def packed_forward(qkv, cu_seqlens, *rest, **kwargs) -> int:
-        return attention(qkv, cu_seqlens, 2)
-
-    def packed_backward(dout, qkv, out, lse, cu_seqlens, *rest, **kwargs) -> int:
-        return attention(qkv, cu_seqlens, 5)
+        return formula
 
     ours, torchs = torch.ops.mimdet, torch.ops.torch_attn
     for target, formula in {
-        ours.attention_varlen: packed_forward,
-        ours.attention_varlen_backward: packed_backward,
-        torchs._varlen_attn: forward,
-        torchs._varlen_attn_backward: backward,
+        # Backward has the scores again, and one product for each of dV, dP, dQ and dK.
+        ours.attention_varlen: attention(2, q=0, cu_seqlens=1),
+        ours.attention_varlen_backward: attention(5, q=1, cu_seqlens=4),
+        torchs._varlen_attn: attention(2, q=0, cu_seqlens=3),
+        torchs._varlen_attn_backward: attention(5, q=1, cu_seqlens=6),
         aten.addmm_: flop_registry[aten.addmm],
         aten.baddbmm_: flop_registry[aten.baddbmm],
     }.items():

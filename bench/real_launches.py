@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ..kernels import ahead, library
 from ..kernels.ahead import Launch
@@ -84,13 +85,7 @@ class Recorder(TorchDispatchMode):
         for launch in launches:
             launch = Launch(launch.kernel, tuple(launch.grid), _pointers(launch.arguments), launch.constants)
             described = operation, direction, implementation
-            key = (
-                *described,
-                launch.kernel,
-                launch.grid,
-                _kind(launch.arguments),
-                _kind(tuple(launch.constants.items())),
-            )
+            key = (*described, launch.kernel, launch.grid, _kind(launch.arguments), _kind(launch.constants))
             kinds.append(self.recorded.setdefault(key, Recorded(*described, launch)))
         return kinds
 
@@ -117,44 +112,31 @@ def has_cuda(operation: str) -> bool:
     return (build.CSRC / f"{''.join(word.title() for word in operation.split('_'))}CUDA.cu").is_file()
 
 
-class c_calls(ExitStack):  # noqa: N801
-    """Inside, C functions are not called; ``with`` yields their recorded calls.
+@contextmanager
+def c_calls() -> Iterator[list[Launch]]:
+    """Inside, C functions are not called; yields the list that collects their calls.
 
     A call is a ``Launch`` with the function's name for its kernel, and an empty grid. Arguments are those of
     ``library.call_cuda``, with the sizes and the codes of dtypes at the end.
     """
+    recorded: list[Launch] = []
 
-    def __enter__(self) -> list[Launch]:
-        super().__enter__()
-        recorded: list[Launch] = []
+    def call_cuda(name, *arguments, sizes=(), typed=()):
+        codes = tuple(library._DTYPE_CODES[tensor.dtype] for tensor in typed)
+        recorded.append(Launch(name, (), (*arguments, *sizes, *codes), {}))
 
-        def call_cuda(name, *arguments, sizes=(), typed=()):
-            codes = tuple(library._DTYPE_CODES[tensor.dtype] for tensor in typed)
-            recorded.append(Launch(name, (), (*arguments, *sizes, *codes), {}))
-
-        folder = Path(library.__file__).parent
-        for path in folder.glob("*/cuda.py"):
-            import_module(f"mimdet.kernels.{path.parent.name}.cuda")
-        for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith("mimdet.kernels.") and hasattr(module, "call_cuda"):
-                self.enter_context(mock.patch.object(module, "call_cuda", call_cuda))
-        return recorded
+    names = [path.parent.name for path in Path(library.__file__).parent.glob("*/cuda.py")]
+    with ExitStack() as stack:
+        for module in (library, *(import_module(f"mimdet.kernels.{name}.cuda") for name in names)):
+            if hasattr(module, "call_cuda"):
+                stack.enter_context(mock.patch.object(module, "call_cuda", call_cuda))
+        yield recorded
 
 
-def _pointers(arguments: Sequence[Any]) -> tuple:
+def _pointers(arguments: tuple) -> tuple:
     """Arguments with a ``Pointer`` for each tensor, also inside of lists."""
-    count = 0
-
-    def convert(argument):
-        nonlocal count
-        if isinstance(argument, torch.Tensor):
-            count += 1
-            return Pointer(argument, count)
-        if isinstance(argument, (list, tuple)):
-            return type(argument)(convert(one) for one in argument)
-        return argument
-
-    return tuple(convert(argument) for argument in arguments)
+    numbers = count(1)
+    return tree_map_only(torch.Tensor, lambda tensor: Pointer(tensor, next(numbers)), arguments)
 
 
 def _kind(value: Any) -> Any:

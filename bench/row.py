@@ -72,23 +72,12 @@ VALUES = {
 }
 COLUMNS = {**KEYS, **VALUES}
 REQUIRED = ("experiment", "implementation", "status")
-# Former names of implementations, in files and on the command line.
+# Former names of implementations on the command line; commands in files of results have them.
 ALIASES = {
     "original-kept": "original-no-checkpoint",
     "original-sdpa-kept": "original-sdpa-no-checkpoint",
     "ours-kept": "ours-no-checkpoint",
     "clean": "sdpa-compile",
-}
-# Former names of columns.
-_RENAMED = {
-    "op": "operation",
-    "impl": "implementation",
-    "model": "implementation",
-    "form": "implementation",
-    "shapes": "shape",
-    "sizes": "size",
-    "saved_mib": "activation_mib",
-    "relative_saved": "relative_activation",
 }
 
 
@@ -121,7 +110,7 @@ class Results:
 
     @classmethod
     def read(cls, path: str | Path) -> Results:
-        """The content of a file written by ``write``, by this version or an earlier one.
+        """The content of a file written by ``write``.
 
         Raises:
             FileNotFoundError: no such file.
@@ -131,8 +120,6 @@ class Results:
         text = path.read_bytes().decode("utf-8", errors="replace")
         try:
             content = _from_csv(text) if path.suffix == ".csv" else json.loads(text)
-            if isinstance(content, dict) and content.get("schema") == 1:
-                content = _from_schema_1(content)
             if path.suffix == ".csv":
                 content["rows"] = [{k: _from_cell(k, v) for k, v in row.items()} for row in content["rows"]]
         except (ValueError, KeyError, AttributeError, csv.Error) as error:
@@ -152,7 +139,7 @@ def check(content: Any, name: str) -> None:
     if not isinstance(content, dict) or "schema" not in content:
         raise ResultsError(f"{name}: not a file of results: no schema number")
     if content["schema"] != SCHEMA:
-        raise ResultsError(f"{name}: schema {content['schema']!r}, this version reads 1 to {SCHEMA}")
+        raise ResultsError(f"{name}: schema {content['schema']!r}, this version reads {SCHEMA}")
     entries = {"schema": int, "command": str, "environment": dict, "limits": dict, "rows": list}
     for entry, kind in entries.items():
         if not isinstance(content.get(entry), kind):
@@ -175,20 +162,6 @@ def _fits(value: Any, kind: type) -> bool:
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
     return type(value) is kind
-
-
-def _from_schema_1(content: dict) -> dict:
-    """Schema 1 named the experiment once per file, stored None, and stored speed-ups."""
-    kind = content.pop("kind")
-    renamed = _RENAMED | ({"form": "case"} if kind == "forms" else {})
-    defaults = {"experiment": "table8" if kind == "forms" else kind, "implementation": "ours", "status": "ok"}
-    rows = []
-    for old in content["rows"]:
-        values = {k: v for k, v in old.items() if v not in (None, "", []) and not k.startswith("vs_")}
-        row = defaults | {renamed.get(k, k): v for k, v in values.items()}
-        row["implementation"] = ALIASES.get(row["implementation"], row["implementation"])
-        rows.append(row)
-    return content | {"schema": SCHEMA, "rows": rows}
 
 
 def _to_json(content: dict) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ class Setting:
         device: "cpu" or "cuda".
         output: file of results.
         part: one of ``PARTS``.
+        modes: each one of ``MODES``.
+        ratio: keep ratio.
         config, overrides: the detector.
         size, batch, dtype: of the images; dtype other than fp32 means autocast.
         rounds: see ``measure``.
@@ -44,12 +47,19 @@ class Setting:
     device: str
     output: Path | None = None
     part: str = "backbone"
+    modes: Sequence[str] = MODES
+    ratio: float = 0.5
     config: str = "mimdet_b_mask_rcnn"
     overrides: Sequence[str] = ()
     size: tuple[int, int] = (480, 640)
     batch: int = 1
     dtype: str = "fp32"
     rounds: int = 15
+
+    def __post_init__(self):
+        """Raise ValueError for a part or a mode that is unknown."""
+        check_choices([self.part], PARTS)
+        check_choices(self.modes, MODES)
 
     @property
     def gpu(self) -> bool:
@@ -183,46 +193,45 @@ def candidate(
 
 def outputs_of(backbone: nn.Module, mode: str, setting: Setting) -> dict[str, torch.Tensor]:
     """Features, and in training the gradient of all encoder, decoder and stem parameters, each as one vector."""
-    with without_drop_path(backbone):  # the backward pass may run the forward pass again
-        return _outputs_of(backbone, mode, setting)
-
-
-def _outputs_of(backbone: nn.Module, mode: str, setting: Setting) -> dict[str, torch.Tensor]:
     images = random_images(setting)
     length = setting.size[0] // 16 * (setting.size[1] // 16)
     noise = torch.rand(setting.batch, length, generator=torch.Generator().manual_seed(3)).to(setting.device)
-    with (
-        torch.set_grad_enabled(mode == "train"),
-        exact_convolutions(),
-        setting.autocast(),
-        fixed_noise(backbone, tokens=noise),
-    ):
-        features = backbone(images)
-    tensors = {name: feature.detach().float() for name, feature in features.items()}
-    if mode == "train":
-        smooth = smooth_features(features)
-        torch.autograd.backward(smooth, gradients_of(smooth))
-        parts = {f"encoder.{name}": getattr(backbone.encoder, name) for name in ("patch_embed", "blocks")}
-        parts |= {name: getattr(backbone, name, None) for name in ("decoder", "pyramid")}
-        for name, part in parts.items():
-            if part is not None:
-                named = [p for _, p in sorted(part.named_parameters()) if p.requires_grad]
-                tensors[f"gradient of {name}"] = torch.cat([p.grad.flatten() for p in named])
+    training = mode == "train"
+    with without_drop_path(backbone):  # the backward pass may run the forward pass again
+        with (
+            torch.set_grad_enabled(training),
+            exact_convolutions(),
+            setting.autocast(),
+            fixed_noise(backbone, tokens=noise),
+        ):
+            features = backbone(images)
+        tensors = {name: feature.detach().float() for name, feature in features.items()}
+        if training:
+            smooth = smooth_features(features)
+            torch.autograd.backward(smooth, gradients_of(smooth))
+            parts = {f"encoder.{name}": getattr(backbone.encoder, name) for name in ("patch_embed", "blocks")}
+            parts |= {name: getattr(backbone, name, None) for name in ("decoder", "pyramid")}
+            for name, part in parts.items():
+                if part is not None:
+                    named = [p for _, p in sorted(part.named_parameters()) if p.requires_grad]
+                    tensors[f"gradient of {name}"] = torch.cat([p.grad.flatten() for p in named])
         forget_gradients(backbone)
     return tensors
 
 
 @contextlib.contextmanager
-def without_drop_path(model: nn.Module) -> Iterator[None]:
-    """Nothing is dropped: implementations draw in different ways."""
-    rates = {part: part.drop_prob for part in model.modules() if hasattr(part, "drop_prob")}
-    try:
-        for part in rates:
-            part.drop_prob = 0.0
+def with_attribute(model: nn.Module, name: str, value: float) -> Iterator[None]:
+    """Inside, every module that has the attribute has this value."""
+    with contextlib.ExitStack() as stack:
+        for part in model.modules():
+            if hasattr(part, name):
+                stack.enter_context(mock.patch.object(part, name, value))
         yield
-    finally:
-        for part, rate in rates.items():
-            part.drop_prob = rate
+
+
+def without_drop_path(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Nothing is dropped: implementations draw in different ways."""
+    return with_attribute(model, "drop_prob", 0.0)
 
 
 def smooth_features(features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

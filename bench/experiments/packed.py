@@ -15,7 +15,7 @@ from ..baselines import bottom_up
 from ..equality import model_mismatch
 from ..row import Results
 from ..session import Candidate
-from ..workload import MODES, Setting, Workload, check_choices
+from ..workload import Setting, Workload
 
 LAYOUTS = ("canvas", "packed", "one by one")
 _STRIDES = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
@@ -27,13 +27,9 @@ class Options(Setting):
 
     Attributes:
         sizes: height and width of each image of the batch, multiples of 32; instead of size and batch.
-        ratio: keep ratio.
-        modes: each one of ``MODES``.
     """
 
     sizes: Sequence[tuple[int, int]]
-    ratio: float = 0.5
-    modes: Sequence[str] = MODES
 
     def keys(self, experiment: str, mode: str) -> dict[str, str | int | float]:
         """As ``Setting.keys``, with all sizes."""
@@ -45,9 +41,8 @@ def run(options: Options) -> Results:
     """Check packed against one by one, then measure all three, print and write the table.
 
     Raises:
-        ValueError: an unknown mode, or fewer than two images.
+        ValueError: fewer than two images.
     """
-    check_choices(options.modes, MODES)
     if len(options.sizes) < 2:
         raise ValueError(f"a batch of different images needs two sizes or more, got {len(options.sizes)}")
     results = session.begin(options.device, [options.dtype])
@@ -148,11 +143,10 @@ def columns(rows: Sequence[dict]) -> list[views.Column]:
 
 def draw(rows: Sequence[dict]):
     """Milliseconds of each layout, with its speed-up, a panel for each mode."""
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    modes = views.grouped(rows, "mode")
     figure = views.figure(4.5 * len(modes), 3.2)
     speedup = views.speedup_over("canvas", rows)
-    for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
-        shown = [row for row in rows if row["mode"] == mode]
+    for axes, (mode, shown) in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes.items(), strict=True):
         heights = [row["p50_ms"] for row in shown]
         bars = axes.bar([row["implementation"] for row in shown], heights, color=views.BARS[: len(shown)])
         ratios = [speedup(row) for row in shown]
