@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,8 @@ _RUNTIME = Path(__file__).absolute().parent / "recording_runtime.cpp"
 class _Dim3(ctypes.Structure):
     _fields_ = [(axis, ctypes.c_uint) for axis in "xyz"]
 
-    def sizes(self) -> tuple[int, int, int]:
-        return self.x, self.y, self.z
 
-
+_SIZES = attrgetter("x", "y", "z")
 _Report = ctypes.CFUNCTYPE(None, ctypes.c_char_p, _Dim3, _Dim3, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p))
 
 
@@ -63,7 +62,7 @@ class Library:
             warps = -(-block.x * block.y * block.z // 32)
             binary = binary._replace(shared=max(0, binary.shared - self._reserved) + shared, warps=warps)
             kernel, case = _readable(name.decode())
-            launched.append(Compiled(kernel, case, binary, grid.sizes(), block.sizes(), values))
+            launched.append(Compiled(kernel, case, binary, _SIZES(grid), _SIZES(block), values))
 
         with self._reporting(report):
             code = getattr(self._functions, f"mimdet_{call.kernel}")(*_converted(call.arguments), ctypes.c_void_p(0))

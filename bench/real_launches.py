@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ..kernels import ahead, library
+from ..kernels import OPS, ahead, build, library
 from ..kernels.ahead import Launch
 from .experiments.launches import fake_step
 from .machine_code import Pointer, target
@@ -67,9 +67,8 @@ class Recorder(TorchDispatchMode):
     def _record(self, name: str, arguments: tuple) -> None:
         call = (name, _kind(arguments))
         if call not in self._of_call:
-            self._of_call[call] = [
-                one for impl in self.implementations for one in self._launched(name, arguments, impl)
-            ]
+            every = (self._launched(name, arguments, impl) for impl in self.implementations)
+            self._of_call[call] = list(chain.from_iterable(every))
         for one in self._of_call[call]:
             one.count += 1
 
@@ -99,16 +98,12 @@ def record(options: Setting, implementations: Sequence[str], capability: int | s
 
 def operation_of(name: str) -> tuple[str, str]:
     """Operation and direction of an operator of ``torch.ops.mimdet``: "batch_norm_sums" -> batch_norm, backward."""
-    from ..kernels import OPS
-
     operation = max((op for op in OPS if name.startswith(op)), key=len)
     return operation, "backward" if name.endswith(BACKWARD) else "forward"
 
 
 def has_cuda(operation: str) -> bool:
     """Whether an operation has a kernel in csrc."""
-    from ..kernels import build
-
     return (build.CSRC / f"{''.join(word.title() for word in operation.split('_'))}CUDA.cu").is_file()
 
 

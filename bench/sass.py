@@ -729,10 +729,6 @@ def _build_iabs(one, modifiers, operands, code):
     return _one(lambda value: abs(_signed(value)) & _MASK, one, code, operands[1])
 
 
-def _build_popc(one, modifiers, operands, code):
-    return _one(int.bit_count, one, code, operands[-1])
-
-
 def _build_flo(one, modifiers, operands, code):
     def find(value):
         last = value.bit_length() - 1
@@ -803,17 +799,6 @@ def _build_p2r(one, modifiers, operands, code):
     return None if modifiers else (operands[:1], _apply(pack, _value(operands[2], code), *flags))
 
 
-def _build_r2p(one, modifiers, operands, code):
-    bits = int(operands[2], 16) if len(operands) > 2 else 0x7F
-    places = [i for i in range(7) if bits >> i & 1]
-    source = _unknown if modifiers else _value(operands[1], code)
-    return [f"P{i}" for i in places], _apply(lambda word: [bool(word >> i & 1) for i in places], source)
-
-
-def _build_fchk(one, modifiers, operands, code):
-    return operands[:1], lambda state: (False,)  # no operand of the division is out of range
-
-
 _BUILDERS: dict[str, Callable[[Instruction, list[str], tuple[str, ...], Code], _Written | None]] = {
     "MOV": _build_mov,
     "IMAD": _build_imad,
@@ -833,13 +818,10 @@ _BUILDERS: dict[str, Callable[[Instruction, list[str], tuple[str, ...], Code], _
     "PRMT": _build_prmt,
     "SGXT": _build_sgxt,
     "IABS": _build_iabs,
-    "POPC": _build_popc,
     "FLO": _build_flo,
     **dict.fromkeys(("I2F", "I2FP"), _build_to_float),
     "F2I": _build_to_integer,
     "MUFU": _build_mufu,
     "HFMA2": _build_half,
     "P2R": _build_p2r,
-    "R2P": _build_r2p,
-    "FCHK": _build_fchk,
 }

@@ -151,17 +151,6 @@ def test_nothing_to_compare(fakes, options):
         detectron2.run(options())
 
 
-def test_a_folder_without_the_original(options, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not a checkout of the original MIMDet"):
-        detectron2.run(options())
-
-
-@pytest.mark.parametrize(("names", "message"), [({"modes": ("x",)}, "no x"), ({"implementations": ("y",)}, "no y")])
-def test_unknown_choices(options, names, message):
-    with pytest.raises(ValueError, match=message):
-        detectron2.run(options(**names))
-
-
 def test_beside_the_original(options, capsys):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     from support import detectron2_testing as d2
