@@ -29,50 +29,44 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
-DeviceOption = Annotated[Device, typer.Option(help="auto takes the GPU where there is one.")]
-Rounds = Annotated[int, typer.Option(min=0, help="Interleaved rounds; 15 or more to publish, 0 measures memory only.")]
-Output = Annotated[
-    Path | None, typer.Option(help="File of results, .json or .csv; default: output/bench/.", show_default=False)
-]
 Size = Annotated[
     str | None,
     typer.Option(
         metavar="HxW", help="Of the images; default: 800x1344 on a GPU, 480x640 on a CPU.", show_default=False
     ),
 ]
-Implementations = Annotated[list[str] | None, typer.Option("--impl", help="To measure; may be repeated. Default: all.")]
-FormerImplementations = Annotated[list[str] | None, typer.Option("--peers", hidden=True)]
-Part = Annotated[str, typer.Option(help="backbone, or detector: the whole step with its update.")]
-Batch = Annotated[int, typer.Option(min=1, help="Images.")]
-Dtype = Annotated[str | None, typer.Option(help="fp32, or bf16 or fp16 autocast; default: bf16 on a GPU, else fp32.")]
-Config = Annotated[str, typer.Option(help="The detector's config.")]
 Ratio = Annotated[float, typer.Option(help="Keep ratio.")]
 Modes = Annotated[list[str] | None, typer.Option(help="train or inference; may be repeated.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides.", show_default=False)
-]
 
 
 def setting(
-    overrides: Overrides = None,
-    part: Part = "backbone",
-    impl: Implementations = None,
-    former_impl: FormerImplementations = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides.", show_default=False)
+    ] = None,
+    part: Annotated[str, typer.Option(help="backbone, or detector: the whole step with its update.")] = "backbone",
+    impl: Annotated[list[str] | None, typer.Option(help="To measure; may be repeated. Default: all.")] = None,
+    peers: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     size: Size = None,
-    batch: Batch = 1,
-    dtype: Dtype = None,
-    config: Config = "mimdet_b_mask_rcnn",
-    rounds: Rounds = 15,
-    device: DeviceOption = Device.auto,
-    output: Output = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, or bf16 or fp16 autocast; default: bf16 on a GPU, else fp32.")
+    ] = None,
+    config: Annotated[str, typer.Option(help="The detector's config.")] = "mimdet_b_mask_rcnn",
+    rounds: Annotated[
+        int, typer.Option(min=0, help="Interleaved rounds; 15 or more to publish, 0 measures memory only.")
+    ] = 15,
+    device: Annotated[Device, typer.Option(help="auto takes the GPU where there is one.")] = Device.auto,
+    output: Annotated[
+        Path | None, typer.Option(help="File of results, .json or .csv; default: output/bench/.", show_default=False)
+    ] = None,
 ) -> dict[str, Any]:
-    """The options that all experiments on models share, as ``workload.Setting`` takes them."""
+    """The options that all experiments share, as ``workload.Setting`` takes them; ``peers`` is the former ``impl``."""
     from .row import ALIASES
 
     if rounds in (1, 2):
         raise ValueError(f"--rounds: an interval needs at least 3 rounds, and 0 counts memory alone; got {rounds}")
     where = _device(device)
-    names = [ALIASES.get(name, name) for name in (*(impl or ()), *(former_impl or ()))]
+    names = [ALIASES.get(name, name) for name in (*(impl or ()), *(peers or ()))]
     return {
         "part": part,
         "size": _size(size, where),
@@ -126,7 +120,7 @@ def prepare() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
-@experiment("ops", without=("overrides", "part", "former_impl", "batch", "dtype", "config", "rounds"))
+@experiment("ops", without=("overrides", "part", "peers", "batch", "dtype", "config", "rounds"))
 def ops(
     setting: dict,
     op: Annotated[list[str] | None, typer.Option(help="Operation; may be repeated. Default: all.")] = None,
@@ -174,7 +168,7 @@ def backbone(
     return _tables(setting, ratios=tuple(map(_ratio, ratio or ())), depths=tuple(depth or ()), **modes)
 
 
-@experiment("table8", without=("impl", "former_impl", "config"))
+@experiment("table8", without=("impl", "peers", "config"))
 def table8(setting: dict, mode: Modes = ("train",)):
     """Time and memory of the paper's Table 8, beside it: sampled tokens with decoders of 4 and 1 blocks, windows.
 
@@ -186,7 +180,7 @@ def table8(setting: dict, mode: Modes = ("train",)):
     return table8, table8.Options(modes=tuple(mode), **setting)
 
 
-@experiment("packed", without=("part", "impl", "former_impl", "size", "batch"))
+@experiment("packed", without=("part", "impl", "peers", "size", "batch"))
 def packed(
     setting: dict,
     size: Annotated[list[str] | None, typer.Option(metavar="HxW", help="One image; may be repeated.")] = (
@@ -207,7 +201,7 @@ def packed(
     return packed, packed.Options(sizes=sizes, ratio=_ratio(ratio), modes=tuple(mode), **setting)
 
 
-@experiment("roofline", part="detector", without=("impl", "former_impl"), rounds=5)
+@experiment("roofline", part="detector", without=("impl", "peers"), rounds=5)
 def roofline(
     setting: dict,
     ratio: Ratio = 0.5,
@@ -253,7 +247,7 @@ def detectron2(
     return detectron2, detectron2.Options(original=original, ratio=_ratio(ratio), modes=tuple(mode), **setting)
 
 
-@experiment("launches", without=("part", "impl", "former_impl", "rounds", "device", "size", "dtype"))
+@experiment("launches", without=("part", "impl", "peers", "rounds", "device", "size", "dtype"))
 def launches(
     setting: dict,
     *,
@@ -276,7 +270,7 @@ def launches(
     return launches, launches.Options(size=shape, dtype=dtype, original=original, device="cpu", **setting)
 
 
-@experiment("static", without=("part", "impl", "former_impl", "size", "batch", "dtype", "rounds", "device"))
+@experiment("static", without=("part", "impl", "peers", "size", "batch", "dtype", "rounds", "device"))
 def static(
     setting: dict,
     arch: Annotated[str, typer.Option(help="sm_80, sm_89, sm_90, sm_100, or AMD's gfx942.")] = "sm_90",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -98,11 +98,11 @@ class Counter(TorchDispatchMode):
                 handles.append(module.register_forward_pre_hook(lambda m, a, c=component: self._enter(c)))
                 handles.append(module.register_forward_hook(lambda m, a, o: self._leave(), always_call=True))
         for handle in handles:
-            self._removal.callback(handle.remove)
+            self._removal.enter_context(handle)
         for component, name in (methods or {}).items():
             path, _, attribute = name.rpartition(".")
             module = model.get_submodule(path)
-            method = self._entering(component, getattr(module, attribute))
+            method = self._inside(component)(getattr(module, attribute))
             self._removal.enter_context(mock.patch.object(module, attribute, method))
 
     def __enter__(self):
@@ -114,15 +114,13 @@ class Counter(TorchDispatchMode):
         self._removal.close()
         return super().__exit__(*error) if self._operations else None
 
-    def _entering(self, component: str, method: Callable) -> Callable:
-        def entering(*args, **kwargs):
-            self._enter(component)
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self._leave()
-
-        return entering
+    @contextmanager
+    def _inside(self, component: str) -> Iterator[None]:
+        self._enter(component)
+        try:
+            yield
+        finally:
+            self._leave()
 
     def _enter(self, component: str) -> None:
         self._charge(self._owner())

@@ -120,8 +120,6 @@ class Results:
         text = path.read_bytes().decode("utf-8", errors="replace")
         try:
             content = _from_csv(text) if path.suffix == ".csv" else json.loads(text)
-            if path.suffix == ".csv":
-                content["rows"] = [{k: _from_cell(k, v) for k, v in row.items()} for row in content["rows"]]
         except (ValueError, KeyError, AttributeError, csv.Error) as error:
             raise ResultsError(f"{path}: not a file of results: {error}") from error
         check(content, str(path))
@@ -184,7 +182,7 @@ def _to_csv(content: dict) -> str:
 
 
 def _from_csv(text: str) -> dict:
-    """Rows of text, without their empty cells."""
+    """Without empty cells."""
     first, _, rest = text.partition("\n")
     if not first.startswith("# "):
         raise ValueError("no comment with the schema in line 1")
@@ -192,7 +190,7 @@ def _from_csv(text: str) -> dict:
     for row in rows:
         if None in row or None in row.values():
             raise ValueError(f"a line has too few or too many cells: {list(row.values())}")
-    return json.loads(first[2:]) | {"rows": [{k: v for k, v in row.items() if v} for row in rows]}
+    return json.loads(first[2:]) | {"rows": [{k: _from_cell(k, v) for k, v in row.items() if v} for row in rows]}
 
 
 def _from_cell(column: str, text: str) -> Any:

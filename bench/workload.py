@@ -122,39 +122,46 @@ def idle_optimizer(detector: nn.Module) -> torch.optim.Optimizer:
 
 def step_of(detector: nn.Module, optimizer: torch.optim.Optimizer, mode: str, setting: Setting) -> Workload:
     """One step of a detector, or of its backbone, which does without ``optimizer``."""
-    training = mode == "train"
     if setting.part == "detector":
         images, targets = random_batch(setting.batch, setting.size, detector.num_classes, setting.device)
-        inputs = (images, targets) if training else (images,)
+        inputs = (images, targets) if mode == "train" else (images,)
         return detector_step(detector, lambda: detector(*inputs), optimizer, mode, setting)
-    model = bottom_up(detector).train(training)
-    images = random_images(setting)
+    model, images = bottom_up(detector), random_images(setting)
+    return backbone_step(model, lambda: [model(images)], mode, setting)
 
-    def forward() -> dict[str, torch.Tensor]:
-        with setting.autocast():
-            return model(images)
 
-    def train() -> None:
-        features = list(forward().values())
+def backbone_step(model: nn.Module, run: Callable[[], list[dict]], mode: str, setting: Setting) -> Workload:
+    """One step of a backbone: features, and in training backward from random gradients of all of them.
+
+    Args:
+        run: the forward of ``model``; returns the features of each batch by name.
+    """
+
+    def backward(batches: list[dict[str, torch.Tensor]]) -> None:
+        features = [feature for of_batch in batches for feature in of_batch.values()]
         torch.autograd.backward(features, gradients_of(features))
-        forget_gradients(model)
 
-    resident = sum(p.nbytes for p in model.parameters())
-    return Workload(model, train if training else torch.inference_mode()(forward), forward, resident)
+    return _step(model, run, backward, mode, setting, copies=1)
 
 
 def detector_step(
-    model: nn.Module,
-    run: Callable[[], object],
-    optimizer: torch.optim.Optimizer,
-    mode: str,
-    setting: Setting,
+    model: nn.Module, run: Callable[[], object], optimizer: torch.optim.Optimizer, mode: str, setting: Setting
 ) -> Workload:
     """One step of a whole detector: losses, backward and update, or detections.
 
     Args:
         run: the forward of ``model``; in training it returns the losses by name.
     """
+
+    def update(losses: dict[str, torch.Tensor]) -> None:
+        sum(losses.values()).backward()
+        optimizer.step()
+
+    return _step(model, run, update, mode, setting, copies=3)
+
+
+def _step(model: nn.Module, run: Callable, learn: Callable, mode: str, setting: Setting, copies: int) -> Workload:
+    """``learn`` gets what ``run`` returns; in training there are so many ``copies`` of a weight."""
     training = mode == "train"
     model.train(training)
 
@@ -163,11 +170,10 @@ def detector_step(
             return run()
 
     def train() -> None:
-        sum(forward().values()).backward()
-        optimizer.step()
+        learn(forward())
         forget_gradients(model)
 
-    resident = sum(p.nbytes * (3 if training and p.requires_grad else 1) for p in model.parameters())
+    resident = sum(p.nbytes * (copies if training and p.requires_grad else 1) for p in model.parameters())
     return Workload(model, train if training else torch.inference_mode()(forward), forward, resident)
 
 

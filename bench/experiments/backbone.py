@@ -66,12 +66,8 @@ def run(options: Options) -> Results:
                     original = bottom_up(variant(detector, "original", ratio, depth)).train(mode == "train")
                     expected = workload.outputs_of(original, mode, options)
                     for name in options.implementations:
-                        keys = {
-                            **options.keys("backbone", mode),
-                            "ratio": ratio,
-                            "depth": depth,
-                            "implementation": name,
-                        }
+                        point = {"ratio": ratio, "depth": depth, "implementation": name}
+                        keys = {**options.keys("backbone", mode), **point}
                         work = workload.step_of(variant(detector, name, ratio, depth), optimizer, mode, options)
                         candidates.append(workload.candidate(work, keys, expected, mode, options))
                         advance()

@@ -15,7 +15,7 @@ from ..baselines import bottom_up
 from ..equality import model_mismatch
 from ..row import Results
 from ..session import Candidate
-from ..workload import Setting, Workload
+from ..workload import Setting
 
 LAYOUTS = ("canvas", "packed", "one by one")
 _STRIDES = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
@@ -53,7 +53,7 @@ def run(options: Options) -> Results:
         for layout in LAYOUTS:
             keys = {**options.keys("packed", mode), "implementation": layout}
             error = batch.mismatch(mode) if layout == "packed" else None
-            work = Workload(batch.model, partial(batch.step, layout, mode), partial(batch.forward, layout), 0)
+            work = workload.backbone_step(batch.model, partial(batch.forward, layout), mode, options)
             values = {} if error else workload.memory_of(work, mode, options)
             values.pop("allocated_mib", None)
             candidates.append(Candidate(keys, work.step, error, values))
@@ -89,22 +89,11 @@ class _Batch:
         """Features of the batch, or of each image."""
         self.model.batch_mode = "packed" if layout == "packed" else "canvas"
         batches = self.alone if layout == "one by one" else [self.together]
-        with self.options.autocast():
-            return [self._features(*batch) for batch in batches]
+        return [self._features(*batch) for batch in batches]
 
     def _features(self, images: ImageList | torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
         with fixed_noise(self.model, tokens=noise):
             return self.model(images)
-
-    def step(self, layout: str, mode: str) -> None:
-        """What is timed."""
-        if mode == "inference":
-            with torch.inference_mode():
-                self.forward(layout)
-            return
-        features = [feature for of_batch in self.forward(layout) for feature in of_batch.values()]
-        torch.autograd.backward(features, workload.gradients_of(features))
-        workload.forget_gradients(self.model)
 
     def mismatch(self, mode: str) -> str | None:
         """Why packed is not timed: features or gradients that differ from those of each image alone."""
@@ -115,7 +104,9 @@ class _Batch:
 
     def _outputs(self, layout: str, mode: str) -> Mapping[str, torch.Tensor]:
         """Features of each image without its padding, and the gradient."""
-        batches, images = self.forward(layout), []
+        images = []
+        with self.options.autocast():
+            batches = self.forward(layout)
         for b, (height, width) in enumerate(self.options.sizes):
             features, row = (batches[0], b) if len(batches) == 1 else (batches[b], 0)
             images.append({n: features[n][row, :, : height // s, : width // s] for n, s in _STRIDES.items()})
