@@ -89,6 +89,8 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
     Raises:
         ValueError: an unknown operation.
     """
+    if op not in OPS:
+        raise ValueError(f"no operation {op!r}; choose from {', '.join(OPS)}")
     grid, tokens = (height // 16, width // 16), (height // 16) * (width // 16)
     kept = int(tokens * _RATIO)
     stem = [(f"stage {i + 1}", (96 * 2**i, grid[0] * 2 ** (3 - i), grid[1] * 2 ** (3 - i))) for i in range(4)]
@@ -108,7 +110,6 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
         "sample_tokens": [("encoder", (tokens,))],
         "scatter_fill": [("decoder", (tokens, 512))],
     }
-    _known(op)
     return [OPS[op](name, (batch, *shape), dtype) for batch in batches for name, shape in places[op]]
 
 
@@ -120,16 +121,10 @@ def case(op: str, dtype: str, shape: Sequence[int]) -> Case:
     Raises:
         ValueError: an unknown operation, or a shape of another rank.
     """
-    _known(op)
     rank = len(cases(op, dtype, 64, 64, (1,))[0].shape)
     if len(shape) != rank or min(shape) < 1:
         raise ValueError(f"{op}: the shape must have {rank} positive sizes, got {'x'.join(map(str, shape))}")
     return OPS[op]("given", tuple(shape), dtype)
-
-
-def _known(op: str) -> None:
-    if op not in OPS:
-        raise ValueError(f"no operation {op!r}; choose from {', '.join(OPS)}")
 
 
 OPS: dict[str, Callable[[str, tuple[int, ...], str], Case]] = {}

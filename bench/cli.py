@@ -45,7 +45,7 @@ def setting(
     ] = None,
     part: Annotated[str, typer.Option(help="backbone, or detector: the whole step with its update.")] = "backbone",
     impl: Annotated[list[str] | None, typer.Option(help="To measure; may be repeated. Default: all.")] = None,
-    peers: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
+    former_impl: Annotated[list[str] | None, typer.Option("--peers", hidden=True)] = None,
     size: Size = None,
     batch: Annotated[int, typer.Option(min=1, help="Images.")] = 1,
     dtype: Annotated[
@@ -60,13 +60,13 @@ def setting(
         Path | None, typer.Option(help="File of results, .json or .csv; default: output/bench/.", show_default=False)
     ] = None,
 ) -> dict[str, Any]:
-    """The options that all experiments share, as ``workload.Setting`` takes them; ``peers`` is the former ``impl``."""
+    """The options that all experiments share, as ``workload.Setting`` takes them."""
     from .row import ALIASES
 
     if rounds in (1, 2):
         raise ValueError(f"--rounds: an interval needs at least 3 rounds, and 0 counts memory alone; got {rounds}")
     where = _device(device)
-    names = [ALIASES.get(name, name) for name in (*(impl or ()), *(peers or ()))]
+    names = [ALIASES.get(name, name) for name in (*(impl or ()), *(former_impl or ()))]
     return {
         "part": part,
         "size": _size(size, where),
@@ -120,7 +120,7 @@ def prepare() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
-@experiment("ops", without=("overrides", "part", "peers", "batch", "dtype", "config", "rounds"))
+@experiment("ops", without=("overrides", "part", "former_impl", "batch", "dtype", "config", "rounds"))
 def ops(
     setting: dict,
     op: Annotated[list[str] | None, typer.Option(help="Operation; may be repeated. Default: all.")] = None,
@@ -168,7 +168,7 @@ def backbone(
     return _tables(setting, ratios=tuple(map(_ratio, ratio or ())), depths=tuple(depth or ()), **modes)
 
 
-@experiment("table8", without=("impl", "peers", "config"))
+@experiment("table8", without=("impl", "former_impl", "config"))
 def table8(setting: dict, mode: Modes = ("train",)):
     """Time and memory of the paper's Table 8, beside it: sampled tokens with decoders of 4 and 1 blocks, windows.
 
@@ -180,7 +180,7 @@ def table8(setting: dict, mode: Modes = ("train",)):
     return table8, table8.Options(modes=tuple(mode), **setting)
 
 
-@experiment("packed", without=("part", "impl", "peers", "size", "batch"))
+@experiment("packed", without=("part", "impl", "former_impl", "size", "batch"))
 def packed(
     setting: dict,
     size: Annotated[list[str] | None, typer.Option(metavar="HxW", help="One image; may be repeated.")] = (
@@ -201,7 +201,7 @@ def packed(
     return packed, packed.Options(sizes=sizes, ratio=_ratio(ratio), modes=tuple(mode), **setting)
 
 
-@experiment("roofline", part="detector", without=("impl", "peers"), rounds=5)
+@experiment("roofline", part="detector", without=("impl", "former_impl"), rounds=5)
 def roofline(
     setting: dict,
     ratio: Ratio = 0.5,
@@ -247,7 +247,7 @@ def detectron2(
     return detectron2, detectron2.Options(original=original, ratio=_ratio(ratio), modes=tuple(mode), **setting)
 
 
-@experiment("launches", without=("part", "impl", "peers", "rounds", "device", "size", "dtype"))
+@experiment("launches", without=("part", "impl", "former_impl", "rounds", "device", "size", "dtype"))
 def launches(
     setting: dict,
     *,
@@ -270,7 +270,7 @@ def launches(
     return launches, launches.Options(size=shape, dtype=dtype, original=original, device="cpu", **setting)
 
 
-@experiment("static", without=("part", "impl", "peers", "size", "batch", "dtype", "rounds", "device"))
+@experiment("static", without=("part", "impl", "former_impl", "size", "batch", "dtype", "rounds", "device"))
 def static(
     setting: dict,
     arch: Annotated[str, typer.Option(help="sm_80, sm_89, sm_90, sm_100, or AMD's gfx942.")] = "sm_90",

@@ -11,8 +11,7 @@ import ctypes
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
@@ -64,20 +63,15 @@ class Library:
             kernel, case = _readable(name.decode())
             launched.append(Compiled(kernel, case, binary, _SIZES(grid), _SIZES(block), values))
 
-        with self._reporting(report):
-            code = getattr(self._functions, f"mimdet_{call.kernel}")(*_converted(call.arguments), ctypes.c_void_p(0))
-        if code:
-            raise RuntimeError(f"mimdet: CUDA kernel {call.kernel} failed with CUDA error {code}")
-        return launched
-
-    @contextmanager
-    def _reporting(self, report: Callable) -> Iterator[None]:
         function = _Report(report)
         self._functions.mimdet_report(function)
         try:
-            yield
+            code = getattr(self._functions, f"mimdet_{call.kernel}")(*_converted(call.arguments), ctypes.c_void_p(0))
         finally:
             self._functions.mimdet_report(_Report())
+        if code:
+            raise RuntimeError(f"mimdet: CUDA kernel {call.kernel} failed with CUDA error {code}")
+        return launched
 
 
 @cache

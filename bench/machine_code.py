@@ -128,10 +128,6 @@ def tool(name: str) -> Path:
     raise MissingToolError(reason)
 
 
-def _is_amd(capability: int | str) -> bool:
-    return isinstance(capability, str)
-
-
 class _Driver(SimpleNamespace):
     """What Triton's compiler asks the driver, of a GPU that is not here."""
 
@@ -141,7 +137,7 @@ class _Driver(SimpleNamespace):
 def _driver(capability: int | str) -> _Driver:
     from triton.backends.compiler import GPUTarget
 
-    target = GPUTarget("hip", capability, 64) if _is_amd(capability) else GPUTarget("cuda", capability, 32)
+    target = GPUTarget("hip", capability, 64) if isinstance(capability, str) else GPUTarget("cuda", capability, 32)
     return _Driver(
         get_current_target=lambda: target,
         get_current_device=lambda: capability,  # one for a target, else Triton's cache returns the first one's kernel
@@ -173,7 +169,7 @@ def compile_triton(capability: int | str, launch: Launch) -> Binary:
     with target(capability):
         built = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
     metadata = built.metadata
-    if _is_amd(capability):
+    if isinstance(capability, str):
         code = built.asm["amdgcn"]
         registers, stack = (int(re.search(rf"\.{key}:\s+(\d+)", code)[1]) for key in _AMD_KEYS)
         return Binary(metadata.name, registers, stack, metadata.shared, metadata.num_warps, code, built.asm["ttir"])

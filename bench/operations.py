@@ -102,7 +102,7 @@ class Counter(TorchDispatchMode):
         for component, name in (methods or {}).items():
             path, _, attribute = name.rpartition(".")
             module = model.get_submodule(path)
-            method = self._inside(component)(getattr(module, attribute))
+            method = self._within(component)(getattr(module, attribute))
             self._removal.enter_context(mock.patch.object(module, attribute, method))
 
     def __enter__(self):
@@ -115,7 +115,7 @@ class Counter(TorchDispatchMode):
         return super().__exit__(*error) if self._operations else None
 
     @contextmanager
-    def _inside(self, component: str) -> Iterator[None]:
+    def _within(self, component: str) -> Iterator[None]:
         self._enter(component)
         try:
             yield
@@ -159,7 +159,8 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         start = time.perf_counter()
         result = function(*args, **kwargs)
-        _wait(result)
+        if any(t.is_cuda for t in tensors_of(result)):
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         if moves_nothing(function):
             return result
@@ -248,25 +249,17 @@ def _size(tensor: torch.Tensor) -> int:
     return count * tensor.element_size()
 
 
-_ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+_NO_WORK = {"_unsafe_view", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
 
 def moves_nothing(function) -> bool:
-    """Views and fresh memory."""
-    return function.overloadpacket.__name__ in _ALLOCATIONS or is_view(function)
+    """Whether it is fresh memory or a view: its outputs are inputs' memory, which is not written.
 
-
-def is_view(function) -> bool:
-    """Whether the outputs are inputs' memory, which is not written; says the schema, except of ``_unsafe_view``."""
+    The schema says so, except of ``_unsafe_view``.
+    """
     returns = function._schema.returns
-    return function.overloadpacket is aten._unsafe_view or (
-        bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    )
-
-
-def _wait(result) -> None:
-    if any(t.is_cuda for t in tensors_of(result)):
-        torch.cuda.synchronize()
+    is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return is_view or function.overloadpacket.__name__ in _NO_WORK
 
 
 @cache

@@ -74,7 +74,8 @@ class Recorder(TorchDispatchMode):
 
     def _launched(self, name: str, arguments: tuple, implementation: str) -> list[Recorded]:
         operation, direction = operation_of(name)
-        if implementation == "cuda" and not has_cuda(operation):
+        source = build.CSRC / f"{''.join(word.title() for word in operation.split('_'))}CUDA.cu"
+        if implementation == "cuda" and not source.is_file():
             return []
         arguments = tuple(implementation if argument == "triton" else argument for argument in arguments)
         recorders: dict[str, Callable] = {"triton": ahead.launches, "cuda": c_calls}
@@ -100,11 +101,6 @@ def operation_of(name: str) -> tuple[str, str]:
     """Operation and direction of an operator of ``torch.ops.mimdet``: "batch_norm_sums" -> batch_norm, backward."""
     operation = max((op for op in OPS if name.startswith(op)), key=len)
     return operation, "backward" if name.endswith(BACKWARD) else "forward"
-
-
-def has_cuda(operation: str) -> bool:
-    """Whether an operation has a kernel in csrc."""
-    return (build.CSRC / f"{''.join(word.title() for word in operation.split('_'))}CUDA.cu").is_file()
 
 
 @contextmanager

@@ -131,11 +131,6 @@ class Code:
                 return self._at.get(int(operand, 16))
         return None
 
-    def address_of(self, label: str) -> int:
-        """Of a label, in bytes; 0 for the kernel itself."""
-        index = self.labels.get(label, 0)
-        return self.instructions[index].address if index < len(self.instructions) else 0
-
     def walk(
         self,
         constants: Mapping[int, int],
@@ -302,10 +297,6 @@ def _never(state: _State) -> bool:
     return False
 
 
-def _zero(state: _State) -> int:
-    return 0
-
-
 def _unknown(state: _State) -> None:
     return None
 
@@ -354,14 +345,15 @@ def _value(text: str, code: Code, word: int = 0) -> _Read:
 
         return _apply(apply_sign, inner)
     if text in ("RZ", "URZ"):
-        return _zero
+        return lambda state: 0
     register = re.fullmatch(r"(U?R)(\d+)(?:\.64|\.U32)?", text)
     if register:
         key = f"{register[1]}{int(register[2]) + word}"
         return lambda state: state.registers.get(key)
     relative = _RELATIVE.search(text)
     if relative:
-        place = code.address_of(relative[3]) if relative[1] == "lo" else 0
+        index = code.labels.get(relative[3], 0)  # the kernel itself has no label
+        place = code.instructions[index].address if relative[1] == "lo" else 0
         return lambda state: place
     constant = _CONSTANT.fullmatch(text.removesuffix(".64"))
     if constant and int(constant[1], 16) == 0:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.flop_counter import flop_registry
 
@@ -139,7 +139,10 @@ def count(options: Options) -> Mapping[tuple, int]:
 def fake_step(options: Setting) -> Iterator[tuple[Callable[[], object], nn.Module, torch.optim.Optimizer]]:
     """A training step of a config's detector on fake CUDA tensors, and its model and optimizer."""
     cfg = load(options.config, options.overrides)
-    _save_all(cfg)
+    encoder = OmegaConf.select(cfg, "model.backbone.bottom_up.encoder") or {}
+    for name, value in (("checkpointing", False), ("recompute", "none")):
+        if encoder.get(name) == "auto":  # recompute nothing where the config leaves that to the machine's memory
+            encoder[name] = value
     with torch.device("meta"):
         model = build_model(cfg, pretrained=False).train()
     images, targets = workload.random_batch(options.batch, options.size, model.num_classes, "cpu")
@@ -156,14 +159,6 @@ def fake_step(options: Setting) -> Iterator[tuple[Callable[[], object], nn.Modul
         dtype = None if options.dtype == "fp32" else DTYPES[options.dtype]
         step = train_step(model, optimizer, cfg.train.get("clip_grad_norm"), dtype)
         yield (lambda: step(every)), model, optimizer
-
-
-def _save_all(cfg: DictConfig) -> None:
-    """Recompute nothing where the config leaves that to the machine's memory."""
-    encoder = OmegaConf.select(cfg, "model.backbone.bottom_up.encoder")
-    for name, value in (("checkpointing", False), ("recompute", "none")):
-        if encoder is not None and encoder.get(name) == "auto":
-            encoder[name] = value
 
 
 def _original(options: Options) -> nn.Module:

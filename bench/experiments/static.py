@@ -325,7 +325,11 @@ def columns(rows: Sequence[dict]) -> list[views.Column]:
         ("registers", "registers", "d"),
         ("spilled bytes", "spills", "d"),
         ("warps an SM", "warps_per_sm", "d"),
-        ("load, store bits", lambda row: _widths(row), ""),
+        (
+            "load, store bits",
+            lambda row: ", ".join(str(row.get(name, "-")) for name in ("load_bits", "store_bits")),
+            "",
+        ),
         ("instructions an element", "instructions_per_element", ".1f"),
         ("minimum us", "minimum_us", ".1f"),
         ("predicted us", "predicted_us", ".1f"),
@@ -339,10 +343,6 @@ def label(row: dict) -> str:
     """Name of a row's kernel."""
     case = f" ({row['case']})" if row.get("case") else ""
     return f"`{row['kernel']}`{case} {row['shape']}" + (" CUDA" if row["implementation"] == "cuda" else "")
-
-
-def _widths(row: dict) -> str:
-    return ", ".join(str(row[name]) if name in row else "-" for name in ("load_bits", "store_bits"))
 
 
 def show(rows: Sequence[dict]) -> None:

@@ -104,44 +104,46 @@ def executed(of, constants=(), special=(), memory=lambda address, size: None):
 
 LOOP = ("MOV R0, RZ", ".L_0:", "IADD3 R0, R0, 0x1, RZ", "ISETP.LT.AND P0, PT, R0, c[0x0][0x210], PT",
         "@P0 BRA `(.L_0)", "EXIT")  # fmt: skip
+# Four at a time, then one at a time, as ptxas unrolls.
+UNROLLED = (
+    "ULDC UR4, c[0x0][0x210]", "LOP3.LUT R3, R3, 0x3, RZ, 0xc0, !PT", "MOV R3, UR4",
+    "ISETP.GE.U32.AND P0, PT, R3, 0x4, PT", "@!P0 BRA `(.L_1)", ".L_0:", "VIADD R3, R3, 0xfffffffc",
+    "ISETP.GT.U32.AND P0, PT, R3, 0x3, PT", "@P0 BRA `(.L_0)", ".L_1:", "ISETP.NE.AND P1, PT, R3, RZ, PT",
+    "@!P1 EXIT", ".L_2:", "IADD3 R3, R3, -0x1, RZ", "ISETP.NE.AND P1, PT, R3, RZ, PT", "@P1 BRA `(.L_2)", "EXIT",
+)  # fmt: skip
+# To 2**32 + 2.
+LONG = ("MOV R0, 0xfffffffe", "MOV R1, RZ", ".L_0:", "IADD3 R0, P0, R0, 0x1, RZ", "IADD3.X R1, RZ, R1, RZ, P0, !PT",
+        "ISETP.GE.U32.AND P1, PT, R0, 0x2, PT", "ISETP.GE.U32.AND.EX P1, PT, R1, 0x1, PT, P1", "@!P1 BRA `(.L_0)",
+        "EXIT")  # fmt: skip
+# A subtraction of zero carries.
+ZERO = ("MOV R2, 0x7", "MOV R3, 0x5", "IADD3 R0, P0, R2, -RZ, RZ", "IADD3.X R1, R3, ~RZ, RZ, P0, !PT",
+        "ISETP.NE.AND P0, PT, R1, 0x5, PT", "@P0 EXIT", "NOP", "EXIT")  # fmt: skip
+# A rare branch around a call is taken.
+RARE = ("FSETP.GT.AND P0, PT, R1, 1, PT", "@!P0 BRA `(.L_1)", "CALL.REL.NOINC `(slow)", ".L_1:", "EXIT", "slow:",
+        "NOP", "RET.REL.NODEC R2 `(kernel)")  # fmt: skip
+CALL = ("MOV R2, 0x20", "CALL.REL.NOINC `(slow)", "EXIT", "slow:", "NOP", "RET.REL.NODEC R2 `(kernel)")
 
 
-@pytest.mark.parametrize("trips", [1, 7, 100])
-def test_loops_count_as_often_as_they_run(trips):
-    assert executed(code(*LOOP), {0x210: trips})[0] == [1, trips, trips, trips, 1]
+@pytest.mark.parametrize(
+    ("lines", "argument", "expected"),
+    [
+        *((LOOP, trips, [1, trips, trips, trips, 1]) for trips in (1, 7, 100)),
+        (UNROLLED, 11, [1] * 5 + [2] * 3 + [1] * 2 + [3] * 3 + [1]),
+        (UNROLLED, 3, [1] * 5 + [0] * 3 + [1] * 2 + [3] * 3 + [1]),
+        (LONG, 0, [1, 1, *[4] * 5, 1]),
+        (ZERO, 0, [1] * 8),
+        (RARE, 0, [1, 1, 0, 1, 0, 0]),
+        (CALL, 0, [1] * 5),
+    ],
+)
+def test_instructions_count_as_often_as_they_run(lines, argument, expected):
+    assert executed(code(*lines), {0x210: argument})[0] == expected
 
 
 def test_a_loop_that_data_ends_counts_once_and_is_reported():
     counts, walk = executed(code(*LOOP))
     assert counts == [1, 1, 1, 1, 1]
     assert walk.unknown == {1}
-
-
-def test_unrolled_loops_and_their_remainder():
-    """Four at a time, then one at a time, as ptxas unrolls."""
-    of = code(
-        "ULDC UR4, c[0x0][0x210]", "LOP3.LUT R3, R3, 0x3, RZ, 0xc0, !PT", "MOV R3, UR4",
-        "ISETP.GE.U32.AND P0, PT, R3, 0x4, PT", "@!P0 BRA `(.L_1)", ".L_0:", "VIADD R3, R3, 0xfffffffc",
-        "ISETP.GT.U32.AND P0, PT, R3, 0x3, PT", "@P0 BRA `(.L_0)", ".L_1:", "ISETP.NE.AND P1, PT, R3, RZ, PT",
-        "@!P1 EXIT", ".L_2:", "IADD3 R3, R3, -0x1, RZ", "ISETP.NE.AND P1, PT, R3, RZ, PT", "@P1 BRA `(.L_2)", "EXIT",
-    )  # fmt: skip
-    assert executed(of, {0x210: 11})[0] == [1] * 5 + [2] * 3 + [1] * 2 + [3] * 3 + [1]
-    assert executed(of, {0x210: 3})[0] == [1] * 5 + [0] * 3 + [1] * 2 + [3] * 3 + [1]
-
-
-def test_long_counters_carry():
-    of = code(
-        "MOV R0, 0xfffffffe", "MOV R1, RZ", ".L_0:", "IADD3 R0, P0, R0, 0x1, RZ", "IADD3.X R1, RZ, R1, RZ, P0, !PT",
-        "ISETP.GE.U32.AND P1, PT, R0, 0x2, PT", "ISETP.GE.U32.AND.EX P1, PT, R1, 0x1, PT, P1", "@!P1 BRA `(.L_0)",
-        "EXIT",
-    )  # fmt: skip
-    assert executed(of)[0][2] == 4  # to 2**32 + 2
-
-
-def test_a_subtraction_of_zero_carries():
-    of = code("MOV R2, 0x7", "MOV R3, 0x5", "IADD3 R0, P0, R2, -RZ, RZ", "IADD3.X R1, R3, ~RZ, RZ, P0, !PT",
-              "ISETP.NE.AND P0, PT, R1, 0x5, PT", "@P0 EXIT", "NOP", "EXIT")  # fmt: skip
-    assert executed(of)[0][-2:] == [1, 1]
 
 
 @pytest.mark.parametrize(("value", "divisor"), [(100, 7), (4294967295, 3), (768, 768), (5, 9), (2**31 + 11, 65537)])
@@ -159,17 +161,6 @@ def test_division_by_a_reciprocal_is_followed(value, divisor):
     seen = []
     executed(of, {0x210: value, 0x214: divisor}, memory=lambda address, size: seen.append(address >> 32))
     assert seen == [value // divisor]
-
-
-def test_rare_branches_around_a_call_are_taken():
-    of = code("FSETP.GT.AND P0, PT, R1, 1, PT", "@!P0 BRA `(.L_1)", "CALL.REL.NOINC `(slow)", ".L_1:", "EXIT", "slow:",
-              "NOP", "RET.REL.NODEC R2 `(kernel)")  # fmt: skip
-    assert executed(of)[0] == [1, 1, 0, 1, 0, 0]
-
-
-def test_a_call_returns():
-    of = code("MOV R2, 0x20", "CALL.REL.NOINC `(slow)", "EXIT", "slow:", "NOP", "RET.REL.NODEC R2 `(kernel)")
-    assert executed(of)[0] == [1, 1, 1, 1, 1]
 
 
 def test_loads_and_stores_are_those_of_their_tensors():
