@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import chain, count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,59 +42,49 @@ class Recorded:
     count: int = 0
 
 
-class Recorder(TorchDispatchMode):
-    """Records what each of our operations inside ``with`` would launch on a GPU; inside ``fake_gpu``.
+class _Calls(TorchDispatchMode):
+    """The kinds of calls of our operations inside ``with``: arguments of the first, and how many there are."""
 
-    Args:
-        implementations: triton, cuda, or both.
-
-    Attributes:
-        recorded: kinds of launches, in the order of the step.
-    """
-
-    def __init__(self, implementations: Sequence[str]):
+    def __init__(self):
         super().__init__()
-        self.implementations = implementations
-        self.recorded: dict[tuple, Recorded] = {}
-        self._of_call: dict[tuple, list[Recorded]] = {}
+        self.calls: dict[tuple, tuple[tuple, int]] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
         if function.namespace == "mimdet":
-            self._record(function.overloadpacket.__name__, args)
-        return result
-
-    def _record(self, name: str, arguments: tuple) -> None:
-        call = (name, _kind(arguments))
-        if call not in self._of_call:
-            every = (self._launched(name, arguments, impl) for impl in self.implementations)
-            self._of_call[call] = list(chain.from_iterable(every))
-        for one in self._of_call[call]:
-            one.count += 1
-
-    def _launched(self, name: str, arguments: tuple, implementation: str) -> list[Recorded]:
-        operation, direction = operation_of(name)
-        source = build.CSRC / f"{''.join(word.title() for word in operation.split('_'))}CUDA.cu"
-        if implementation == "cuda" and not source.is_file():
-            return []
-        arguments = tuple(implementation if argument == "triton" else argument for argument in arguments)
-        recorders: dict[str, Callable] = {"triton": ahead.launches, "cuda": c_calls}
-        with recorders[implementation]() as launches:
-            library._runs[name](*arguments)
-        kinds = []
-        for launch in launches:
-            launch = Launch(launch.kernel, tuple(launch.grid), _pointers(launch.arguments), launch.constants)
-            described = operation, direction, implementation
-            key = (*described, launch.kernel, launch.grid, _kind(launch.arguments), _kind(launch.constants))
-            kinds.append(self.recorded.setdefault(key, Recorded(*described, launch)))
-        return kinds
+            call = function.overloadpacket.__name__, _kind(args)
+            first, count = self.calls.get(call, (args, 0))
+            self.calls[call] = first, count + 1
+        return function(*args, **(kwargs or {}))
 
 
 def record(options: Setting, implementations: Sequence[str], capability: int | str) -> list[Recorded]:
-    """Kinds of launches of a training step on sm_<capability> or "gfx942", which may choose the sizes of tiles."""
-    with fake_step(options) as (step, *_), target(capability), Recorder(implementations) as recorder:
-        step()
-    return list(recorder.recorded.values())
+    """Kinds of launches of a training step on sm_<capability> or "gfx942", which may choose the sizes of tiles.
+
+    Args:
+        implementations: triton, cuda, or both.
+    """
+    recorded: dict[tuple, Recorded] = {}
+    with fake_step(options) as (step, *_), target(capability):
+        with _Calls() as counted:
+            step()
+        for ((name, _), (arguments, calls)), implementation in product(counted.calls.items(), implementations):
+            described = *operation_of(name), implementation
+            for launch in _launched(name, arguments, implementation):
+                launch = Launch(launch.kernel, tuple(launch.grid), _pointers(launch.arguments), launch.constants)
+                kind = *described, launch.kernel, launch.grid, _kind(launch.arguments), _kind(launch.constants)
+                recorded.setdefault(kind, Recorded(*described, launch)).count += calls
+    return list(recorded.values())
+
+
+def _launched(name: str, arguments: tuple, implementation: str) -> list[Launch]:
+    """What an operator would launch on a GPU, inside ``fake_gpu``; nothing where there is no such kernel."""
+    operation, _ = operation_of(name)
+    source = build.CSRC / f"{''.join(word.title() for word in operation.split('_'))}CUDA.cu"
+    if implementation == "cuda" and not source.is_file():
+        return []
+    with {"triton": ahead.launches, "cuda": c_calls}[implementation]() as launches:
+        library._runs[name](*(implementation if argument == "triton" else argument for argument in arguments))
+    return launches
 
 
 def operation_of(name: str) -> tuple[str, str]:
