@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.ops import stochastic_depth
 
 from ..modeling import ImageList, MIMDetBackbone
 from ..modeling.noise import NoiseSource
@@ -33,8 +35,9 @@ class _Block(nn.Module):
         self.fused_attention = fused_attention
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self._drop_path(self._attention(self.norm1(x)))
-        return x + self._drop_path(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))))
+        drop_path = partial(stochastic_depth, p=self.drop_prob, mode="row", training=self.training)
+        x = x + drop_path(self._attention(self.norm1(x)))
+        return x + drop_path(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))))
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, dim = x.shape
@@ -46,19 +49,6 @@ class _Block(nn.Module):
             scores = (q @ k.transpose(-2, -1)) * (dim // self.heads) ** -0.5
             x = scores.softmax(dim=-1) @ v
         return self.attn.proj(x.transpose(1, 2).reshape(batch, length, dim))
-
-    def _drop_path(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.drop_prob or not self.training:
-            return x
-        keep = 1 - self.drop_prob
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
-
-
-class _ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each cell of a map (B, C, H, W)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class _Baseline(nn.Module):
@@ -84,7 +74,7 @@ class _Baseline(nn.Module):
     def _stage(self, ours: nn.Sequential) -> nn.Sequential:
         convolution, norm, _, *last = ours
         channels, is_group = len(norm.weight), isinstance(norm, nn.GroupNorm)
-        plain = nn.GroupNorm(1, channels, eps=norm.eps) if is_group else _ChannelNorm(channels, eps=norm.eps)
+        plain = nn.GroupNorm(1, channels, eps=norm.eps) if is_group else LayerNorm2d(channels, eps=norm.eps)
         plain.weight, plain.bias = norm.weight, norm.bias
         return nn.Sequential(self.convolution(convolution), plain, nn.GELU(), *map(self.convolution, last))
 

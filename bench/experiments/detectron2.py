@@ -99,13 +99,11 @@ class Detector:
     Attributes:
         model: with parameter names of the original.
         run: the forward: losses by name in training, detections in eval mode.
-        detections: (result of ``run`` in eval mode) -> for each image boxes, scores, labels and masks.
         optimizer: as its config has it, with learning rate zero.
     """
 
     model: nn.Module
     run: Callable[[], object]
-    detections: Callable[[list], list[dict[str, torch.Tensor]]]
     optimizer: torch.optim.Optimizer
 
 
@@ -212,13 +210,13 @@ def build(options: Options) -> dict[str, Detector]:
         if name in configs:
             configs[name].optimizer.params.model = model
             optimizer = instantiate(configs[name].optimizer)
-            forward, detections = partial(_run_detectron2, model, batch), _detections_of_detectron2
+            forward = partial(_run_detectron2, model, batch)
         else:
             optimizer = build_optimizer(native.optimizer, model)
-            forward, detections = partial(_run_ours, model, images, targets), list
+            forward = partial(_run_ours, model, images, targets)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        detectors[name] = Detector(model, forward, detections, optimizer)
+        detectors[name] = Detector(model, forward, optimizer)
     equalize(detectors)
     return detectors
 
@@ -363,7 +361,8 @@ class Outputs:
             stack.enter_context(workload.without_drop_path(model))
             with torch.no_grad():
                 model.eval()
-                outputs.detections = detector.detections(detector.run())
+                detected = detector.run()
+                outputs.detections = detected if native else _detections_of_detectron2(detected)
             if native:
                 slots = {"anchors": anchors, "proposals": generator.post_nms_topk[0] + workload.OBJECTS}
                 equal = {name: torch.zeros(options.batch, count) for name, count in slots.items()}
