@@ -272,12 +272,12 @@ def batch_of_detectron2(images: Sequence[torch.Tensor], targets: Sequence[Mappin
     return batch
 
 
-def _detections_of_detectron2(results: list) -> list[dict[str, torch.Tensor]]:
-    each = [result["instances"] for result in results]
-    return [
-        {"boxes": r.pred_boxes.tensor, "scores": r.scores, "labels": r.pred_classes, "masks": r.pred_masks}
-        for r in each
-    ]
+def _plain(result: Mapping) -> Mapping[str, torch.Tensor]:
+    """Boxes, scores, labels and masks of an image, also of Detectron2's result."""
+    r = result.get("instances")
+    if r is None:
+        return result
+    return {"boxes": r.pred_boxes.tensor, "scores": r.scores, "labels": r.pred_classes, "masks": r.pred_masks}
 
 
 def _without_checkpointing(detector: Detector) -> object:
@@ -361,8 +361,7 @@ class Outputs:
             stack.enter_context(workload.without_drop_path(model))
             with torch.no_grad():
                 model.eval()
-                detected = detector.run()
-                outputs.detections = detected if native else _detections_of_detectron2(detected)
+                outputs.detections = [_plain(result) for result in detector.run()]
             if native:
                 slots = {"anchors": anchors, "proposals": generator.post_nms_topk[0] + workload.OBJECTS}
                 equal = {name: torch.zeros(options.batch, count) for name, count in slots.items()}
