@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from .gpu_model import Executed, Gpu, tensor_flop
 from .machine_code import Binary, Pointer
 from .sass import LOADS, REGION, STORES, Code, Walk
@@ -132,18 +134,8 @@ def _constants(binary: Binary, grid: Sequence[int], block: Sequence[int], values
 
 
 def _special(program: int, warp: int, grid: Sequence[int], block: Sequence[int]) -> dict[str, int]:
-    thread = warp * _WARP
-    of_block = dict(zip("XYZ", _unravel(program, grid), strict=True))
-    of_thread = dict(zip("XYZ", _unravel(thread, block), strict=True))
-    return {
-        **{f"SR_CTAID.{axis}": place for axis, place in of_block.items()},
-        **{f"SR_TID.{axis}": place for axis, place in of_thread.items()},
-        "SR_CgaCtaId": 0,
-        "SR_LANEID": 0,
-    }
-
-
-def _unravel(index: int, sizes: Sequence[int]) -> tuple[int, int, int]:
-    """Coordinates of a linear index, x first."""
-    x, rest = index % sizes[0], index // sizes[0]
-    return x, rest % sizes[1], rest // sizes[1]
+    registers = {"SR_CgaCtaId": 0, "SR_LANEID": 0}
+    for name, index, sizes in (("SR_CTAID", program, grid), ("SR_TID", warp * _WARP, block)):
+        coordinates = np.unravel_index(index, sizes, order="F")  # x first
+        registers |= {f"{name}.{axis}": int(place) for axis, place in zip("XYZ", coordinates, strict=True)}
+    return registers
