@@ -106,7 +106,7 @@ def train_step(
     """The step that ``mimdet train`` runs, of a model of ``to_fake_gpu``; inside ``fake_gpu``.
 
     Args:
-        dtype: of mixed precision; None for none.
+        dtype: of mixed precision, in which the model's forward runs from now on; None for none.
     """
     optimizer.optimizer = optimizer  # as Fabric wraps it
     if dtype is not None:
