@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.ops import stochastic_depth
 
 from ..modeling import ImageList, MIMDetBackbone
 from ..modeling.noise import NoiseSource
 from ..modeling.vit import TransformerBlock
-from ..pos_embed import PosEmbedCache
+from ..pos_embed import PosEmbedCache, interpolate_pos_embed
 
 
 class _Block(nn.Module):
@@ -33,8 +35,9 @@ class _Block(nn.Module):
         self.fused_attention = fused_attention
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self._drop_path(self._attention(self.norm1(x)))
-        return x + self._drop_path(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))))
+        drop_path = partial(stochastic_depth, p=self.drop_prob, mode="row", training=self.training)
+        x = x + drop_path(self._attention(self.norm1(x)))
+        return x + drop_path(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))))
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, dim = x.shape
@@ -46,19 +49,6 @@ class _Block(nn.Module):
             scores = (q @ k.transpose(-2, -1)) * (dim // self.heads) ** -0.5
             x = scores.softmax(dim=-1) @ v
         return self.attn.proj(x.transpose(1, 2).reshape(batch, length, dim))
-
-    def _drop_path(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.drop_prob or not self.training:
-            return x
-        keep = 1 - self.drop_prob
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
-
-
-class _ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each cell of a map (B, C, H, W)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class _Baseline(nn.Module):
@@ -78,14 +68,13 @@ class _Baseline(nn.Module):
         self.encoder.norm = ours.encoder.norm
         for name in ("decoder_embed", "conv_feat_proj", "decoder_pos_embed", "decoder_norm"):
             setattr(self.decoder, name, getattr(ours.decoder, name))
-        self.decoder.decoder_blocks = nn.ModuleList(
-            _Block(block, fused_attention) for block in ours.decoder.decoder_blocks
-        )
+        blocks = (_Block(block, fused_attention) for block in ours.decoder.decoder_blocks)
+        self.decoder.decoder_blocks = nn.ModuleList(blocks)
 
     def _stage(self, ours: nn.Sequential) -> nn.Sequential:
         convolution, norm, _, *last = ours
         channels, is_group = len(norm.weight), isinstance(norm, nn.GroupNorm)
-        plain = nn.GroupNorm(1, channels, eps=norm.eps) if is_group else _ChannelNorm(channels, eps=norm.eps)
+        plain = nn.GroupNorm(1, channels, eps=norm.eps) if is_group else LayerNorm2d(channels, eps=norm.eps)
         plain.weight, plain.bias = norm.weight, norm.bias
         return nn.Sequential(self.convolution(convolution), plain, nn.GELU(), *map(self.convolution, last))
 
@@ -94,11 +83,7 @@ class _Baseline(nn.Module):
         """A convolution of the stem in this baseline's memory layout."""
         return ours
 
-    def forward(
-        self,
-        images: ImageList | torch.Tensor,
-        sample_ratio: float | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, images: ImageList | torch.Tensor, sample_ratio: float | None = None) -> dict[str, torch.Tensor]:
         """As ``MIMDetBackbone.forward``."""
         if isinstance(images, torch.Tensor):
             images = ImageList(images, [images.shape[-2:]] * images.shape[0])
@@ -136,10 +121,10 @@ class OriginalBackbone(_Baseline):
         for stage in self.encoder.patch_embed.proj:
             x = self._run(stage, x)
             stem.append(x)
-        grid = x.shape[-2:]
+        grid = tuple(x.shape[-2:])
         padding = self._padding(images, grid)
         x = x.flatten(2).transpose(1, 2)
-        x = x + _position(self.encoder.pos_embed, grid)
+        x = x + interpolate_pos_embed(self.encoder.pos_embed, grid)
         x, restore = self._sample(x, sample_ratio, padding)
         for block in self.encoder.blocks:
             x = self._run(block, x)
@@ -150,7 +135,7 @@ class OriginalBackbone(_Baseline):
         fill = torch.gather(fill, 1, order.unsqueeze(-1).repeat(1, 1, dim))
         x = torch.cat([x, fill[:, kept:]], dim=1)
         x = torch.gather(x, 1, restore.unsqueeze(-1).repeat(1, 1, dim))
-        x = x + _position(self.decoder.decoder_pos_embed, grid)
+        x = x + interpolate_pos_embed(self.decoder.decoder_pos_embed, grid)
         for block in self.decoder.decoder_blocks:
             x = self._run(block, x)
         x = self._run(self.decoder.decoder_norm, x)
@@ -159,7 +144,7 @@ class OriginalBackbone(_Baseline):
     def _run(self, module: Callable, x: torch.Tensor) -> torch.Tensor:
         return checkpoint(module, x, use_reentrant=False) if self.checkpointing and x.requires_grad else module(x)
 
-    def _padding(self, images: ImageList, grid: torch.Size) -> torch.Tensor:
+    def _padding(self, images: ImageList, grid: tuple[int, int]) -> torch.Tensor:
         """(B, L) bool, True for padding, written image by image."""
         padding = torch.ones(len(images), *grid, dtype=torch.bool, device=images.tensor.device)
         for row, (height, width) in zip(padding, images.image_sizes, strict=True):
@@ -215,23 +200,13 @@ class CompiledBackbone(_Baseline):
             x = block(x)
         x = self.decoder.decoder_embed(self.encoder.norm(x))
         x = torch.cat([x, self.decoder.conv_feat_proj(tokens[rows, ids_mask])], dim=1)
-        restore = torch.empty_like(order).scatter_(
-            1, order, torch.arange(order.shape[1], device=x.device).expand_as(order)
-        )
+        places = torch.arange(order.shape[1], device=x.device).expand_as(order)
+        restore = torch.empty_like(order).scatter_(1, order, places)
         x = x[rows, restore] + decoder_position
         for block in self.decoder.decoder_blocks:
             x = block(x)
         x = self.decoder.decoder_norm(x)
         return stem[1], stem[2], x.reshape(batch, *grid, -1).permute(0, 3, 1, 2)
-
-
-def _position(table: torch.Tensor, grid: torch.Size) -> torch.Tensor:
-    """(1, L, C): the table without its cls row, interpolated in float32."""
-    side = round((table.shape[1] - 1) ** 0.5)
-    square = table[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    return (
-        F.interpolate(square, size=tuple(grid), mode="bicubic", align_corners=False).permute(0, 2, 3, 1).flatten(1, 2)
-    )
 
 
 _BOTTOM_UP = "backbone.bottom_up"

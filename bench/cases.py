@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
+from typing import Any
 
-import numpy as np
-import pycocotools.mask as coco_mask
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -29,6 +29,7 @@ from ..kernels import (
     sample_tokens,
     scatter_fill,
 )
+from ..testing import plain
 from .session import DTYPES
 
 Tensors = dict[str, torch.Tensor]
@@ -45,36 +46,41 @@ class Case:
     """One operation on one shape.
 
     Attributes:
-        op: name; ``kernels_op`` is the registered operation that implements it.
+        op: name.
         name: where the model uses it.
         shape: of the main input.
         dtype: one of ``session.DTYPES``: of the main input. The residual stream and the position embedding are
             float32, as they are under autocast.
-        make: device -> inputs, random.
+        inputs: random tensors by name, on the CPU.
         run: (inputs, impl) -> outputs.
-        differentiable: inputs that get a gradient; empty for an operation without.
         moved: direction -> fewest bytes read and written.
+        differentiable: inputs that get a gradient; empty for an operation without.
         flops: direction -> multiplications and additions of its matrix products.
         baselines: other code for it, by name.
         terms: see ``equality.mismatch``.
         comparable: outputs -> those that all implementations must agree on.
         reference: correct outputs, if not those of "eager".
+        kernels_op: the registered operation that implements it.
     """
 
     op: str
-    kernels_op: str
     name: str
     shape: tuple[int, ...]
     dtype: str
-    make: Callable[[str], Tensors]
+    inputs: Callable[[], Tensors]
     run: Callable[[Tensors, str], Outputs]
-    differentiable: tuple[str, ...]
     moved: dict[str, int]
+    differentiable: tuple[str, ...] = ()
     flops: dict[str, int] = field(default_factory=dict)
     baselines: dict[str, Callable[[Tensors], Outputs]] = field(default_factory=dict)
     terms: dict[str, int] = field(default_factory=dict)
     comparable: Callable[[Outputs], Outputs] = tuple
     reference: Callable[[Tensors], Outputs] | None = None
+    kernels_op: str = ""
+
+    def make(self, device: str) -> Tensors:
+        """Its inputs on a device."""
+        return {name: tensor.to(device) for name, tensor in self.inputs().items()}
 
 
 def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) -> list[Case]:
@@ -83,6 +89,8 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
     Raises:
         ValueError: an unknown operation.
     """
+    if op not in OPS:
+        raise ValueError(f"no operation {op!r}; choose from {', '.join(OPS)}")
     grid, tokens = (height // 16, width // 16), (height // 16) * (width // 16)
     kept = int(tokens * _RATIO)
     stem = [(f"stage {i + 1}", (96 * 2**i, grid[0] * 2 ** (3 - i), grid[1] * 2 ** (3 - i))) for i in range(4)]
@@ -102,7 +110,6 @@ def cases(op: str, dtype: str, height: int, width: int, batches: Sequence[int]) 
         "sample_tokens": [("encoder", (tokens,))],
         "scatter_fill": [("decoder", (tokens, 512))],
     }
-    _known(op)
     return [OPS[op](name, (batch, *shape), dtype) for batch in batches for name, shape in places[op]]
 
 
@@ -114,37 +121,34 @@ def case(op: str, dtype: str, shape: Sequence[int]) -> Case:
     Raises:
         ValueError: an unknown operation, or a shape of another rank.
     """
-    _known(op)
-    rank = {
-        "attention_varlen": 4,
-        "batch_norm": 4,
-        "group_norm_gelu": 4,
-        "layer_norm_gelu": 4,
-        "roi_align_levels": 4,
-        "sample_tokens": 2,
-    }.get(op, 3)
+    rank = len(cases(op, dtype, 64, 64, (1,))[0].shape)
     if len(shape) != rank or min(shape) < 1:
         raise ValueError(f"{op}: the shape must have {rank} positive sizes, got {'x'.join(map(str, shape))}")
     return OPS[op]("given", tuple(shape), dtype)
 
 
-def _known(op: str) -> None:
-    if op not in OPS:
-        raise ValueError(f"no operation {op!r}; choose from {', '.join(OPS)}")
+OPS: dict[str, Callable[[str, tuple[int, ...], str], Case]] = {}
 
 
-def _normal(shape: Sequence[int], device: str, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype).to(device)
+def _operation(build: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Register ``build(name, shape, dtype)``, which gives the rest of ``Case``, under its name."""
+    op = build.__name__.strip("_")
+
+    def complete(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+        common = {"op": op, "kernels_op": op, "name": name, "shape": shape, "dtype": dtype}
+        return Case(**common | build(name, shape, DTYPES[dtype]))
+
+    OPS[op] = complete
+    return build
 
 
-def _sample(batch: int, length: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(0)).to(device)
+def _normal(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _sample(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(0))
     return sample_tokens(noise, torch.ones_like(noise, dtype=torch.bool), _RATIO, impl="eager")
-
-
-def _flat(index: torch.Tensor, length: int) -> torch.Tensor:
-    return (index + length * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
 def _repeated(index: torch.Tensor, channels: int) -> torch.Tensor:
@@ -152,43 +156,35 @@ def _repeated(index: torch.Tensor, channels: int) -> torch.Tensor:
     return index.unsqueeze(-1).repeat(1, 1, channels)
 
 
-def _add_layer_norm(name: str, shape: tuple[int, ...], dtype: str) -> Case:
-    size, count, rows = DTYPES[dtype].itemsize, prod(shape), prod(shape[:-1])
-    channels = shape[-1:]
-
-    def make(device: str) -> Tensors:
-        scale = (torch.arange(shape[0], device=device) % 8 != 7).float() / 0.9
-        return {
-            "residual": _normal(shape, device, 0),
-            "x": _normal(shape, device, 1, DTYPES[dtype]),
-            "scale": scale,
-            "weight": 1 + 0.1 * _normal(channels, device, 2),
-            "bias": _normal(channels, device, 3),
-        }
-
-    def run(t: Tensors, impl: str) -> Outputs:
-        return add_layer_norm(*t.values(), _EPS, dtype=t["x"].dtype, impl=impl)
-
-    # Forward: residual, x in; their sum, y out. Backward: the sum, both gradients in; both gradients out.
-    moved = {"forward": count * (4 + size + 4 + size), "backward": count * (4 + 4 + size + 4 + size)}
-    terms = dict.fromkeys(("gradient of weight", "gradient of bias"), rows)
-    names = ("residual", "x", "weight", "bias")
-    return Case("add_layer_norm", "add_layer_norm", name, shape, dtype, make, run, names, moved, terms=terms)
+def _sums(count: int, *names: str) -> dict[str, int]:
+    """``Case.terms`` of the gradients of these inputs."""
+    return dict.fromkeys((f"gradient of {name}" for name in names), count)
 
 
-def _attention_varlen(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+@_operation
+def _add_layer_norm(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    size, count, channels = dtype.itemsize, prod(shape), shape[-1:]
+    return {
+        "inputs": lambda: {
+            "residual": _normal(shape, 0),
+            "x": _normal(shape, 1, dtype),
+            "scale": (torch.arange(shape[0]) % 8 != 7).float() / 0.9,
+            "weight": 1 + 0.1 * _normal(channels, 2),
+            "bias": _normal(channels, 3),
+        },
+        "run": lambda t, impl: add_layer_norm(*t.values(), _EPS, dtype=t["x"].dtype, impl=impl),
+        "differentiable": ("residual", "x", "weight", "bias"),
+        # Forward: residual, x in; their sum, y out. Backward: the sum, both gradients in; both gradients out.
+        "moved": {"forward": count * (4 + size + 4 + size), "backward": count * (4 + 4 + size + 4 + size)},
+        "terms": _sums(prod(shape[:-1]), "weight", "bias"),
+    }
+
+
+@_operation
+def _attention_varlen(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     """Sequences of one length, packed as the linear layer's output."""
     batch, length, heads, head_dim = shape
-    size, count = DTYPES[dtype].itemsize, prod(shape)
-
-    def make(device: str) -> Tensors:
-        return {
-            "qkv": _normal((batch * length, 3, heads, head_dim), device, 0, DTYPES[dtype]),
-            "cu_seqlens": length * torch.arange(batch + 1, device=device, dtype=torch.int32),
-        }
-
-    def run(t: Tensors, impl: str) -> Outputs:
-        return (attention_varlen_packed(t["qkv"], t["cu_seqlens"], length, impl=impl),)
+    size, count = dtype.itemsize, prod(shape)
 
     def original(t: Tensors) -> Outputs:
         q, k, v = t["qkv"].unflatten(0, (batch, length)).permute(2, 0, 3, 1, 4)
@@ -205,102 +201,93 @@ def _attention_varlen(name: str, shape: tuple[int, ...], dtype: str) -> Case:
 
         return (torch.cat([checkpoint(alone, rows, use_reentrant=False) for rows in t["qkv"].split(length)]),)
 
-    # Forward: q, k, v in; out. Backward: those and its gradient in; three gradients out.
-    moved = {"forward": 4 * count * size, "backward": 8 * count * size}
-    # Two products of N x N x head_dim a head; backward five, the scores again among them.
-    flops = {"forward": 4 * count * length, "backward": 10 * count * length}
-    return Case(
-        "attention_varlen", "attention_varlen", name, shape, dtype, make, run, ("qkv",), moved, flops=flops,
-        baselines={"original": original}, reference=one_by_one,
-    )  # fmt: skip
-
-
-def _bias_gelu(name: str, shape: tuple[int, ...], dtype: str) -> Case:
-    size, count = DTYPES[dtype].itemsize, prod(shape)
-
-    def make(device: str) -> Tensors:
-        return {"x": _normal(shape, device, 0, DTYPES[dtype]), "bias": _normal(shape[-1:], device, 1)}
-
-    def run(t: Tensors, impl: str) -> Outputs:
-        return (bias_gelu(t["x"], t["bias"], impl=impl),)
-
-    moved = {"forward": 2 * count * size, "backward": 3 * count * size}
-    terms = {"gradient of bias": prod(shape[:-1])}
-    return Case("bias_gelu", "bias_gelu", name, shape, dtype, make, run, ("x", "bias"), moved, terms=terms)
-
-
-def _maps(shape: tuple[int, ...], device: str, dtype: torch.dtype, parameters: torch.dtype) -> Tensors:
-    """x (B, C, H, W) in channels_last memory, weight and bias (C,)."""
     return {
-        "x": _normal(shape, device, 0, dtype).contiguous(memory_format=torch.channels_last),
-        "weight": (1 + 0.1 * _normal(shape[1:2], device, 1)).to(parameters),
-        "bias": _normal(shape[1:2], device, 2, parameters),
+        "inputs": lambda: {
+            "qkv": _normal((batch * length, 3, heads, head_dim), 0, dtype),
+            "cu_seqlens": length * torch.arange(batch + 1, dtype=torch.int32),
+        },
+        "run": lambda t, impl: (attention_varlen_packed(t["qkv"], t["cu_seqlens"], length, impl=impl),),
+        "differentiable": ("qkv",),
+        # Forward: q, k, v in; out. Backward: those and its gradient in; three gradients out.
+        "moved": {"forward": 4 * count * size, "backward": 8 * count * size},
+        # Two products of N x N x head_dim a head; backward five, the scores again among them.
+        "flops": {"forward": 4 * count * length, "backward": 10 * count * length},
+        "baselines": {"original": original},
+        "reference": one_by_one,
     }
 
 
-def _image_norm(op: str, function: Callable) -> Callable[[str, tuple[int, ...], str], Case]:
-    def build(name: str, shape: tuple[int, ...], dtype: str) -> Case:
-        size, count = DTYPES[dtype].itemsize, prod(shape)
-
-        def make(device: str) -> Tensors:
-            return _maps(shape, device, DTYPES[dtype], DTYPES[dtype])
-
-        def run(t: Tensors, impl: str) -> Outputs:
-            return (function(t["x"], t["weight"], t["bias"], eps=_EPS, impl=impl),)
-
-        moved = {"forward": 2 * count * size, "backward": 3 * count * size}
-        terms = dict.fromkeys(("gradient of weight", "gradient of bias"), count // shape[1])
-        baselines = {"LayerNorm2d": _layer_norm_2d} if op == "layer_norm_gelu" else {}
-        return Case(
-            op, op, name, shape, dtype, make, run, ("x", "weight", "bias"), moved, baselines=baselines, terms=terms
-        )
-
-    return build
+@_operation
+def _bias_gelu(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    moved = prod(shape) * dtype.itemsize
+    return {
+        "inputs": lambda: {"x": _normal(shape, 0, dtype), "bias": _normal(shape[-1:], 1)},
+        "run": lambda t, impl: (bias_gelu(t["x"], t["bias"], impl=impl),),
+        "differentiable": ("x", "bias"),
+        "moved": {"forward": 2 * moved, "backward": 3 * moved},
+        "terms": _sums(prod(shape[:-1]), "bias"),
+    }
 
 
-def _batch_norm(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+def _image_norm(shape: tuple[int, ...], dtype: torch.dtype, parameters: torch.dtype, run: Callable) -> dict[str, Any]:
+    """x (B, C, H, W) in channels_last memory, weight and bias (C,)."""
+    moved = prod(shape) * dtype.itemsize
+    return {
+        "inputs": lambda: {
+            "x": _normal(shape, 0, dtype).contiguous(memory_format=torch.channels_last),
+            "weight": (1 + 0.1 * _normal(shape[1:2], 1)).to(parameters),
+            "bias": _normal(shape[1:2], 2, parameters),
+        },
+        "run": lambda t, impl: (run(t["x"], t["weight"], t["bias"], eps=_EPS, impl=impl),),
+        "differentiable": ("x", "weight", "bias"),
+        "moved": {"forward": 2 * moved, "backward": 3 * moved},
+        "terms": _sums(prod(shape) // shape[1], "weight", "bias"),
+    }
+
+
+@_operation
+def _batch_norm(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     """With ReLU, in training, in one process; parameters are float32 as they are under autocast."""
-    size, count = DTYPES[dtype].itemsize, prod(shape)
-
-    def make(device: str) -> Tensors:
-        return _maps(shape, device, DTYPES[dtype], torch.float32)
-
-    def run(t: Tensors, impl: str) -> Outputs:
-        return (batch_norm(t["x"], t["weight"], t["bias"], training=True, eps=_EPS, relu=True, impl=impl),)
 
     def pytorch(t: Tensors) -> Outputs:
         return (F.relu(F.batch_norm(t["x"], None, None, t["weight"], t["bias"], training=True, eps=_EPS)),)
 
-    moved = {"forward": 2 * count * size, "backward": 3 * count * size}
-    terms = dict.fromkeys(("gradient of weight", "gradient of bias"), count // shape[1])
-    names, baselines = ("x", "weight", "bias"), {"batch_norm, relu": pytorch}
-    return Case(
-        "batch_norm", "batch_norm", name, shape, dtype, make, run, names, moved, baselines=baselines, terms=terms
-    )
+    run = partial(batch_norm, training=True, relu=True)
+    return _image_norm(shape, dtype, torch.float32, run) | {"baselines": {"batch_norm, relu": pytorch}}
 
 
-def _layer_norm_2d(t: Tensors) -> Outputs:
-    """The channel-wise LayerNorm of ConvNeXt and of Detectron2's models, step by step, and GELU."""
-    x = t["x"]
-    x_centered = x - x.mean(1, keepdim=True)
-    x_hat = x_centered / torch.sqrt(x_centered.pow(2).mean(1, keepdim=True) + _EPS)
-    return (F.gelu(t["weight"][:, None, None] * x_hat + t["bias"][:, None, None]),)
+@_operation
+def _group_norm_gelu(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    return _image_norm(shape, dtype, dtype, group_norm_gelu)
 
 
-def _match_boxes(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+@_operation
+def _layer_norm_gelu(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    def layer_norm_2d(t: Tensors) -> Outputs:
+        """The channel-wise LayerNorm of ConvNeXt and of Detectron2's models, step by step, and GELU."""
+        x = t["x"]
+        x_centered = x - x.mean(1, keepdim=True)
+        x_hat = x_centered / torch.sqrt(x_centered.pow(2).mean(1, keepdim=True) + _EPS)
+        return (F.gelu(t["weight"][:, None, None] * x_hat + t["bias"][:, None, None]),)
+
+    return _image_norm(shape, dtype, dtype, layer_norm_gelu) | {"baselines": {"LayerNorm2d": layer_norm_2d}}
+
+
+@_operation
+def _match_boxes(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     """Anchors of all images, of five sizes, and COCO's mean number of boxes an image."""
     batch, count, slots = shape
     low, high = thresholds = 0.3, 0.7
 
-    def make(device: str) -> Tensors:
+    def inputs() -> Tensors:
         generator = torch.Generator().manual_seed(0)
         side = 32 * 2 ** (torch.arange(count) * 5 // count)[:, None]
         centers = 1000 * torch.rand(count, 2, generator=generator)
-        anchors = torch.cat([centers - side / 2, centers + side / 2], dim=1)
         boxes = torch.rand(batch, slots, 2, generator=generator).repeat(1, 1, 2) * 800
         boxes[..., 2:] += 20 + 200 * torch.rand(batch, slots, 2, generator=generator)
         counts = torch.full((batch,), slots, dtype=torch.int32)
-        return {"boxes": boxes.to(device), "counts": counts.to(device), "candidates": anchors.to(device)}
+        anchors = torch.cat([centers - side / 2, centers + side / 2], dim=1)
+        return {"boxes": boxes, "counts": counts, "candidates": anchors}
 
     def run(t: Tensors, impl: str) -> Outputs:
         t = t | {name: t[name].float() for name in ("boxes", "candidates")}
@@ -319,17 +306,16 @@ def _match_boxes(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         return torch.stack(index), torch.stack(label)
 
     moved = {"forward": batch * (slots * 16 + 4 + count * 5) + count * 16}
-    return Case(
-        "match_boxes", "match_boxes", name, shape, "fp32", make, run, (), moved, baselines={"Detectron2": detectron2}
-    )
+    return {"dtype": "fp32", "inputs": inputs, "run": run, "moved": moved, "baselines": {"Detectron2": detectron2}}
 
 
-def _nms_slots(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+@_operation
+def _nms_slots(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     """Proposals around 50 objects a problem, half of them at most to be kept; boxes are float32 in every dtype."""
     batch, each, rows = shape
     problems, stop_at, threshold = batch * each, -(-rows // 2), 0.7
 
-    def make(device: str) -> Tensors:
+    def inputs() -> Tensors:
         generator = torch.Generator().manual_seed(0)
         centers, sides = (torch.rand(50, 2, generator=generator) * size for size in (900.0, 150.0))
         which = torch.randint(50, (problems, rows), generator=generator)
@@ -337,7 +323,7 @@ def _nms_slots(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         side = (20 + sides[which]) * noise[..., 2:].exp()
         corner = centers[which] + noise[..., :2] * sides[which] - side / 2
         boxes = torch.cat([corner, corner + side], dim=-1)
-        return {"boxes": boxes.to(device), "valid": torch.ones(problems, rows, dtype=torch.bool, device=device)}
+        return {"boxes": boxes, "valid": torch.ones(problems, rows, dtype=torch.bool)}
 
     def run(t: Tensors, impl: str) -> Outputs:
         # The exact result is that of float32 boxes, which the check has as float64.
@@ -351,17 +337,16 @@ def _nms_slots(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         return (keep,)
 
     moved = {"forward": problems * rows * 18}
-    return Case(
-        "nms_slots", "nms_slots", name, shape, "fp32", make, run, (), moved, baselines={"torchvision": one_by_one}
-    )
+    return {"dtype": "fp32", "inputs": inputs, "run": run, "moved": moved, "baselines": {"torchvision": one_by_one}}
 
 
-def _rasterize_polygons(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+@_operation
+def _rasterize_polygons(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     """As many boxes an image as enter the mask loss, on instances of COCO's mean: 7 an image, of 24 points each."""
     batch, count, size = shape
     instances, corners = 7 * batch, 24
 
-    def make(device: str) -> Tensors:
+    def inputs() -> Tensors:
         generator = torch.Generator().manual_seed(0)
         centers, radii, shift = (torch.rand(n, 2, generator=generator, dtype=torch.float64) for n in (instances,) * 3)
         centers, radii = 200 + 600 * centers, 10 + 150 * radii
@@ -371,44 +356,35 @@ def _rasterize_polygons(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         boxes = torch.cat([centers - radii, centers + radii], dim=1).float()
         index = torch.arange(batch * count) % instances
         jitter = 0.2 * (shift - 0.5) * radii
-        tensors = {
+        return {
             "points": (centers[:, None] + radii[:, None] * circle * wobble).flatten(0, 1),
             "polygon_starts": torch.arange(0, instances * corners + 1, corners, dtype=torch.int32),
             "instance_starts": torch.arange(instances + 1, dtype=torch.int32),
             "index": index,
             "boxes": (boxes + jitter.repeat(1, 2))[index],
         }
-        return {key: tensor.to(device) for key, tensor in tensors.items()}
-
-    def run(t: Tensors, impl: str) -> Outputs:
-        return (rasterize_polygons(**t, size=size, impl=impl),)
 
     def pycocotools(t: Tensors) -> Outputs:
         """On the CPU, one box after the other: Detectron2's way."""
-        polygons = t["points"].cpu().numpy().reshape(instances, corners, 2)
-        masks = []
-        for i, box in zip(t["index"].tolist(), t["boxes"].double().cpu().numpy(), strict=True):
-            moved = (polygons[i] - box[:2]) * (size / np.maximum(box[2:] - box[:2], 0.1))
-            rles = coco_mask.frPyObjects([moved.reshape(-1)], size, size)
-            masks.append(coco_mask.decode(coco_mask.merge(rles)))
-        return (torch.from_numpy(np.stack(masks).astype(bool)).to(t["points"].device),)
+        on_cpu = {key: tensor.cpu() for key, tensor in t.items()}
+        return (plain.rasterize_polygons(**on_cpu, size=size).to(t["points"].device),)
 
-    moved = {"forward": instances * corners * 16 + batch * count * (8 + 16 + size * size)}
-    return Case(
-        "rasterize_polygons", "rasterize_polygons", name, shape, "fp32", make, run, (), moved,
-        baselines={"pycocotools": pycocotools},
-    )  # fmt: skip
+    return {
+        "dtype": "fp32",
+        "inputs": inputs,
+        "run": lambda t, impl: (rasterize_polygons(**t, size=size, impl=impl),),
+        "moved": {"forward": instances * corners * 16 + batch * count * (8 + 16 + size * size)},
+        "baselines": {"pycocotools": pycocotools},
+    }
 
 
-def _sample_tokens(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+@_operation
+def _sample_tokens(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     """Its noise is float32 whatever the model computes in."""
 
-    def make(device: str) -> Tensors:
-        noise = torch.rand(*shape, generator=torch.Generator().manual_seed(0)).to(device)
+    def inputs() -> Tensors:
+        noise = torch.rand(*shape, generator=torch.Generator().manual_seed(0))
         return {"noise": noise, "valid_mask": torch.ones_like(noise, dtype=torch.bool)}
-
-    def run(t: Tensors, impl: str) -> Outputs:
-        return tuple(sample_tokens(t["noise"], t["valid_mask"], _RATIO, impl=impl))
 
     def original(t: Tensors) -> Outputs:
         # The original sorts twice in the encoder, and once more in the decoder to invert ids_restore.
@@ -422,26 +398,20 @@ def _sample_tokens(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         order = torch.cat([ids_keep, ids_mask], dim=1)
         return ids_keep.sort(dim=1).values, ids_mask.sort(dim=1).values, order.gather(1, ids_restore)
 
-    moved = {"forward": prod(shape) * (4 + 1 + 2 * 8)}
-    return Case(
-        "sample_tokens", "sample_tokens", name, shape, "fp32", make, run, (), moved,
-        baselines={"original": original}, comparable=comparable,
-    )  # fmt: skip
+    return {
+        "dtype": "fp32",
+        "inputs": inputs,
+        "run": lambda t, impl: tuple(sample_tokens(t["noise"], t["valid_mask"], _RATIO, impl=impl)),
+        "moved": {"forward": prod(shape) * (4 + 1 + 2 * 8)},
+        "baselines": {"original": original},
+        "comparable": comparable,
+    }
 
 
-def _gather_add_pos(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+@_operation
+def _gather_add_pos(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     batch, length, channels = shape
-    size, kept = DTYPES[dtype].itemsize, batch * int(length * _RATIO)
-
-    def make(device: str) -> Tensors:
-        return {
-            "x": _normal(shape, device, 0, DTYPES[dtype]),
-            "pos": _normal(shape[1:], device, 1),
-            "index": _sample(batch, length, device)[0],
-        }
-
-    def run(t: Tensors, impl: str) -> Outputs:
-        return (gather_add_pos(t["x"], t["pos"], t["index"], impl=impl),)
+    size, kept = dtype.itemsize, batch * int(length * _RATIO)
 
     def original(t: Tensors) -> Outputs:
         return (torch.gather(t["x"] + t["pos"], 1, _repeated(t["index"], channels)),)
@@ -451,56 +421,61 @@ def _gather_add_pos(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         return (t["x"][rows, t["index"]] + t["pos"][t["index"]],)
 
     def in_place(t: Tensors) -> Outputs:
-        rows = t["x"].view(-1, channels).index_select(0, _flat(t["index"], length))
+        starts = length * torch.arange(batch, device=t["x"].device)[:, None]
+        rows = t["x"].view(-1, channels).index_select(0, (t["index"] + starts).flatten())
         return (t["pos"].index_select(0, t["index"].flatten()).add_(rows).view(batch, -1, channels),)
 
     rows_read = min(kept, length)  # of pos, shared by the batch
-    moved = {
-        "forward": kept * (channels * (size + 4) + 8) + rows_read * channels * 4,
-        "backward": kept * (channels * 4 + 8) + batch * length * channels * size,
+    return {
+        "inputs": lambda: {
+            "x": _normal(shape, 0, dtype),
+            "pos": _normal(shape[1:], 1),
+            "index": _sample(batch, length)[0],
+        },
+        "run": lambda t, impl: (gather_add_pos(t["x"], t["pos"], t["index"], impl=impl),),
+        "differentiable": ("x",),
+        "moved": {
+            "forward": kept * (channels * (size + 4) + 8) + rows_read * channels * 4,
+            "backward": kept * (channels * 4 + 8) + batch * length * channels * size,
+        },
+        "baselines": {"original": original, "x[i] + p[i]": fancy, "index_select add_": in_place},
     }
-    baselines = {"original": original, "x[i] + p[i]": fancy, "index_select add_": in_place}
-    return Case("gather_add_pos", "gather_add_pos", name, shape, dtype, make, run, ("x",), moved, baselines=baselines)
 
 
-def _scatter_fill(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+@_operation
+def _scatter_fill(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     batch, length, channels = shape
-    size, kept = DTYPES[dtype].itemsize, int(length * _RATIO)
-
-    def make(device: str) -> Tensors:
-        return {
-            "kept": _normal((batch, kept, channels), device, 0, DTYPES[dtype]),
-            "fill": _normal((batch, length - kept, channels), device, 1, DTYPES[dtype]),
-            "ids_restore": _sample(batch, length, device)[2],
-            "pos": _normal(shape[1:], device, 2),
-        }
-
-    def run(t: Tensors, impl: str) -> Outputs:
-        return (scatter_fill(t["kept"], t["fill"], t["ids_restore"], t["pos"], impl=impl),)
+    total, size, kept = batch * length, dtype.itemsize, int(length * _RATIO)
 
     def original(t: Tensors) -> Outputs:
         rows = torch.cat([t["kept"], t["fill"]], dim=1)
         return (torch.gather(rows, 1, _repeated(t["ids_restore"], channels)) + t["pos"],)
 
-    total = batch * length
-    moved = {
-        "forward": total * (channels * (size + 4) + 8) + length * channels * 4,
-        "backward": total * (channels * (4 + size) + 8),
+    return {
+        "inputs": lambda: {
+            "kept": _normal((batch, kept, channels), 0, dtype),
+            "fill": _normal((batch, length - kept, channels), 1, dtype),
+            "ids_restore": _sample(batch, length)[2],
+            "pos": _normal(shape[1:], 2),
+        },
+        "run": lambda t, impl: (scatter_fill(*t.values(), impl=impl),),
+        "differentiable": ("kept", "fill"),
+        "moved": {
+            "forward": total * (channels * (size + 4) + 8) + length * channels * 4,
+            "backward": total * (channels * (4 + size) + 8),
+        },
+        "baselines": {"original": original},
     }
-    names, baselines = ("kept", "fill"), {"original": original}
-    return Case("scatter_fill", "scatter_fill", name, shape, dtype, make, run, names, moved, baselines=baselines)
 
 
-def _roi_align_levels(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+@_operation
+def _roi_align_levels(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     batch, channels, height, width = shape
     boxes, side = _BOXES.get(name, (32, 7))
-    canonical = 4 * width / 6  # 224 of 1344 pixels
-    grids = [(-(-height // 2**i), -(-width // 2**i)) for i in range(4)]
-    maps, scales = [f"p{i}" for i in range(2, 6)], [2.0**-i for i in range(2, 6)]
+    grids = {f"p{2 + i}": (-(-height // 2**i), -(-width // 2**i)) for i in range(4)}
 
-    def make(device: str) -> Tensors:
-        levels = {p: _normal((batch, channels, *grid), device, i, DTYPES[dtype]) for i, (p, grid) in
-                enumerate(zip(maps, grids, strict=True))}  # fmt: skip
+    def inputs() -> Tensors:
+        levels = {p: _normal((batch, channels, *grid), i, dtype) for i, (p, grid) in enumerate(grids.items())}
         levels = {p: m.contiguous(memory_format=torch.channels_last) for p, m in levels.items()}
         # Sides from a thirtieth of the image's to all of it, about places anywhere: boxes for every level.
         generator = torch.Generator().manual_seed(9)
@@ -508,41 +483,42 @@ def _roi_align_levels(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         half = ends / 2 * 10 ** (-1.5 * torch.rand(batch, boxes, 1, generator=generator))
         places = ends * torch.rand(batch, boxes, 2, generator=generator)
         corners = [torch.minimum((places + sign * half).clamp(min=0), ends) for sign in (-1, 1)]
-        return levels | {"boxes": torch.cat(corners, -1).to(device)}
+        return levels | {"boxes": torch.cat(corners, -1)}
 
     def run(t: Tensors, impl: str) -> Outputs:
         valid = torch.ones(batch, boxes, dtype=torch.bool, device=t["boxes"].device)
-        return (
-            roi_align_levels(
-                [t[p] for p in maps], t["boxes"], valid, side, scales, canonical_size=canonical, impl=impl
-            ),
-        )
+        scales = [2.0**-i for i in range(2, 6)]
+        canonical = 4 * width / 6  # 224 of 1344 pixels
+        maps = [t[p] for p in grids]
+        return (roi_align_levels(maps, t["boxes"], valid, side, scales, canonical_size=canonical, impl=impl),)
 
-    cells = sum(h * w for h, w in grids) * batch
-    pooled = batch * boxes * side**2
-    numbers = (cells + pooled) * channels * DTYPES[dtype].itemsize + batch * boxes * 16
-    return Case(
-        "roi_align_levels", "roi_align_levels", name, shape, dtype, make, run, tuple(maps),
-        {"forward": numbers, "backward": numbers}, terms={f"gradient of {p}": boxes for p in maps},
-    )  # fmt: skip
+    numbers = (batch * sum(map(prod, grids.values())) + batch * boxes * side**2) * channels
+    moved = numbers * dtype.itemsize + batch * boxes * 16
+    return {
+        "inputs": inputs,
+        "run": run,
+        "differentiable": tuple(grids),
+        "moved": {"forward": moved, "backward": moved},
+        "terms": _sums(boxes, *grids),
+    }
 
 
-def _decoder_assembly(name: str, shape: tuple[int, ...], dtype: str) -> Case:
+@_operation
+def _decoder_assembly(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     """``scatter_fill`` with the projection of the ConvStem's rows, whose input is 1.5 times as wide."""
     batch, length, channels = shape
-    size, kept, wide = DTYPES[dtype].itemsize, int(length * _RATIO), channels * 3 // 2
+    size, kept, wide = dtype.itemsize, int(length * _RATIO), channels * 3 // 2
 
-    def make(device: str) -> Tensors:
-        _, ids_mask, ids_restore = _sample(batch, length, device)
-        kind = DTYPES[dtype]
+    def inputs() -> Tensors:
+        _, ids_mask, ids_restore = _sample(batch, length)
         return {
-            "kept": _normal((batch, kept, channels), device, 0, kind),
-            "stem": _normal((batch, length, wide), device, 1, kind),
-            "weight": (_normal((channels, wide), device, 2) / wide**0.5).to(kind),
-            "bias": _normal((channels,), device, 3, kind),
+            "kept": _normal((batch, kept, channels), 0, dtype),
+            "stem": _normal((batch, length, wide), 1, dtype),
+            "weight": (_normal((channels, wide), 2) / wide**0.5).to(dtype),
+            "bias": _normal((channels,), 3, dtype),
             "ids_mask": ids_mask,
             "ids_restore": ids_restore,
-            "pos": _normal(shape[1:], device, 4),
+            "pos": _normal(shape[1:], 4),
         }
 
     def run(t: Tensors, impl: str) -> Outputs:
@@ -556,38 +532,21 @@ def _decoder_assembly(name: str, shape: tuple[int, ...], dtype: str) -> Case:
         rows = torch.cat([t["kept"], fill[:, kept:]], dim=1)
         return (torch.gather(rows, 1, _repeated(t["ids_restore"], channels)) + t["pos"],)
 
-    dropped = batch * (length - kept)
-    flops = 2 * dropped * channels * wide
-    rows = batch * length
-    moved = {
-        "forward": (batch * kept * channels + dropped * wide + channels * wide) * size
-        + rows * (channels * 4 + 8)
-        + length * channels * 4,
-        "backward": rows * (channels * 4 + 8)
-        + (batch * kept * channels + dropped * wide + rows * wide + 2 * channels * wide) * size,
+    rows, dropped = batch * length, batch * (length - kept)
+    flops, weights = 2 * dropped * channels * wide, channels * wide
+    written = rows * (channels * 4 + 8)
+    forward = (batch * kept * channels + dropped * wide + weights) * size
+    backward = (batch * kept * channels + dropped * wide + rows * wide + 2 * weights) * size
+    return {
+        "kernels_op": "scatter_fill",
+        "inputs": inputs,
+        "run": run,
+        "differentiable": ("kept", "stem", "weight", "bias"),
+        "moved": {"forward": forward + written + length * channels * 4, "backward": backward + written},
+        "flops": {"forward": flops, "backward": 2 * flops},
+        "baselines": {"original": original},
+        "terms": {"output 0": wide} | _sums(channels, "stem") | _sums(dropped, "weight", "bias"),
     }
-    names = ("kept", "stem", "weight", "bias")
-    return Case(
-        "decoder_assembly", "scatter_fill", name, shape, dtype, make, run, names, moved,
-        flops={"forward": flops, "backward": 2 * flops}, baselines={"original": original},
-        terms={"output 0": wide, "gradient of stem": channels}
-        | dict.fromkeys(("gradient of weight", "gradient of bias"), dropped),
-    )  # fmt: skip
 
 
-OPS: dict[str, Callable[[str, tuple[int, ...], str], Case]] = {
-    "add_layer_norm": _add_layer_norm,
-    "attention_varlen": _attention_varlen,
-    "batch_norm": _batch_norm,
-    "bias_gelu": _bias_gelu,
-    "decoder_assembly": _decoder_assembly,
-    "gather_add_pos": _gather_add_pos,
-    "group_norm_gelu": _image_norm("group_norm_gelu", group_norm_gelu),
-    "layer_norm_gelu": _image_norm("layer_norm_gelu", layer_norm_gelu),
-    "match_boxes": _match_boxes,
-    "nms_slots": _nms_slots,
-    "rasterize_polygons": _rasterize_polygons,
-    "roi_align_levels": _roi_align_levels,
-    "sample_tokens": _sample_tokens,
-    "scatter_fill": _scatter_fill,
-}
+OPS = dict(sorted(OPS.items()))

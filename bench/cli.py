@@ -18,6 +18,7 @@ from .gpu import MINUTES
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 RATIOS = (0.125, 0.25, 0.5, 0.75, 1.0)
 DEPTHS = (1, 2, 4, 8)
+DIRECTIONS = ("forward", "backward")
 
 
 class Device(str, Enum):
@@ -28,44 +29,38 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
-DeviceOption = Annotated[Device, typer.Option(help="auto takes the GPU where there is one.")]
-Rounds = Annotated[int, typer.Option(min=0, help="Interleaved rounds; 15 or more to publish, 0 measures memory only.")]
-Output = Annotated[
-    Path | None, typer.Option(help="File of results, .json or .csv; default: output/bench/.", show_default=False)
-]
 Size = Annotated[
     str | None,
     typer.Option(
         metavar="HxW", help="Of the images; default: 800x1344 on a GPU, 480x640 on a CPU.", show_default=False
     ),
 ]
-Implementations = Annotated[list[str] | None, typer.Option("--impl", help="To measure; may be repeated. Default: all.")]
-FormerImplementations = Annotated[list[str] | None, typer.Option("--peers", hidden=True)]
-Part = Annotated[str, typer.Option(help="backbone, or detector: the whole step with its update.")]
-Batch = Annotated[int, typer.Option(min=1, help="Images.")]
-Dtype = Annotated[str | None, typer.Option(help="fp32, or bf16 or fp16 autocast; default: bf16 on a GPU, else fp32.")]
-Config = Annotated[str, typer.Option(help="The detector's config.")]
 Ratio = Annotated[float, typer.Option(help="Keep ratio.")]
 Modes = Annotated[list[str] | None, typer.Option(help="train or inference; may be repeated.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides.", show_default=False)
-]
 
 
 def setting(
-    opts: Overrides = None,
-    part: Part = "backbone",
-    impl: Implementations = None,
-    former_impl: FormerImplementations = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides.", show_default=False)
+    ] = None,
+    part: Annotated[str, typer.Option(help="backbone, or detector: the whole step with its update.")] = "backbone",
+    impl: Annotated[list[str] | None, typer.Option(help="To measure; may be repeated. Default: all.")] = None,
+    former_impl: Annotated[list[str] | None, typer.Option("--peers", hidden=True)] = None,
     size: Size = None,
-    batch: Batch = 1,
-    dtype: Dtype = None,
-    config: Config = "mimdet_b_mask_rcnn",
-    rounds: Rounds = 15,
-    device: DeviceOption = Device.auto,
-    output: Output = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, or bf16 or fp16 autocast; default: bf16 on a GPU, else fp32.")
+    ] = None,
+    config: Annotated[str, typer.Option(help="The detector's config.")] = "mimdet_b_mask_rcnn",
+    rounds: Annotated[
+        int, typer.Option(min=0, help="Interleaved rounds; 15 or more to publish, 0 measures memory only.")
+    ] = 15,
+    device: Annotated[Device, typer.Option(help="auto takes the GPU where there is one.")] = Device.auto,
+    output: Annotated[
+        Path | None, typer.Option(help="File of results, .json or .csv; default: output/bench/.", show_default=False)
+    ] = None,
 ) -> dict[str, Any]:
-    """The options that all experiments on models share, as ``workload.Setting`` takes them."""
+    """The options that all experiments share, as ``workload.Setting`` takes them."""
     from .row import ALIASES
 
     if rounds in (1, 2):
@@ -78,7 +73,7 @@ def setting(
         "batch": batch,
         "dtype": _dtype(dtype, where),
         "config": config,
-        "overrides": tuple(opts or ()),
+        "overrides": tuple(overrides or ()),
         "rounds": rounds,
         "device": where,
         "output": output,
@@ -125,43 +120,28 @@ def prepare() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
-@app.command("ops")
+@experiment("ops", without=("overrides", "part", "former_impl", "batch", "dtype", "config", "rounds"))
 def ops(
+    setting: dict,
     op: Annotated[list[str] | None, typer.Option(help="Operation; may be repeated. Default: all.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16 or fp16; may be repeated.")] = None,
     shape: Annotated[
         list[str] | None, typer.Option(metavar="BxNxC", help="Instead of the model's shapes; may be repeated.")
     ] = None,
-    impl: Implementations = None,
-    direction: Annotated[list[str] | None, typer.Option(help="forward or backward. Default: both.")] = None,
-    size: Size = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Of the model's shapes; may be repeated.")] = None,
+    direction: Annotated[list[str], typer.Option(help="forward or backward; may be repeated.")] = DIRECTIONS,
+    batch: Annotated[list[int], typer.Option(min=1, help="Of the model's shapes; may be repeated.")] = (1,),
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds; 15 or more to publish.")] = 15,
-    device: DeviceOption = Device.auto,
-    output: Output = None,
-) -> None:
+):
     """Each operation, forward and backward: every implementation, torch.compile, and the original's code.
 
     An implementation is timed only if its outputs and gradients are correct. A speed-up whose 95% interval includes 1
     is shown as "no difference"; A/A in a title is the first implementation against itself.
     """
-    from .experiments.ops import DIRECTIONS, Options, run
+    from .experiments import ops
 
-    where = _device(device)
-    options = Options(
-        device=where,
-        output=_output(output, "ops"),
-        ops=tuple(op or ()),
-        dtypes=tuple(dtype or ()),
-        directions=tuple(direction or DIRECTIONS),
-        shapes=tuple(map(_sizes, shape or ())),
-        implementations=tuple(impl or ()),
-        size=_size(size, where),
-        batches=tuple(batch or (1,)),
-        rounds=rounds,
-    )
-    run(options)
-    typer.echo(f"results in {options.output}")
+    shapes = tuple(map(_sizes, shape or ()))
+    chosen = {"ops": op or (), "dtypes": dtype or (), "directions": direction, "shapes": shapes}
+    return ops, ops.Options(batches=batch, rounds=rounds, **chosen, **setting)
 
 
 @experiment("table1")
@@ -290,19 +270,15 @@ def launches(
     return launches, launches.Options(size=shape, dtype=dtype, original=original, device="cpu", **setting)
 
 
-@app.command("static")
+@experiment("static", without=("part", "impl", "former_impl", "size", "batch", "dtype", "rounds", "device"))
 def static(
-    opts: Overrides = None,
+    setting: dict,
     arch: Annotated[str, typer.Option(help="sm_80, sm_89, sm_90, sm_100, or AMD's gfx942.")] = "sm_90",
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images; may be repeated. Default: 1.")] = None,
-    impl: Annotated[
-        list[str] | None, typer.Option("--impl", help="triton or cuda; may be repeated. Default: both.")
-    ] = None,
+    batch: Annotated[list[int], typer.Option(min=1, help="Images; may be repeated.")] = (1,),
+    impl: Annotated[list[str], typer.Option("--impl", help="triton or cuda; may be repeated.")] = ("triton", "cuda"),
     size: Size = None,
     dtype: Annotated[str, typer.Option(help="fp32, or bf16 autocast.")] = "bf16",
-    config: Config = "mimdet_b_mask_rcnn",
-    output: Output = None,
-) -> None:
+):
     """Machine code of every kernel of a training step: resources, instructions, predicted time; without a GPU.
 
     The launches are those of the config's step on fake CUDA tensors. Triton's compiler and nvcc compile for `--arch`,
@@ -310,19 +286,8 @@ def static(
     """
     from .experiments import static
 
-    options = static.Options(
-        device="cpu",
-        output=_output(output, "static"),
-        config=config,
-        overrides=tuple(opts or ()),
-        size=_size(size, "cuda"),
-        dtype=dtype,
-        arch=arch,
-        batches=tuple(batch or (1,)),
-        **({"implementations": tuple(impl)} if impl else {}),
-    )
-    static.run(options)
-    typer.echo(f"results in {options.output}")
+    chosen = {"arch": arch, "batches": batch, "implementations": impl, "dtype": dtype, "size": _size(size, "cuda")}
+    return static, static.Options(device="cpu", **chosen, **setting)
 
 
 @app.command("gpu")

@@ -10,6 +10,8 @@ from .row import Results, key
 
 # Baselines of the speed-ups that ``agreement`` compares.
 _BASELINES = ("eager", "inductor", "original", "original-sdpa", "sdpa-compile", "canvas")
+# Unit -> column of rows that has it.
+_COMPARED = {"ms": "p50_ms", "count": "count", "predicted us": "predicted_us"}
 
 
 def compare(before: Results, after: Results) -> list[dict]:
@@ -28,9 +30,8 @@ def compare(before: Results, after: Results) -> list[dict]:
         if other is not None:
             slow, fast = row.get("samples_ms"), other.get("samples_ms")
             change = {"name": " ".join(str(value) for _, value in key(row))}
-            change |= {"before_ms": row.get("p50_ms"), "after_ms": other.get("p50_ms")}
-            change |= {"before_count": row.get("count"), "after_count": other.get("count")}
-            change |= {"before_us": row.get("predicted_us"), "after_us": other.get("predicted_us")}
+            for unit, column in _COMPARED.items():
+                change |= {f"before_{unit}": row.get(column), f"after_{unit}": other.get(column)}
             changes.append(change | {"speedup": unpaired_ratio(slow, fast) if slow and fast else None})
     if not changes:
         raise ValueError("the files have no row in common: rows are equal in all key columns, see mimdet/bench/row.py")
@@ -67,12 +68,11 @@ def show(first: Path, second: Path) -> list[dict]:
         out.print(f"the runs differ in {', '.join(differing)}", style="yellow")
     columns = [
         ("row", "name", ""),
-        (f"{first.name} ms", "before_ms", ".4g"),
-        (f"{second.name} ms", "after_ms", ".4g"),
-        (f"{first.name} count", "before_count", "d"),
-        (f"{second.name} count", "after_count", "d"),
-        (f"{first.name} predicted us", "before_us", ".4g"),
-        (f"{second.name} predicted us", "after_us", ".4g"),
+        *(
+            (f"{path.name} {unit}", f"{side}_{unit}", "d" if unit == "count" else ".4g")
+            for unit in _COMPARED
+            for side, path in (("before", first), ("after", second))
+        ),
         ("second's speed over first's", "speedup", ".2f"),
     ]
     out.print(views.terminal(f"{len(changes)} rows in both", columns, changes))

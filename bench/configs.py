@@ -10,7 +10,7 @@ import torch
 
 from ..config import instantiate, load
 from .experiments.backbone import paper
-from .views import Column
+from .views import Column, grouped
 
 COLUMNS: list[Column] = [
     ("config", "config", ""),
@@ -38,18 +38,20 @@ def rows(folder: Path, page: Path) -> list[dict]:
     Raises:
         ValueError: a claim for a config that is not there, or a config without a docstring.
     """
-    claims: dict[str, list[dict]] = {}
-    for claim in paper()["claims"]:
-        claims.setdefault(claim["config"], []).append(claim)
+    claims = grouped(paper()["claims"], "config")
     configs = names(folder)
     if unknown := set(claims) - set(configs):
         raise ValueError(f"{folder}: no config {', '.join(sorted(unknown))}, which paper.json names")
     table, link = [], Path(os.path.relpath(folder, page)).as_posix()
     for name in configs:
         file = folder / f"{name}.py"
-        row = {"config": f"[`{name}`]({link}/{name}.py)", "what": _title(file), "parameters_m": _millions(file)}
+        row = {"config": f"[`{name}`]({link}/{name}.py)", "what": _title(file)}
+        with torch.device("meta"):
+            row["parameters_m"] = sum(p.numel() for p in instantiate(load(file).model).parameters()) / 1e6
         for claim in claims.get(name, [{}]):
-            table.append({**row, "claim": _claimed(claim), "command": f"`{_command(name, claim)}`"})
+            claimed = f"{' / '.join(f'{ap:.1f}' for ap in claim['ap'])}, {claim['by']}" if "ap" in claim else ""
+            train = " ".join(("mimdet train --config-file", name, *claim.get("words", ())))
+            table.append({**row, "claim": claimed, "command": f"`{claim.get('command', train)}`"})
     return table
 
 
@@ -58,16 +60,3 @@ def _title(file: Path) -> str:
     if not text:
         raise ValueError(f"{file}: a config begins with a docstring, whose first line says what it is")
     return text.splitlines()[0].rstrip(".")
-
-
-def _millions(file: Path) -> float:
-    with torch.device("meta"):
-        return sum(p.numel() for p in instantiate(load(file).model).parameters()) / 1e6
-
-
-def _claimed(claim: dict) -> str:
-    return f"{' / '.join(f'{ap:.1f}' for ap in claim['ap'])}, {claim['by']}" if "ap" in claim else ""
-
-
-def _command(name: str, claim: dict) -> str:
-    return claim.get("command") or " ".join(("mimdet train --config-file", name, *claim.get("words", ())))

@@ -11,15 +11,15 @@ import ctypes
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..kernels import build
 from ..kernels.ahead import Launch
-from .machine_code import Binary, Pointer, disassemble, tool
+from .machine_code import Binary, Compiled, Pointer, disassemble, tool
 
 _RUNTIME = Path(__file__).absolute().parent / "recording_runtime.cpp"
 
@@ -27,29 +27,9 @@ _RUNTIME = Path(__file__).absolute().parent / "recording_runtime.cpp"
 class _Dim3(ctypes.Structure):
     _fields_ = [(axis, ctypes.c_uint) for axis in "xyz"]
 
-    def sizes(self) -> tuple[int, int, int]:
-        return self.x, self.y, self.z
 
-
+_SIZES = attrgetter("x", "y", "z")
 _Report = ctypes.CFUNCTYPE(None, ctypes.c_char_p, _Dim3, _Dim3, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p))
-
-
-class CudaLaunch(NamedTuple):
-    """One kernel that a C function launched.
-
-    Attributes:
-        name, case: of the kernel and its template arguments.
-        binary: its machine code.
-        grid, block: sizes along x, y, z.
-        values: bits of its parameters.
-    """
-
-    name: str
-    case: str
-    binary: Binary
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    values: Sequence[int]
 
 
 class Library:
@@ -68,7 +48,7 @@ class Library:
         self._functions = ctypes.CDLL(str(self._path))
         self._reserved = 1024 if int(arch.removeprefix("sm_")) >= 90 else 0  # that cuobjdump counts
 
-    def launches(self, call: Launch) -> list[CudaLaunch]:
+    def launches(self, call: Launch) -> list[Compiled]:
         """What a recorded C call launches; see ``real_launches.c_calls``."""
         launched = []
 
@@ -81,22 +61,17 @@ class Library:
             warps = -(-block.x * block.y * block.z // 32)
             binary = binary._replace(shared=max(0, binary.shared - self._reserved) + shared, warps=warps)
             kernel, case = _readable(name.decode())
-            launched.append(CudaLaunch(kernel, case, binary, grid.sizes(), block.sizes(), values))
+            launched.append(Compiled(kernel, case, binary, _SIZES(grid), _SIZES(block), values))
 
-        with self._reporting(report):
-            code = getattr(self._functions, f"mimdet_{call.kernel}")(*_converted(call.arguments), ctypes.c_void_p(0))
-        if code:
-            raise RuntimeError(f"mimdet: CUDA kernel {call.kernel} failed with CUDA error {code}")
-        return launched
-
-    @contextmanager
-    def _reporting(self, report: Callable) -> Iterator[None]:
         function = _Report(report)
         self._functions.mimdet_report(function)
         try:
-            yield
+            code = getattr(self._functions, f"mimdet_{call.kernel}")(*_converted(call.arguments), ctypes.c_void_p(0))
         finally:
             self._functions.mimdet_report(_Report())
+        if code:
+            raise RuntimeError(f"mimdet: CUDA kernel {call.kernel} failed with CUDA error {code}")
+        return launched
 
 
 @cache

@@ -79,19 +79,6 @@ def to_fake_gpu(model: nn.Module) -> nn.Module:
     return to_fake(model, torch.device("cuda"))
 
 
-class _MixedPrecision(nn.Module):
-    """A model whose forward runs under autocast, as Fabric wraps it; its backward does not."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype):
-        super().__init__()
-        self.module = module
-        self.dtype = dtype
-
-    def forward(self, *args):
-        with torch.autocast("cuda", self.dtype):
-            return self.module(*args)
-
-
 class FakeFabric:
     """The part of Lightning Fabric that a step uses, for one process."""
 
@@ -119,10 +106,12 @@ def train_step(
     """The step that ``mimdet train`` runs, of a model of ``to_fake_gpu``; inside ``fake_gpu``.
 
     Args:
-        dtype: of mixed precision; None for none.
+        dtype: of mixed precision, in which the model's forward runs from now on; None for none.
     """
     optimizer.optimizer = optimizer  # as Fabric wraps it
-    return TrainStep(FakeFabric(), model if dtype is None else _MixedPrecision(model, dtype), optimizer, clip_grad_norm)
+    if dtype is not None:
+        model.forward = torch.autocast("cuda", dtype)(model.forward)
+    return TrainStep(FakeFabric(), model, optimizer, clip_grad_norm)
 
 
 @torch.no_grad()

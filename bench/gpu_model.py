@@ -16,14 +16,16 @@ drop, and terms that do not overlap: kernels reach 80-90 % of it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .machine_code import Binary
 from .sass import Instruction
 
 REGISTERS = 65536  # of a multiprocessor, and 32 bits each
-_SCHEDULERS = 4
+_SCHEDULERS = 4  # each issues one warp instruction in a clock
+_MUFU = 16  # lanes a clock and multiprocessor: CUDA C++ programming guide, "Arithmetic Instructions"
 _WARP = 32
 # Bytes of shared memory that CUDA reserves for each block: CUDA C++ programming guide, "Compute Capabilities".
 _RESERVED = 1024
@@ -55,12 +57,6 @@ class Gpu:
     blocks: int
     latency: Mapping[str, int]
     source: str
-    mufu: int = 16  # lanes a clock and multiprocessor: CUDA C++ programming guide, "Arithmetic Instructions"
-
-    @property
-    def issue(self) -> int:
-        """Warp instructions in a clock of a multiprocessor: one of each scheduler."""
-        return _SCHEDULERS
 
 
 # Shared memory, warps, blocks: CUDA C++ programming guide, "Technical Specifications per Compute Capability".
@@ -88,26 +84,30 @@ GPUS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a launch executes.
+@dataclass
+class Executed:
+    """Counts of a launch.
 
     Attributes:
-        blocks: of the grid.
-        warps: of a block.
-        instructions, mufu: that a warp issues, on average.
-        flop: of a block on tensor cores.
-        minimum_bytes: of the launch, each touched byte once.
-        cycles: of the slowest warp by itself.
+        instructions, mufu, tensor, lds, barriers: that a warp issues, on average.
+        flop: of a block, on tensor cores.
+        loaded, stored: bits of a lane's access -> bytes of the whole grid, for lanes that are not switched off.
+        minimum_bytes: that the grid must move: no more than each tensor has.
+        cycles: of the slowest warp that was walked.
+        unknown: loops and branches that depend on data, and count once.
     """
 
-    blocks: int
-    warps: int
-    instructions: float
-    mufu: float
-    flop: float
-    minimum_bytes: float
-    cycles: float
+    instructions: float = 0.0
+    mufu: float = 0.0
+    tensor: float = 0.0
+    lds: float = 0.0
+    barriers: float = 0.0
+    flop: float = 0.0
+    loaded: Counter[int] = field(default_factory=Counter)
+    stored: Counter[int] = field(default_factory=Counter)
+    minimum_bytes: float = 0.0
+    cycles: int = 0
+    unknown: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,29 +132,29 @@ def blocks_per_sm(gpu: Gpu, registers: int, shared: int, warps: int) -> int:
     return max(0, min(gpu.blocks, gpu.warps // warps, by_registers, by_shared))
 
 
-def predict(gpu: Gpu, binary: Binary, work: Work) -> Prediction:
-    """Of one launch.
+def predict(gpu: Gpu, binary: Binary, blocks: int, executed: Executed) -> Prediction:
+    """Of one launch of so many blocks.
 
     Raises:
         ValueError: a block does not fit into a multiprocessor.
     """
-    held = blocks_per_sm(gpu, binary.registers, binary.shared, work.warps)
+    held = blocks_per_sm(gpu, binary.registers, binary.shared, binary.warps)
     if not held:
         raise ValueError(f"{binary.name}: a block needs more registers or shared memory than a {gpu.name} has")
-    most = math.ceil(work.blocks / gpu.sms)  # of one multiprocessor
-    rounds = math.ceil(work.blocks / (gpu.sms * held))
+    most = math.ceil(blocks / gpu.sms)  # of one multiprocessor
+    rounds = math.ceil(blocks / (gpu.sms * held))
     clocks = {
-        "issue": most * work.warps * work.instructions / gpu.issue,
-        "mufu": most * work.warps * work.mufu * _WARP / gpu.mufu,
-        "tensor": most * work.flop / gpu.tensor_flop,
-        "latency": rounds * work.cycles,
+        "issue": most * binary.warps * executed.instructions / _SCHEDULERS,
+        "mufu": most * binary.warps * executed.mufu * _WARP / _MUFU,
+        "tensor": most * executed.flop / gpu.tensor_flop,
+        "latency": rounds * executed.cycles,
     }
     times = {name: clock / (gpu.ghz * 1e3) for name, clock in clocks.items()}
-    times["memory"] = work.minimum_bytes / (gpu.gb_s * 1e3)
+    times["memory"] = executed.minimum_bytes / (gpu.gb_s * 1e3)
     bound = max(times, key=times.get)
-    whole = work.blocks * work.flop / (gpu.tensor_flop * gpu.sms * gpu.ghz * 1e3)
-    waves = work.blocks / (gpu.sms * held)
-    return Prediction(max(times["memory"], whole), times[bound], bound, waves, min(held, most) * work.warps)
+    whole = blocks * executed.flop / (gpu.tensor_flop * gpu.sms * gpu.ghz * 1e3)
+    waves = blocks / (gpu.sms * held)
+    return Prediction(max(times["memory"], whole), times[bound], bound, waves, min(held, most) * binary.warps)
 
 
 def tensor_flop(instruction: Instruction) -> int:

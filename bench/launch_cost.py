@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
-from .gpu_model import Gpu, Work, tensor_flop
+import numpy as np
+
+from .gpu_model import Executed, Gpu, tensor_flop
 from .machine_code import Binary, Pointer
 from .sass import LOADS, REGION, STORES, Code, Walk
 
@@ -18,32 +19,6 @@ _OLDER_SIZES = (0x0, 0xC)
 # A grid's blocks are like one another but for its end, and so are a block's warps.
 _PLACES = (0.0, 0.35, 0.7)
 _MANY_STEPS = 20_000
-
-
-@dataclass
-class Executed:
-    """Counts of a launch.
-
-    Attributes:
-        instructions, mufu, tensor, lds, barriers: that a warp issues, on average.
-        flop: of a block, on tensor cores.
-        loaded, stored: bits of a lane's access -> bytes of the whole grid, for lanes that are not switched off.
-        minimum_bytes: that the grid must move: no more than each tensor has.
-        cycles: of the slowest warp that was walked.
-        unknown: loops and branches that depend on data, and count once.
-    """
-
-    instructions: float = 0.0
-    mufu: float = 0.0
-    tensor: float = 0.0
-    lds: float = 0.0
-    barriers: float = 0.0
-    flop: float = 0.0
-    loaded: Counter[int] = field(default_factory=Counter)
-    stored: Counter[int] = field(default_factory=Counter)
-    minimum_bytes: float = 0.0
-    cycles: int = 0
-    unknown: int = 0
 
 
 def execute(
@@ -74,25 +49,20 @@ def execute(
         return words[place] & 0xFFFFFFFF if words and size == 4 and not rest and place < len(words) else None
 
     blocks, warps = math.prod(grid), -(-math.prod(block) // _WARP)
-    walks: list[tuple[float, Walk]] = []
-
-    def walk(program: int, warp: int, weight: float) -> Walk:
-        walks.append((weight, code.walk(constants, _special(program, warp, grid, block), memory, gpu.latency)))
-        return walks[-1][1]
-
     last = blocks - 1
+
+    def walk(program: int, warp: int) -> Walk:
+        return code.walk(constants, _special(program, warp, grid, block), memory, gpu.latency)
+
     programs = sorted({int(last * place) for place in _PLACES if last})
+    inner: list[Walk] = []
     for program in programs:
-        of_first = walk(program, 0, 0.0)
-        others = range(1, warps) if sum(of_first.executed) < _MANY_STEPS else ()
-        for warp in others:
-            walk(program, warp, 0.0)
-    inner = len(walks)
-    for warp in range(warps if not inner or inner > len(programs) else 1):
-        walk(last, warp, 0.0)
+        inner.append(walk(program, 0))
+        if sum(inner[-1].executed) < _MANY_STEPS:
+            inner += [walk(program, warp) for warp in range(1, warps)]
+    outer = [walk(last, warp) for warp in range(warps if not inner or len(inner) > len(programs) else 1)]
     # The last block counts once, the others as often as there are.
-    outer = len(walks) - inner
-    walks = [(last / blocks / inner if i < inner else 1 / blocks / outer, one) for i, (_, one) in enumerate(walks)]
+    walks = [(last / blocks / len(inner), one) for one in inner] + [(1 / blocks / len(outer), one) for one in outer]
     return _sum(code, walks, blocks * warps, warps, tensors or {})
 
 
@@ -134,14 +104,6 @@ def _least(touched: Mapping[int | None, float], tensors: Mapping[int, int]) -> f
     return sum(known.values()) + min(touched.get(None, 0.0), left)
 
 
-def work(binary: Binary, executed: Executed, blocks: int) -> Work:
-    """For ``gpu_model.predict``."""
-    return Work(
-        blocks, binary.warps, executed.instructions, executed.mufu, executed.flop, executed.minimum_bytes,
-        executed.cycles,
-    )  # fmt: skip
-
-
 def parameter_values(pointers_and_numbers: Sequence[Pointer | float | None], sizes: Sequence[int]) -> list[int | None]:
     """Bits of arguments for ``execute``; floating point is unknown to it."""
     values: list[int | None] = []
@@ -172,18 +134,8 @@ def _constants(binary: Binary, grid: Sequence[int], block: Sequence[int], values
 
 
 def _special(program: int, warp: int, grid: Sequence[int], block: Sequence[int]) -> dict[str, int]:
-    thread = warp * _WARP
-    of_block = dict(zip("XYZ", _unravel(program, grid), strict=True))
-    of_thread = dict(zip("XYZ", _unravel(thread, block), strict=True))
-    return {
-        **{f"SR_CTAID.{axis}": place for axis, place in of_block.items()},
-        **{f"SR_TID.{axis}": place for axis, place in of_thread.items()},
-        "SR_CgaCtaId": 0,
-        "SR_LANEID": 0,
-    }
-
-
-def _unravel(index: int, sizes: Sequence[int]) -> tuple[int, int, int]:
-    """Coordinates of a linear index, x first."""
-    x, rest = index % sizes[0], index // sizes[0]
-    return x, rest % sizes[1], rest // sizes[1]
+    registers = {"SR_CgaCtaId": 0, "SR_LANEID": 0}
+    for name, index, sizes in (("SR_CTAID", program, grid), ("SR_TID", warp * _WARP, block)):
+        coordinates = np.unravel_index(index, sizes, order="F")  # x first
+        registers |= {f"{name}.{axis}": int(place) for axis, place in zip("XYZ", coordinates, strict=True)}
+    return registers

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +81,25 @@ class Binary(NamedTuple):
     signature: Mapping[str, Any] = MappingProxyType({})
 
 
+class Compiled(NamedTuple):
+    """One kernel of a recorded launch, compiled.
+
+    Attributes:
+        kernel: its name in the source.
+        case: options or template arguments that choose this variant of it.
+        binary: its machine code.
+        grid, block: of the launch.
+        arguments: by the parameters of ``binary``; of CUDA C++ their bits.
+    """
+
+    kernel: str
+    case: str
+    binary: Binary
+    grid: Sequence[int]
+    block: Sequence[int]
+    arguments: Sequence[Any]
+
+
 def triton_missing() -> str | None:
     """None if Triton is installed and compiles kernels, else the reason."""
     if importlib.util.find_spec("triton") is None:
@@ -109,44 +128,23 @@ def tool(name: str) -> Path:
     raise MissingToolError(reason)
 
 
-def _is_amd(capability: int | str) -> bool:
-    return isinstance(capability, str)
+class _Driver(SimpleNamespace):
+    """What Triton's compiler asks the driver, of a GPU that is not here."""
+
+    __hash__ = object.__hash__  # kernels cache by driver
 
 
-def _driver(capability: int | str):
+def _driver(capability: int | str) -> _Driver:
     from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
 
-    class Absent(DriverBase):
-        """A driver of a GPU that is not here."""
-
-        @classmethod
-        def is_active(cls):
-            return True
-
-        @staticmethod
-        def map_python_to_cpp_type(ty):
-            return "void*" if ty.startswith("*") else ty
-
-        def __init__(self):
-            pass
-
-        def get_current_target(self):
-            return GPUTarget("hip", capability, 64) if _is_amd(capability) else GPUTarget("cuda", capability, 32)
-
-        def get_current_device(self):
-            return capability  # one device per target, else Triton's cache returns the first target's kernel
-
-        def get_current_stream(self, device):
-            return 0
-
-        def get_active_torch_device(self):
-            return torch.device("cpu")
-
-        def get_benchmarker(self):
-            raise RuntimeError("nothing runs here")
-
-    return Absent()
+    target = GPUTarget("hip", capability, 64) if isinstance(capability, str) else GPUTarget("cuda", capability, 32)
+    return _Driver(
+        get_current_target=lambda: target,
+        get_current_device=lambda: capability,  # one for a target, else Triton's cache returns the first one's kernel
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+        map_python_to_cpp_type=lambda kind: "void*" if kind.startswith("*") else kind,
+    )
 
 
 @contextlib.contextmanager
@@ -171,7 +169,7 @@ def compile_triton(capability: int | str, launch: Launch) -> Binary:
     with target(capability):
         built = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
     metadata = built.metadata
-    if _is_amd(capability):
+    if isinstance(capability, str):
         code = built.asm["amdgcn"]
         registers, stack = (int(re.search(rf"\.{key}:\s+(\d+)", code)[1]) for key in _AMD_KEYS)
         return Binary(metadata.name, registers, stack, metadata.shared, metadata.num_warps, code, built.asm["ttir"])

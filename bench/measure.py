@@ -58,10 +58,6 @@ class Timings:
         p20, p50, p80 = np.percentile(self.samples[name], [20, 50, 80])
         return float(p20), float(p50), float(p80)
 
-    def speedup(self, name: Hashable, over: Hashable) -> Ratio:
-        """How many times as fast ``name`` is as ``over``."""
-        return paired_ratio(self.samples[over], self.samples[name])
-
     def control_ratio(self) -> Ratio:
         """The first name against itself: the machine's noise."""
         return paired_ratio(next(iter(self.samples.values())), self.control)

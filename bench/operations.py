@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -98,11 +98,11 @@ class Counter(TorchDispatchMode):
                 handles.append(module.register_forward_pre_hook(lambda m, a, c=component: self._enter(c)))
                 handles.append(module.register_forward_hook(lambda m, a, o: self._leave(), always_call=True))
         for handle in handles:
-            self._removal.callback(handle.remove)
+            self._removal.enter_context(handle)
         for component, name in (methods or {}).items():
             path, _, attribute = name.rpartition(".")
             module = model.get_submodule(path)
-            method = self._entering(component, getattr(module, attribute))
+            method = self._within(component)(getattr(module, attribute))
             self._removal.enter_context(mock.patch.object(module, attribute, method))
 
     def __enter__(self):
@@ -114,15 +114,13 @@ class Counter(TorchDispatchMode):
         self._removal.close()
         return super().__exit__(*error) if self._operations else None
 
-    def _entering(self, component: str, method: Callable) -> Callable:
-        def entering(*args, **kwargs):
-            self._enter(component)
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self._leave()
-
-        return entering
+    @contextmanager
+    def _within(self, component: str) -> Iterator[None]:
+        self._enter(component)
+        try:
+            yield
+        finally:
+            self._leave()
 
     def _enter(self, component: str) -> None:
         self._charge(self._owner())
@@ -161,7 +159,8 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         start = time.perf_counter()
         result = function(*args, **kwargs)
-        _wait(result)
+        if any(t.is_cuda for t in tensors_of(result)):
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         if moves_nothing(function):
             return result
@@ -250,25 +249,17 @@ def _size(tensor: torch.Tensor) -> int:
     return count * tensor.element_size()
 
 
-_ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+_NO_WORK = {"_unsafe_view", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
 
 def moves_nothing(function) -> bool:
-    """Views and fresh memory."""
-    return function.overloadpacket.__name__ in _ALLOCATIONS or is_view(function)
+    """Whether it is fresh memory or a view: its outputs are inputs' memory, which is not written.
 
-
-def is_view(function) -> bool:
-    """Whether the outputs are inputs' memory, which is not written; says the schema, except of ``_unsafe_view``."""
+    The schema says so, except of ``_unsafe_view``.
+    """
     returns = function._schema.returns
-    return function.overloadpacket is aten._unsafe_view or (
-        bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    )
-
-
-def _wait(result) -> None:
-    if any(t.is_cuda for t in tensors_of(result)):
-        torch.cuda.synchronize()
+    is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return is_view or function.overloadpacket.__name__ in _NO_WORK
 
 
 @cache
@@ -280,28 +271,26 @@ def register_flops() -> None:
     import_module("torch.nn.attention.varlen")
     import_module("mimdet.kernels.attention_varlen.api")
 
-    def attention(q: torch.Tensor, cu_seqlens: torch.Tensor, products: int) -> int:
-        """N x N x head_dim products of each sequence by itself; q: (T, ..., heads, head_dim)."""
-        return 2 * products * int(cu_seqlens.diff().long().square().sum()) * q.shape[-2:].numel()
+    def attention(products: int, q: int, cu_seqlens: int) -> Callable[..., int]:
+        """N x N x head_dim products of each sequence by itself.
 
-    def forward(q, k, v, cu_seqlens, *rest, **kwargs) -> int:
-        return attention(q, cu_seqlens, 2)
+        Args:
+            q, cu_seqlens: places among the arguments; q is (T, ..., heads, head_dim).
+        """
 
-    def backward(grad, q, k, v, out, lse, cu_seqlens, *rest, **kwargs) -> int:
-        return attention(q, cu_seqlens, 5)  # the scores again, and one product for each of dV, dP, dQ and dK
+        def formula(*arguments, **_) -> int:
+            lengths = arguments[cu_seqlens].diff().long()
+            return 2 * products * int(lengths.square().sum()) * arguments[q].shape[-2:].numel()
 
-    def packed_forward(qkv, cu_seqlens, *rest, **kwargs) -> int:
-        return attention(qkv, cu_seqlens, 2)
-
-    def packed_backward(dout, qkv, out, lse, cu_seqlens, *rest, **kwargs) -> int:
-        return attention(qkv, cu_seqlens, 5)
+        return formula
 
     ours, torchs = torch.ops.mimdet, torch.ops.torch_attn
     for target, formula in {
-        ours.attention_varlen: packed_forward,
-        ours.attention_varlen_backward: packed_backward,
-        torchs._varlen_attn: forward,
-        torchs._varlen_attn_backward: backward,
+        # Backward has the scores again, and one product for each of dV, dP, dQ and dK.
+        ours.attention_varlen: attention(2, q=0, cu_seqlens=1),
+        ours.attention_varlen_backward: attention(5, q=1, cu_seqlens=4),
+        torchs._varlen_attn: attention(2, q=0, cu_seqlens=3),
+        torchs._varlen_attn_backward: attention(5, q=1, cu_seqlens=6),
         aten.addmm_: flop_registry[aten.addmm],
         aten.baddbmm_: flop_registry[aten.baddbmm],
     }.items():

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from ..kernels import ahead, library
+from ..kernels import OPS, ahead, build, library
 from ..kernels.ahead import Launch
 from .experiments.launches import fake_step
 from .machine_code import Pointer, target
@@ -41,120 +42,82 @@ class Recorded:
     count: int = 0
 
 
-class Recorder(TorchDispatchMode):
-    """Records what each of our operations inside ``with`` would launch on a GPU; inside ``fake_gpu``.
+class _Calls(TorchDispatchMode):
+    """The kinds of calls of our operations inside ``with``: arguments of the first, and how many there are."""
 
-    Args:
-        implementations: triton, cuda, or both.
-
-    Attributes:
-        recorded: kinds of launches, in the order of the step.
-    """
-
-    def __init__(self, implementations: Sequence[str]):
+    def __init__(self):
         super().__init__()
-        self.implementations = implementations
-        self.recorded: dict[tuple, Recorded] = {}
-        self._of_call: dict[tuple, list[Recorded]] = {}
+        self.calls: dict[tuple, tuple[tuple, int]] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
         if function.namespace == "mimdet":
-            self._record(function.overloadpacket.__name__, args)
-        return result
-
-    def _record(self, name: str, arguments: tuple) -> None:
-        call = (name, _kind(arguments))
-        if call not in self._of_call:
-            self._of_call[call] = [
-                one for impl in self.implementations for one in self._launched(name, arguments, impl)
-            ]
-        for one in self._of_call[call]:
-            one.count += 1
-
-    def _launched(self, name: str, arguments: tuple, implementation: str) -> list[Recorded]:
-        operation, direction = operation_of(name)
-        if implementation == "cuda" and not has_cuda(operation):
-            return []
-        arguments = tuple(implementation if argument == "triton" else argument for argument in arguments)
-        recorders: dict[str, Callable] = {"triton": ahead.launches, "cuda": c_calls}
-        with recorders[implementation]() as launches:
-            library._runs[name](*arguments)
-        kinds = []
-        for launch in launches:
-            launch = Launch(launch.kernel, tuple(launch.grid), _pointers(launch.arguments), launch.constants)
-            described = operation, direction, implementation
-            key = (
-                *described,
-                launch.kernel,
-                launch.grid,
-                _kind(launch.arguments),
-                _kind(tuple(launch.constants.items())),
-            )
-            kinds.append(self.recorded.setdefault(key, Recorded(*described, launch)))
-        return kinds
+            call = function.overloadpacket.__name__, _kind(args)
+            first, count = self.calls.get(call, (args, 0))
+            self.calls[call] = first, count + 1
+        return function(*args, **(kwargs or {}))
 
 
 def record(options: Setting, implementations: Sequence[str], capability: int | str) -> list[Recorded]:
-    """Kinds of launches of a training step on sm_<capability> or "gfx942", which may choose the sizes of tiles."""
-    with fake_step(options) as (step, *_), target(capability), Recorder(implementations) as recorder:
-        step()
-    return list(recorder.recorded.values())
+    """Kinds of launches of a training step on sm_<capability> or "gfx942", which may choose the sizes of tiles.
+
+    Args:
+        implementations: triton, cuda, or both.
+    """
+    recorded: dict[tuple, Recorded] = {}
+    with fake_step(options) as (step, *_), target(capability):
+        with _Calls() as counted:
+            step()
+        for ((name, _), (arguments, calls)), implementation in product(counted.calls.items(), implementations):
+            described = *operation_of(name), implementation
+            for launch in _launched(name, arguments, implementation):
+                launch = Launch(launch.kernel, tuple(launch.grid), _pointers(launch.arguments), launch.constants)
+                kind = *described, launch.kernel, launch.grid, _kind(launch.arguments), _kind(launch.constants)
+                recorded.setdefault(kind, Recorded(*described, launch)).count += calls
+    return list(recorded.values())
+
+
+def _launched(name: str, arguments: tuple, implementation: str) -> list[Launch]:
+    """What an operator would launch on a GPU, inside ``fake_gpu``; nothing where there is no such kernel."""
+    operation, _ = operation_of(name)
+    source = build.CSRC / f"{''.join(word.title() for word in operation.split('_'))}CUDA.cu"
+    if implementation == "cuda" and not source.is_file():
+        return []
+    with {"triton": ahead.launches, "cuda": c_calls}[implementation]() as launches:
+        library._runs[name](*(implementation if argument == "triton" else argument for argument in arguments))
+    return launches
 
 
 def operation_of(name: str) -> tuple[str, str]:
     """Operation and direction of an operator of ``torch.ops.mimdet``: "batch_norm_sums" -> batch_norm, backward."""
-    from ..kernels import OPS
-
     operation = max((op for op in OPS if name.startswith(op)), key=len)
     return operation, "backward" if name.endswith(BACKWARD) else "forward"
 
 
-def has_cuda(operation: str) -> bool:
-    """Whether an operation has a kernel in csrc."""
-    from ..kernels import build
-
-    return (build.CSRC / f"{''.join(word.title() for word in operation.split('_'))}CUDA.cu").is_file()
-
-
-class c_calls(ExitStack):  # noqa: N801
-    """Inside, C functions are not called; ``with`` yields their recorded calls.
+@contextmanager
+def c_calls() -> Iterator[list[Launch]]:
+    """Inside, C functions are not called; yields the list that collects their calls.
 
     A call is a ``Launch`` with the function's name for its kernel, and an empty grid. Arguments are those of
     ``library.call_cuda``, with the sizes and the codes of dtypes at the end.
     """
+    recorded: list[Launch] = []
 
-    def __enter__(self) -> list[Launch]:
-        super().__enter__()
-        recorded: list[Launch] = []
+    def call_cuda(name, *arguments, sizes=(), typed=()):
+        codes = tuple(library._DTYPE_CODES[tensor.dtype] for tensor in typed)
+        recorded.append(Launch(name, (), (*arguments, *sizes, *codes), {}))
 
-        def call_cuda(name, *arguments, sizes=(), typed=()):
-            codes = tuple(library._DTYPE_CODES[tensor.dtype] for tensor in typed)
-            recorded.append(Launch(name, (), (*arguments, *sizes, *codes), {}))
-
-        folder = Path(library.__file__).parent
-        for path in folder.glob("*/cuda.py"):
-            import_module(f"mimdet.kernels.{path.parent.name}.cuda")
-        for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith("mimdet.kernels.") and hasattr(module, "call_cuda"):
-                self.enter_context(mock.patch.object(module, "call_cuda", call_cuda))
-        return recorded
+    names = [path.parent.name for path in Path(library.__file__).parent.glob("*/cuda.py")]
+    with ExitStack() as stack:
+        for module in (library, *(import_module(f"mimdet.kernels.{name}.cuda") for name in names)):
+            if hasattr(module, "call_cuda"):
+                stack.enter_context(mock.patch.object(module, "call_cuda", call_cuda))
+        yield recorded
 
 
-def _pointers(arguments: Sequence[Any]) -> tuple:
+def _pointers(arguments: tuple) -> tuple:
     """Arguments with a ``Pointer`` for each tensor, also inside of lists."""
-    count = 0
-
-    def convert(argument):
-        nonlocal count
-        if isinstance(argument, torch.Tensor):
-            count += 1
-            return Pointer(argument, count)
-        if isinstance(argument, (list, tuple)):
-            return type(argument)(convert(one) for one in argument)
-        return argument
-
-    return tuple(convert(argument) for argument in arguments)
+    numbers = count(1)
+    return tree_map_only(torch.Tensor, lambda tensor: Pointer(tensor, next(numbers)), arguments)
 
 
 def _kind(value: Any) -> Any:

@@ -72,23 +72,12 @@ VALUES = {
 }
 COLUMNS = {**KEYS, **VALUES}
 REQUIRED = ("experiment", "implementation", "status")
-# Former names of implementations, in files and on the command line.
+# Former names of implementations on the command line; commands in files of results have them.
 ALIASES = {
     "original-kept": "original-no-checkpoint",
     "original-sdpa-kept": "original-sdpa-no-checkpoint",
     "ours-kept": "ours-no-checkpoint",
     "clean": "sdpa-compile",
-}
-# Former names of columns.
-_RENAMED = {
-    "op": "operation",
-    "impl": "implementation",
-    "model": "implementation",
-    "form": "implementation",
-    "shapes": "shape",
-    "sizes": "size",
-    "saved_mib": "activation_mib",
-    "relative_saved": "relative_activation",
 }
 
 
@@ -121,7 +110,7 @@ class Results:
 
     @classmethod
     def read(cls, path: str | Path) -> Results:
-        """The content of a file written by ``write``, by this version or an earlier one.
+        """The content of a file written by ``write``.
 
         Raises:
             FileNotFoundError: no such file.
@@ -131,10 +120,6 @@ class Results:
         text = path.read_bytes().decode("utf-8", errors="replace")
         try:
             content = _from_csv(text) if path.suffix == ".csv" else json.loads(text)
-            if isinstance(content, dict) and content.get("schema") == 1:
-                content = _from_schema_1(content)
-            if path.suffix == ".csv":
-                content["rows"] = [{k: _from_cell(k, v) for k, v in row.items()} for row in content["rows"]]
         except (ValueError, KeyError, AttributeError, csv.Error) as error:
             raise ResultsError(f"{path}: not a file of results: {error}") from error
         check(content, str(path))
@@ -152,7 +137,7 @@ def check(content: Any, name: str) -> None:
     if not isinstance(content, dict) or "schema" not in content:
         raise ResultsError(f"{name}: not a file of results: no schema number")
     if content["schema"] != SCHEMA:
-        raise ResultsError(f"{name}: schema {content['schema']!r}, this version reads 1 to {SCHEMA}")
+        raise ResultsError(f"{name}: schema {content['schema']!r}, this version reads {SCHEMA}")
     entries = {"schema": int, "command": str, "environment": dict, "limits": dict, "rows": list}
     for entry, kind in entries.items():
         if not isinstance(content.get(entry), kind):
@@ -177,20 +162,6 @@ def _fits(value: Any, kind: type) -> bool:
     return type(value) is kind
 
 
-def _from_schema_1(content: dict) -> dict:
-    """Schema 1 named the experiment once per file, stored None, and stored speed-ups."""
-    kind = content.pop("kind")
-    renamed = _RENAMED | ({"form": "case"} if kind == "forms" else {})
-    defaults = {"experiment": "table8" if kind == "forms" else kind, "implementation": "ours", "status": "ok"}
-    rows = []
-    for old in content["rows"]:
-        values = {k: v for k, v in old.items() if v not in (None, "", []) and not k.startswith("vs_")}
-        row = defaults | {renamed.get(k, k): v for k, v in values.items()}
-        row["implementation"] = ALIASES.get(row["implementation"], row["implementation"])
-        rows.append(row)
-    return content | {"schema": SCHEMA, "rows": rows}
-
-
 def _to_json(content: dict) -> str:
     """One row a line: small, and readable in a diff."""
     rows = ",\n".join(json.dumps(row, allow_nan=False) for row in content["rows"])
@@ -211,7 +182,7 @@ def _to_csv(content: dict) -> str:
 
 
 def _from_csv(text: str) -> dict:
-    """Rows of text, without their empty cells."""
+    """Without empty cells."""
     first, _, rest = text.partition("\n")
     if not first.startswith("# "):
         raise ValueError("no comment with the schema in line 1")
@@ -219,7 +190,7 @@ def _from_csv(text: str) -> dict:
     for row in rows:
         if None in row or None in row.values():
             raise ValueError(f"a line has too few or too many cells: {list(row.values())}")
-    return json.loads(first[2:]) | {"rows": [{k: v for k, v in row.items() if v} for row in rows]}
+    return json.loads(first[2:]) | {"rows": [{k: _from_cell(k, v) for k, v in row.items() if v} for row in rows]}
 
 
 def _from_cell(column: str, text: str) -> Any:

@@ -9,17 +9,17 @@ counts once.
 from __future__ import annotations
 
 import math
+import operator
 import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import reduce
+from itertools import product
+from typing import Any, NamedTuple
 
-_LINE = re.compile(
-    r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)\s*(.*?)\s*;"
-    r"(?:\s*/\*\s*0x([0-9a-f]+)\s*\*/)?"
-)
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)\s*(.*?)\s*;")
 _CONTROL = re.compile(r"^\s*/\*\s*0x([0-9a-f]{16})\s*\*/")
 _LABEL = re.compile(r"^([.$\w]+):")
 _SCHEDULING = re.compile(r"\s[&?]\w+(?:=[^\s,]*)?")  # printed for sm_100, beside the encoding
@@ -28,6 +28,7 @@ _RELATIVE = re.compile(r"32@(lo|hi)\(\((\S+) \+ (\S+)@srel\)\)")
 _CONSTANT = re.compile(r"c\[0x([0-9a-f]+)\]\[(?:(U?R\w+)\+?)?(?:0x([0-9a-f]+))?\]")
 _ADDRESS = re.compile(r"\[(U?R\w+?)(?:\.64|\.U32)*(?:\+(UR\w+))?(?:\+(-?0x[0-9a-f]+))?\]")
 _DESCRIPTOR = re.compile(r"desc\[\w+\]")
+_SIGNED = re.compile(r"(-(?!\d)|~|(?=\|))(.+)")  # an operand with a sign, a complement, or its magnitude
 _MASK = 0xFFFFFFFF
 _MOST_STEPS = 4_000_000
 # Tensors of a walk are this many bits of address apart.
@@ -91,6 +92,9 @@ class Code:
 
     Args:
         text: of ``nvdisasm`` or ``nvdisasm -hex``, one kernel's section.
+
+    Attributes:
+        loops: (first, last) index of each loop: the target and the place of a backward jump.
     """
 
     def __init__(self, text: str):
@@ -106,14 +110,15 @@ class Code:
             if not match:
                 continue
             control = _CONTROL.match(lines[number + 1]) if number + 1 < len(lines) else None
-            operands = _split(_SCHEDULING.sub("", match[4]))
+            operands = tuple(filter(None, map(str.strip, _SCHEDULING.sub("", match[4]).split(","))))
             guard = match[2] or ""
             encoding = int(control[1], 16) if control else 0
             self.instructions.append(Instruction(int(match[1], 16), guard, match[3], operands, encoding))
         if not self.instructions:
             raise ValueError("no instructions in this disassembly: is it the output of nvdisasm?")
         self._at = {one.address: index for index, one in enumerate(self.instructions)}
-        self._loops = self._find_loops()
+        targets = [(self.target(one), i) for i, one in enumerate(self.instructions) if one.base == "BRA"]
+        self.loops = [(first, last) for first, last in targets if first is not None and first < last]
         self._decoded = [_decode(one, self) for one in self.instructions]
 
     def target(self, instruction: Instruction) -> int | None:
@@ -125,29 +130,6 @@ class Code:
             if re.fullmatch(r"0x[0-9a-f]+", operand):
                 return self._at.get(int(operand, 16))
         return None
-
-    def address_of(self, label: str) -> int:
-        """Of a label, in bytes; 0 for the kernel itself."""
-        index = self.labels.get(label, 0)
-        return self.instructions[index].address if index < len(self.instructions) else 0
-
-    def loops(self) -> list[tuple[int, int]]:
-        """(first, last) index of each loop: the target and the place of a backward jump."""
-        return self._loops
-
-    def _find_loops(self) -> list[tuple[int, int]]:
-        edges = []
-        for index, one in enumerate(self.instructions):
-            if one.base == "BRA":
-                target = self.target(one)
-                if target is not None and target < index:
-                    edges.append((target, index))
-        return edges
-
-    def _leaves_loop(self, index: int, target: int) -> bool:
-        """Whether a forward jump leaves the innermost loop around it."""
-        around = [(last - first, first, last) for first, last in self._loops if first <= index <= last]
-        return bool(around) and target > min(around)[2]
 
     def walk(
         self,
@@ -168,55 +150,54 @@ class Code:
             RuntimeError: the kernel does not end.
         """
         state = _State(constants, special, memory)
-        executed = [0] * len(self.instructions)
-        result = Walk(executed)
+        result = Walk([0] * len(self.instructions))
         latencies = latencies or {}
-        seen: Counter[int] = Counter()
         ready = [0] * 8  # when each of the six scoreboard barriers is released; 7 means none
-        index = clock = steps = 0
-        while index < len(self.instructions):
+        index = clock = 0
+        for _ in range(_MOST_STEPS):
+            if index >= len(self.instructions):
+                result.cycles = clock
+                return result
             step = self._decoded[index]
-            executed[index] += 1
-            steps += 1
-            if steps > _MOST_STEPS:
-                raise RuntimeError(f"the walk of a kernel took over {_MOST_STEPS} instructions")
-            if step.waits:
-                for barrier in step.waits:
-                    clock = max(clock, ready[barrier])
+            result.executed[index] += 1
+            for barrier in step.waits:
+                clock = max(clock, ready[barrier])
             if step.barrier != 7:
                 ready[step.barrier] = clock + latencies.get(step.latency, 0)
             clock += step.stall
             guard = step.guard(state)
-            if step.jump is None:
-                if step.touch is not None and guard is not False:
+            if step.jump is not None:
+                index = self._jump(index, step, guard, state, result)
+                continue
+            if guard is not False:
+                if step.touch is not None:
                     address = step.touch(state)
                     result.touched[index, None if address is None else address >> REGION] += 1
-                if guard is not False and step.run is not None:
+                if step.run is not None:
                     step.run(state, guard)
-                index += 1
-                continue
-            if step.jump == "exit":
-                if guard is True:
-                    break
-                index += 1
-            elif step.jump == "call":
-                index = step.target if guard is not False and step.target is not None else index + 1
-            elif step.jump == "return":
-                place = step.run(state)
-                if guard is False:
-                    index += 1
-                elif place is None:
-                    break
-                else:  # relative to the function of its label, by default the kernel itself
-                    start = 0 if step.target is None else self.instructions[step.target].address
-                    index = self._at[start + place]
-            else:
-                index = self._branch(index, step, guard, seen, result)
-        result.cycles = clock
-        return result
+            index += 1
+        raise RuntimeError(f"the walk of a kernel took over {_MOST_STEPS} instructions")
 
-    def _branch(self, index: int, step: _Step, guard: bool | None, seen: Counter, result: Walk) -> int:
-        following, target = index + 1, step.target
+    def _jump(self, index: int, step: _Step, guard: bool | None, state: _State, result: Walk) -> int:
+        """Index of the instruction after this one; that after the last ends the walk."""
+        following, end = index + 1, len(self.instructions)
+        if step.jump == "branch":
+            return self._branch(index, step.target, guard, state, result)
+        if step.jump == "exit":
+            return end if guard is True else following
+        if guard is False:
+            return following
+        if step.jump == "call":
+            return following if step.target is None else step.target
+        place = step.run(state)
+        if place is None:
+            return end
+        # A return is relative to the function of its label, by default the kernel itself.
+        start = 0 if step.target is None else self.instructions[step.target].address
+        return self._at[start + place]
+
+    def _branch(self, index: int, target: int | None, guard: bool | None, state: _State, result: Walk) -> int:
+        following = index + 1
         if guard is False or target is None:
             return following
         if guard is True:
@@ -226,20 +207,16 @@ class Code:
             result.unknown.add(target)
             return following
         # What is skipped with a call is a rare case: a division's or a root's of denormal numbers.
-        skipped = self.instructions[following:target]
-        if any(one.base == "CALL" for one in skipped):
+        if any(one.base == "CALL" for one in self.instructions[following:target]):
             return target
-        around = [first for first, last in self._loops if first <= index <= last]
+        around = [(last - first, first, last) for first, last in self.loops if first <= index <= last]
         if not around:
             return following
         # In a loop, and whether out of it: once.
-        result.unknown.add(max(around) if self._leaves_loop(index, target) else index)
-        seen[index] += 1
-        return following if seen[index] == 1 or (self._leaves_loop(index, target) and seen[index] % 2) else target
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",")) if text else ()
+        leaves = target > min(around)[2]
+        result.unknown.add(max(first for _, first, _ in around) if leaves else index)
+        state.seen[index] += 1
+        return following if state.seen[index] == 1 or (leaves and state.seen[index] % 2) else target
 
 
 class _State:
@@ -248,18 +225,32 @@ class _State:
     def __init__(self, constants: Mapping[int, int], special: Mapping[str, int], memory: Callable):
         self.registers: dict[str, int | bool] = {}
         self.constants, self.special, self.memory = constants, special, memory
+        self.seen: Counter[int] = Counter()  # branches that depend on data
+
+    def write(self, name: str, value: int | bool | None) -> None:
+        """None is not known. The registers that are constant keep their value."""
+        if value is None:
+            self.registers.pop(name, None)
+        elif name not in ("RZ", "URZ", "PT", "UPT"):
+            self.registers[name] = value
+
+
+# What an operand or an instruction reads or computes; None if it is not known.
+_Read = Callable[[_State], Any]
+# Registers that an instruction writes, and their values in this order; None if none is known.
+_Written = tuple[Sequence[str], _Read]
 
 
 class _Step(NamedTuple):
     run: Callable | None
-    guard: Callable[[_State], bool | None]
+    guard: _Read
     jump: str | None
     target: int | None
     stall: int
     barrier: int
     waits: tuple[int, ...]
     latency: str
-    touch: Callable[[_State], int | None] | None
+    touch: _Read | None
 
 
 def _decode(one: Instruction, code: Code) -> _Step:
@@ -267,55 +258,35 @@ def _decode(one: Instruction, code: Code) -> _Step:
     stall, barrier, wait = (control & 15, control >> 5 & 7, control >> 11 & 63) if one.control else (1, 7, 0)
     waits = tuple(i for i in range(6) if wait >> i & 1)
     guard = _predicate(one.guard) if one.guard else _always
-    jump = target = run = None
+    target = touch = None
     base = one.base
+    jump = _JUMPS.get(base)
     if base == "BRA":
-        jump, target = "branch", code.target(one)
-        conditions = [o for o in one.operands if re.fullmatch(r"!?U?P[0-9T]+", o)]
-        if ".DIV" in one.name:
-            guard = _never
-        elif conditions:
-            guard = _both(guard, *map(_predicate, conditions))
-    elif base in ("EXIT", "KILL"):
-        jump = "exit"
-    elif base == "CALL":
-        jump, target = "call", code.target(one)
-    elif base in ("RET", "BRX", "JMX"):
-        jump, target = "return", code.target(one)
-        run = _value(one.operands[0].partition(" ")[0], code) if one.operands else None
-        run = run or (lambda state: None)
+        conditions = filter(_is_predicate, one.operands)
+        guard = _never if ".DIV" in one.name else reduce(_both, map(_predicate, conditions), guard)
+    if jump in ("branch", "call", "return"):
+        target = code.target(one)
+    if jump == "return":
+        run = _value(one.operands[0].partition(" ")[0], code) if one.operands else _unknown
     else:
-        run = _semantics(one, code)
-    if barrier != 7 or waits:
-        latency = (
-            "global" if base in ("LDG", "LD", "LDL", "ATOMG", "TEX", "RED")
-            else "shared" if base in ("LDS", "LDSM", "ATOMS", "SHFL")
-            else "other"
-        )  # fmt: skip
-    else:
-        latency = "other"
-    touch = _address(one, code) if base in (*LOADS, *STORES) else None
-    if base == "LDGSTS" and _is_predicate(one.operands[-1]):
-        guard = _both(guard, _predicate(one.operands[-1]))
-    return _Step(run, guard, jump, target, max(stall, 1), barrier, waits, latency, touch)
+        run = None if jump else _semantics(one, code)
+    if base in (*LOADS, *STORES):
+        touch = _address(one, code)
+        if base == "LDGSTS" and _is_predicate(one.operands[-1]):
+            guard = _both(guard, _predicate(one.operands[-1]))
+    return _Step(run, guard, jump, target, max(stall, 1), barrier, waits, _LATENCIES.get(base, "other"), touch)
 
 
-def _address(one: Instruction, code: Code) -> Callable[[_State], int | None]:
-    """Of a load or a store in global memory."""
-    matches = [_ADDRESS.search(_DESCRIPTOR.sub("", operand)) for operand in one.operands]
-    places = [place for place in matches if place]
-    if not places:
-        return _unknown
-    place = places[-1]  # LDGSTS names shared memory first
-    register = _pair(place[1], code)
-    added = _pair(place[2], code) if place[2] else _zero
-    offset = int(place[3] or "0", 16)
-
-    def evaluate(state):
-        base, more = register(state), added(state)
-        return None if base is None or more is None else base + more + offset
-
-    return evaluate
+_JUMPS = {
+    "BRA": "branch",
+    "CALL": "call",
+    **dict.fromkeys(("EXIT", "KILL"), "exit"),
+    **dict.fromkeys(("RET", "BRX", "JMX"), "return"),
+}
+_LATENCIES = {
+    **dict.fromkeys(("LDG", "LD", "LDL", "ATOMG", "TEX", "RED"), "global"),
+    **dict.fromkeys(("LDS", "LDSM", "ATOMS", "SHFL"), "shared"),
+}
 
 
 def _always(state: _State) -> bool:
@@ -326,15 +297,29 @@ def _never(state: _State) -> bool:
     return False
 
 
-def _both(*all_of: Callable) -> Callable[[_State], bool | None]:
+def _unknown(state: _State) -> None:
+    return None
+
+
+def _apply(function: Callable, *sources: _Read) -> _Read:
+    """``function`` of values that must all be known."""
+
     def evaluate(state):
-        values = [one(state) for one in all_of]
-        return False if False in values else None if None in values else True
+        values = [source(state) for source in sources]
+        return None if None in values else function(*values)
 
     return evaluate
 
 
-def _predicate(text: str) -> Callable[[_State], bool | None]:
+def _both(one: _Read, other: _Read) -> _Read:
+    return lambda state: _logic("AND", one(state), other(state))
+
+
+def _is_predicate(text: str) -> bool:
+    return re.fullmatch(r"!?U?P[0-9T]+", text) is not None
+
+
+def _predicate(text: str) -> _Read:
     negative, name = text.startswith("!"), text.lstrip("!")
     if name in ("PT", "UPT"):
         return _never if negative else _always
@@ -346,104 +331,92 @@ def _predicate(text: str) -> Callable[[_State], bool | None]:
     return evaluate
 
 
-def _value(text: str, code: Code, word: int = 0) -> Callable[[_State], int | None]:
+def _value(text: str, code: Code, word: int = 0) -> _Read:
     """A 32-bit operand, with sign and complement applied modulo 2**32; ``word`` 1 is the upper half of a 64-bit one."""
     text = text.replace(".reuse", "")
-    negative = text.startswith("-") and not re.match(r"-(0x|\d)", text)
-    inverted, absolute = text.startswith("~"), text.strip("-").startswith("|")
-    name = text
-    if negative or inverted or absolute:
-        inner = _value(text.lstrip("-~").strip("|"), code, word)
+    signed = _SIGNED.fullmatch(text)
+    if signed:
+        sign, inner = signed[1], _value(signed[2].strip("|"), code, word)
+        absolute = signed[2].startswith("|")
 
-        def signed(state):
-            value = inner(state)
-            if value is None:
-                return None
-            if absolute:
-                value = (1 << 32) - value if value >> 31 else value
-            return (~value if inverted else -value if negative else value) & _MASK
+        def apply_sign(value):
+            value = abs(_signed(value)) if absolute else value
+            return (~value if sign == "~" else -value if sign == "-" else value) & _MASK
 
-        return signed
-    register = re.fullmatch(r"(U?R)(\d+|Z)(?:\.64|\.U32)?", name)
+        return _apply(apply_sign, inner)
+    if text in ("RZ", "URZ"):
+        return lambda state: 0
+    register = re.fullmatch(r"(U?R)(\d+)(?:\.64|\.U32)?", text)
     if register:
-        if register[2] == "Z":
-            return _zero
         key = f"{register[1]}{int(register[2]) + word}"
         return lambda state: state.registers.get(key)
-    if re.fullmatch(r"-?0x[0-9a-f]+", name):
-        number = int(name, 16)
-        number = (number >> 32 * word) & _MASK
-        return lambda state: number
-    relative = _RELATIVE.search(name)
+    relative = _RELATIVE.search(text)
     if relative:
-        place = code.address_of(relative[3]) if relative[1] == "lo" else 0
+        index = code.labels.get(relative[3], 0)  # the kernel itself has no label
+        place = code.instructions[index].address if relative[1] == "lo" else 0
         return lambda state: place
-    constant = _CONSTANT.fullmatch(name.removesuffix(".64"))
+    constant = _CONSTANT.fullmatch(text.removesuffix(".64"))
     if constant and int(constant[1], 16) == 0:
         offset = int(constant[3] or "0", 16) + 4 * word
         if constant[2] is None:
             return lambda state: state.constants.get(offset)
         index = _value(constant[2], code)
         return lambda state: None if index(state) is None else state.constants.get(index(state) + offset)
-    if re.fullmatch(r"-?\d+", name):  # zero is printed so
-        number = int(name) & _MASK
-        return lambda state: number
-    try:
-        number = 0 if word else struct.unpack("<I", struct.pack("<f", float(name)))[0]
-    except (ValueError, OverflowError):
-        return _unknown
+    number = _immediate(text, word)
     return lambda state: number
 
 
-def _zero(state: _State) -> int:
-    return 0
+def _immediate(text: str, word: int) -> int | None:
+    """A word of an integer, or the bits of a floating-point number."""
+    try:
+        return int(text, 0) >> 32 * word & _MASK
+    except ValueError:
+        pass
+    try:
+        return 0 if word else _to_bits(float(text))
+    except (ValueError, OverflowError):
+        return None
 
 
-def _unknown(state: _State) -> None:
-    return None
+def _pair(text: str, code: Code) -> _Read:
+    """A 64-bit operand."""
+    return _apply(lambda low, high: high << 32 | low, _value(text, code), _value(text, code, 1))
 
 
-def _pair(text: str, code: Code) -> Callable[[_State], int | None]:
-    low, high = _value(text, code), _value(text, code, 1)
-
-    def evaluate(state):
-        a, b = low(state), high(state)
-        return None if a is None or b is None else b << 32 | a
-
-    return evaluate
+def _address(one: Instruction, code: Code) -> _Read:
+    """Of a load or a store in global memory."""
+    places = [match for operand in one.operands if (match := _ADDRESS.search(_DESCRIPTOR.sub("", operand)))]
+    if not places:
+        return _unknown
+    register, added, offset = places[-1].groups()  # LDGSTS names shared memory first
+    distance = int(offset or "0", 16)
+    return _apply(lambda base, more: base + more + distance, _pair(register, code), _pair(added or "RZ", code))
 
 
 def _signed(value: int, bits: int = 32) -> int:
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-def _is_predicate(text: str) -> bool:
-    return re.fullmatch(r"!?U?P[0-9T]+", text) is not None
+def _is_wide(modifiers: Sequence[str]) -> bool:
+    """Whether integers have 64 bits."""
+    return any(m in ("U64", "S64") for m in modifiers)
 
 
-def _write(state: _State, name: str, value: int | bool | None) -> None:
-    if name in ("RZ", "URZ", "PT", "UPT"):
-        return
-    if value is None:
-        state.registers.pop(name, None)
-    else:
-        state.registers[name] = value
+def _words_of(modifiers: Sequence[str]) -> int:
+    return 4 if "128" in modifiers else 2 if "64" in modifiers else 1
 
 
-def _shifted(name: str, by: int) -> str:
+def _registers(name: str, words: int) -> list[str]:
+    """Names of the registers that hold a value of so many words, from the lowest."""
     match = re.fullmatch(r"(U?R)(\d+)(?:\.\w+)?", name)
-    return f"{match[1]}{int(match[2]) + by}" if match else "RZ"
+    return [f"{match[1]}{int(match[2]) + i}" if match else "RZ" for i in range(words)]
 
 
-_COMPARE = {
-    "LT": lambda a, b: a < b,
-    "LE": lambda a, b: a <= b,
-    "GT": lambda a, b: a > b,
-    "GE": lambda a, b: a >= b,
-    "EQ": lambda a, b: a == b,
-    "NE": lambda a, b: a != b,
-}
-_COMBINE = {"AND": lambda a, b: a and b, "OR": lambda a, b: a or b, "XOR": lambda a, b: a != b}
+def _split_words(value: int) -> tuple[int, int]:
+    return value & _MASK, value >> 32 & _MASK
+
+
+_COMBINE = {"AND": operator.and_, "OR": operator.or_, "XOR": operator.xor}
 
 
 def _logic(operation: str, a: bool | None, b: bool | None) -> bool | None:
@@ -456,22 +429,17 @@ def _logic(operation: str, a: bool | None, b: bool | None) -> bool | None:
 
 def _semantics(one: Instruction, code: Code) -> Callable | None:
     """What an instruction does to the registers that are known; None if it writes none."""
-    names = one.name.split(".")
-    uniform = names[0].startswith("U") and names[0] not in ("UNPACK",)
-    base = names[0].removeprefix("U") if uniform else names[0]
-    build = _BUILDERS.get(base)
-    destinations = _destinations(one)
-    calculate = build(one, names[1:], one.operands, code) if build is not None else None
+    base, *modifiers = one.name.split(".")
+    build = _BUILDERS.get(base.removeprefix("U"))
+    built = build(one, modifiers, one.operands, code) if build else None
+    names, read = built or (_destinations(one), _unknown)
 
     def run(state, guard):
-        if guard is None or calculate is None:
-            for name in destinations:
-                _write(state, name, None)
-            return
-        for name, value in calculate(state).items():
-            _write(state, name, value)
+        values = None if guard is None else read(state)
+        for name, value in zip(names, values or (None,) * len(names), strict=False):
+            state.write(name, value)
 
-    return run if destinations or calculate else None
+    return run if names else None
 
 
 _NO_RESULT = ("ST", "STG", "STS", "STL", "BAR", "RED", "NOP", "BSSY", "BSYNC", "BREAK", "DEPBAR", "LDGDEPBAR", "LDGSTS",
@@ -484,19 +452,14 @@ def _destinations(one: Instruction) -> list[str]:
     if one.base in _NO_RESULT or not one.operands:
         return []
     width = 4 if ".128" in one.name or "MMA" in one.base else 2 if re.search(r"64|WIDE", one.name) else 1
-    if one.base == "CS2R" and ".32" not in one.name:
-        width = 2
-    operands = []
+    names = []
     for operand in one.operands:
-        if re.fullmatch(r"U?P\d", operand):
-            operands.append(operand)
-        elif re.fullmatch(r"U?P?T", operand):
-            continue
-        elif re.fullmatch(r"U?R\d+(\.64)?", operand):
-            return operands + [_shifted(operand, i) for i in range(width)]
-        else:
+        if re.fullmatch(r"U?R\d+(\.64)?", operand):
+            return names + _registers(operand, width)
+        if not re.fullmatch(r"U?P[0-9T]", operand):
             break
-    return operands
+        names.append(operand)
+    return names
 
 
 def _three(operands: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
@@ -510,147 +473,108 @@ def _three(operands: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     return written, values, [o for o in rest if _is_predicate(o)]
 
 
+# Each ``_build_`` function gives what an instruction writes, from the instruction, its modifiers and operands; None
+# where this is not followed.
+
+
+def _copied(name: str, source: str, words: int, code: Code) -> _Written:
+    sources = [_value(source, code, word) for word in range(words)]
+    return _registers(name, words), lambda state: [read(state) for read in sources]
+
+
 def _build_mov(one, modifiers, operands, code):
-    source = _value(operands[-1] if not re.fullmatch(r"0x[0-9a-f]", operands[-1]) or len(operands) == 2
-                    else operands[1], code)  # fmt: skip
-    if "64" in modifiers:
-        low, high = _value(operands[1], code), _value(operands[1], code, 1)
-        return lambda state: {operands[0]: low(state), _shifted(operands[0], 1): high(state)}
-    return lambda state: {operands[0]: source(state)}
+    return _copied(*operands[:2], _words_of(modifiers), code)
 
 
 def _build_imad(one, modifiers, operands, code):
     (name, *carries), values, taken = _three(operands)
     a, b = (_value(v, code) for v in values[:2])
-    wide, unsigned = "WIDE" in modifiers, "U32" in modifiers
-    c = (_pair if wide or "HI" in modifiers else _value)(values[2], code)
+    wide, high, unsigned = "WIDE" in modifiers, "HI" in modifiers, "U32" in modifiers
+    c = (_pair if wide or high else _value)(values[2], code)
     extra = _predicate(taken[-1]) if "X" in modifiers and taken else _never
 
-    def calculate(state):
-        x, y, z, carry = a(state), b(state), c(state), extra(state)
+    def multiply(state):
+        x, y = a(state), b(state)
         if 0 in (x, y):
-            product = 0
-        elif x is None or y is None:
-            product = None
-        elif wide or "HI" in modifiers:
-            product = x * y if unsigned else _signed(x) * _signed(y)
-        else:
-            product = x * y
-        total = None if product is None or z is None or carry is None else product + z + carry
-        if "HI" in modifiers:
-            return {name: None if total is None else total >> 32 & _MASK}
-        if not wide:
-            return {name: None if total is None else total & _MASK}
-        if total is None:
-            return {name: None, _shifted(name, 1): None, **dict.fromkeys(carries)}
-        written = {name: total & _MASK, _shifted(name, 1): total >> 32 & _MASK}
-        return written | {p: bool(total >> 64) for p in carries}
+            return 0
+        return None if None in (x, y) else x * y if unsigned else _signed(x) * _signed(y)
 
-    return calculate
+    def add(product, z, carry):
+        total = product + z + carry
+        low, upper = _split_words(total)
+        return (upper,) if high else (low, upper, *[bool(total >> 64)] * len(carries))
+
+    return [*_registers(name, 2), *carries] if wide else [name], _apply(add, multiply, c, extra)
 
 
 def _build_iadd3(one, modifiers, operands, code):
     (name, *carries), values, taken = _three(operands)
-    pairs = "64" in modifiers
-    bits = 64 if pairs else 32
-    terms = []
-    for text in values:
-        negative = text.startswith("-") and not text.startswith("-0x")
-        terms.append((negative, (_pair if pairs else _value)(text[1:] if negative else text, code)))
-    extra = [_predicate(p) for p in taken] if "X" in modifiers else []
+    words = _words_of(modifiers)
+    read = _pair if words == 2 else _value
 
-    def calculate(state):
-        total = 0
-        for negative, term in terms:
-            value = term(state)
-            if value is None:
-                total = None
-                break
-            # A negated term is its complement plus one, whose carry the upper words of a long subtraction need.
-            total += (1 << bits) - value if negative else value
-        for predicate in extra:
-            carry = predicate(state)
-            total = None if total is None or carry is None else total + carry
-        written = {p: None if total is None else bool(total >> bits) for p in carries}
-        if pairs:
-            low, high = (None, None) if total is None else (total & _MASK, total >> 32 & _MASK)
-            return written | {name: low, _shifted(name, 1): high}
-        return written | {name: None if total is None else total & _MASK}
+    def term(text):
+        if not text.startswith("-") or text.startswith("-0x"):
+            return read(text, code)
+        # A negated term is its complement plus one, whose carry the upper words of a long subtraction need.
+        return _apply(lambda value: (1 << 32 * words) - value, read(text[1:], code))
 
-    return calculate
+    def add(*terms):
+        total = sum(terms)
+        return *_split_words(total)[:words], *[bool(total >> 32 * words)] * len(carries)
+
+    taken = taken if "X" in modifiers else []
+    return [*_registers(name, words), *carries], _apply(add, *map(term, values), *map(_predicate, taken))
 
 
 def _build_lea(one, modifiers, operands, code):
     (name, *carries), values, taken = _three(operands)
     high = "HI" in modifiers
-    a, b = _value(values[0], code), _value(values[1], code)
-    c = _value(values[2], code) if high and len(values) > 3 else _zero
+    third = values[2] if high and len(values) > 3 else "RZ"
     shift = int(values[-1], 16) if values[-1].startswith("0x") else 0
     extra = _predicate(taken[-1]) if "X" in modifiers and taken else _never
     negative = values[0].startswith("-")
 
-    def calculate(state):
-        x, y, z, carry = a(state), b(state), c(state), extra(state)
-        if None in (x, y, z, carry):
-            return {name: None, **dict.fromkeys(carries)}
-        if high:
-            wide = _signed(x) if "SX32" in modifiers else z << 32 | x
-            total = ((wide << shift) >> 32 & _MASK) + y + carry
-        else:
-            total = (x << shift & _MASK) + y + carry
-        return {name: total & _MASK, **{p: bool(total >> 32) and not negative for p in carries}}
+    def add(x, y, z, carry):
+        wide = _signed(x) if "SX32" in modifiers else z << 32 | x
+        total = _split_words(wide << shift)[high] + y + carry
+        return total & _MASK, *[bool(total >> 32) and not negative] * len(carries)
 
-    return calculate
+    return [name, *carries], _apply(add, *(_value(v, code) for v in (*values[:2], third)), extra)
 
 
 def _build_shf(one, modifiers, operands, code):
-    name, *rest = operands
-    a, shift, c = (_value(v, code) for v in rest[:3])
-    left, wide, signed, high = "L" in modifiers, False, False, "HI" in modifiers
-    wide = any(m in ("U64", "S64") for m in modifiers)
+    name, low, by, up = operands[:4]
+    left, wide, high = "L" in modifiers, _is_wide(modifiers), "HI" in modifiers
     signed = any(m in ("S32", "S64") for m in modifiers)
-    only_high = not left and not wide and high
-    only_low = left and not wide and not high
+    # Of one word, what comes out at its own end does not depend on the other word.
+    low = "RZ" if not left and not wide and high else low
+    up = "RZ" if left and not wide and not high else up
 
-    def calculate(state):
-        low, by, up = a(state), shift(state), c(state)
-        if by is None:
-            return {name: None}
+    def shift(low, by, up):
         by = by & (63 if wide else 31) if "W" in modifiers else min(by, 64 if wide else 32)
-        if only_low:
-            return {name: None if low is None else low << by & _MASK}
-        if up is None or (low is None and not only_high):
-            return {name: None}
-        if only_high:
-            return {name: (_signed(up) if signed else up) >> by & _MASK}
         both = up << 32 | low
         both = both << by if left else (_signed(both, 64) if signed else both) >> by
-        return {name: (both >> 32 if high else both) & _MASK}
+        return (_split_words(both)[high],)
 
-    return calculate
+    return [name], _apply(shift, *(_value(v, code) for v in (low, by, up)))
 
 
 def _build_lop3(one, modifiers, operands, code):
     written, values, taken = _three(operands)
-    name = next((w for w in written if not _is_predicate(w)), "RZ")
-    flags = [w for w in written if _is_predicate(w)]
-    a, b, c = (_value(v, code) for v in values[:3])
+    sources = [_value(v, code) for v in values[:3]]
     table = int(values[3], 16)
     combined = _predicate(taken[-1]) if taken else _never
+    flags = [_is_predicate(name) for name in written]
 
     def calculate(state):
-        words = (a(state), b(state), c(state))
+        words = [source(state) for source in sources]
         # Known whatever an unknown word is, as is x & 0.
-        totals = {
-            _logic3(table, *[fill if word is None else word for word, fill in zip(words, fills, strict=True)])
-            for fills in ((0, 0, 0), (_MASK, _MASK, _MASK), (0, _MASK, 0), (_MASK, 0, _MASK))
-        }
+        totals = {_logic3(table, *(fill if word is None else word for word in words)) for fill in (0, _MASK)}
         total = totals.pop() if len(totals) == 1 and words.count(None) < 2 else None
-        extra = combined(state)
-        nonzero = None if total is None else total != 0
-        return {name: total, **{flag: _logic("OR", nonzero, extra) for flag in flags}}
+        nonzero = _logic("OR", None if total is None else total != 0, combined(state))
+        return [nonzero if flag else total for flag in flags]
 
-    return calculate
+    return written, calculate
 
 
 def _logic3(table: int, a: int, b: int, c: int) -> int:
@@ -664,210 +588,145 @@ def _logic3(table: int, a: int, b: int, c: int) -> int:
 
 
 def _build_plop3(one, modifiers, operands, code):
-    first, second, *rest = operands
-    inputs = [_predicate(p) for p in rest[:3]]
-    tables = [int(t, 16) for t in rest[3:5]]
+    inputs = [_predicate(p) for p in operands[2:5]]
+    tables = [int(t, 16) for t in operands[5:7]]
 
     def calculate(state):
-        values = [p(state) for p in inputs]
-        results = []
-        for table in tables:
-            possible = {
-                bool(table >> case & 1)
-                for case in range(8)
-                if all(v is None or v == bool(case & bit) for v, bit in zip(values, (4, 2, 1), strict=True))
-            }
-            results.append(possible.pop() if len(possible) == 1 else None)
-        return dict(zip((first, second), results, strict=False))
+        cases = list(product(*((0, 1) if (value := p(state)) is None else (int(value),) for p in inputs)))
+        results = [{bool(_logic3(table, *case) & 1) for case in cases} for table in tables]
+        return [possible.pop() if len(possible) == 1 else None for possible in results]
 
-    return calculate
+    return operands[:2], calculate
 
 
 def _build_isetp(one, modifiers, operands, code):
     first, second, left, right, combined, *more = operands
-    compare = _COMPARE.get(modifiers[0], lambda a, b: None)
+    compare = getattr(operator, modifiers[0].lower(), lambda x, y: None)
     operation = next((m for m in modifiers if m in _COMBINE), "AND")
-    wide = any(m in ("U64", "S64") for m in modifiers)
-    unsigned, extended = any(m in ("U32", "U64") for m in modifiers), "EX" in modifiers
+    wide, extended = _is_wide(modifiers), "EX" in modifiers
+    unsigned = any(m in ("U32", "U64") for m in modifiers)
     a, b = ((_pair if wide else _value)(text, code) for text in (left, right))
     with_, lower = _predicate(combined), _predicate(more[0]) if extended and more else _always
 
     def calculate(state):
-        x, y, rest, below = a(state), b(state), with_(state), lower(state)
-        if x is None or y is None:
-            result = None
-        else:
+        x, y, rest, result = a(state), b(state), with_(state), None
+        if x is not None and y is not None:
             if not unsigned:
                 x, y = (_signed(v, 64 if wide else 32) for v in (x, y))
-            result = compare(x, y)
-            if extended and x == y:
-                result = below
+            result = lower(state) if extended and x == y else compare(x, y)
         opposite = None if result is None else not result
-        return {first: _logic(operation, result, rest), second: _logic(operation, opposite, rest)}
+        return _logic(operation, result, rest), _logic(operation, opposite, rest)
 
-    return calculate
+    return (first, second), calculate
 
 
 def _build_sel(one, modifiers, operands, code):
-    name, left, right, condition = operands
-    which = _predicate(condition)
-    wide = "64" in modifiers
-
-    def words(text):
-        return [_value(text, code, word) for word in range(2 if wide else 1)]
-
-    yes, no = words(left), words(right)
+    name, yes, no, condition = operands
+    which, words = _predicate(condition), _words_of(modifiers)
+    (names, yes), (_, no) = (_copied(name, source, words, code) for source in (yes, no))
 
     def calculate(state):
         chosen = which(state)
-        values = [(None if chosen is None else (y if chosen else n)(state)) for y, n in zip(yes, no, strict=True)]
-        return {_shifted(name, i) if i else name: value for i, value in enumerate(values)}
+        return None if chosen is None else (yes if chosen else no)(state)
 
-    return calculate
+    return names, calculate
 
 
 def _build_minmax(one, modifiers, operands, code):
     written, values, taken = _three(operands)
     if len(values) != 2 or not taken:
-        return lambda state: dict.fromkeys(w for w in written if not w.endswith("T"))
-    a, b = (_value(v, code) for v in values)
-    smaller = _predicate(taken[-1])
-    unsigned = "U32" in modifiers
+        return None
+    sign = int if "U32" in modifiers else _signed
 
-    def calculate(state):
-        x, y, least = a(state), b(state), smaller(state)
-        if None in (x, y, least):
-            return {written[0]: None}
-        key = (lambda v: v) if unsigned else _signed
-        return {written[0]: (min if least else max)(x, y, key=key)}
+    def choose(x, y, least):
+        return ((min if least else max)(x, y, key=sign),)
 
-    return calculate
+    return written[:1], _apply(choose, *(_value(v, code) for v in values), _predicate(taken[-1]))
 
 
 def _build_special(one, modifiers, operands, code):
-    name = operands[0]
-    source = operands[1] if len(operands) > 1 else ""
-    pair = one.base == "CS2R" and ".32" not in one.name
+    name, source = operands[0], operands[-1]
+    words = 2 if one.base == "CS2R" and "32" not in modifiers else 1
 
     def calculate(state):
         value = 0 if source == "SRZ" else state.special.get(source)
-        return {name: value, **({_shifted(name, 1): value and 0 if value is None else 0} if pair else {})}
+        return None if value is None else (value, 0)
 
-    return calculate
+    return _registers(name, words), calculate
 
 
-def _build_load_constant(one, modifiers, operands, code):
-    name = operands[0]
-    words = 4 if "128" in modifiers else 2 if "64" in modifiers else 1
-    parts = [_value(operands[1], code, word) for word in range(words)]
-    return lambda state: {_shifted(name, i) if i else name: part(state) for i, part in enumerate(parts)}
+def _register(written: Sequence[str]) -> str:
+    return next((name for name in written if not _is_predicate(name)), "RZ")
 
 
 def _build_load(one, modifiers, operands, code):
-    written, _, _ = _three(operands)
-    name = next((w for w in written if not _is_predicate(w)), "RZ")
-    words = 4 if "128" in modifiers else 2 if "64" in modifiers else 1
-    size = min(one.bits // 8, 4)
-    names = [_shifted(name, i) if i else name for i in range(words)]
-    if one.base in ("LDS", "LDL", "LDSM"):
-        return lambda state: dict.fromkeys(names)
+    words, size = _words_of(modifiers), min(one.bits // 8, 4)
     address = _address(one, code)
 
     def calculate(state):
         place = address(state)
-        if place is None:
-            return dict.fromkeys(names)
-        return {name: state.memory(place + 4 * i, size) for i, name in enumerate(names)}
+        return None if place is None else [state.memory(place + 4 * i, size) for i in range(words)]
 
-    return calculate
+    return _registers(_register(_three(operands)[0]), words), calculate
 
 
 def _build_copy(one, modifiers, operands, code):
     """A value of the first lane, taken over by all."""
     written, values, _ = _three(operands)
     if one.base == "SHFL" and ("IDX" not in modifiers or values[1] not in ("RZ", "0x0")):
-        return lambda state: dict.fromkeys(w for w in written if not w.endswith("T"))
-    name = next(w for w in written if not _is_predicate(w))
-    source = _value(values[0], code)
-    flags = [w for w in written if _is_predicate(w)]
-    return lambda state: {name: source(state), **dict.fromkeys(flags, True)}
+        return written, _unknown
+    source, flags = _value(values[0], code), [_is_predicate(name) for name in written]
+    return written, lambda state: [flag or source(state) for flag in flags]
 
 
 def _build_vote(one, modifiers, operands, code):
     """Lanes of a warp are taken to agree."""
-    flags = [o for o in operands if re.fullmatch(r"U?P\d", o)]
-    name = next((o for o in operands if re.fullmatch(r"U?R\d+", o)), None)
-    source = _predicate(operands[-1]) if _is_predicate(operands[-1]) else _unknown
-    writes = [f for f in flags if f != operands[-1].lstrip("!")][:1]
+    *written, source = operands
+    if not _is_predicate(source):
+        return None
+    units = [1 if _is_predicate(name) else _MASK for name in written]
+    return written, _apply(lambda value: [unit * value for unit in units], _predicate(source))
 
-    def calculate(state):
-        value = source(state)
-        result = dict.fromkeys(writes, value)
-        if name:
-            result[name] = None if value is None else _MASK if value else 0
-        return result
 
-    return calculate
+def _one(function: Callable, one: Instruction, code: Code, *operands: str) -> _Written:
+    """One register from known words; ``function`` may give None."""
+    return one.operands[:1], _apply(lambda *words: (function(*words),), *(_value(text, code) for text in operands))
 
 
 def _build_prmt(one, modifiers, operands, code):
-    name, left, choice, right = operands
-    a, selector, b = _value(left, code), _value(choice, code), _value(right, code)
-
-    def calculate(state):
-        x, s, y = a(state), selector(state), b(state)
-        if None in (x, s, y) or modifiers:
-            return {name: None}
-        source = y << 32 | x
-        result = 0
+    def permute(x, selector, y):
+        source, result = y << 32 | x, 0
         for byte in range(4):
-            nibble = s >> 4 * byte & 15
+            nibble = selector >> 4 * byte & 15
             value = source >> 8 * (nibble & 7) & 255
             if nibble & 8:
                 value = 255 if value >> 7 else 0
             result |= value << 8 * byte
-        return {name: result}
+        return result
 
-    return calculate
+    return None if modifiers else _one(permute, one, code, *operands[1:])
 
 
 def _build_sgxt(one, modifiers, operands, code):
-    source, bits = _value(operands[1], code), _value(operands[2], code)
-
-    def calculate(state):
-        value, width = source(state), bits(state)
-        if value is None or not width:
-            return {operands[0]: None}
+    def extend(value, width):
+        if not width:
+            return None
         value &= (1 << width) - 1
-        return {operands[0]: value if "U32" in modifiers else _signed(value, width) & _MASK}
+        return value if "U32" in modifiers else _signed(value, width) & _MASK
 
-    return calculate
+    return _one(extend, one, code, *operands[1:3])
 
 
 def _build_iabs(one, modifiers, operands, code):
-    source = _value(operands[1], code)
-
-    def calculate(state):
-        value = source(state)
-        return {operands[0]: None if value is None else abs(_signed(value)) & _MASK}
-
-    return calculate
+    return _one(lambda value: abs(_signed(value)) & _MASK, one, code, operands[1])
 
 
-def _build_bits(one, modifiers, operands, code):
-    source = _value(operands[-1], code)
-    count = one.base.removeprefix("U") == "POPC"
-
-    def calculate(state):
-        value = source(state)
-        if value is None:
-            return {operands[0]: None}
-        if count:
-            return {operands[0]: value.bit_count()}
+def _build_flo(one, modifiers, operands, code):
+    def find(value):
         last = value.bit_length() - 1
-        return {operands[0]: (31 - last if "SH" in modifiers and value else last) & _MASK}
+        return (31 - last if "SH" in modifiers and value else last) & _MASK
 
-    return calculate
+    return _one(find, one, code, operands[-1])
 
 
 def _from_bits(word: int) -> float:
@@ -880,47 +739,34 @@ def _to_bits(value: float, up: bool = False) -> int:
 
 
 def _build_to_float(one, modifiers, operands, code):
-    wide = any(m in ("U64", "S64") for m in modifiers)
-    source = (_pair if wide else _value)(operands[1], code)
-    signed = not any(m.startswith("U") for m in modifiers)
     if any(m in ("F64", "F16", "BF16", "U8", "U16", "S8", "S16") for m in modifiers):
         return None
+    bits, read = (64, _pair) if _is_wide(modifiers) else (32, _value)
+    signed = not any(m.startswith("U") for m in modifiers)
 
-    def calculate(state):
-        value = source(state)
-        if value is None:
-            return {operands[0]: None}
-        return {operands[0]: _to_bits(_signed(value, 64 if wide else 32) if signed else value, "RP" in modifiers)}
+    def convert(value):
+        return (_to_bits(_signed(value, bits) if signed else value, "RP" in modifiers),)
 
-    return calculate
+    return operands[:1], _apply(convert, read(operands[1], code))
 
 
 def _build_to_integer(one, modifiers, operands, code):
-    wide = any(m in ("U64", "S64") for m in modifiers)
-    source = _value(operands[1], code)
     if any(m in ("F64", "F16", "BF16") for m in modifiers) or "TRUNC" not in modifiers:
         return None
 
-    def calculate(state):
-        word = source(state)
-        names = [operands[0], _shifted(operands[0], 1)][: 1 + wide]
-        if word is None or not math.isfinite(_from_bits(word)):
-            return dict.fromkeys(names)
-        value = int(_from_bits(word))
-        return {name: value >> 32 * i & _MASK for i, name in enumerate(names)}
+    def convert(word):
+        value = _from_bits(word)
+        return _split_words(int(value)) if math.isfinite(value) else None
 
-    return calculate
+    return _registers(operands[0], 1 + _is_wide(modifiers)), _apply(convert, _value(operands[1], code))
 
 
 def _build_mufu(one, modifiers, operands, code):
-    source = _value(operands[1], code)
+    def invert(word):
+        value = _from_bits(word)
+        return _to_bits(1.0 / value) if 0.0 < abs(value) < math.inf else None
 
-    def calculate(state):
-        word = source(state) if modifiers == ["RCP"] else None
-        known = word is not None and 0.0 < abs(_from_bits(word)) < math.inf
-        return {operands[0]: _to_bits(1.0 / _from_bits(word)) if known else None}
-
-    return calculate
+    return _one(invert, one, code, operands[1]) if modifiers == ["RCP"] else None
 
 
 def _build_half(one, modifiers, operands, code):
@@ -931,76 +777,43 @@ def _build_half(one, modifiers, operands, code):
         high, low = (struct.unpack("<H", struct.pack("<e", float(text)))[0] for text in operands[3:])
     except (ValueError, OverflowError):
         return None
-    return lambda state: {operands[0]: high << 16 | low}
+    return operands[:1], lambda state: (high << 16 | low,)
 
 
 def _build_p2r(one, modifiers, operands, code):
-    name, _, other, mask = operands[:4]
-    source, bits = _value(other, code), int(mask, 16)
+    bits = int(operands[3], 16)
+    places = [i for i in range(7) if bits >> i & 1]
+    flags = [_predicate(f"P{i}") for i in places]
 
-    def calculate(state):
-        base = source(state)
-        flags = [state.registers.get(f"P{i}", None) for i in range(7)]
-        if base is None or modifiers or any(flags[i] is None for i in range(7) if bits >> i & 1):
-            return {name: None}
-        packed = sum(flags[i] << i for i in range(7) if bits >> i & 1)
-        return {name: base & ~bits & _MASK | packed}
+    def pack(base, *flags):
+        return (base & ~bits & _MASK | sum(flag << i for i, flag in zip(places, flags, strict=True)),)
 
-    return calculate
+    return None if modifiers else (operands[:1], _apply(pack, _value(operands[2], code), *flags))
 
 
-def _build_r2p(one, modifiers, operands, code):
-    source, bits = _value(operands[1], code), int(operands[2], 16) if len(operands) > 2 else 0x7F
-
-    def calculate(state):
-        word = None if modifiers else source(state)
-        return {f"P{i}": None if word is None else bool(word >> i & 1) for i in range(7) if bits >> i & 1}
-
-    return calculate
-
-
-def _build_fchk(one, modifiers, operands, code):
-    return lambda state: {operands[0]: False}  # no operand of the division is out of range
-
-
-_BUILDERS = {
+_BUILDERS: dict[str, Callable[[Instruction, list[str], tuple[str, ...], Code], _Written | None]] = {
     "MOV": _build_mov,
     "IMAD": _build_imad,
-    "IADD3": _build_iadd3,
-    "IADD": _build_iadd3,
-    "VIADD": _build_iadd3,
+    **dict.fromkeys(("IADD3", "IADD", "VIADD"), _build_iadd3),
     "LEA": _build_lea,
     "SHF": _build_shf,
     "LOP3": _build_lop3,
     "PLOP3": _build_plop3,
     "ISETP": _build_isetp,
-    "SEL": _build_sel,
-    "FSEL": _build_sel,
-    "IMNMX": _build_minmax,
-    "VIMNMX": _build_minmax,
-    "S2R": _build_special,
-    "S2UR": _build_special,
-    "CS2R": _build_special,
-    "LDC": _build_load_constant,
-    "LDCU": _build_load_constant,
-    "LDG": _build_load,
-    "LD": _build_load,
-    "LDS": _build_load,
-    "R2UR": _build_copy,
-    "SHFL": _build_copy,
-    "VOTE": _build_vote,
-    "VOTEU": _build_vote,
+    **dict.fromkeys(("SEL", "FSEL"), _build_sel),
+    **dict.fromkeys(("IMNMX", "VIMNMX"), _build_minmax),
+    **dict.fromkeys(("S2R", "S2UR", "CS2R"), _build_special),
+    **dict.fromkeys(("LDC", "LDCU"), _build_mov),
+    **dict.fromkeys(("LDG", "LD"), _build_load),
+    **dict.fromkeys(("R2UR", "SHFL"), _build_copy),
+    **dict.fromkeys(("VOTE", "VOTEU"), _build_vote),
     "PRMT": _build_prmt,
     "SGXT": _build_sgxt,
     "IABS": _build_iabs,
-    "POPC": _build_bits,
-    "FLO": _build_bits,
-    "I2F": _build_to_float,
-    "I2FP": _build_to_float,
+    "FLO": _build_flo,
+    **dict.fromkeys(("I2F", "I2FP"), _build_to_float),
     "F2I": _build_to_integer,
     "MUFU": _build_mufu,
     "HFMA2": _build_half,
     "P2R": _build_p2r,
-    "R2P": _build_r2p,
-    "FCHK": _build_fchk,
 }

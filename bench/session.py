@@ -37,9 +37,9 @@ class Candidate:
         return {**self.keys, "status": self.error or "ok", **timings.columns(name), **self.values}
 
 
-def begin(device: str, dtypes: Iterable[str], limits: Mapping[str, float] | None = None) -> Results:
-    """Results without rows yet; the machine and its limits, measured now if None, are printed."""
-    limits = limits or measure_limits(device, [DTYPES[dtype] for dtype in dict.fromkeys(dtypes)])
+def begin(device: str, dtypes: Iterable[str]) -> Results:
+    """Results without rows yet; the machine and its limits, measured now, are printed."""
+    limits = measure_limits(device, [DTYPES[dtype] for dtype in dict.fromkeys(dtypes)])
     results = Results(environment.command(), environment.describe(device), dict(limits))
     gemms = [f"GEMM {k.split('_')[1]} {v:.3g} TFLOP/s" for k, v in limits.items() if k.startswith("gemm")]
     machine = f"{results.environment['device']}, {results.environment['threads']} threads"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -87,11 +87,6 @@ def _cell(row: dict, name: str | Callable[[dict], Any], spec: str) -> str:
     return "" if value is None else format(value, spec)
 
 
-def scaled(name: str, factor: float) -> Callable[[dict], float | None]:
-    """A column in another unit."""
-    return lambda row: None if row.get(name) is None else row[name] * factor
-
-
 def speedup(row: dict, other: dict | None) -> Ratio | None:
     """How many times as fast a row is as another of the same run; None where one has no samples."""
     if other is None or other is row or not row.get("samples_ms") or not other.get("samples_ms"):
@@ -105,9 +100,22 @@ def speedup_over(name: str, rows: Sequence[dict]) -> Callable[[dict], Ratio | No
     return lambda row: speedup(row, others.get(key(row, "implementation")))
 
 
+def grouped(rows: Sequence[dict], column: str) -> dict[Any, list[dict]]:
+    """The rows of each value of a column, in the order of their first rows."""
+    groups: dict[Any, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row[column], []).append(row)
+    return groups
+
+
+def heading(rows: Sequence[dict], *names: str) -> str:
+    """The values of these columns in the first row."""
+    return ", ".join(f"{name} {rows[0][name]}" if name in ("batch", "ratio") else rows[0][name] for name in names)
+
+
 def title(rows: Sequence[dict], *names: str) -> str:
-    """The values of these columns, and the run's A/A control: the ratio of two equal measurements."""
-    described = ", ".join(f"{name} {rows[0][name]}" if name in ("batch", "ratio") else rows[0][name] for name in names)
+    """``heading``, and the run's A/A control: the ratio of two equal measurements."""
+    described = heading(rows, *names)
     control = next((row for row in rows if "control" in row), None)
     if control is None:
         return described
@@ -125,8 +133,23 @@ def figure(width: float, height: float):
     return drawing
 
 
-def label_bars(axes, labels: Sequence[str], offset: float = 0.0) -> None:
-    """Name the rows of horizontal bars, the first on top."""
-    axes.set_yticks([place + offset for place in range(len(labels))])
+def bars(
+    axes, labels: Sequence[str], series: Mapping[str, tuple[Sequence[float | None], Any]], stacked: bool = False
+) -> None:
+    """Horizontal bars, a group for each label, the first on top.
+
+    Args:
+        series: name -> values, one for each label, and color.
+        stacked: one after the other in place of side by side.
+    """
+    thickness = 0.8 if stacked else 0.8 / len(series)
+    ends = [0.0] * len(labels)
+    for number, (name, (values, color)) in enumerate(series.items()):
+        widths = [value or 0.0 for value in values]
+        places = [place + (0 if stacked else number * thickness) for place in range(len(labels))]
+        axes.barh(places, widths, 0.95 * thickness, left=ends, color=color, label=name)
+        ends = [end + width for end, width in zip(ends, widths, strict=True)] if stacked else ends
+    axes.set_yticks([place + 0.4 - thickness / 2 for place in range(len(labels))])
     axes.set_yticklabels(labels, fontsize=8)
-    axes.invert_yaxis()
+    axes.yaxis.set_inverted(True)
+    axes.grid(alpha=0.3, axis="x")

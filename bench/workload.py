@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ class Setting:
         device: "cpu" or "cuda".
         output: file of results.
         part: one of ``PARTS``.
+        modes: each one of ``MODES``.
+        ratio: keep ratio.
         config, overrides: the detector.
         size, batch, dtype: of the images; dtype other than fp32 means autocast.
         rounds: see ``measure``.
@@ -44,12 +47,19 @@ class Setting:
     device: str
     output: Path | None = None
     part: str = "backbone"
+    modes: Sequence[str] = MODES
+    ratio: float = 0.5
     config: str = "mimdet_b_mask_rcnn"
     overrides: Sequence[str] = ()
     size: tuple[int, int] = (480, 640)
     batch: int = 1
     dtype: str = "fp32"
     rounds: int = 15
+
+    def __post_init__(self):
+        """Raise ValueError for a part or a mode that is unknown."""
+        check_choices([self.part], PARTS)
+        check_choices(self.modes, MODES)
 
     @property
     def gpu(self) -> bool:
@@ -112,39 +122,46 @@ def idle_optimizer(detector: nn.Module) -> torch.optim.Optimizer:
 
 def step_of(detector: nn.Module, optimizer: torch.optim.Optimizer, mode: str, setting: Setting) -> Workload:
     """One step of a detector, or of its backbone, which does without ``optimizer``."""
-    training = mode == "train"
     if setting.part == "detector":
         images, targets = random_batch(setting.batch, setting.size, detector.num_classes, setting.device)
-        inputs = (images, targets) if training else (images,)
+        inputs = (images, targets) if mode == "train" else (images,)
         return detector_step(detector, lambda: detector(*inputs), optimizer, mode, setting)
-    model = bottom_up(detector).train(training)
-    images = random_images(setting)
+    model, images = bottom_up(detector), random_images(setting)
+    return backbone_step(model, lambda: [model(images)], mode, setting)
 
-    def forward() -> dict[str, torch.Tensor]:
-        with setting.autocast():
-            return model(images)
 
-    def train() -> None:
-        features = list(forward().values())
+def backbone_step(model: nn.Module, run: Callable[[], list[dict]], mode: str, setting: Setting) -> Workload:
+    """One step of a backbone: features, and in training backward from random gradients of all of them.
+
+    Args:
+        run: the forward of ``model``; returns the features of each batch by name.
+    """
+
+    def backward(batches: list[dict[str, torch.Tensor]]) -> None:
+        features = [feature for of_batch in batches for feature in of_batch.values()]
         torch.autograd.backward(features, gradients_of(features))
-        forget_gradients(model)
 
-    resident = sum(p.nbytes for p in model.parameters())
-    return Workload(model, train if training else torch.inference_mode()(forward), forward, resident)
+    return _step(model, run, backward, mode, setting, copies=1)
 
 
 def detector_step(
-    model: nn.Module,
-    run: Callable[[], object],
-    optimizer: torch.optim.Optimizer,
-    mode: str,
-    setting: Setting,
+    model: nn.Module, run: Callable[[], object], optimizer: torch.optim.Optimizer, mode: str, setting: Setting
 ) -> Workload:
     """One step of a whole detector: losses, backward and update, or detections.
 
     Args:
         run: the forward of ``model``; in training it returns the losses by name.
     """
+
+    def update(losses: dict[str, torch.Tensor]) -> None:
+        sum(losses.values()).backward()
+        optimizer.step()
+
+    return _step(model, run, update, mode, setting, copies=3)
+
+
+def _step(model: nn.Module, run: Callable, learn: Callable, mode: str, setting: Setting, copies: int) -> Workload:
+    """``learn`` gets what ``run`` returns; in training there are so many ``copies`` of a weight."""
     training = mode == "train"
     model.train(training)
 
@@ -153,11 +170,10 @@ def detector_step(
             return run()
 
     def train() -> None:
-        sum(forward().values()).backward()
-        optimizer.step()
+        learn(forward())
         forget_gradients(model)
 
-    resident = sum(p.nbytes * (3 if training and p.requires_grad else 1) for p in model.parameters())
+    resident = sum(p.nbytes * (copies if training and p.requires_grad else 1) for p in model.parameters())
     return Workload(model, train if training else torch.inference_mode()(forward), forward, resident)
 
 
@@ -183,46 +199,45 @@ def candidate(
 
 def outputs_of(backbone: nn.Module, mode: str, setting: Setting) -> dict[str, torch.Tensor]:
     """Features, and in training the gradient of all encoder, decoder and stem parameters, each as one vector."""
-    with without_drop_path(backbone):  # the backward pass may run the forward pass again
-        return _outputs_of(backbone, mode, setting)
-
-
-def _outputs_of(backbone: nn.Module, mode: str, setting: Setting) -> dict[str, torch.Tensor]:
     images = random_images(setting)
     length = setting.size[0] // 16 * (setting.size[1] // 16)
     noise = torch.rand(setting.batch, length, generator=torch.Generator().manual_seed(3)).to(setting.device)
-    with (
-        torch.set_grad_enabled(mode == "train"),
-        exact_convolutions(),
-        setting.autocast(),
-        fixed_noise(backbone, tokens=noise),
-    ):
-        features = backbone(images)
-    tensors = {name: feature.detach().float() for name, feature in features.items()}
-    if mode == "train":
-        smooth = smooth_features(features)
-        torch.autograd.backward(smooth, gradients_of(smooth))
-        parts = {f"encoder.{name}": getattr(backbone.encoder, name) for name in ("patch_embed", "blocks")}
-        parts |= {name: getattr(backbone, name, None) for name in ("decoder", "pyramid")}
-        for name, part in parts.items():
-            if part is not None:
-                named = [p for _, p in sorted(part.named_parameters()) if p.requires_grad]
-                tensors[f"gradient of {name}"] = torch.cat([p.grad.flatten() for p in named])
+    training = mode == "train"
+    with without_drop_path(backbone):  # the backward pass may run the forward pass again
+        with (
+            torch.set_grad_enabled(training),
+            exact_convolutions(),
+            setting.autocast(),
+            fixed_noise(backbone, tokens=noise),
+        ):
+            features = backbone(images)
+        tensors = {name: feature.detach().float() for name, feature in features.items()}
+        if training:
+            smooth = smooth_features(features)
+            torch.autograd.backward(smooth, gradients_of(smooth))
+            parts = {f"encoder.{name}": getattr(backbone.encoder, name) for name in ("patch_embed", "blocks")}
+            parts |= {name: getattr(backbone, name, None) for name in ("decoder", "pyramid")}
+            for name, part in parts.items():
+                if part is not None:
+                    named = [p for _, p in sorted(part.named_parameters()) if p.requires_grad]
+                    tensors[f"gradient of {name}"] = torch.cat([p.grad.flatten() for p in named])
         forget_gradients(backbone)
     return tensors
 
 
 @contextlib.contextmanager
-def without_drop_path(model: nn.Module) -> Iterator[None]:
-    """Nothing is dropped: implementations draw in different ways."""
-    rates = {part: part.drop_prob for part in model.modules() if hasattr(part, "drop_prob")}
-    try:
-        for part in rates:
-            part.drop_prob = 0.0
+def with_attribute(model: nn.Module, name: str, value: float) -> Iterator[None]:
+    """Inside, every module that has the attribute has this value."""
+    with contextlib.ExitStack() as stack:
+        for part in model.modules():
+            if hasattr(part, name):
+                stack.enter_context(mock.patch.object(part, name, value))
         yield
-    finally:
-        for part, rate in rates.items():
-            part.drop_prob = rate
+
+
+def without_drop_path(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Nothing is dropped: implementations draw in different ways."""
+    return with_attribute(model, "drop_prob", 0.0)
 
 
 def smooth_features(features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

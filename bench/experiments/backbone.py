@@ -12,7 +12,7 @@ from .. import session, views, workload
 from ..baselines import IMPLEMENTATIONS, bottom_up, variant
 from ..measure import rounded
 from ..row import Results
-from ..workload import MODES, PARTS, Setting, check_choices
+from ..workload import Setting, check_choices
 
 # Speed-ups are given over these.
 BASELINES = ("original", "original-sdpa", "sdpa-compile")
@@ -32,14 +32,13 @@ class Options(Setting):
     Attributes:
         ratios, depths: every ratio at ``default``'s depth and every depth at its ratio.
         default: (ratio, depth) of the row that the others are relative to.
-        modes, implementations: each one of ``MODES`` and ``IMPLEMENTATIONS``.
+        implementations: each one of ``IMPLEMENTATIONS``.
         rounds: see ``measure``; 0 counts memory alone.
     """
 
     ratios: Sequence[float] = (0.5,)
     depths: Sequence[int] = ()
     default: tuple[float, int] = (0.5, 4)
-    modes: Sequence[str] = MODES
     implementations: Sequence[str] = tuple(IMPLEMENTATIONS)
 
     def points(self) -> list[tuple[float, int]]:
@@ -52,10 +51,9 @@ def run(options: Options) -> Results:
     """Measure every point and implementation in turn, print the tables, write the file after every round.
 
     Raises:
-        ValueError: an unknown mode, part or implementation.
+        ValueError: an unknown implementation.
     """
-    for names, known in ((options.modes, MODES), ([options.part], PARTS), (options.implementations, IMPLEMENTATIONS)):
-        check_choices(names, known)
+    check_choices(options.implementations, IMPLEMENTATIONS)
     results = session.begin(options.device, [options.dtype])
     deepest = max(depth for _, depth in options.points())
     detector = workload.build_detector(options.config, options.overrides, deepest, options.device)
@@ -68,12 +66,8 @@ def run(options: Options) -> Results:
                     original = bottom_up(variant(detector, "original", ratio, depth)).train(mode == "train")
                     expected = workload.outputs_of(original, mode, options)
                     for name in options.implementations:
-                        keys = {
-                            **options.keys("backbone", mode),
-                            "ratio": ratio,
-                            "depth": depth,
-                            "implementation": name,
-                        }
+                        point = {"ratio": ratio, "depth": depth, "implementation": name}
+                        keys = {**options.keys("backbone", mode), **point}
                         work = workload.step_of(variant(detector, name, ratio, depth), optimizer, mode, options)
                         candidates.append(workload.candidate(work, keys, expected, mode, options))
                         advance()
@@ -157,10 +151,9 @@ def draw(rows: Sequence[dict]):
     other = "depth" if axis == "ratio" else "ratio"
     default = max({row[other] for row in rows}, key=lambda value: sum(row[other] == value for row in rows))
     rows = [row for row in rows if row[other] == default]
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    modes = views.grouped(rows, "mode")
     figure = views.figure(15, 3.6 * len(modes))
-    for mode, panels in zip(modes, figure.subplots(len(modes), 4, squeeze=False), strict=True):
-        shown = [row for row in rows if row["mode"] == mode]
+    for (mode, shown), panels in zip(modes.items(), figure.subplots(len(modes), 4, squeeze=False), strict=True):
         for axes, column, label, theirs in (
             (panels[0], "p50_ms", "ms", None),
             (panels[1], "relative_time", "time, default row = 1", "paper_time"),
@@ -177,14 +170,13 @@ def draw(rows: Sequence[dict]):
         panels[0].set_title(mode, fontsize=10)
         panels[0].set_ylim(bottom=0)
         panels[1].legend(fontsize=7)
-    figure.suptitle(views.title(rows[:1], "part", "size", "batch", "dtype").partition(";")[0])
+    figure.suptitle(views.heading(rows, "part", "size", "batch", "dtype"))
     return figure
 
 
 def _lines(axes, rows: Sequence[dict], axis: str, column: str, theirs: str | None) -> None:
     style = {"markersize": 4, "linewidth": 1.4}
-    for name in dict.fromkeys(row["implementation"] for row in rows):
-        points = [row for row in rows if row["implementation"] == name and column in row]
+    for name, points in views.grouped([row for row in rows if column in row], "implementation").items():
         points.sort(key=lambda row: row[axis])
         places, color = [row[axis] for row in points], views.COLORS.get(name)
         axes.plot(places, [row[column] for row in points], "o-", color=color, label=name, **style)

@@ -33,7 +33,7 @@ from ..measure import Timings, rounded
 from ..operations import OTHER, UPDATE, Counter, Dispatches
 from ..row import Results, key
 from ..session import Candidate
-from ..workload import MODES, Setting, Workload, check_choices
+from ..workload import Setting, Workload, check_choices
 
 ORIGINAL_CONFIG = "configs/mimdet/mimdet_vit_base_mask_rcnn_fpn_sr_0p5_800_1333_4xdec_coco_3x.py"
 _CONFIG = "mimdet_b_mask_rcnn"
@@ -81,15 +81,13 @@ class Options(Setting):
     Attributes:
         original: checkout of the original MIMDet.
         overrides: of the configs of all implementations, in Detectron2's syntax.
-        ratio: keep ratio, in inference too, as the original evaluates.
-        modes, implementations: each one of ``MODES`` and ``IMPLEMENTATIONS``.
+        ratio: in inference too, as the original evaluates.
+        implementations: each one of ``IMPLEMENTATIONS``.
         rounds: of the steps, and then of the components.
     """
 
     original: Path
     part: str = "detector"
-    ratio: float = 0.5
-    modes: Sequence[str] = MODES
     implementations: Sequence[str] = tuple(IMPLEMENTATIONS)
     rounds: int = 5
 
@@ -101,13 +99,11 @@ class Detector:
     Attributes:
         model: with parameter names of the original.
         run: the forward: losses by name in training, detections in eval mode.
-        detections: (result of ``run`` in eval mode) -> for each image boxes, scores, labels and masks.
         optimizer: as its config has it, with learning rate zero.
     """
 
     model: nn.Module
     run: Callable[[], object]
-    detections: Callable[[list], list[dict[str, torch.Tensor]]]
     optimizer: torch.optim.Optimizer
 
 
@@ -117,10 +113,9 @@ def run(options: Options) -> Results:
     Raises:
         ImportError: Detectron2 is missing.
         FileNotFoundError: ``options.original`` is not a checkout of the original.
-        ValueError: an unknown implementation or mode, or outputs that are not the original's.
+        ValueError: an unknown implementation, or outputs that are not the original's.
     """
-    for names, known in ((options.implementations, IMPLEMENTATIONS), (options.modes, MODES)):
-        check_choices(names, known)
+    check_choices(options.implementations, IMPLEMENTATIONS)
     detectors = build(options)
     check(detectors, options)
     results = session.begin(options.device, [options.dtype, "fp32"])
@@ -191,21 +186,19 @@ def original_config(options: Setting) -> DictConfig:
 
 def build(options: Options) -> dict[str, Detector]:
     """The original, our backbone and then our whole step in Detectron2, and our detector, with equal weights."""
-    theirs = original_config(options)
+    configs = {"original": original_config(options)}
     from ...detectron2 import load_config, use_fast_step
 
     from detectron2.config import instantiate  # isort: skip
 
-    mixed, fast = (load_config(f"detectron2/{_CONFIG}", options.overrides) for _ in range(2))
-    use_fast_step(fast.model)
+    configs |= {
+        n: load_config(f"detectron2/{_CONFIG}", options.overrides) for n in ("ours-detectron2", "ours-fast-step")
+    }
+    use_fast_step(configs["ours-fast-step"].model)
     native = load(_CONFIG, options.overrides)
     torch.manual_seed(0)
-    models = {
-        "original": instantiate(theirs.model),
-        "ours-detectron2": instantiate(mixed.model),
-        "ours-fast-step": instantiate(fast.model),
-        "ours": build_model(native, pretrained=False),
-    }
+    models = {name: instantiate(cfg.model) for name, cfg in configs.items()}
+    models["ours"] = build_model(native, pretrained=False)
     images, targets = workload.random_batch(
         options.batch, options.size, native.model.roi_heads.num_classes, options.device
     )
@@ -214,17 +207,16 @@ def build(options: Options) -> dict[str, Detector]:
     for name, model in models.items():
         model.to(options.device)
         bottom_up(model).sample_ratio = bottom_up(model).inference_sample_ratio = options.ratio
-        if name == "ours":
-            optimizer = build_optimizer(native.optimizer, model)
-            forward, detections = partial(_run_ours, model, images, targets), list
+        if name in configs:
+            configs[name].optimizer.params.model = model
+            optimizer = instantiate(configs[name].optimizer)
+            forward = partial(_run_detectron2, model, batch)
         else:
-            cfg = {"original": theirs, "ours-detectron2": mixed, "ours-fast-step": fast}[name]
-            cfg.optimizer.params.model = model
-            optimizer = instantiate(cfg.optimizer)
-            forward, detections = partial(_run_detectron2, model, batch), _detections_of_detectron2
+            optimizer = build_optimizer(native.optimizer, model)
+            forward = partial(_run_ours, model, images, targets)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        detectors[name] = Detector(model, forward, detections, optimizer)
+        detectors[name] = Detector(model, forward, optimizer)
     equalize(detectors)
     return detectors
 
@@ -280,19 +272,16 @@ def batch_of_detectron2(images: Sequence[torch.Tensor], targets: Sequence[Mappin
     return batch
 
 
-def _detections_of_detectron2(results: list) -> list[dict[str, torch.Tensor]]:
-    each = [result["instances"] for result in results]
-    return [
-        {"boxes": r.pred_boxes.tensor, "scores": r.scores, "labels": r.pred_classes, "masks": r.pred_masks}
-        for r in each
-    ]
+def _plain(result: Mapping) -> Mapping[str, torch.Tensor]:
+    """Boxes, scores, labels and masks of an image, also of Detectron2's result."""
+    r = result.get("instances")
+    if r is None:
+        return result
+    return {"boxes": r.pred_boxes.tensor, "scores": r.scores, "labels": r.pred_classes, "masks": r.pred_masks}
 
 
 def _without_checkpointing(detector: Detector) -> object:
-    parts = [part for part in detector.model.modules() if hasattr(part, "checkpointing")]
-    with contextlib.ExitStack() as stack:
-        for part in parts:
-            stack.enter_context(mock.patch.object(part, "checkpointing", False))
+    with workload.with_attribute(detector.model, "checkpointing", False):
         return detector.run()
 
 
@@ -341,9 +330,8 @@ class Outputs:
         Args:
             shared: its proposals go to the ROI heads.
         """
-        model, outputs = detector.model, cls({}, [], [], [])
-        anchors = 0
-        native = _is_native(model)
+        model, outputs, mode, anchors = detector.model, cls({}, [], [], []), "eval", 0
+        generator, native = model.proposal_generator, _is_native(model)
 
         def keep_features(module, args, features):
             outputs.tensors |= {f"{mode} {name}": f.detach().float() for name, f in features.items()}
@@ -354,38 +342,29 @@ class Outputs:
 
         def share_proposals(module, args, result):
             proposals, losses = result
+            place = slice(len(outputs.proposals), len(outputs.proposals) + options.batch)
             if native:
                 outputs.proposals += [boxes[valid] for boxes, valid in zip(*proposals, strict=True)]
             else:
                 outputs.proposals += [each.proposal_boxes.tensor for each in proposals]
                 outputs.logits += [each.objectness_logits for each in proposals]
-            if shared is None:
-                return None
-            place = slice(len(outputs.proposals) - options.batch, len(outputs.proposals))
-            boxes = shared.proposals[place]
-            if native:
-                counts = torch.tensor([[len(b)] for b in boxes])
-                slots = pad_sequence(boxes, batch_first=True)
-                return Proposals(slots, torch.arange(slots.shape[1]) < counts), losses
-            pairs = zip(boxes, shared.logits[place], strict=True)
-            return [_instances(*pair, options.size) for pair in pairs], losses
+            if shared is not None:
+                proposals = _proposals(shared.proposals[place], None if native else shared.logits[place], options.size)
+            return proposals, losses
 
-        hooks = [
-            bottom_up(model).register_forward_hook(keep_features),
-            model.proposal_generator.rpn_head.register_forward_hook(count_anchors),
-            model.proposal_generator.register_forward_hook(share_proposals),
-        ]
-        with equal_tokens(), _first_candidates(), workload.exact_convolutions(), contextlib.ExitStack() as stack:
+        hooks = (bottom_up(model), keep_features), (generator.rpn_head, count_anchors), (generator, share_proposals)
+        with contextlib.ExitStack() as stack:
+            for module, hook in hooks:
+                stack.enter_context(module.register_forward_hook(hook))
+            for context in (equal_tokens(), _first_candidates(), workload.exact_convolutions()):
+                stack.enter_context(context)
             stack.enter_context(workload.without_drop_path(model))
-            mode = "eval"
             with torch.no_grad():
                 model.eval()
-                outputs.detections = detector.detections(detector.run())
+                outputs.detections = [_plain(result) for result in detector.run()]
             if native:
-                slots = model.proposal_generator.post_nms_topk[0] + workload.OBJECTS
-                equal = {
-                    name: torch.zeros(options.batch, n) for name, n in (("anchors", anchors), ("proposals", slots))
-                }
+                slots = {"anchors": anchors, "proposals": generator.post_nms_topk[0] + workload.OBJECTS}
+                equal = {name: torch.zeros(options.batch, count) for name, count in slots.items()}
                 stack.enter_context(fixed_noise(model, **equal))
             mode = "train"
             model.train()
@@ -398,8 +377,6 @@ class Outputs:
                 gradients[name.partition(".")[0]].append(parameter.grad.flatten())
         outputs.tensors |= {f"gradient of {part}": torch.cat(each) for part, each in gradients.items()}
         workload.forget_gradients(model)
-        for hook in hooks:
-            hook.remove()
         return outputs
 
 
@@ -407,10 +384,16 @@ def _is_native(model: nn.Module) -> bool:
     return isinstance(model.proposal_generator, RPN)
 
 
-def _instances(boxes: torch.Tensor, logits: torch.Tensor, size: tuple[int, int]):
+def _proposals(boxes: Sequence[torch.Tensor], logits: Sequence[torch.Tensor] | None, size: tuple[int, int]):
+    """Of each image, as our ROI heads take them; with logits as Detectron2's do."""
+    if logits is None:
+        counts = torch.tensor([[len(b)] for b in boxes])
+        slots = pad_sequence(boxes, batch_first=True)
+        return Proposals(slots, torch.arange(slots.shape[1]) < counts)
     from detectron2.structures import Boxes, Instances
 
-    return Instances(size, proposal_boxes=Boxes(boxes), objectness_logits=logits)
+    pairs = zip(boxes, logits, strict=True)
+    return [Instances(size, proposal_boxes=Boxes(b), objectness_logits=scores) for b, scores in pairs]
 
 
 def equal_tokens() -> contextlib.AbstractContextManager:
@@ -561,21 +544,16 @@ def _label(row: dict) -> str:
 
 def draw(rows: Sequence[dict]):
     """Milliseconds of each component, forward and backward, a bar for each implementation and a panel for each mode."""
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
-    names = [name for name in IMPLEMENTATIONS if any(row["implementation"] == name for row in rows)]
-    places = {mode: published([row for row in rows if row["mode"] == mode]) for mode in modes}
+    modes = views.grouped(rows, "mode")
+    names = [name for name in IMPLEMENTATIONS if name in views.grouped(rows, "implementation")]
+    places = {mode: published(of_mode) for mode, of_mode in modes.items()}
     figure = views.figure(10, 1.2 + 0.36 * sum(map(len, places.values())))
-    panels = figure.subplots(len(modes), squeeze=False, height_ratios=[len(places[mode]) for mode in modes])
-    thickness = 0.8 / len(names)
-    for mode, (axes,) in zip(modes, panels, strict=True):
-        at = {_place(row): place for place, row in enumerate(places[mode])}
-        for number, name in enumerate(names):
-            shown = [row for row in rows if row["mode"] == mode and row["implementation"] == name]
-            heights = [at[_place(row)] + number * thickness for row in shown]
-            axes.barh(heights, [row["p50_ms"] for row in shown], thickness, color=views.COLORS[name], label=name)
-        views.label_bars(axes, [_label(row) for row in places[mode]], offset=0.4 - thickness / 2)
+    panels = figure.subplots(len(modes), squeeze=False, height_ratios=list(map(len, places.values())))
+    for (axes,), (mode, lines) in zip(panels, places.items(), strict=True):
+        at = {(_place(row), row["implementation"]): row["p50_ms"] for row in modes[mode]}
+        series = {name: ([at.get((_place(line), name)) for line in lines], views.COLORS[name]) for name in names}
+        views.bars(axes, [_label(line) for line in lines], series)
         axes.set_xlabel("ms")
-        axes.grid(alpha=0.3, axis="x")
     panels[0][0].legend(fontsize=8)
-    figure.suptitle(views.title(rows[:1], "part", "size", "batch", "dtype", "ratio").partition(";")[0])
+    figure.suptitle(views.heading(rows, "part", "size", "batch", "dtype", "ratio"))
     return figure

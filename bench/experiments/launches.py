@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.flop_counter import flop_registry
 
@@ -71,9 +71,10 @@ def run(options: Options) -> Results:
     results = Results(environment.command(), environment.describe(options.device), {})
     if options.original is not None:
         original = _original(options)
-    results.rows = rows_of("MIMDet", count(options), options, options.size)
+    results.rows = rows_of("MIMDet", count(options), options)
     if options.original is not None:
-        results.rows += rows_of("original", _count_original(original, options), options, _ORIGINAL_SIZE)
+        smaller = replace(options, size=_ORIGINAL_SIZE)
+        results.rows += rows_of("original", _count_original(original, smaller), smaller)
     results.write(options.output)
     show(results.rows)
     return results
@@ -138,7 +139,10 @@ def count(options: Options) -> Mapping[tuple, int]:
 def fake_step(options: Setting) -> Iterator[tuple[Callable[[], object], nn.Module, torch.optim.Optimizer]]:
     """A training step of a config's detector on fake CUDA tensors, and its model and optimizer."""
     cfg = load(options.config, options.overrides)
-    _save_all(cfg)
+    encoder = OmegaConf.select(cfg, "model.backbone.bottom_up.encoder") or {}
+    for name, value in (("checkpointing", False), ("recompute", "none")):
+        if encoder.get(name) == "auto":  # recompute nothing where the config leaves that to the machine's memory
+            encoder[name] = value
     with torch.device("meta"):
         model = build_model(cfg, pretrained=False).train()
     images, targets = workload.random_batch(options.batch, options.size, model.num_classes, "cpu")
@@ -157,56 +161,40 @@ def fake_step(options: Setting) -> Iterator[tuple[Callable[[], object], nn.Modul
         yield (lambda: step(every)), model, optimizer
 
 
-def _save_all(cfg: DictConfig) -> None:
-    """Recompute nothing where the config leaves that to the machine's memory."""
-    encoder = OmegaConf.select(cfg, "model.backbone.bottom_up.encoder")
-    for name, value in (("checkpointing", False), ("recompute", "none")):
-        if encoder is not None and encoder.get(name) == "auto":
-            encoder[name] = value
-
-
 def _original(options: Options) -> nn.Module:
-    """The original's detector with random weights, without checkpointing."""
+    """The original's detector with random weights."""
     if Path(options.config).stem != COMPARED:
         raise ValueError(f"--original: the original has no detector of config {options.config}; take {COMPARED}")
     cfg = original_config(options)
     from detectron2.config import instantiate  # isort: skip
 
-    model = instantiate(cfg.model).train()
-    for module in model.modules():
-        if hasattr(module, "checkpointing"):
-            module.checkpointing = False
-    return model
+    return instantiate(cfg.model).train()
 
 
 def _count_original(model: nn.Module, options: Options) -> Mapping[tuple, int]:
-    """Operators of a forward and a backward on the CPU, without an update: PyTorch's optimizers do another there.
+    """Operators of a forward and a backward on the CPU, without checkpointing.
+
+    There is no update: PyTorch's optimizers do another there.
 
     Tensors that it keeps on the host beside a GPU count too.
     """
     from detectron2.utils.events import EventStorage
 
-    classes = model.roi_heads.num_classes
-    batch = batch_of_detectron2(*workload.random_batch(options.batch, _ORIGINAL_SIZE, classes, "cpu"))
-    enabled = options.dtype != "fp32"
-    with EventStorage(0), Launches(model, workload.idle_optimizer(model), "cpu") as launches:
-        with torch.autocast("cpu", DTYPES[options.dtype] if enabled else None, enabled=enabled):
-            losses = model(batch)
+    batch = workload.random_batch(options.batch, options.size, model.roi_heads.num_classes, "cpu")
+    kept = workload.with_attribute(model, "checkpointing", False)
+    with EventStorage(0), kept, Launches(model, workload.idle_optimizer(model), "cpu") as launches:
+        with options.autocast():
+            losses = model(batch_of_detectron2(*batch))
         sum(losses.values()).backward()
     return launches.counts
 
 
-def rows_of(model: str, counts: Mapping[tuple, int], options: Options, size: tuple[int, int]) -> list[dict]:
-    """One row for each component, direction and kind, in the order of the model.
-
-    Args:
-        model: one of ``MODELS``.
-        size: of the images that were counted.
-    """
+def rows_of(model: str, counts: Mapping[tuple, int], options: Options) -> list[dict]:
+    """One row for each component, direction and kind, in the order of the model, which is one of ``MODELS``."""
     sums: dict[tuple[str, str, str], int] = defaultdict(int)
     for (component, direction, function), calls in counts.items():
         sums[component, direction, kind_of(function)] += calls
-    keys = {**options.keys("launches", "train"), "size": "{}x{}".format(*size), "config": options.config}
+    keys = {**options.keys("launches", "train"), "config": options.config}
     order = [*COMPONENTS, UPDATE]
     return [
         {**keys, "model": model, "implementation": MODELS[model], "status": "ok",
@@ -255,30 +243,23 @@ def summary(rows: Sequence[dict]) -> str:
 def show(rows: Sequence[dict]) -> None:
     """Print the table of each model."""
     out = views.console()
-    for model, of_model in _by_model(rows):
+    for model, of_model in views.grouped(rows, "model").items():
         title = views.title(of_model, "config", "size", "batch", "dtype")
         out.print(views.terminal(f"Operations of a training step, {title}", columns(of_model), published(of_model)))
         out.print(f"{model}, {summary(of_model)}")
 
 
-def _by_model(rows: Sequence[dict]) -> list[tuple[str, list[dict]]]:
-    names = dict.fromkeys(row["model"] for row in rows)
-    return [(name, [row for row in rows if row["model"] == name]) for name in names]
-
-
 def draw(rows: Sequence[dict]):
     """Operations of each component and direction by kind, a panel for each model."""
-    panels = [(model, [line for line in published(of) if line["component"] != "all"]) for model, of in _by_model(rows)]
-    figure = views.figure(9, 1.2 + 0.26 * sum(len(lines) for _, lines in panels))
-    every = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=[len(lines) for _, lines in panels])
-    for (axes,), (model, lines) in zip(every, panels, strict=True):
-        before = [0] * len(lines)
-        for kind, color in zip(KINDS, views.BARS, strict=False):
-            axes.barh(range(len(lines)), [line[kind] for line in lines], left=before, color=color, label=kind)
-            before = [start + line[kind] for start, line in zip(before, lines, strict=True)]
-        views.label_bars(axes, [_label(line) for line in lines])
-        axes.set_title(f"{model}, {lines[0]['size']}; {summary([r for r in rows if r['model'] == model])}", fontsize=9)
-        axes.grid(alpha=0.3, axis="x")
+    models = views.grouped(rows, "model")
+    panels = {name: [line for line in published(of) if line["component"] != "all"] for name, of in models.items()}
+    heights = list(map(len, panels.values()))
+    figure = views.figure(9, 1.2 + 0.26 * sum(heights))
+    every = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=heights)
+    for (axes,), (model, lines) in zip(every, panels.items(), strict=True):
+        kinds = {kind: ([line[kind] for line in lines], color) for kind, color in zip(KINDS, views.BARS, strict=False)}
+        views.bars(axes, [_label(line) for line in lines], kinds, stacked=True)
+        axes.set_title(f"{model}, {lines[0]['size']}; {summary(models[model])}", fontsize=9)
     every[0][0].legend(fontsize=8)
     every[-1][0].set_xlabel("operations")
     figure.suptitle(views.title(rows, "config", "batch", "dtype"), fontsize=10)

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 
 import torch
 
@@ -19,7 +18,7 @@ from ..limits import floor_seconds
 from ..measure import Run, measure, peak_bytes, rounded, timer_for
 from ..row import Results, key
 from ..session import DTYPES
-from ..workload import check_choices
+from ..workload import Setting, check_choices
 
 DIRECTIONS = ("forward", "backward")
 # Seconds of a pass: CUDA events resolve half a microsecond, and all calls of a pass are queued first.
@@ -31,48 +30,32 @@ Implementation = Callable[[Tensors], Outputs]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to measure.
+class Options(Setting):
+    """What to measure; the model's shapes follow from ``size``.
 
     Attributes:
-        device: "cpu" or "cuda".
-        output: file of results.
         ops, dtypes, directions: each one of ``cases.OPS``, ``session.DTYPES`` and ``DIRECTIONS``; empty means all ops,
             float32 and on a GPU bfloat16, both directions.
         shapes: instead of the model's; see ``cases.case``.
         implementations: by name; empty means all.
-        size: height and width of the images that the model's shapes follow from.
-        batches: of those shapes.
-        rounds: see ``measure``.
+        batches: of the model's shapes.
     """
 
-    device: str
-    output: Path | None = None
     ops: Sequence[str] = ()
     dtypes: Sequence[str] = ()
     directions: Sequence[str] = DIRECTIONS
     shapes: Sequence[tuple[int, ...]] = ()
     implementations: Sequence[str] = ()
-    size: tuple[int, int] = (480, 640)
     batches: Sequence[int] = (1,)
-    rounds: int = 15
-
-    @property
-    def kind(self) -> str:
-        """The device without its index."""
-        return torch.device(self.device).type
 
 
-def run(options: Options, limits: Mapping[str, float] | None = None) -> Results:
+def run(options: Options) -> Results:
     """Measure, print a table after each case, and write the file after each, so that Ctrl-C loses only one.
-
-    Args:
-        limits: measured when None.
 
     Raises:
         ValueError: an unknown name, or a shape that does not fit.
     """
-    dtypes = options.dtypes or (("fp32", "bf16") if options.kind == "cuda" else ("fp32",))
+    dtypes = options.dtypes or (("fp32", "bf16") if options.gpu else ("fp32",))
     check_choices(dtypes, DTYPES, "as dtype")
     check_choices(options.directions, DIRECTIONS, "as direction")
     chosen = {}
@@ -81,7 +64,7 @@ def run(options: Options, limits: Mapping[str, float] | None = None) -> Results:
             chosen_shapes = [case(op, dtype, shape) for shape in options.shapes]
             for one in chosen_shapes or cases(op, dtype, *options.size, options.batches):
                 chosen[one.op, one.name, one.shape, one.dtype] = one
-    results = session.begin(options.device, dtypes, limits)
+    results = session.begin(options.device, dtypes)
     with views.progress("operations", len(chosen)) as advance:
         for one in chosen.values():
             for rows in measure_case(one, options, results.limits):
@@ -105,7 +88,7 @@ def measure_case(one: Case, options: Options, limits: Mapping[str, float]) -> It
                 for name, function in implementations.items()
                 if name not in errors
             }
-            for cold in (True, False) if options.kind == "cuda" else (False,):
+            for cold in (True, False) if options.gpu else (False,):
                 yield _measure(one, direction, cold, runs, errors, implementations, limits, options)
 
 
@@ -120,7 +103,7 @@ def _measure(one, direction, cold, runs, errors, names, limits, options) -> list
         "direction": direction,
         "cache": "cold" if cold else "warm",
     }
-    timer, least = timer_for(options.device, cold), _LEAST[options.kind]
+    timer, least = timer_for(options.device, cold), _LEAST[torch.device(options.device).type]
     timings = measure(runs, options.rounds, timer=timer, least=least) if runs else None
     flops, moved, rows = one.flops.get(direction, 0), one.moved[direction], []
     for name in names:

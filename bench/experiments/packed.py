@@ -15,7 +15,7 @@ from ..baselines import bottom_up
 from ..equality import model_mismatch
 from ..row import Results
 from ..session import Candidate
-from ..workload import MODES, Setting, Workload, check_choices
+from ..workload import Setting
 
 LAYOUTS = ("canvas", "packed", "one by one")
 _STRIDES = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
@@ -27,13 +27,9 @@ class Options(Setting):
 
     Attributes:
         sizes: height and width of each image of the batch, multiples of 32; instead of size and batch.
-        ratio: keep ratio.
-        modes: each one of ``MODES``.
     """
 
     sizes: Sequence[tuple[int, int]]
-    ratio: float = 0.5
-    modes: Sequence[str] = MODES
 
     def keys(self, experiment: str, mode: str) -> dict[str, str | int | float]:
         """As ``Setting.keys``, with all sizes."""
@@ -45,9 +41,8 @@ def run(options: Options) -> Results:
     """Check packed against one by one, then measure all three, print and write the table.
 
     Raises:
-        ValueError: an unknown mode, or fewer than two images.
+        ValueError: fewer than two images.
     """
-    check_choices(options.modes, MODES)
     if len(options.sizes) < 2:
         raise ValueError(f"a batch of different images needs two sizes or more, got {len(options.sizes)}")
     results = session.begin(options.device, [options.dtype])
@@ -58,7 +53,7 @@ def run(options: Options) -> Results:
         for layout in LAYOUTS:
             keys = {**options.keys("packed", mode), "implementation": layout}
             error = batch.mismatch(mode) if layout == "packed" else None
-            work = Workload(batch.model, partial(batch.step, layout, mode), partial(batch.forward, layout), 0)
+            work = workload.backbone_step(batch.model, partial(batch.forward, layout), mode, options)
             values = {} if error else workload.memory_of(work, mode, options)
             values.pop("allocated_mib", None)
             candidates.append(Candidate(keys, work.step, error, values))
@@ -94,22 +89,11 @@ class _Batch:
         """Features of the batch, or of each image."""
         self.model.batch_mode = "packed" if layout == "packed" else "canvas"
         batches = self.alone if layout == "one by one" else [self.together]
-        with self.options.autocast():
-            return [self._features(*batch) for batch in batches]
+        return [self._features(*batch) for batch in batches]
 
     def _features(self, images: ImageList | torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
         with fixed_noise(self.model, tokens=noise):
             return self.model(images)
-
-    def step(self, layout: str, mode: str) -> None:
-        """What is timed."""
-        if mode == "inference":
-            with torch.inference_mode():
-                self.forward(layout)
-            return
-        features = [feature for of_batch in self.forward(layout) for feature in of_batch.values()]
-        torch.autograd.backward(features, workload.gradients_of(features))
-        workload.forget_gradients(self.model)
 
     def mismatch(self, mode: str) -> str | None:
         """Why packed is not timed: features or gradients that differ from those of each image alone."""
@@ -120,7 +104,9 @@ class _Batch:
 
     def _outputs(self, layout: str, mode: str) -> Mapping[str, torch.Tensor]:
         """Features of each image without its padding, and the gradient."""
-        batches, images = self.forward(layout), []
+        images = []
+        with self.options.autocast():
+            batches = self.forward(layout)
         for b, (height, width) in enumerate(self.options.sizes):
             features, row = (batches[0], b) if len(batches) == 1 else (batches[b], 0)
             images.append({n: features[n][row, :, : height // s, : width // s] for n, s in _STRIDES.items()})
@@ -148,11 +134,10 @@ def columns(rows: Sequence[dict]) -> list[views.Column]:
 
 def draw(rows: Sequence[dict]):
     """Milliseconds of each layout, with its speed-up, a panel for each mode."""
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    modes = views.grouped(rows, "mode")
     figure = views.figure(4.5 * len(modes), 3.2)
     speedup = views.speedup_over("canvas", rows)
-    for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
-        shown = [row for row in rows if row["mode"] == mode]
+    for axes, (mode, shown) in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes.items(), strict=True):
         heights = [row["p50_ms"] for row in shown]
         bars = axes.bar([row["implementation"] for row in shown], heights, color=views.BARS[: len(shown)])
         ratios = [speedup(row) for row in shown]

@@ -12,7 +12,7 @@ from ..limits import floor_seconds
 from ..measure import Timings, measure, rounded, wall_timer
 from ..operations import OTHER, UPDATE, Counter, Key, Work
 from ..row import Results
-from ..workload import MODES, PARTS, Setting, check_choices
+from ..workload import MODES, Setting, check_choices
 
 # Component -> modules, by name in the detector.
 COMPONENTS = {
@@ -38,14 +38,13 @@ class Options(Setting):
     """What to count.
 
     Attributes:
-        ratio, depth: keep ratio and decoder blocks.
+        depth: decoder blocks.
         mode: one of ``MODES``.
         implementation: one of ``IMPLEMENTATIONS``; not a compiled one, whose operations cannot be seen.
         rounds: of the step, and of each operation.
     """
 
     part: str = "detector"
-    ratio: float = 0.5
     depth: int = 4
     mode: str = "train"
     implementation: str = "ours"
@@ -56,12 +55,12 @@ def run(options: Options) -> Results:
     """Count and time every operation of a step, print its components and the largest gaps, write the file.
 
     Raises:
-        ValueError: an unknown mode, part or implementation, or fewer than 3 rounds.
+        ValueError: an unknown mode or implementation, or fewer than 3 rounds.
     """
     if options.rounds < 3:
         raise ValueError(f"a roofline needs at least 3 rounds, got {options.rounds}")
     visible = [name for name in IMPLEMENTATIONS if name != "sdpa-compile"]
-    for name, known in ((options.mode, MODES), (options.part, PARTS), (options.implementation, visible)):
+    for name, known in ((options.mode, MODES), (options.implementation, visible)):
         check_choices([name], known)
     results = session.begin(options.device, [options.dtype, "fp32"])
     detector = workload.build_detector(options.config, options.overrides, options.depth, options.device)
@@ -171,21 +170,18 @@ def draw(rows: Sequence[dict]):
     sums = published(rows)
     figure = views.figure(9, 1.2 + 0.32 * len(sums))
     axes = figure.subplots()
-    for offset, column, color, name in (
-        (0.0, "p50_ms", views.BARS[0], "measured"),
-        (0.4, "floor_ms", views.BARS[1], "floor: the longer of its FLOPs and its bytes"),
-    ):
-        places = [place + offset for place in range(len(sums))]
-        axes.barh(places, [row[column] for row in sums], 0.38, color=color, label=name)
+    series = {
+        "measured": ([row["p50_ms"] for row in sums], views.BARS[0]),
+        "floor: the longer of its FLOPs and its bytes": ([row["floor_ms"] for row in sums], views.BARS[1]),
+    }
+    views.bars(axes, [label(row) for row in sums], series)
     for place, row in enumerate(sums):
         if row["p50_ms"]:
             axes.text(row["p50_ms"], place, f" {reached(row):.0%}", va="center", fontsize=7)
-    views.label_bars(axes, [label(row) for row in sums], offset=0.2)
     axes.margins(x=0.08)
     axes.set_xlabel("ms; at the bar: floor / measured")
-    axes.grid(alpha=0.3, axis="x")
     axes.legend(fontsize=8)
     whole = next(row for row in rows if row["component"] == STEP)
     names = ("implementation", "part", "mode", "size", "batch", "dtype", "ratio")
-    axes.set_title(views.title([whole], *names).partition(";")[0] + f", decoder depth {whole['depth']}", fontsize=10)
+    axes.set_title(views.heading([whole], *names) + f", decoder depth {whole['depth']}", fontsize=10)
     return figure

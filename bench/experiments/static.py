@@ -10,19 +10,19 @@ import concurrent.futures
 import math
 import multiprocessing
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...kernels import build
 from ...kernels.ahead import Launch
 from .. import cuda_launches, environment, launch_cost, views
 from ..gpu_model import GPUS, Gpu, predict
-from ..machine_code import Binary, MissingToolError, Pointer, compile_triton, tool, triton_missing
+from ..machine_code import Compiled, MissingToolError, Pointer, compile_triton, tool, triton_missing
 from ..real_launches import Recorded, record
 from ..row import Results, key
 from ..sass import REGION
@@ -98,33 +98,6 @@ def _available(options: Options) -> list[str]:
     return available
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel of a recorded launch, compiled.
-
-    Attributes:
-        recorded: what launched it.
-        kernel: its name in the source.
-        case: options that choose this variant of it.
-        binary: its machine code.
-        grid, block: of the launch.
-        arguments: by the parameters of ``binary``.
-    """
-
-    recorded: Recorded
-    kernel: str
-    case: str
-    binary: Binary
-    grid: Sequence[int]
-    block: Sequence[int]
-    arguments: Sequence[Any]
-
-    @property
-    def tensors(self) -> list[Pointer]:
-        """Those of its launch, in their order; also of a launch's other kernels."""
-        return list(_tensors(self.recorded.launch.arguments))
-
-
 def rows_of(options: Options) -> list[dict]:
     """Rows of one batch, in the order of the step.
 
@@ -134,7 +107,7 @@ def rows_of(options: Options) -> list[dict]:
     recorded = record(options, options.implementations, _capability(options.arch))
     if not recorded:
         raise ValueError(f"a training step of {options.config} launches no kernel of mimdet.kernels")
-    keys = {**options.keys("static", "train"), "size": "{}x{}".format(*options.size), "config": options.config}
+    keys = {**options.keys("static", "train"), "config": options.config}
     rows: dict[tuple, dict] = {}
     timed = _on_this_gpu(options.arch)
     with views.progress(f"kernels, batch {options.batch}", len(recorded)) as advance:
@@ -175,19 +148,15 @@ def _run_forked(index: int) -> Any:
 
 
 def _rows_of_launch(options: Options, recorded: Recorded) -> list[dict]:
-    return [_row(options, compiled) for compiled in compile_launch(options.arch, recorded)]
+    return [_row(options, recorded, compiled) for compiled in compile_launch(options.arch, recorded)]
 
 
 def compile_launch(arch: str, recorded: Recorded) -> list[Compiled]:
     """The kernels of one kind of launch."""
     if recorded.implementation == "triton":
-        return [_compile_triton(arch, recorded)]
-    return [
-        Compiled(
-            recorded, _full_name(recorded.operation, one.name), one.case, one.binary, one.grid, one.block, one.values
-        )
-        for one in cuda_library(arch).launches(recorded.launch)
-    ]
+        return [_compile_triton(arch, recorded.launch)]
+    launched = cuda_library(arch).launches(recorded.launch)
+    return [one._replace(kernel=_full_name(recorded.operation, one.kernel)) for one in launched]
 
 
 def _full_name(operation: str, kernel: str) -> str:
@@ -196,18 +165,14 @@ def _full_name(operation: str, kernel: str) -> str:
     return kernel if kernel.startswith(operation) else f"{operation}_{kernel}"
 
 
-@cache
-def cuda_library(arch: str) -> cuda_launches.Library:
-    """The CUDA C++ kernels, compiled once a process."""
-    return cuda_launches.Library(arch)
+cuda_library = cache(cuda_launches.Library)  # compiled once a process
 
 
 def _capability(arch: str) -> int | str:
     return arch if arch == AMD else int(arch.removeprefix("sm_"))
 
 
-def _compile_triton(arch: str, recorded: Recorded) -> Compiled:
-    launch = recorded.launch
+def _compile_triton(arch: str, launch: Launch) -> Compiled:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Triton's, of changes in later versions
         binary = compile_triton(_capability(arch), launch)
@@ -216,15 +181,11 @@ def _compile_triton(arch: str, recorded: Recorded) -> Compiled:
     values = [value for name, kind in binary.signature.items() for value in _passed(named[name], kind)]
     values += [None] * (len(binary.parameters) - len(values))  # Triton's pointers to scratch memory
     kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
-    return Compiled(recorded, kernel, case, binary, launch.grid, (32 * binary.warps,), values)
+    return Compiled(kernel, case, binary, launch.grid, (32 * binary.warps,), values)
 
 
-def _tensors(arguments: Sequence[Any]) -> Iterator[Pointer]:
-    for argument in arguments:
-        if isinstance(argument, Pointer):
-            yield argument
-        elif isinstance(argument, (list, tuple)):
-            yield from _tensors(argument)
+def _tensors(arguments: Sequence[Any]) -> list[Pointer]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Pointer)]
 
 
 def _passed(value: Any, kind: Any) -> list:
@@ -254,22 +215,18 @@ def measured_us(launch: Launch, device: str = "cuda", timer: Callable | None = N
     named = launch.named()
     contents = {id(named[name]): content(named[name], named) for name, content in CONTENTS.items() if name in named}
 
-    def real(argument: Any) -> Any:
-        if isinstance(argument, (list, tuple)):
-            return type(argument)(map(real, argument))
-        if not isinstance(argument, Pointer):
-            return argument
+    def real(argument: Pointer) -> torch.Tensor:
         if id(argument) in contents:
             return torch.tensor(contents[id(argument)], dtype=argument.dtype, device=device)
         return torch.empty_strided(argument.shape, argument.stride, dtype=argument.dtype, device=device).zero_()
 
-    arguments = real(launch.arguments)
+    arguments = tree_map_only(Pointer, real, launch.arguments)
     return round(1e3 * timer(lambda: launch.kernel[launch.grid](*arguments, **launch.constants)), 3)
 
 
-def _row(options: Options, compiled: Compiled) -> dict:
-    recorded, binary = compiled.recorded, compiled.binary
-    largest = max(compiled.tensors, key=lambda tensor: tensor.count)
+def _row(options: Options, recorded: Recorded, compiled: Compiled) -> dict:
+    binary = compiled.binary
+    largest = max(_tensors(recorded.launch.arguments), key=lambda tensor: tensor.count)
     row = {
         "operation": recorded.operation, "implementation": recorded.implementation, "direction": recorded.direction,
         "kernel": compiled.kernel, "case": compiled.case, "shape": _shape(largest),
@@ -279,14 +236,14 @@ def _row(options: Options, compiled: Compiled) -> dict:
     if options.arch == AMD:
         return row
     gpu = GPUS[options.arch]
-    executed = execute(gpu, compiled)
-    predicted = predict(gpu, binary, launch_cost.work(binary, executed, row["grid"]))
+    executed = execute(gpu, recorded.launch, compiled)
+    predicted = predict(gpu, binary, row["grid"], executed)
     moved = executed.loaded.total() + executed.stored.total()
     row |= {
         "waves": predicted.waves,
         "warps_per_sm": predicted.warps_per_sm,
-        **({"load_bits": _most(executed.loaded)} if executed.loaded else {}),
-        **({"store_bits": _most(executed.stored)} if executed.stored else {}),
+        **({"load_bits": executed.loaded.most_common(1)[0][0]} if executed.loaded else {}),
+        **({"store_bits": executed.stored.most_common(1)[0][0]} if executed.stored else {}),
         "instructions_per_element": executed.instructions * binary.warps * row["grid"] * 32 / largest.count,
         **{name: getattr(executed, name) for name in ("instructions", "mufu", "tensor", "lds", "barriers")},
         "bytes": moved,
@@ -306,15 +263,15 @@ def _shape(tensor: Pointer) -> str:
     return f"{'x'.join(map(str, tensor.shape))} {known.get(tensor.dtype, str(tensor.dtype).removeprefix('torch.'))}"
 
 
-def execute(gpu: Gpu, compiled: Compiled) -> launch_cost.Executed:
+def execute(gpu: Gpu, launch: Launch, compiled: Compiled) -> launch_cost.Executed:
     """Walk one kernel."""
     sizes = [size for _, size in compiled.binary.parameters]
     contents = {}
-    named = compiled.recorded.launch.named() if compiled.binary.signature else {}
+    named = launch.named() if compiled.binary.signature else {}
     for name, content in CONTENTS.items():
         if isinstance(named.get(name), Pointer):
             contents[named[name].address >> REGION] = content(named[name], named)
-    tensors = {tensor.address >> REGION: tensor.bytes for tensor in compiled.tensors}
+    tensors = {tensor.address >> REGION: tensor.bytes for tensor in _tensors(launch.arguments)}
     values = launch_cost.parameter_values(compiled.arguments, sizes)
     return launch_cost.execute(gpu, compiled.binary, compiled.grid, compiled.block, values, tensors, contents)
 
@@ -323,10 +280,6 @@ def execute(gpu: Gpu, compiled: Compiled) -> launch_cost.Executed:
 CONTENTS: dict[str, Callable[[Pointer, Mapping[str, Any]], list[int]]] = {
     "cu_seqlens": lambda tensor, named: [i * named["T"] // (tensor.count - 1) for i in range(tensor.count)],
 }
-
-
-def _most(moved: Counter) -> int:
-    return max(moved, key=moved.get)
 
 
 def _device(arch: str) -> str:
@@ -372,7 +325,11 @@ def columns(rows: Sequence[dict]) -> list[views.Column]:
         ("registers", "registers", "d"),
         ("spilled bytes", "spills", "d"),
         ("warps an SM", "warps_per_sm", "d"),
-        ("load, store bits", lambda row: _widths(row), ""),
+        (
+            "load, store bits",
+            lambda row: ", ".join(str(row.get(name, "-")) for name in ("load_bits", "store_bits")),
+            "",
+        ),
         ("instructions an element", "instructions_per_element", ".1f"),
         ("minimum us", "minimum_us", ".1f"),
         ("predicted us", "predicted_us", ".1f"),
@@ -388,15 +345,10 @@ def label(row: dict) -> str:
     return f"`{row['kernel']}`{case} {row['shape']}" + (" CUDA" if row["implementation"] == "cuda" else "")
 
 
-def _widths(row: dict) -> str:
-    return ", ".join(str(row[name]) if name in row else "-" for name in ("load_bits", "store_bits"))
-
-
 def show(rows: Sequence[dict]) -> None:
     """Print the table of each batch."""
     out = views.console()
-    for batch in dict.fromkeys(row["batch"] for row in rows):
-        of_batch = [row for row in rows if row["batch"] == batch]
+    for of_batch in views.grouped(rows, "batch").values():
         title = views.title(of_batch, "arch", "config", "size", "batch", "dtype")
         out.print(views.terminal(f"Kernels of a training step, {title}", columns(of_batch), of_batch))
         if any(row.get("data_dependent") for row in of_batch):
@@ -407,19 +359,16 @@ def show(rows: Sequence[dict]) -> None:
 def draw(rows: Sequence[dict]):
     """Share of the limit of each kernel, a panel for each batch."""
     rows = [row for row in published(rows) if "of_limit" in row]
-    batches = list(dict.fromkeys(row["batch"] for row in rows))
-    panels = [[row for row in rows if row["batch"] == batch] for batch in batches]
-    figure = views.figure(9, 1.2 + 0.14 * sum(map(len, panels)))
-    every = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=[len(lines) for lines in panels])
+    panels = views.grouped(rows, "batch")
+    figure = views.figure(9, 1.2 + 0.14 * len(rows))
+    every = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=list(map(len, panels.values())))
     colors = dict(zip(BOUNDS, views.BARS, strict=False))
-    for (axes,), batch, lines in zip(every, batches, panels, strict=True):
-        shares = [100 * row["of_limit"] for row in lines]
-        axes.barh(range(len(lines)), shares, color=[colors[row["bound"]] for row in lines])
-        views.label_bars(axes, [label(row).replace("`", "") for row in lines])
+    for (axes,), (batch, lines) in zip(every, panels.items(), strict=True):
+        shares, bounds = ([100 * row["of_limit"] for row in lines], [colors[row["bound"]] for row in lines])
+        views.bars(axes, [label(row).replace("`", "") for row in lines], {"": (shares, bounds)})
         axes.tick_params(axis="y", labelsize=5)
         axes.margins(y=0.01)
         axes.set_title(f"batch {batch}", fontsize=9)
-        axes.grid(alpha=0.3, axis="x")
     handles = [every[0][0].barh([0], [0], color=color) for color in colors.values()]
     every[0][0].legend(handles, [f"bound by {name}" for name in colors], fontsize=7, loc="lower right")
     every[-1][0].set_xlabel("% of the limit (bandwidth or tensor cores)")

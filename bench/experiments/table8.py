@@ -11,7 +11,7 @@ from .. import session, views, workload
 from ..baselines import bottom_up
 from ..measure import rounded
 from ..row import Results
-from ..workload import MODES, PARTS, Setting, check_choices
+from ..workload import MODES, Setting
 from .backbone import add_relative, paper, title
 
 # Models that the paper does not have: its first one with LayerNorm in the ConvStem.
@@ -26,23 +26,13 @@ _MORE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Setting):
-    """What to measure: the configs of the paper's table, and ``_MORE``, with ``overrides`` for all of them.
-
-    Attributes:
-        modes: each one of ``MODES``.
-    """
+    """What to measure: the configs of the paper's table, and ``_MORE``, with ``overrides`` for all of them."""
 
     modes: Sequence[str] = MODES[:1]
 
 
 def run(options: Options) -> Results:
-    """Check each model against its own weights in plain PyTorch, then measure all, print and write the table.
-
-    Raises:
-        ValueError: an unknown mode or part.
-    """
-    check_choices(options.modes, MODES)
-    check_choices([options.part], PARTS)
+    """Check each model against its own weights in plain PyTorch, then measure all, print and write the table."""
     results = session.begin(options.device, [options.dtype])
     lines = (*paper()["table8"], *_MORE)
     detectors = [
@@ -81,7 +71,7 @@ def columns(rows: Sequence[dict]) -> list[views.Column]:
     """Beside the paper's parameters and hours."""
     return [
         ("mode, model", lambda row: f"{row['mode']}, {row['case']}", ""),
-        ("params M", views.scaled("parameters", 1e-6), ".1f"),
+        ("params M", lambda row: row["parameters"] * 1e-6, ".1f"),
         ("paper's params", "paper_parameters_m", "g"),
         ("ms", "p50_ms", ".4g"),
         ("time, relative", "relative_time", ".2f"),
@@ -94,22 +84,17 @@ def columns(rows: Sequence[dict]) -> list[views.Column]:
 
 def draw(rows: Sequence[dict]):
     """Time and memory relative to the first model, time beside the paper's; a row of panels for each mode."""
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    modes = views.grouped(rows, "mode")
     figure = views.figure(11, 0.6 + 2.6 * len(modes))
-    here, paper_color = views.BARS[0], views.COLORS["paper"]
-    for mode, panels in zip(modes, figure.subplots(len(modes), 2, squeeze=False, sharey="row"), strict=True):
-        shown = [row for row in rows if row["mode"] == mode]
-        for axes, label, bars in (
-            (panels[0], "time", (("relative_time", "here", here), ("paper_time", "paper", paper_color))),
-            (panels[1], "peak memory", (("relative_memory", "here", here),)),
-        ):
-            for offset, (column, name, color) in enumerate(bars):
-                places = [place + 0.4 * offset for place in range(len(shown))]
-                axes.barh(places, [row.get(column, 0.0) for row in shown], 0.38, color=color, label=name)
+    colors = {"here": views.BARS[0], "paper": views.COLORS["paper"]}
+    every = figure.subplots(len(modes), 2, squeeze=False, sharey="row")
+    for (mode, shown), panels in zip(modes.items(), every, strict=True):
+        for axes, label, name in zip(panels, ("time", "peak memory"), ("time", "memory"), strict=True):
+            columns = {"here": f"relative_{name}", "paper": f"paper_{name}"}  # the paper has no memory
+            series = {k: ([row.get(column) for row in shown], colors[k]) for k, column in columns.items()}
+            views.bars(axes, [row["case"] for row in shown], series)
             axes.set_xlabel(f"{label}, first model = 1")
             axes.set_title(mode, fontsize=10)
-            axes.grid(alpha=0.3, axis="x")
-        views.label_bars(panels[0], [row["case"] for row in shown])
         panels[0].legend(fontsize=8)
-    figure.suptitle(views.title(rows[:1], "part", "size", "batch", "dtype").partition(";")[0], fontsize=10)
+    figure.suptitle(views.heading(rows, "part", "size", "batch", "dtype"), fontsize=10)
     return figure

@@ -36,13 +36,34 @@ ERRORS = {
     "roofline --rounds 0": "a roofline needs at least 3 rounds, got 0",
     "roofline --impl sdpa-compile": "no sdpa-compile to measure",
     "roofline --model clean": "no sdpa-compile to measure",
+    "detectron2 --original nowhere": "nowhere is not a checkout of the original MIMDet",
+    "detectron2 --original . --mode both": "no both to measure; choose from train, inference",
+    "detectron2 --original . --impl theirs": "no theirs to measure; choose from ours, ours-fast-step",
+    "launches --config nothing": "no config file 'nothing'",
+    "launches --size 800": "--size must be HxW, multiples of 32, got '800'",
+    "launches --size 800x1333": "--size must be HxW, multiples of 32, got '800x1333'",
+    "launches --dtype fp16": "no fp16 to count; choose from fp32, bf16",
+    "launches --output x.txt": "must end in .json or .csv",
+    "launches --original nowhere": "nowhere is not a checkout of the original MIMDet",
+    "launches --original . --config mimdet_b_retinanet": "the original has no detector of config mimdet_b_retinanet",
+    "static --arch sm_70": "no sm_70 to compile for; choose from sm_80, sm_89, sm_90, sm_100, gfx942",
+    "static --impl cpp": "no cpp to compile; choose from triton, cuda",
+    "static --dtype fp8": "no fp8 to compile; choose from fp32, bf16",
 }
 
 
 @pytest.mark.parametrize("words", ERRORS)
 def test_errors_are_one_message(bench, capsys, words):
-    assert bench(*words.split(), "--device", "cpu") == 1
-    assert ERRORS[words] in capsys.readouterr().err
+    device = () if words.startswith(("launches", "static")) else ("--device", "cpu")
+    assert bench(*words.split(), *device) == 1
+    message = capsys.readouterr().err
+    assert ERRORS[words] in message
+    assert "Traceback" not in message
+
+
+def test_numbers_are_in_range(bench, capsys):
+    assert bench("launches", "--batch", 0) == 2
+    assert "--batch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -81,8 +81,7 @@ def test_a_table_is_the_same_view_everywhere():
         {"name": "b", "status": "wrong: output 0"},
         {"name": "c", "ms": None},
     ]
-    columns = [("what", "name", ""), ("nothing", "absent", ".1f"), ("ms", "ms", ".2f"),
-               ("twice", views.scaled("ms", 2), ".1f")]  # fmt: skip
+    columns = [("what", "name", ""), ("nothing", "absent", ".1f"), ("ms", "ms", ".2f")]
     assert views.cells(columns, rows)[1][1][1] == "wrong: output 0"
     assert views.markdown(columns[::2], rows[::2]) == "| what | ms |\n| --- | --: |\n| a | 1.23 |\n| c |  |\n"
     table = views.terminal("title", columns[::2], rows)

@@ -10,8 +10,6 @@ from mimdet.bench import session, workload
 from mimdet.bench.baselines import IMPLEMENTATIONS, with_child
 from mimdet.bench.experiments import table8
 from mimdet.bench.experiments.backbone import Options, paper, run, with_relative
-from mimdet.bench.plot import plot
-from mimdet.bench.readme import render
 from mimdet.bench.row import Results
 
 
@@ -23,14 +21,11 @@ def options(tmp_path, **changes):
     return Options(**values | changes)
 
 
-def test_table1_by_command(bench, tmp_path, capsys):
-    path = tmp_path / "table1.csv"
+def test_table1_by_command(experiment):
     words = ("--config", CONFIG, "--size", "64x64", "--rounds", 3, "--impl", "ours", "--impl", "original")
-    assert bench("table1", *words, "--device", "cpu", "--output", path, *OVERRIDES) == 0
-    out = capsys.readouterr().out
+    out, results, text = experiment("table1", *words, "--device", "cpu", *OVERRIDES, suffix=".csv")
     for word in ("backbone, train, 64x64", "inference", "A/A", "train, 0.125, 2", "speed vs original"):
         assert word in out
-    results = Results.read(path)
     assert {(row["mode"], row["ratio"], row["implementation"]) for row in results.rows} == {
         (mode, ratio, name)
         for mode in ("train", "inference")
@@ -44,8 +39,7 @@ def test_table1_by_command(bench, tmp_path, capsys):
         assert ("activation_mib" in row) == (row["mode"] == "train")
         if row["ratio"] == 0.5:
             assert row["relative_time"] == row["relative_memory"] == 1
-    plot(results, tmp_path / "table1.png")
-    assert render(results).count("\n| ") == 2 + len(results.rows)
+    assert text.count("\n| ") == 2 + len(results.rows)
 
 
 def test_depths_of_the_detector(tmp_path):
@@ -67,14 +61,12 @@ def test_depths_of_the_detector(tmp_path):
 FOUR = (f"{BOTTOM_UP}.encoder.depth=7", f"{BOTTOM_UP}.encoder.embed_dim=64", f"{BOTTOM_UP}.encoder.num_heads=2")
 
 
-def test_table8_by_command(bench, tmp_path, capsys):
-    path = tmp_path / "table8.json"
+def test_table8_by_command(experiment):
     words = ("--size", "64x64", "--rounds", 3, "--device", "cpu", "--mode", "train", "--mode", "inference")
-    assert bench("table8", *words, "--output", path, *FOUR) == 0
-    out = capsys.readouterr().out
+    out, results, text = experiment("table8", *words, *FOUR)
     for word in ("backbone, train, 64x64", "inference", "sampled, decoder of 1", "windows, FPN from the ViT", "A/A"):
         assert word in out
-    results, lines = Results.read(path), paper()["table8"]
+    lines = paper()["table8"]
     cases = [*(line["case"] for line in lines), "sampled, decoder of 4, stem_norm=layer"]
     assert [(row["mode"], row["case"]) for row in results.rows] == [
         (mode, case) for mode in ("train", "inference") for case in cases
@@ -90,9 +82,6 @@ def test_table8_by_command(bench, tmp_path, capsys):
         else:
             assert row["parameters"] == first["parameters"]
             assert "paper_time" not in row
-    plot(results, tmp_path / "table8.png")
-    assert (tmp_path / "table8.png").read_bytes().startswith(b"\x89PNG")
-    text = render(results)
     assert "| train, windows, FPN from the ViT |" in text
     assert "| train, sampled, decoder of 4, stem_norm=layer |" in text
     assert text.count("\n| ") == 2 + 10

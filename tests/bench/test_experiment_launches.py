@@ -14,7 +14,6 @@ from mimdet.bench.experiments.launches import Launches, Options, kind_of
 from mimdet.bench.fake_gpu import backward, fake_gpu, to_fake_gpu
 from mimdet.bench.operations import UPDATE
 from mimdet.bench.plot import plot
-from mimdet.bench.readme import render
 from mimdet.bench.row import Results
 from mimdet.bench.workload import idle_optimizer
 from mimdet.detection.fpn import FPN
@@ -46,7 +45,7 @@ def plain():
 def small_and_fused(batch, dtype="fp32"):
     """Of the Base config: forward, and forward with backward."""
     chosen = options(batch, dtype=dtype)
-    rows = launches.rows_of("MIMDet", launches.count(chosen), chosen, chosen.size)
+    rows = launches.rows_of("MIMDet", launches.count(chosen), chosen)
     rows = [row for row in rows if row["kind"] in ("small", "fused")]
     forward, behind = (sum(r["count"] for r in rows if r["direction"] == d) for d in ("forward", "backward"))
     return forward, forward + behind
@@ -65,29 +64,18 @@ def test_a_larger_batch_dispatches_no_more():
     assert all(abs(one - many) <= 5 for one, many in zip(small_and_fused(1), two, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("function", "kind"),
-    [
-        (aten.view.default, "view"),
-        (aten.split.Tensor, "view"),
-        (aten.detach.default, "view"),
-        (aten._unsafe_view.default, "view"),
-        (aten.empty_like.default, "view"),
-        (aten.add_.Tensor, "small"),
-        (aten.clone.default, "small"),
-        (aten.native_layer_norm.default, "small"),
-        (aten.addmm.default, "gemm"),
-        (aten.baddbmm.default, "gemm"),
-        (aten.convolution.default, "gemm"),
-        (aten.convolution_backward.default, "gemm"),
-        (aten._scaled_dot_product_flash_attention.default, "fused"),
-        (aten._fused_adamw_.default, "fused"),
-        (torch.ops.mimdet.bias_gelu.default, "fused"),
-        (torch.ops.mimdet.attention_varlen_backward.default, "fused"),
-    ],
-)
-def test_kinds(function, kind):
-    assert kind_of(function) == kind
+OPERATORS = {
+    "view": (aten.view, aten.split, aten.detach, aten._unsafe_view, aten.empty_like),
+    "small": (aten.add_, aten.clone, aten.native_layer_norm),
+    "gemm": (aten.addmm, aten.baddbmm, aten.convolution, aten.convolution_backward),
+    "fused": (aten._scaled_dot_product_flash_attention, aten._fused_adamw_, torch.ops.mimdet.bias_gelu,
+              torch.ops.mimdet.attention_varlen_backward),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("packet", "kind"), [(packet, kind) for kind, many in OPERATORS.items() for packet in many])
+def test_kinds(packet, kind):
+    assert kind_of(getattr(packet, packet.overloads()[0])) == kind
 
 
 @pytest.mark.parametrize(
@@ -212,21 +200,9 @@ def test_everything_is_restored_after_an_error():
     assert type(torch.ones(2) + 1) is torch.Tensor
 
 
-@pytest.fixture
-def measure(bench, tmp_path):
-    """Run the command on a small detector; its results."""
-
-    def run(*words, name="launches.json"):
-        words = ("--size", "64x96", "--batch", 2, "--config", CONFIG, *words)
-        assert bench("launches", *words, "--output", tmp_path / name, *OVERRIDES) == 0
-        return Results.read(tmp_path / name)
-
-    return run
-
-
-def test_by_command(measure, bench, tmp_path, capsys):
-    results = measure()
-    out = capsys.readouterr().out
+def test_by_command(experiment, bench, tmp_path, capsys):
+    words = ("launches", "--size", "64x96", "--batch", 2, "--config", CONFIG, *OVERRIDES)
+    out, results, text = experiment(*words)
     assert all(word in out for word in (CONFIG, "64x96, batch 2, fp32", "MIMDet, forward, RPN", "MIMDet, update"))
     sums = Counter()
     for row in results.rows:
@@ -237,34 +213,12 @@ def test_by_command(measure, bench, tmp_path, capsys):
     assert {row["component"] for row in results.rows} == {*launches.COMPONENTS, UPDATE} - {"dense head"}
     assert {row["kind"] for row in results.rows} == set(launches.KINDS)
     assert "small and fused: {forward} forward, {backward} backward, {update} update".format(**sums) in out
-    assert measure(name="launches.csv").rows == results.rows
-
-    assert "| MIMDet, forward, encoder |" in render(results)
-    plot(results, tmp_path / "launches.png")
-    assert (tmp_path / "launches.png").stat().st_size > 10_000
-    capsys.readouterr()
+    assert experiment(*words, suffix=".csv")[1].rows == results.rows
+    assert "| MIMDet, forward, encoder |" in text
     assert bench("compare", tmp_path / "launches.json", tmp_path / "launches.csv") == 0
     out = capsys.readouterr().out
     assert f"{len(results.rows)} rows in both" in out
     assert "launches.csv count" in out
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--config nothing", "no config file 'nothing'"),
-        ("--size 800", "--size must be HxW, multiples of 32, got '800'"),
-        ("--size 800x1333", "--size must be HxW, multiples of 32, got '800x1333'"),
-        ("--dtype fp16", "no fp16 to count; choose from fp32, bf16"),
-        ("--output x.txt", "must end in .json or .csv"),
-        ("--original nowhere", "nowhere is not a checkout of the original MIMDet"),
-        ("--original . --config mimdet_b_retinanet", "the original has no detector of config mimdet_b_retinanet"),
-        ("--batch 0", "--batch"),
-    ],
-)
-def test_errors_are_one_message(bench, capsys, words, message):
-    assert bench("launches", *words.split()) == (2 if words == "--batch 0" else 1)
-    assert message in capsys.readouterr().err
 
 
 def test_the_original_is_counted_beside_ours(tmp_path, capsys):

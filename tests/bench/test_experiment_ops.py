@@ -10,7 +10,6 @@ from mimdet.bench import views
 from mimdet.bench.cases import OPS, case, cases
 from mimdet.bench.equality import differentiate, mismatch
 from mimdet.bench.experiments import ops
-from mimdet.bench.row import Results
 
 TINY = {4: (2, 8, 3, 5), 3: (2, 11, 12), 2: (3, 40)}
 
@@ -120,16 +119,13 @@ def test_none_moves_less_than_its_inputs_and_outputs(op):
     assert 0.3 * touched < one.moved["forward"] <= touched
 
 
-def test_command_line(bench, tmp_path, capsys):
-    path = tmp_path / "figures.csv"
+def test_command_line(experiment):
     words = ("--op", "bias_gelu", "--shape", "1x16x24", "--rounds", 3, "--impl", "eager", "--impl", "cpp")
-    assert bench("ops", *words, "--device", "cpu", "--output", path) == 0
-    out = capsys.readouterr().out
+    out, results, _ = experiment("ops", *words, "--device", "cpu", suffix=".csv")
     for word in ("bias_gelu", "1x16x24", "A/A", "eager", "cpp", "of limit", "vs eager", "p20"):
         assert word in out
-    results = Results.read(path)
     assert {row["direction"] for row in results.rows} == {"forward", "backward"}
-    assert results.command.endswith("--output figures.csv")
+    assert results.command.endswith("--output ops.csv")
 
 
 class Benchmark:

@@ -9,9 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from mimdet.bench import workload
 from mimdet.bench.experiments.roofline import COMPONENTS, STEP
 from mimdet.bench.operations import OTHER, UPDATE, Counter, register_flops
-from mimdet.bench.plot import plot
-from mimdet.bench.readme import render
-from mimdet.bench.row import Results
 from mimdet.bench.workload import Setting, build_detector, idle_optimizer
 from mimdet.kernels import attention_varlen_packed
 
@@ -138,18 +135,13 @@ def test_hooks_are_gone_afterwards(detector):
     assert not optimizer._optimizer_step_pre_hooks
 
 
-def test_by_command(bench, tmp_path, capsys):
-    path = tmp_path / "roofline.csv"
+def test_by_command(experiment):
     words = ("--config", CONFIG, "--size", "64x64", "--rounds", 3, "--device", "cpu", "--depth", 1)
-    assert bench("roofline", *words, "--output", path, *OVERRIDES) == 0
-    out = capsys.readouterr().out
+    out, results, text = experiment("roofline", *words, *OVERRIDES, suffix=".csv")
     for word in ("encoder blocks, forward", "mask head, backward", UPDATE, STEP, "Largest gaps"):
         assert word in out
-    results = Results.read(path)
     assert {row["component"] for row in results.rows} == {*COMPONENTS, OTHER, UPDATE, STEP}
-    plot(results, tmp_path / "roofline.png")
-    assert (tmp_path / "roofline.png").stat().st_size > 20_000
-    assert "| whole step |" in render(results)
+    assert "| whole step |" in text
     whole, *others = results.rows
     assert whole["floor_ms"] == pytest.approx(sum(row["floor_ms"] for row in others), rel=1e-3)
     for row in others:

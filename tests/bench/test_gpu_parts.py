@@ -53,12 +53,6 @@ def test_in_order_and_only_what_is_missing(python, tmp_path, capsys):
     assert log.read_text() == "bacabc"
 
 
-def test_a_result_file_is_asked_for_by_option(python, tmp_path):
-    code = "import sys; option, path = sys.argv[1:]; assert option == '--output'; open(path, 'w').write('{}')"
-    assert run_gpu([python("table", code, suffix=".json")], tmp_path / "results")
-    assert contents(tmp_path / "results") == {"table.json": "{}"}
-
-
 FAILING = {
     "raises": ("print('before'); raise MemoryError('of this part')", "exit status 1", "MemoryError: of this part"),
     "dies": ("import os; os.kill(os.getpid(), 9)", "exit status -9", ""),
@@ -80,7 +74,8 @@ def test_a_failed_part_says_why_and_the_others_go_on(python, tmp_path, capsys, c
     assert f"bad: {reason}" in out
     assert "failed: bad" in out
     # The next run succeeds and removes the error file.
-    mended = python("bad", "import sys; open(sys.argv[2], 'w').write('{}')", suffix=".json")
+    code = "import sys; option, path = sys.argv[1:]; assert option == '--output'; open(path, 'w').write('{}')"
+    mended = python("bad", code, suffix=".json")
     assert run_gpu([mended, good], folder)
     assert set(contents(folder)) == {"bad.json", "good.txt"}
 

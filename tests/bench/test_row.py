@@ -1,4 +1,4 @@
-"""Files of results: written and read again, also those of schema 1; others are refused."""
+"""Files of results: written and read again; others are refused."""
 
 import json
 
@@ -32,32 +32,6 @@ def test_rows_are_equal_in_their_keys():
     assert key(row, "implementation") == key(row | {"implementation": "eager"}, "implementation")
 
 
-OLD = {
-    "backbone": (
-        {"model": "original-kept", "ratio": 0.5, "saved_mib": 2.0, "p50_ms": None, "samples_ms": [], "vs_clean": 1.1},
-        {"implementation": "original-no-checkpoint", "ratio": 0.5, "activation_mib": 2.0},
-    ),
-    "ops": ({"op": "bias_gelu", "impl": "cpp"}, {"operation": "bias_gelu", "implementation": "cpp"}),
-    "forms": ({"form": "windows"}, {"experiment": "table8", "case": "windows", "implementation": "ours"}),
-    "packed": ({"form": "canvas", "sizes": "32x32"}, {"implementation": "canvas", "size": "32x32"}),
-    "roofline": ({"model": "ours", "shapes": ""}, {"implementation": "ours"}),
-}
-
-
-@pytest.mark.parametrize("suffix", [".json", ".csv"])
-@pytest.mark.parametrize("kind", OLD)
-def test_files_of_schema_1_are_read(tmp_path, kind, suffix):
-    old, row = OLD[kind]
-    content = {"schema": 1, "kind": kind, "command": "mimdet bench", "environment": {}, "limits": {}}
-    path = tmp_path / f"old{suffix}"
-    if suffix == ".json":
-        path.write_text(json.dumps(content | {"rows": [old]}))
-    else:
-        cells = ["" if value in (None, []) else str(value) for value in old.values()]
-        path.write_text("# " + json.dumps(content) + f"\n{','.join(old)}\n{','.join(cells)}\n")
-    assert Results.read(path).rows == [{"experiment": kind, "status": "ok", **row}]
-
-
 def edited(change):
     def edit(text):
         content = json.loads(text)
@@ -72,7 +46,7 @@ BROKEN = {
     "empty": (lambda text: "", "not a file of results"),
     "binary": (lambda text: "\x00\x01", "not a file of results"),
     "list": (lambda text: "[1]", "no schema number"),
-    "newer": (edited(lambda c: c.update(schema=99)), "schema 99, this version reads 1 to 2"),
+    "newer": (edited(lambda c: c.update(schema=99)), "schema 99, this version reads 2"),
     "no rows": (edited(lambda c: c.pop("rows")), "'rows' is missing"),
     "more": (edited(lambda c: c.update(extra=1)), r"unknown entries \['extra'\]"),
     "no column": (edited(lambda c: c["rows"][1].pop("status")), r"row 1: missing columns \['status'\]"),
