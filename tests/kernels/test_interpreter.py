@@ -13,14 +13,13 @@ HERE = Path(__file__).parent
 OPERATIONS = ("add_layer_norm", "attention_varlen", "batch_norm", "bias_gelu", "gather_add_pos", "image_norm",
               "match_boxes", "nms_slots", "rasterize_polygons", "roi_align_levels",
               "sample_tokens", "scatter_fill")  # fmt: skip
-# The longest file, by operation.
+# The longest files, by operation.
 PARTS = ("norm", "attention or roi_align", "not norm and not attention and not roi_align")
+LONG = [(name, part) for name in ("failure_modes", "operations") for part in PARTS]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize(
-    ("name", "tests"), [*(("failure_modes", part) for part in PARTS), *((name, "") for name in (*OPERATIONS, "shim"))]
-)
+@pytest.mark.parametrize(("name", "tests"), [*LONG, *((name, "") for name in (*OPERATIONS, "shim"))])
 def test_under_the_interpreter(name, tests):
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     options = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", tests)
