@@ -144,7 +144,7 @@ def test_separate_tensors_give_the_same_bits(runner):
     impl, device = runner
     example = sequences((5, 0, 33), device=device)
     qkv = torch.stack(example.inputs["qkv"].unbind(1)).requires_grad_()
-    out = attention_varlen(*qkv, *example.others.values(), impl=impl)
+    out = attention_varlen(*qkv, **example.others, impl=impl)
     assert torch.equal(out, example(impl))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.kernel_cases import assert_same_bits, changed, check, on_runners, tensors_of
-from support.kernels import BF16, F16, F32, INTERPRETED, native, usable
+from support.kernels import BF16, F16, F32, INTERPRETED, here, native, usable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -57,10 +57,10 @@ def test_budget(op, impl, device, dtype):
 
 
 @on_runners()
-@pytest.mark.parametrize("tile", [32] if INTERPRETED else [16, 32, 256])
+@pytest.mark.parametrize("tile", here([16, 32, 256], [32]))
 def test_partial_tile(op, impl, device, tile):
     """Memory past the last element is NaN, 0 x NaN is NaN, and nothing is written there [NATTEN #341]."""
-    for size in (tile - 1, tile, tile + 1):
+    for size in here((tile - 1, tile, tile + 1), (tile - 1, tile + 1)):
         for sizes in ({"channels": size}, {"length": size, "channels": 8}):
             check(case(op, **sizes, device=device), impl)
 
@@ -77,7 +77,7 @@ def test_parameters_in_bfloat16(op, impl, device, dtype):
     check(case(op, dtype=dtype, parameters=BF16, device=device), impl)
 
 
-@on_runners(eager=True)
+@on_runners(here(OPS, DISCRETE), eager=True)
 def test_only_the_required_gradients(op, impl, device):
     """An input without one changes no other's; boxes, points and noise have none."""
     example = case(op, device=device)
@@ -97,7 +97,9 @@ def test_only_the_required_gradients(op, impl, device):
         torch.testing.assert_close(leaf.grad, expected[f"grad_{name}"], msg=name)
 
 
-@on_runners([op for op in OPS if op not in ("attention_varlen", "bias_gelu", "add_layer_norm")], eager=True)
+@on_runners(
+    [op for op in OPS if op not in ("attention_varlen", "bias_gelu", "add_layer_norm", *here((), IMAGES))], True
+)
 def test_integers_and_masks_of_any_width_and_strides(op, impl, device):
     example = case(op, padded=op in PADDED, device=device)
     others = {k: v for k, v in tensors_of(example).items() if not v.is_floating_point()}
@@ -128,6 +130,7 @@ def test_recomputed(op, impl, device):
     assert_same_bits(differentiate(example, impl), again)
 
 
+@native
 @on_runners(MAPS)
 def test_sizes_of_everything_change_nothing(op, impl, device):
     example = case(op, device=device)
@@ -143,7 +146,7 @@ def test_sizes_of_everything_change_nothing(op, impl, device):
 @pytest.mark.parametrize("padded", [False, True])
 def test_maps_of_several_tasks(op, impl, device, padded, layout, dtype):
     """Bounds of tasks cut rows. NaN around the images of maps and of their gradients leaks nowhere."""
-    length, channels = (240, 40) if INTERPRETED else (720, 96)
+    length, channels = here((720, 96), (240, 40))
     example = case(op, length=length, channels=channels, dtype=dtype, layout=layout, padded=padded, device=device)
     x = example.inputs["x"]
     padding = x.isnan()
@@ -174,7 +177,7 @@ def test_sizes_outside_of_the_map(op, bad, monkeypatch):
 
 
 @on_runners(("add_layer_norm", "bias_gelu"))
-@pytest.mark.parametrize("rows", [5, 6, 7, 13] if INTERPRETED else [16, 65, 6153])
+@pytest.mark.parametrize("rows", here([16, 65, 6153], [5, 6, 7, 13]))
 def test_partial_sums_share_out_rows_unevenly(op, impl, device, rows, monkeypatch):
     partials = importlib.import_module(f"mimdet.kernels.{op}.ops")._PARTIALS
     monkeypatch.setitem(partials, "triton", (1, 3))
@@ -207,8 +210,9 @@ def test_opcheck(op, impl, device, size):
         differentiate(case(op, layout=layout, device=device, **SIZES[size]), impl)
     assert len(calls.calls) == (5 if op == "batch_norm" else 2 if op in DIFFERENTIABLE else 1)
     for function, args in calls.calls:
-        needs_grad = op in DIFFERENTIABLE and not function.name().endswith(("_backward", "_sums"))
-        args = tree_map_only(torch.Tensor, lambda a: a.detach().requires_grad_(needs_grad and a.requires_grad), args)
+        args = tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+        if function.name() == f"mimdet::{op}" and op in DIFFERENTIABLE:
+            args = tree_map_only(torch.Tensor, lambda a: a.requires_grad_(a.dtype.is_floating_point), args)
         torch.library.opcheck(function, args)
 
 
@@ -275,10 +279,10 @@ def test_wrong_arguments_are_caught(op):
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_older_processors(isa):
     """Fewer lanes mean longer sums, and other tails."""
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     names = ("operations", "failure_modes", "batch_norm", "match_boxes", "nms_slots")
     selected = "budget or partial_tile or cancellation or several or rounded or at_the_threshold"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    command += [*(str(here / f"test_{name}.py") for name in names), "-k", f"cpp and ({selected})"]
+    command += [*(str(folder / f"test_{name}.py") for name in names), "-k", f"cpp and ({selected})"]
     done = subprocess.run(command, env={**os.environ, "MIMDET_CPU_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
