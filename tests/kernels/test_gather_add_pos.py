@@ -1,22 +1,16 @@
-"""gather_add_pos: rows of 4 GiB, wrong indices, machine code."""
+"""gather_add_pos: rows of 4 GiB, and wrong indices."""
 
 import pytest
 import torch
 from support.kernel_cases import changed
-from support.kernels import BF16, F32, IMPLS, needs_compiler
+from support.kernels import F32, IMPLS
 
 from mimdet.kernels import gather_add_pos
 from mimdet.kernels.gather_add_pos import ops
-from mimdet.testing.op_cases import case, differentiate
+from mimdet.testing.op_cases import case
 
 OP = "gather_add_pos"
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_positions_with_a_leading_one(impl):
-    example = case(OP)
-    assert torch.equal(example(impl, pos=example.inputs["pos"][None]), example(impl))
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
@@ -25,18 +19,6 @@ def test_rows_beyond_two_to_the_31(far_rows, runner, index_dtype):
     far_rows[0, last], far_rows[0, 0] = 3.0, 1.0
     out = gather_add_pos(far_rows, None, torch.tensor([[0, last]], dtype=index_dtype), impl=runner[0])
     assert torch.equal(out, torch.tensor([[[1.0], [3.0]]]).expand(1, 2, 64).bfloat16())
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_keeps_the_sum_in_float32(impl):
-    example, linear = case(OP), torch.nn.Linear(24, 24)
-    with torch.autocast("cpu", dtype=BF16):
-        x = linear(example.inputs["x"])
-        out = example(impl, x=x)
-        assert torch.equal(out, example.plain(x=x))
-    assert (x.dtype, out.dtype) == (BF16, F32)
-    out.sum().backward()
-    assert linear.weight.grad.isfinite().all()
 
 
 def with_index(value):
@@ -91,17 +73,3 @@ X, POS, INDEX = torch.zeros(2, 5, 8), torch.zeros(5, 8), torch.zeros(2, 3, dtype
 def test_bad_input(args, error, message):
     with pytest.raises(error, match=message):
         gather_add_pos(*args)
-
-
-@needs_compiler
-@pytest.mark.parametrize("capability", [80, 90], ids="sm_{}".format)
-@pytest.mark.parametrize("channels", [768, 512, 17])
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32), (F32, None)], ids=str)
-def test_compiles_within_the_budget(capability, channels, dtypes):
-    from support.aot import compile_pair
-
-    example = case(OP, length=4200, channels=channels, dtype=dtypes[0], parameters=dtypes[1] or F32, bare=not dtypes[1])
-    for one in compile_pair(OP, capability, lambda: differentiate(example, "triton")):
-        assert one.stack == 0, one
-        assert one.registers <= 64, one
-        assert channels % 16 or (one.loads_16 and one.stores_16), one

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.kernel_cases import assert_same_bits, changed, check, on_runners, tensors_of
-from support.kernels import BF16, F16, F32, INTERPRETED, here, native, usable
+from support.kernels import BF16, F16, F32, INTERPRETED, here, native, needs_compiler, usable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -63,6 +63,43 @@ def test_partial_tile(op, impl, device, tile):
     for size in here((tile - 1, tile, tile + 1), (tile - 1, tile + 1)):
         for sizes in ({"channels": size}, {"length": size, "channels": 8}):
             check(case(op, **sizes, device=device), impl)
+
+
+@on_runners(EXACT, eager=True)
+def test_positions_with_a_leading_one(op, impl, device):
+    example = case(op, device=device)
+    assert torch.equal(example(impl, pos=example.inputs["pos"][None]), example(impl))
+
+
+@on_runners(EXACT, eager=True)
+def test_autocast_keeps_the_sum_in_float32(op, impl, device):
+    example, linear = case(op, device=device), torch.nn.Linear(24, 24).to(device)
+    with torch.autocast(device, dtype=BF16):
+        rows = {name: linear(value) for name, value in example.inputs.items() if name != "pos"}
+        out = example(impl, **rows)
+        assert torch.equal(out.cpu(), example.on_cpu().plain(**{name: row.cpu() for name, row in rows.items()}))
+    assert {row.dtype for row in rows.values()} == {BF16}
+    assert out.dtype == F32
+    out.sum().backward()
+    assert linear.weight.grad.isfinite().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", [80, 90], ids="sm_{}".format)
+@pytest.mark.parametrize("channels", [768, 512, 17])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32), (F32, None)], ids=str)
+@pytest.mark.parametrize(("op", "registers"), [("gather_add_pos", 64), ("scatter_fill", 80)])
+def test_compiles_within_the_budget(op, registers, dtypes, channels, capability):
+    from support.aot import compile_pair
+
+    dtype, of_pos = dtypes
+    if of_pos is None and op not in OPTIONAL:
+        pytest.skip("always has positions")
+    example = case(op, length=4200, channels=channels, dtype=dtype, parameters=of_pos or F32, bare=of_pos is None)
+    for one in compile_pair(op, capability, lambda: differentiate(example, "triton")):
+        assert one.stack == 0, one
+        assert one.registers <= registers, one
+        assert channels % 16 or (one.loads_16 and one.stores_16), one
 
 
 # No kernel takes bfloat16 weights of float32 maps.

@@ -1,13 +1,13 @@
-"""scatter_fill: one mask token for all, rows of 4 GiB, wrong rows, machine code."""
+"""scatter_fill: one mask token for all, rows of 4 GiB, and wrong rows."""
 
 import pytest
 import torch
 from support.kernel_cases import changed
-from support.kernels import BF16, F32, IMPLS, needs_compiler, quantized
+from support.kernels import BF16, F32, IMPLS, quantized
 
 from mimdet.kernels import sample_packed_tokens, scatter_fill, valid_mask
 from mimdet.kernels.scatter_fill import ops
-from mimdet.testing.op_cases import case, differentiate
+from mimdet.testing.op_cases import case
 
 OP = "scatter_fill"
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -34,12 +34,6 @@ def test_one_mask_token_for_all(impl):
     assert torch.equal(token.grad, torch.full_like(token, 6.0))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_positions_with_a_leading_one(impl):
-    example = case(OP)
-    assert torch.equal(example(impl, pos=example.inputs["pos"][None]), example(impl))
-
-
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 def test_rows_beyond_two_to_the_31(far_rows, runner, index_dtype):
     far_rows[0, -1] = 3.0
@@ -48,18 +42,6 @@ def test_rows_beyond_two_to_the_31(far_rows, runner, index_dtype):
     pos = torch.zeros(1, 1, dtype=BF16).expand(length, 64)
     out = scatter_fill(far_rows, torch.ones(1, 1, 64, dtype=BF16), ids_restore, pos, impl=runner[0])
     assert torch.equal(out[0, -3:, 0], torch.tensor([0.0, 3.0, 1.0], dtype=BF16))
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_keeps_the_sum_in_float32(impl):
-    example, linear = case(OP), torch.nn.Linear(24, 24)
-    with torch.autocast("cpu", dtype=BF16):
-        rows = {name: linear(example.inputs[name]) for name in ("kept", "fill")}
-        out = example(impl, **rows)
-        assert torch.equal(out, example.plain(**rows))
-    assert (rows["kept"].dtype, out.dtype) == (BF16, F32)
-    out.sum().backward()
-    assert linear.weight.grad.isfinite().all()
 
 
 def with_rows(replaced, value, **sizes):
@@ -134,17 +116,3 @@ IDS_RESTORE = torch.arange(5).repeat(2, 1)
 def test_bad_input(args, error, message):
     with pytest.raises(error, match=message):
         scatter_fill(*args)
-
-
-@needs_compiler
-@pytest.mark.parametrize("capability", [80, 90], ids="sm_{}".format)
-@pytest.mark.parametrize("channels", [768, 512, 17])
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32)], ids=str)
-def test_compiles_within_the_budget(capability, channels, dtypes):
-    from support.aot import compile_pair
-
-    example = case(OP, length=4200, channels=channels, dtype=dtypes[0], parameters=dtypes[1])
-    for one in compile_pair(OP, capability, lambda: differentiate(example, "triton")):
-        assert one.stack == 0, one
-        assert one.registers <= 80, one
-        assert channels % 16 or (one.loads_16 and one.stores_16), one
