@@ -241,7 +241,7 @@ def case(
         return Case(op, maps, _regions(batch, length, device) | ({"sizes": sizes} if padded else {}))
     if op == "sample_tokens":
         noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(5)).to(device)
-        return Case(op, {}, _laid_out({"noise": noise, "valid_mask": noise < 0.9, "ratio": 0.5}, layout))
+        return Case(op, {}, _laid_out({"noise": noise, "valid_mask": noise > 0.1, "ratio": 0.5}, layout))
     assert op == "scatter_fill", op
     filled = length - kept - 3 * padded
     inputs = {"kept": tokens(kept), "fill": tokens(filled, seed=4), "pos": pos}
