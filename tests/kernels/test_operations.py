@@ -265,6 +265,7 @@ def wrong_numbers(value):
             yield "in bfloat16", value.bfloat16().to(value.dtype)
         yield "scaled", value * (1 + 1e-4)
         yield "shape", value[..., :-1]
+        yield "dtype", value.double()
 
 
 def fails(example, actual):
