@@ -65,6 +65,13 @@ def test_partial_tile(op, impl, device, tile):
             check(case(op, **sizes, device=device), impl)
 
 
+# A polygon has more than one point, attention more than one channel.
+@on_runners([op for op in OPS if op not in ("attention_varlen", "rasterize_polygons")])
+@pytest.mark.parametrize("sizes", [{"length": 1}, {"length": 9, "channels": 1}], ids=["one-row", "one-channel"])
+def test_smallest(op, impl, device, sizes):
+    check(case(op, **sizes, device=device), impl)
+
+
 @on_runners(EXACT, eager=True)
 def test_positions_with_a_leading_one(op, impl, device):
     example = case(op, device=device)
