@@ -171,7 +171,7 @@ def _operations(level: str, device: str, interpreter: bool) -> Iterator[tuple[Pa
                     reason = registered.refusal(_call(device, dtype, equal_lengths=True))
                 for layout in op_cases.layouts_of(op):
                     for size in op_cases.sizes_of(op):
-                        if _in_level(level, interpreted, dtype, layout, size):
+                        if in_level(level, interpreted, dtype, layout, size):
                             for direction in ("forward", "backward")[: 1 + (op in DIFFERENTIABLE)]:
                                 yield ParityCase(op, implementation, device, dtype, layout, size, direction), reason
 
@@ -188,7 +188,8 @@ def _interpreter_refuses(registered: dispatch.Implementation, dtype: str) -> str
     return None
 
 
-def _in_level(level: str, interpreted: bool, dtype: str, layout: str, size: str) -> bool:
+def in_level(level: str, interpreted: bool, dtype: str, layout: str, size: str) -> bool:
+    """Whether a level has an operation's cases of this dtype, layout and size."""
     ours = layout in _MODEL_LAYOUTS
     if level == "quick":
         if interpreted:

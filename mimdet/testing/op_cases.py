@@ -18,10 +18,19 @@ EPS = 1e-6
 IMAGES = ("batch_norm", "group_norm_gelu", "layer_norm_gelu")
 NORMS = ("add_layer_norm", *IMAGES)
 MAPS = (*IMAGES, "roi_align_levels")
+PADDED = (*MAPS, "scatter_fill")
 MIXING = ("batch_norm",)  # the result of an image depends on the others
 PACKED = ("attention_varlen",)  # tokens of all images in one dimension
 DISCRETE = ("match_boxes", "nms_slots", "rasterize_polygons", "sample_tokens")
 DIFFERENTIABLE = tuple(op for op in OPS if op not in DISCRETE)
+
+# Optional arguments -> what leaves them out.
+OPTIONAL = {
+    "add_layer_norm": {"x": None, "scale": None},
+    "batch_norm": {"weight": None, "bias": None, "relu": False},
+    "gather_add_pos": {"pos": None},
+    "match_boxes": {"outside": None, "low_quality": False},
+}
 
 DTYPES = {"fp32": F32, "bf16": BF16, "fp16": F16}
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "offset", "expanded")
@@ -34,9 +43,14 @@ SIZES = {
     # Of norms alone: a variance as small as epsilon, and a mean that is large beside the standard deviation.
     "faint": {"mean": 0.0, "std": 1e-3},
     "far": {"mean": 8.0},
-    # Of maps alone: images of other sizes than their batch, and NaN around them.
+    # Of ``PADDED`` alone: images of other sizes than their batch, and NaN around them in maps.
     "padded": {"batch": 3, "length": 36, "padded": True},
+    # Of operations with optional arguments alone: without them.
+    "bare": {"bare": True},
 }
+
+# Gradients of outputs, from the outputs.
+Upstream = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
 
 class Case(NamedTuple):
@@ -137,7 +151,7 @@ def layouts_of(op: str) -> tuple[str, ...]:
 
 def sizes_of(op: str) -> tuple[str, ...]:
     """Names in ``SIZES`` that an operation's cases have."""
-    has = {"faint": op in NORMS, "far": op in NORMS, "padded": op in MAPS}
+    has = {"faint": op in NORMS, "far": op in NORMS, "padded": op in PADDED, "bare": op in OPTIONAL}
     return tuple(name for name in SIZES if has.get(name, True))
 
 
@@ -164,6 +178,7 @@ def case(
     std: float = 1.0,
     layout: str | None = None,
     padded: bool = False,
+    bare: bool = False,
     device: str = "cpu",
 ) -> Case:
     """Quantized random arguments of ``op``.
@@ -176,9 +191,12 @@ def case(
         parameters: dtype of weight, bias and position embedding.
         mean, std: of the main input.
         layout: name in ``LAYOUTS`` for the main inputs; by default dense.
-        padded: of ``MAPS``: images have other sizes than their batch.
+        padded: of ``PADDED``: images have other sizes than their batch.
+        bare: of ``OPTIONAL``: without these arguments.
         device: of all tensors.
     """
+    if bare:
+        return _bare(case(op, batch, length, channels, dtype, parameters, mean, std, layout, padded, device=device))
 
     def main(*shape, seed=0):
         return lay_out(quantized(*shape, dtype=dtype, mean=mean, std=std, seed=seed).to(device), layout)
@@ -223,10 +241,17 @@ def case(
         return Case(op, maps, _regions(batch, length, device) | ({"sizes": sizes} if padded else {}))
     if op == "sample_tokens":
         noise = torch.rand(batch, length, generator=torch.Generator().manual_seed(5)).to(device)
-        return Case(op, {}, _laid_out({"noise": noise, "valid_mask": noise < 0.9, "ratio": 0.5}, layout))
+        return Case(op, {}, _laid_out({"noise": noise, "valid_mask": noise > 0.1, "ratio": 0.5}, layout))
     assert op == "scatter_fill", op
-    inputs = {"kept": tokens(kept), "fill": tokens(length - kept, seed=4), "pos": pos}
-    return Case(op, inputs, {"ids_restore": order})
+    filled = length - kept - 3 * padded
+    inputs = {"kept": tokens(kept), "fill": tokens(filled, seed=4), "pos": pos}
+    return Case(op, inputs, {"ids_restore": order.where(order < kept + filled, -1)})
+
+
+def _bare(example):
+    absent = OPTIONAL[example.op]
+    inputs = {k: v for k, v in example.inputs.items() if k not in absent}
+    return example._replace(inputs=inputs, others=example.others | absent)
 
 
 def _sequences(main, batch, length, channels, device, by_head):
@@ -247,7 +272,7 @@ def _regions(batch, length, device):
     boxes = torch.cat([corners, corners + quantized(batch, slots, 2, seed=6, mean=7.0, std=6.0).abs()], dim=-1)
     valid = (torch.arange(slots) < max(slots - 1, 1)).repeat(batch, 1)
     others = {"boxes": boxes.to(device), "valid": valid.to(device), "size": 2, "scales": (0.25, 0.125)}
-    return others | {"canonical_size": 8, "canonical_level": 2}
+    return others | {"canonical_size": 4, "canonical_level": 2}
 
 
 def _boxes(batch, length, channels, device):
@@ -311,7 +336,8 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
     variants = {"contiguous": x.contiguous()}
     if x.ndim == 4:
         variants["channels_last"] = x.contiguous(memory_format=torch.channels_last)
-    variants["transposed"] = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if x.ndim > 1:
+        variants["transposed"] = x.transpose(-1, -2).contiguous().transpose(-1, -2)
     wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
     wide[..., ::2] = x
     variants["sliced"] = wide[..., ::2]
@@ -339,7 +365,7 @@ def _sides(length):
 def differentiate(
     example: Case,
     impl: str | None,
-    gradients: Sequence[torch.Tensor] | None = None,
+    upstream: Upstream | None = None,
     function: Callable | None = None,
 ) -> dict[str, torch.Tensor]:
     """Outputs, and gradients of all of ``example.inputs``, by name.
@@ -347,7 +373,7 @@ def differentiate(
     Args:
         example: a ``Case``.
         impl: implementation.
-        gradients: outputs' gradients; by default ``cotangents``.
+        upstream: makes the outputs' gradients from the outputs; by default ``cotangents``.
         function: called with the inputs alone in place of the case itself, a compiled one for example.
     """
     inputs = {k: v.detach().requires_grad_() for k, v in example.inputs.items()}
@@ -355,8 +381,7 @@ def differentiate(
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     tensors = named(outputs)
     if inputs:
-        upstream = cotangents(outputs) if gradients is None else gradients
-        grads = torch.autograd.grad(outputs, list(inputs.values()), upstream)
+        grads = torch.autograd.grad(outputs, list(inputs.values()), (upstream or cotangents)(outputs))
         tensors |= {f"grad_{k}": g for k, g in zip(inputs, grads, strict=True)}
     return tensors
 
@@ -373,52 +398,43 @@ def cotangents(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     ]
 
 
-def errors(
-    example: Case, actual: Mapping[str, torch.Tensor], gradients: Sequence[torch.Tensor] | None = None
-) -> list[Measurement]:
+def errors(example: Case, actual: Mapping[str, torch.Tensor], upstream: Upstream | None = None) -> list[Measurement]:
     """How far ``actual`` is from the exact result, and how far it may be.
 
     Args:
         example: a ``Case``.
         actual: outputs and gradients under the names of ``differentiate``, or some of them.
-        gradients: as in ``differentiate``.
+        upstream: as in ``differentiate``.
 
     Raises:
         AssertionError: a shape or dtype is wrong, or a number is not finite; names the tensor.
     """
     cpu = example.on_cpu()
-    same = differentiate(cpu, None, _on_cpu(gradients), cpu.plain)
+    same = differentiate(cpu, None, upstream, cpu.plain)
     exact = same
     if example.inputs:
         double = example.on_cpu(torch.float64)
-        exact = differentiate(double, None, _on_cpu(gradients, torch.float64), double.plain)
+        exact = differentiate(double, None, upstream, double.plain)
     main = next(iter(example.inputs.values()), None)
     results = []
     for name, value in actual.items():
-        expected = same[name].to(value.dtype) if value.is_floating_point() else same[name]
-        assert_same_kind(value, expected, exact[name], name)
+        assert_same_kind(value, same[name], exact[name], name)
         summed = name in ("grad_weight", "grad_bias", "grad_pos")
         # The gradients of attention are sums over a sequence, those of maps over boxes.
         terms = main.numel() // value.shape[-1] if summed else example.others.get("max_seqlen", 1)
         if example.op == "roi_align_levels" and name.startswith("grad_"):
             terms = example.others["boxes"].shape[1]
-        results.append(measure(value, expected, exact[name], max(terms, 1), name))
+        results.append(measure(value, same[name], exact[name], max(terms, 1), name))
     return results
 
 
-def judge(
-    example: Case, actual: Mapping[str, torch.Tensor], gradients: Sequence[torch.Tensor] | None = None
-) -> list[Measurement]:
+def judge(example: Case, actual: Mapping[str, torch.Tensor], upstream: Upstream | None = None) -> list[Measurement]:
     """``errors``, which must be within their budgets.
 
     Raises:
         AssertionError: also if one is not; names the tensor.
     """
-    results = errors(example, actual, gradients)
+    results = errors(example, actual, upstream)
     for result in results:
         result.check(example.id)
     return results
-
-
-def _on_cpu(gradients, dtype=None):
-    return None if gradients is None else [g.to("cpu", dtype) for g in gradients]

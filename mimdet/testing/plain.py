@@ -17,10 +17,18 @@ from torchvision.ops import box_iou, nms, roi_align
 
 
 def add_layer_norm(
-    residual: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    residual: torch.Tensor,
+    x: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum, rounded to the residual's dtype, and ``F.layer_norm`` of it."""
-    total = (residual + x * scale.view(-1, *[1] * (x.dim() - 1))).to(residual.dtype)
+    total = residual
+    if x is not None:
+        factor = 1 if scale is None else scale.view(-1, *[1] * (x.dim() - 1))
+        total = (residual + x * factor).to(residual.dtype)
     y = F.layer_norm(_wide(total), weight.shape, _like(weight, total), _like(bias, total), eps)
     return total, y.to(total.dtype)
 
@@ -37,23 +45,26 @@ def attention_varlen(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: in
 
 def batch_norm(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
     training: bool,
     relu: bool,
     eps: float,
     sizes: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``F.batch_norm`` with statistics of the batch, then ReLU; of the images' areas alone, zero around them."""
+    """``F.batch_norm``, then ReLU; of the images' areas alone, zero around them. Running statistics do not change."""
     if sizes is not None:
         inside = _area(x, sizes)
         cells = x.permute(0, 2, 3, 1)[inside].T[None, :, None]
-        y = batch_norm(cells, weight, bias, training, relu, eps)[0, :, 0].T
+        y = batch_norm(cells, weight, bias, training, relu, eps, None, running_mean, running_var)[0, :, 0].T
         return x.new_zeros(*inside.shape, x.shape[1]).index_put((inside,), y).permute(0, 3, 1, 2)
     if not x.numel():
         return x * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
     # channels_last statistics are added up naively, which would double the budget.
-    y = F.batch_norm(_wide(x).contiguous(), None, None, _like(weight, x), _like(bias, x), training, eps=eps)
+    running = [_like(t, x) for t in (running_mean, running_var) if not training] or [None, None]
+    y = F.batch_norm(_wide(x).contiguous(), *running, _like(weight, x), _like(bias, x), training, eps=eps)
     return (y.relu() if relu else y).to(x.dtype)
 
 
@@ -62,10 +73,11 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return F.gelu(x + bias).to(x.dtype)
 
 
-def gather_add_pos(x: torch.Tensor, pos: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def gather_add_pos(x: torch.Tensor, pos: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor:
     """``torch.gather`` of the tokens, plus the position embedding."""
     index = index.long()
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2])) + pos[index]
+    rows = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    return rows if pos is None else rows + pos[index]
 
 
 def group_norm_gelu(
@@ -96,16 +108,18 @@ def match_boxes(
     boxes: torch.Tensor,
     counts: torch.Tensor,
     candidates: torch.Tensor,
-    outside: torch.Tensor,
+    outside: torch.Tensor | None,
     thresholds: Sequence[float],
     labels: Sequence[int],
     low_quality: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Detectron2's matcher on a matrix of torchvision's overlaps, image by image."""
-    index = torch.zeros(outside.shape, dtype=torch.int32)
-    label = torch.full(outside.shape, labels[0], dtype=torch.int8)
+    shape = len(boxes), candidates.shape[-2]
+    outside = torch.zeros(shape, dtype=torch.bool) if outside is None else outside
+    index = torch.zeros(shape, dtype=torch.int32)
+    label = torch.full(shape, labels[0], dtype=torch.int8)
     for i, count in enumerate(counts.tolist()):
-        if count and outside.shape[1]:
+        if count and shape[1]:
             rows = candidates if candidates.dim() == 2 else candidates[i]
             overlap = box_iou(boxes[i, :count], rows).nan_to_num(0.0).masked_fill(outside[i], 0.0)
             best, slot = overlap.max(dim=0)
@@ -201,9 +215,11 @@ def sample_tokens(noise: torch.Tensor, valid_mask: torch.Tensor, ratio: float) -
 
 
 def scatter_fill(kept: torch.Tensor, fill: torch.Tensor, ids_restore: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
-    """``torch.gather`` of the concatenated rows, plus the position embedding."""
+    """``torch.gather`` of the concatenated rows, plus the position embedding; zeros in padding."""
     rows = torch.cat([kept, fill], dim=1)
-    return rows.gather(1, ids_restore.long()[..., None].expand(-1, -1, rows.shape[2])) + pos
+    index = ids_restore.long()[..., None]
+    y = rows.gather(1, index.clamp(min=0).expand(-1, -1, rows.shape[2])) + pos
+    return y.where(index >= 0, 0)
 
 
 def _area(x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -218,5 +234,5 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _like(parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return parameter.to(torch.promote_types(x.dtype, torch.float32))
+def _like(parameter: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    return None if parameter is None else parameter.to(torch.promote_types(x.dtype, torch.float32))

@@ -6,7 +6,7 @@ and only the tests that take it are collected. Else it is every implementation t
 
 import pytest
 import torch
-from support.kernels import INTERPRETED, PLACES, poisoned_allocations, threads, usable
+from support.kernels import INTERPRETED, PLACES, poisoned_allocations, usable
 
 from mimdet.testing import interpreter
 
@@ -51,13 +51,6 @@ def _interpreter():
 def poisoned():
     """New memory is NaN."""
     with poisoned_allocations():
-        yield
-
-
-@pytest.fixture
-def two_threads():
-    """PyTorch has two threads."""
-    with threads(2):
         yield
 
 

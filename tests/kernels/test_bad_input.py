@@ -2,39 +2,37 @@
 
 import pytest
 import torch
-from support.kernel_cases import OPS, case, public
+from support.kernel_cases import changed, tensors_of
 
-ARGUMENTS = [
-    (op, name)
-    for op in OPS
-    for name, value in {**case(op).inputs, **case(op).others}.items()
-    if isinstance(value, torch.Tensor)
-]
+from mimdet.kernels import OPS
+from mimdet.testing.op_cases import case
+
 # What an operation calls them, where that is not the case's name.
 NAMES = {"fine": r"features\[0\]", "coarse": r"features\[1\]"}
-IDS = [f"{op}-{name}" for op, name in ARGUMENTS]
+on_arguments = pytest.mark.parametrize(
+    ("op", "name"), [pytest.param(op, name, id=f"{op}-{name}") for op in OPS for name in tensors_of(case(op))]
+)
 
 
-def call(op, **changes):
+def call(op, name, change):
     example = case(op)
-    return public(op)(**{**example.inputs, **example.others, **changes}, impl="eager")
+    return changed(example, **{name: change(tensors_of(example)[name])})("eager")
 
 
-@pytest.mark.parametrize(("op", "name"), ARGUMENTS, ids=IDS)
+@on_arguments
 def test_a_list_is_no_tensor(op, name):
     with pytest.raises(TypeError, match=rf"{op}: {NAMES.get(name, name)} must be a"):
-        call(op, **{name: [1.0, 2.0]})
+        call(op, name, lambda tensor: [1.0, 2.0])
 
 
-@pytest.mark.parametrize(("op", "name"), ARGUMENTS, ids=IDS)
+@on_arguments
 def test_dtypes(op, name):
     with pytest.raises(TypeError, match=rf"{op}: {NAMES.get(name, name)} must be"):
-        call(op, **{name: {**case(op).inputs, **case(op).others}[name].to(torch.complex64)})
+        call(op, name, lambda tensor: tensor.to(torch.complex64))
 
 
-@pytest.mark.parametrize(("op", "name"), ARGUMENTS, ids=IDS)
+@on_arguments
 def test_another_device(op, name):
     # All tensors must be on the first one's device.
-    moved = {**case(op).inputs, **case(op).others}[name].to("meta")
     with pytest.raises(ValueError, match=rf"{op}: [\w\[\]]+ is on (meta|cpu), [\w\[\]]+ on (meta|cpu)"):
-        call(op, **{name: moved})
+        call(op, name, lambda tensor: tensor.to("meta"))

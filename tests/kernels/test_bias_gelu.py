@@ -5,44 +5,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.block_ops import check_bias_gelu, differentiate
 from support.gelu_everywhere import all_numbers, check_everywhere
-from support.kernels import BF16, F16, F32, here, native, needs_compiler, quantized
+from support.kernels import BF16, F16, F32, native, needs_compiler
 
-from mimdet.kernels import KernelUnavailableError, bias_gelu
-from mimdet.kernels.bias_gelu import ops, reference
+from mimdet.kernels import bias_gelu
+from mimdet.testing.op_cases import Case, differentiate
 
 OP = "bias_gelu"
-DTYPES = {"fp32": F32, "bf16": BF16} | here({}, {"fp16": F16})
-SHAPES = here([(5,), (3, 17), (2, 33, 96), (2, 3, 5, 192), (2, 9, 3072)], [(3, 17), (2, 33, 48), (130, 96)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_budget(runner, shape, dtype):
-    impl, device = runner
-    check_bias_gelu(impl, shape, dtype, device)
-
-
-@pytest.mark.parametrize(
-    "channels", here([1, 15, 16, 31, 32, 33, 63, 64, 65, 1023, 1025], [1, 31, 32, 33, 511, 512, 513])
-)
-def test_sizes_around_a_vector(runner, channels):
-    impl, device = runner
-    check_bias_gelu(impl, (here(67, 5), channels), F32, device)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 8, 9, 63, 64, 65, 129])
-def test_rows_around_a_program(runner, rows):
-    impl, device = runner
-    check_bias_gelu(impl, (rows, 24), F32, device)
-
-
-@pytest.mark.parametrize("rows", [9, 10, 13])
-def test_partial_sums_share_out_rows_unevenly(monkeypatch, runner, rows):
-    impl, device = runner
-    monkeypatch.setitem(ops._PARTIALS, "triton", (1, 3))
-    check_bias_gelu(impl, (rows, 24), BF16, device)
+def gelu(x, impl, function=None):
+    """GELU of (N, C) and its derivative."""
+    example = Case(OP, {"x": x, "bias": torch.zeros(x.shape[1], device=x.device)}, {})
+    tensors = differentiate(example, impl, lambda outputs: [torch.ones_like(o) for o in outputs], function)
+    return tensors["output0"], tensors["grad_x"]
 
 
 @native
@@ -50,25 +26,21 @@ def test_far_out_values(runner):
     """Where exp underflows, GELU is 0 or the identity, and its derivative 0 or 1."""
     impl, device = runner
     x = torch.cat([torch.linspace(-60, 60, 4001), torch.tensor([-1e30, -1e4, 1e4, 1e30])]).to(device).unsqueeze(0)
-    inputs = {"x": x, "bias": torch.zeros(x.shape[1], device=device)}
-    actual = differentiate(lambda **kw: bias_gelu(**kw, impl=impl), inputs, [torch.ones_like(x)])
-    expected = differentiate(lambda x, bias: F.gelu(x + bias), {k: v.double() for k, v in inputs.items()},
-                         [torch.ones_like(x).double()])  # fmt: skip
-    torch.testing.assert_close(actual["output0"].double(), expected["output0"], rtol=2e-7, atol=5e-7)
-    torch.testing.assert_close(actual["grad_x"].double(), expected["grad_x"], rtol=2e-7, atol=1e-6)
+    exact = gelu(x.double(), None, lambda x, bias: F.gelu(x + bias))
+    for actual, expected, limit in zip(gelu(x, impl), exact, (5e-7, 1e-6), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-7, atol=limit)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
 def test_every_16_bit_number(runner, dtype):
     impl, device = runner
-    if dtype not in DTYPES.values() and impl == "cpp":
+    if dtype == F16 and impl == "cpp":
         pytest.skip("C++ does not take it")
     z = all_numbers(dtype)
-    inputs = {"x": z.to(device), "bias": torch.zeros(z.shape[1], device=device)}
-    actual = differentiate(lambda **kw: bias_gelu(**kw, impl=impl), inputs, [torch.ones_like(inputs["x"])])
+    y, derivative = (t.cpu() for t in gelu(z.to(device), impl))
     # The error of csrc/gelu.h is absolute.
     floor = {"floor": 4e-7 * z.double().abs().clamp_min(1)} if impl == "cpp" else {}
-    check_everywhere(z, actual["output0"].cpu(), actual["grad_x"].cpu(), **floor)
+    check_everywhere(z, y, derivative, **floor)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
@@ -78,12 +50,11 @@ def test_infinities_and_nan(runner, dtype):
     if impl == "cpp":
         pytest.skip("clamps")
     x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]], dtype=dtype, device=device)
-    actual = differentiate(lambda **kw: bias_gelu(**kw, impl=impl), {"x": x, "bias": torch.zeros(4, device=device)},
-                           [torch.ones_like(x)])  # fmt: skip
+    y, derivative = gelu(x, impl)
     nan = float("nan")
     expected = torch.tensor([[nan, float("inf"), nan, F.gelu(torch.tensor(1.0)).item()]]).to(dtype)
-    torch.testing.assert_close(actual["output0"].cpu(), expected, equal_nan=True)
-    assert actual["grad_x"].isnan().tolist() == [[True, True, True, False]]
+    torch.testing.assert_close(y.cpu(), expected, equal_nan=True)
+    assert derivative.isnan().tolist() == [[True, True, True, False]]
 
 
 def test_not_a_number_stays_one(runner):
@@ -92,48 +63,9 @@ def test_not_a_number_stays_one(runner):
     assert y.isnan().tolist() == [[True, False]]
 
 
-def test_bias_in_another_dtype(runner):
-    impl, device = runner
-    x, bias = quantized(4, 8, dtype=BF16).to(device), quantized(8, dtype=BF16).to(device)
-    actual = differentiate(lambda **kw: bias_gelu(**kw, impl=impl), {"x": x, "bias": bias}, [torch.ones_like(x)])
-    assert actual["output0"].dtype == actual["grad_x"].dtype == actual["grad_bias"].dtype == BF16
-
-
-@native
-def test_opcheck(runner):
-    impl, device = runner
-    x, bias = (t.to(device).requires_grad_() for t in (quantized(6, 16), quantized(16)))
-    torch.library.opcheck(torch.ops.mimdet.bias_gelu.default, (x, bias, impl))
-    torch.library.opcheck(
-        torch.ops.mimdet.bias_gelu_backward.default, (torch.ones_like(x), x.detach(), bias.detach(), impl)
-    )
-
-
-def test_reference_gradients():
-    x, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (4,)))
-    assert torch.autograd.gradcheck(reference.bias_gelu, (x, bias))
-
-
-@pytest.mark.parametrize("mutation", ["tanh", "no bias", "dropped tail"])
-def test_mutations_are_caught(monkeypatch, mutation, cpp):
-    """The comparison itself: each of these wrong kernels must fail it."""
-
-    def wrong(x, bias, impl):
-        y = F.gelu(x + (0 if mutation == "no bias" else bias), approximate="tanh" if mutation == "tanh" else "none")
-        if mutation == "dropped tail":
-            y = torch.cat([y[:, :-1], y[:, -1:] * 0], dim=1)
-        return y
-
-    monkeypatch.setattr(ops, "run", wrong)
-    # Without bias, the missing gradient raises first.
-    with pytest.raises(AssertionError):
-        check_bias_gelu("cpp", (40, 33), F32)
-
-
 BAD = {
     "scalar": (ValueError, "bias must be", {"x": torch.tensor(1.0)}),
     "length": (ValueError, "bias must be", {"bias": torch.zeros(7)}),
-    "double in C++": (KernelUnavailableError, "float64", {"x": torch.zeros(2, 8).double(), "impl": "cpp"}),
 }
 
 
@@ -145,8 +77,8 @@ def test_bad_input(error, message, change):
 
 def run_in(dtype, rows, channels):
     """Launches of forward and backward."""
-    inputs = {"x": torch.empty(rows, channels, dtype=dtype), "bias": torch.empty(channels)}
-    return lambda: differentiate(lambda **kw: bias_gelu(**kw, impl="triton"), inputs, [torch.empty_like(inputs["x"])])
+    x = torch.empty(rows, channels, dtype=dtype)
+    return lambda: gelu(x, "triton")
 
 
 # (aligned, dtype) -> registers per thread of forward and backward. float32 takes the library's erf.

@@ -1,23 +1,38 @@
 """Images of another size are no reason to compile a kernel again."""
 
 import pytest
-from support.kernel_cases import triton_launches
 from support.kernels import BF16, needs_compiler
+
+from mimdet.testing.op_cases import IMAGES, case, differentiate
 
 
 @needs_compiler
-@pytest.mark.parametrize("op", ["add_layer_norm", "bias_gelu", "layer_norm_gelu"])
-def test_one_compilation_for_all_sizes(op):
+@pytest.mark.parametrize(
+    ("op", "lengths"),
+    [(op, (16, 48, 35)) for op in ("add_layer_norm", "bias_gelu", "layer_norm_gelu")]
+    # Maps of one part need no kernel that adds up parts.
+    + [("group_norm_gelu", (1320, 1333, 1536, 10752)), ("attention_varlen", (77, 4096, 4200))],
+    ids=str,
+)
+def test_one_compilation_for_all_sizes(op, lengths, monkeypatch):
     """Counts of rows that are 1, a multiple of 16 and neither: Triton by itself compiles each apart."""
-    from support.aot import target
+    from support.aot import record, target
+    from triton import knobs
 
-    compilations = []
-    for batch, length in ((1, 16), (2, 48), (3, 35)):
-        launches = triton_launches(op, batch=batch, length=length, channels=256, dtype=BF16)
-        # The positions of an NCHW map decide how wide its loads can be.
-        launches = [one for one in launches if "nchw" not in one.kernel.fn.__name__]
-        assert launches
-        with target(90):
-            built = [one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants) for one in launches]
-        compilations.append({one.hash for one in built})
-    assert compilations[0] == compilations[1] == compilations[2]
+    keys = {}
+
+    def note(*, fn, compile, **_):
+        keys.setdefault(fn.name, set()).add(compile["key"])
+        return True  # nothing is compiled
+
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", note)
+    # The positions of an NCHW map decide how wide its loads can be.
+    layout = "channels_last" if op in IMAGES else None
+    for batch, length in enumerate(lengths, 1):
+        example = case(op, batch, length, channels=64, dtype=BF16, layout=layout)
+        # Triton asks the hook about what it has not compiled yet: no other test compiles for this target.
+        for one in record(op, lambda example=example: differentiate(example, "triton"), 89):
+            with target(89):
+                one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants)
+    assert keys
+    assert all(len(of_kernel) == 1 for of_kernel in keys.values()), keys

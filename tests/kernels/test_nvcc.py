@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.kernel_cases import BF16, DIFFERENTIABLE, IMAGES, case, differentiate, pretend
+from support.kernel_cases import pretend
 
 from mimdet.kernels import build, dispatch, library
+from mimdet.testing.op_cases import BF16, DIFFERENTIABLE, F32, IMAGES, OPTIONAL, case, differentiate
 
 # Attention's "cuda" is PyTorch's.
 CUDA_OPS = [op for op, operation in dispatch.operations().items() if "cuda" in operation.implementations]
@@ -143,17 +144,8 @@ def calls(monkeypatch):
 
 
 def run(op, variant):
-    example = case(op, dtype=BF16 if variant == "amp" else torch.float32)
-    if variant == "fewest" and op == "add_layer_norm":
-        # scale needs x.
-        example = example._replace(others=example.others | {"scale": None, "x": None})
-        del example.inputs["x"]
-    if variant == "fewest" and op == "gather_add_pos":
-        example = example._replace(others=example.others | {"pos": None})
-        del example.inputs["pos"]
-    if variant == "fewest" and op == "match_boxes":
-        example = example._replace(others=example.others | {"low_quality": False, "outside": None})
-    differentiate(example, "cuda")
+    bare = variant == "fewest" and op in OPTIONAL
+    differentiate(case(op, dtype=BF16 if variant == "amp" else F32, bare=bare), "cuda")
 
 
 @pytest.mark.parametrize("variant", ["all", "amp", "fewest"])

@@ -8,28 +8,79 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.kernels import (
-    BF16,
-    F16,
-    F32,
-    IMPLS,
-    Guarded,
-    here,
-    mocked_gpu,
-    native,
-    needs_compiler,
-    on_all,
-    usable,
-)
-from support.polygons import KINDS, packed, random_case, rasterize_by_pycocotools
+from support.kernels import BF16, F16, F32, IMPLS, here, mocked_gpu, native, needs_compiler, on_all, usable
 
 from mimdet.kernels import KernelUnavailableError, rasterize_polygons
-from mimdet.kernels.rasterize_polygons import ops
+from mimdet.testing.plain import rasterize_by_pycocotools
 
 OP = "rasterize_polygons"
 F64 = torch.float64
 SQUARE = np.array([[2.0, 3.0], [22.0, 3.0], [22.0, 17.0], [2.0, 17.0]])
 pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def packed(instances):
+    """points, polygon_starts and instance_starts of lists of (K, 2) arrays."""
+    polygons = [polygon for instance in instances for polygon in instance]
+    starts = (np.cumsum([0, *map(len, parts)]) for parts in (polygons, instances))
+    points = torch.from_numpy(np.concatenate([np.zeros((0, 2)), *polygons]))
+    return points, *(torch.from_numpy(s.astype(np.int32)) for s in starts)
+
+
+def _plain(rng, count):
+    return rng.uniform(-15, 45, (count, 2))
+
+
+def _axis_parallel(rng, count):
+    points = np.repeat(rng.uniform(-15, 45, (count, 2)).round(1), 2, axis=0)
+    points[1::2, 0] = np.roll(points[::2, 0], -1)
+    return points
+
+
+def _collinear(rng, count):
+    return np.outer(np.linspace(-1, 2, count), rng.uniform(5, 25, 2)) + rng.choice([0.0, 0.1, 3.3])
+
+
+def _repeated(rng, count):
+    points = rng.uniform(-15, 45, (count, 2)).round()
+    points[rng.integers(count, size=3)] = points[0]
+    return np.repeat(points, rng.integers(1, 4, len(points)), axis=0)
+
+
+# name -> (generator, count) -> (count or more, 2) points; most cross themselves.
+KINDS = {
+    "plain": _plain,
+    "tenths": lambda rng, count: _plain(rng, count).round(1),
+    "fifths": lambda rng, count: (_plain(rng, count) * 5).round() / 5,
+    "fifths-and-a-little": lambda rng, count: (
+        (_plain(rng, count) * 5).round() / 5 + rng.choice([1e-12, -1e-12, 1e-7, -1e-7], (count, 2))
+    ),
+    "halves-of-fifths": lambda rng, count: ((_plain(rng, count) * 5).round() + 0.5) / 5,
+    "negative": lambda rng, count: _plain(rng, count) - 25,
+    "axis-parallel": _axis_parallel,
+    "collinear": _collinear,
+    "repeated": _repeated,
+    "tiny": lambda rng, count: rng.uniform(3, 3.2, (count, 2)),
+    "large": lambda rng, count: rng.uniform(-2000, 3000, (count, 2)),
+}
+SIDES = (0.01, 0.3, 5.0, 14.0, 28.0, 56.0, 100.0, 2000.0)
+
+
+def windows(rng, count):
+    """(count, 4) float64: of all sizes, some of a negative or no width."""
+    sides = rng.choice([*SIDES, 0.0, -3.0], (count, 2))
+    corners = rng.uniform(-10, 35, (count, 2))
+    corners[::3] = corners[::3].round()
+    corners[1::3] = (corners[1::3] * 5).round() / 5
+    corners[2::3] = rng.uniform(2.9, 3.1, corners[2::3].shape)  # where the tiny ones are
+    return np.concatenate([corners, corners + sides], axis=1)
+
+
+def random_case(seed, kind, boxes=24, longest=30):
+    """(instances, index, windows): instances of zero to three polygons of one kind."""
+    rng = np.random.default_rng(seed)
+    instances = [[KINDS[kind](rng, rng.integers(3, longest)) for _ in range(count)] for count in (1, 0, 2, 1, 3, 1)]
+    return instances, rng.integers(0, len(instances), boxes), windows(rng, boxes)
 
 
 def pycocotools(instances, index, windows, size):
@@ -151,39 +202,6 @@ def test_what_no_integer_holds_is_far_away(impl, device):
         rasterize([[strange]], [0], [window], 28, impl, device)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_any_strides_and_integers(impl):
-    instances, index, windows = random_case(5, "tenths", *here((24, 30), (3, 12)))
-    points, polygon_starts, instance_starts = packed(instances)
-    index, boxes = torch.as_tensor(index), torch.as_tensor(windows)
-    expected = rasterize_polygons(points, polygon_starts, instance_starts, index, boxes, 14, impl=impl)
-    strided = points.t().contiguous().t(), polygon_starts.long(), instance_starts.repeat_interleave(2)[::2]
-    wide = torch.zeros(len(boxes), 8, dtype=boxes.dtype)
-    wide[:, ::2] = boxes
-    actual = rasterize_polygons(*strided, index.int().repeat_interleave(2)[::2], wide[:, ::2], 14, impl=impl)
-    assert torch.equal(actual, expected)
-    assert expected.any()
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_reads_and_writes_nothing_else(impl):
-    instances, index, windows = random_case(6, "tenths", *here((24, 30), (3, 12)))
-    guards = [Guarded(t) for t in (*packed(instances), torch.as_tensor(index), torch.as_tensor(windows))]
-    out = rasterize_polygons(*(g.tensor for g in guards), 14, impl=impl)
-    assert torch.equal(out, pycocotools(instances, index, windows, 14))
-    for guarded in guards:
-        guarded.check()
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_inputs_that_want_a_gradient(impl):
-    points, *starts = packed([[SQUARE]])
-    boxes = torch.tensor([[0.0, 0.0, 28.0, 28.0]], requires_grad=True)
-    out = rasterize_polygons(points.requires_grad_(), *starts, torch.tensor([0]), boxes, 28, impl=impl)
-    assert not out.requires_grad
-    assert out.sum() == 20 * 14
-
-
 @pytest.mark.parametrize("impl", here(IMPLS, []))
 def test_points_beyond_two_to_the_31_bytes(tmp_path, impl):
     # A sparse file: gigabytes of addresses, a few kilobytes of disk. 32-bit products of point and stride wrap.
@@ -218,25 +236,9 @@ def test_real_annotations(impl):
             assert torch.equal(rasterize(instances, index, windows, size, impl), expected), (file.name, size)
 
 
-@pytest.mark.usefixtures("two_threads")
-def test_threads_change_nothing(cpp):
-    case = random_case(7, "plain", 500)
-    assert torch.equal(rasterize(*case, 28, "cpp"), rasterize(*case, 28, "eager"))
-
-
-def arguments(device="cpu"):
+def arguments():
     instances, index, windows = random_case(8, "tenths", 5)
-    return tuple(t.to(device) for t in (*packed(instances), torch.as_tensor(index), torch.as_tensor(windows)))
-
-
-def test_opcheck(cpp):
-    torch.library.opcheck(torch.ops.mimdet.rasterize_polygons.default, (*arguments(), 14, "cpp"))
-
-
-def test_meta_tensors():
-    out = ops.run(*arguments("meta"), 14, "cpp")
-    assert out.shape == (5, 14, 14)
-    assert out.dtype == torch.bool
+    return *packed(instances), torch.as_tensor(index), torch.as_tensor(windows)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,6 @@ def test_what_is_out_of_range_is_named(monkeypatch, place, value, error, message
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"points": [[0.0, 1.0]]}, TypeError, "points must be a tensor, got list"),
         ({"points": torch.zeros(3, 2)}, TypeError, "points must be float64, got torch.float32"),
         ({"points": torch.zeros(6, dtype=F64)}, ValueError, r"points must be \(P, 2\), got \(6,\)"),
         ({"points": torch.zeros(2, 3, dtype=F64)}, ValueError, r"points must be \(P, 2\), got \(2, 3\)"),
@@ -277,8 +278,6 @@ def test_what_is_out_of_range_is_named(monkeypatch, place, value, error, message
         ({"boxes": torch.zeros(5, 4).int()}, TypeError, "boxes must be of a float dtype"),
         ({"boxes": torch.zeros(4, 4)}, ValueError, r"boxes must be \(5, 4\), got \(4, 4\)"),
         ({"boxes": torch.zeros(5, 5)}, ValueError, r"boxes must be \(5, 4\), got \(5, 5\)"),
-        ({"boxes": torch.zeros(5, 4, device="meta")}, ValueError, "boxes is on meta, points on cpu"),
-        ({"index": torch.zeros(5, device="meta").int()}, ValueError, "index is on meta, points on cpu"),
         ({"size": 0}, ValueError, "size must be 1 or more, got 0"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
@@ -287,13 +286,6 @@ def test_bad_input(change, error, message):
     names = ("points", "polygon_starts", "instance_starts", "index", "boxes")
     with pytest.raises(error, match=f"rasterize_polygons: {message}"):
         rasterize_polygons(**{**dict(zip(names, arguments(), strict=True)), "size": 14, **change})
-
-
-@native
-@pytest.mark.parametrize("impl", ["triton", "cuda"])
-def test_what_cannot_run_says_why(impl):
-    with pytest.raises(KernelUnavailableError, match=f"rasterize_polygons: {impl} cannot run: "):
-        rasterize_polygons(*arguments(), 14, impl=impl)
 
 
 @needs_compiler

@@ -1,38 +1,10 @@
-"""The checks themselves: they must fail each wrong kernel and pass the right one."""
+"""The checks themselves; test_operations.py has wrong results of every operation."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.kernels import Guarded, layouts, poisoned_allocations, quantized
 
 from mimdet.testing import assert_within_budget
-
-
-def norm(x, eps=1e-6, **kwargs):
-    return F.gelu(F.layer_norm(x, x.shape[-1:], eps=eps), **kwargs)
-
-
-MUTATIONS = {
-    "eps": lambda x: norm(x, eps=1e-4),
-    "dropped tail": lambda x: torch.cat([norm(x)[:, :-1], torch.zeros_like(x[:, :1])], 1),
-    "tanh gelu": lambda x: norm(x, approximate="tanh"),
-    "unbiased variance": lambda x: F.gelu((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)),
-    "padded lanes in the statistics": lambda x: norm(F.pad(x, (0, 1)))[:, :-1],
-    "uninitialized": lambda x: torch.full_like(x, float("nan")),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_reference_passes(dtype):
-    x = quantized(8, 96, dtype=dtype)
-    assert_within_budget(norm(x), norm(x), norm(x.double()))
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_budget_catches(mutation):
-    x = quantized(8, 96, mean=0.5)
-    with pytest.raises(AssertionError):
-        assert_within_budget(MUTATIONS[mutation](x), norm(x), norm(x.double()), name=mutation)
 
 
 def test_budget_catches_wrong_dtype_and_shape():
@@ -41,13 +13,6 @@ def test_budget_catches_wrong_dtype_and_shape():
         assert_within_budget(x.bfloat16(), x, x.double())
     with pytest.raises(AssertionError, match="shape"):
         assert_within_budget(x[:2], x, x.double())
-
-
-def test_budget_catches_int32_offsets():
-    rows = torch.arange(4)
-    offset = (rows * 2**30).to(torch.int32).long()  # wraps as a 32-bit kernel's would
-    with pytest.raises(AssertionError):
-        assert_within_budget(offset.double(), (rows * 2**30).double(), (rows * 2**30).double())
 
 
 def test_poison_reaches_every_allocator_and_leaves_no_trace():

@@ -10,48 +10,10 @@ import torch
 from mimdet import kernels
 from mimdet.kernels import KernelUnavailableError, build, dispatch, library, table, use
 from mimdet.kernels.dispatch import Call, requested
+from mimdet.testing.op_cases import case
 
-CALLS = {
-    "add_layer_norm": lambda f, **k: f(torch.ones(1, 3, 8), torch.ones(1, 3, 8), None, *_affine(), 1e-6, **k),
-    "attention_varlen": lambda f, **k: f(
-        *(torch.ones(4, 1, 8) for _ in range(3)), torch.tensor([0, 4], dtype=torch.int32), 4, **k
-    ),
-    "batch_norm": lambda f, **k: f(torch.rand(1, 8, 2, 2), *_affine(), training=True, **k),
-    "bias_gelu": lambda f, **k: f(torch.ones(3, 8), torch.ones(8), **k),
-    "gather_add_pos": lambda f, **k: f(torch.ones(1, 4, 8), torch.ones(4, 8), torch.tensor([[0, 2]]), **k),
-    "group_norm_gelu": lambda f, **k: f(torch.ones(1, 8, 2, 2), *_affine(), 1e-6, **k),
-    "layer_norm_gelu": lambda f, **k: f(torch.ones(1, 8, 2, 2), *_affine(), 1e-6, **k),
-    "match_boxes": lambda f, **k: f(
-        torch.ones(1, 2, 4), torch.tensor([2]), torch.ones(3, 4), [0.3, 0.7], [0, -1, 1], **k
-    ),
-    "nms_slots": lambda f, **k: f(torch.ones(1, 3, 4), torch.ones(1, 3, dtype=torch.bool), 0.5, **k),
-    "rasterize_polygons": lambda f, **k: f(
-        torch.ones(3, 2).double(),
-        torch.tensor([0, 3]),
-        torch.tensor([0, 1]),
-        torch.tensor([0]),
-        torch.ones(1, 4),
-        7,
-        **k,
-    ),
-    "roi_align_levels": lambda f, **k: f(
-        [torch.ones(1, 8, 3, 3)], torch.ones(1, 1, 4), torch.ones(1, 1, dtype=torch.bool), 2, [0.5], **k
-    ),
-    "sample_tokens": lambda f, **k: f(torch.rand(1, 8), torch.ones(1, 8, dtype=torch.bool), 0.5, **k),
-    "scatter_fill": lambda f, **k: f(
-        torch.ones(1, 2, 8), torch.ones(1, 2, 8), torch.tensor([[0, 2, 1, 3]]), torch.ones(4, 8), **k
-    ),
-}
 # Attention's C++ is PyTorch's, which is always there.
-OURS = [op for op in CALLS if op != "attention_varlen"]
-
-
-def _affine():
-    return torch.ones(8), torch.zeros(8)
-
-
-def call(op, **kwargs):
-    return CALLS[op](getattr(kernels, op), **kwargs)
+OURS = [op for op in kernels.OPS if op != "attention_varlen"]
 
 
 @pytest.fixture
@@ -69,25 +31,26 @@ def ran(monkeypatch):
     return names
 
 
-def test_every_operation_is_listed_and_called_here():
-    assert {row.op for row in table()} == set(kernels.OPS) == set(CALLS)
+def test_every_operation_is_listed():
+    assert {row.op for row in table()} == set(kernels.OPS)
 
 
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", kernels.OPS)
 def test_rows_are_what_runs(op, ran):
+    example = case(op, batch=1)  # sequences of one length, which every implementation takes
     rows = [row for row in table("cpu") if row.op == op]
     assert sum(row.chosen for row in rows) == 1
     assert "eager" in [row.impl for row in rows]
     for row in rows:
         ran.clear()
         if row.usable:
-            call(op, impl=row.impl)
+            example(row.impl)
             assert bool(ran) == (row.impl == "cpp" and op in OURS), row
         else:
             with pytest.raises(KernelUnavailableError, match=f"{op}: {row.impl} cannot run"):
-                call(op, impl=row.impl)
+                example(row.impl)
     ran.clear()
-    call(op, impl="auto")
+    example("auto")
     assert bool(ran) == (op in OURS and any(row.chosen and row.impl == "cpp" for row in rows))
 
 
@@ -130,12 +93,12 @@ def test_context_belongs_to_its_thread(environment):
 
 def test_unknown_words_name_where_they_came_from(environment):
     with pytest.raises(ValueError, match="impl: 'fast' is not an implementation"):
-        call("bias_gelu", impl="fast")
+        case("bias_gelu")("fast")
     with pytest.raises(ValueError, match=r"mimdet\.kernels\.use: 'fast'"), use("fast"):
         pass
     environment("fast")
     with pytest.raises(ValueError, match="MIMDET_KERNELS: 'fast'"):
-        call("bias_gelu")
+        case("bias_gelu")()
 
 
 @pytest.fixture
@@ -150,9 +113,9 @@ def test_only_auto_falls_back(monkeypatch):
     monkeypatch.setattr(build, "cpp_unavailable", lambda: "no C++ compiler found")
     for op in OURS:
         assert dispatch.resolve(op, "auto", torch.device("cpu"), (torch.float32,)) == "eager"
-        call(op, impl="auto")
+        case(op)("auto")
         with pytest.raises(KernelUnavailableError, match=r"no C\+\+ compiler found\. auto would choose eager"):
-            call(op, impl="cpp")
+            case(op)("cpp")
 
 
 @pytest.mark.usefixtures("_fresh")

@@ -1,61 +1,13 @@
-"""``mimdet.testing.op_cases``, and what needs pytest: parameters, and tests of all operations."""
+"""Tests of all operations: parameters for pytest, comparisons, and launches that are recorded."""
 
 import contextlib
 
 import pytest
 import torch
-from support.kernels import PLACES, usable
+from support.kernels import PLACES, Guarded, poisoned_allocations, usable
 
 from mimdet.kernels import OPS, dispatch
-from mimdet.testing.op_cases import (
-    BF16,
-    DIFFERENTIABLE,
-    DISCRETE,
-    EPS,
-    F16,
-    F32,
-    IMAGES,
-    MIXING,
-    NORMS,
-    PACKED,
-    Case,
-    case,
-    cotangents,
-    differentiate,
-    judge,
-    lay_out,
-    public,
-    quantized,
-    roi_align_levels,
-)
-
-__all__ = [
-    "BF16",
-    "DIFFERENTIABLE",
-    "DISCRETE",
-    "EPS",
-    "F16",
-    "F32",
-    "IMAGES",
-    "MIXING",
-    "NORMS",
-    "OPS",
-    "PACKED",
-    "Case",
-    "assert_same_bits",
-    "case",
-    "cotangents",
-    "differentiate",
-    "judge",
-    "lay_out",
-    "on_runners",
-    "pretend",
-    "public",
-    "quantized",
-    "roi_align_levels",
-    "runners",
-    "triton_launches",
-]
+from mimdet.testing.op_cases import IMAGES, case, cotangents, differentiate, judge
 
 
 def assert_same_bits(first, second):
@@ -65,9 +17,41 @@ def assert_same_bits(first, second):
         torch.testing.assert_close(second[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
-def runners(ops=OPS):
-    """pytest parameters (op, impl, device): all implementations of ``ops`` that run on this machine, except eager."""
+def tensors_of(example):
+    """All tensors of a case by name."""
+    return {k: v for k, v in (example.inputs | example.others).items() if isinstance(v, torch.Tensor)}
+
+
+def changed(example, **values):
+    """A case with other inputs and arguments."""
+    inputs = {k: values.get(k, v) for k, v in example.inputs.items()}
+    return example._replace(inputs=inputs, others={k: values.get(k, v) for k, v in example.others.items()})
+
+
+def check(example, impl, upstream=cotangents):
+    """Outputs and gradients of ``impl`` are within the budget. New memory is NaN, and so is what surrounds the tensors
+    and outputs' gradients, which must stay as they are. Returns outputs and gradients by name."""
+    # Nothing can be copied into expanded tensors.
+    guards = {k: Guarded(v) for k, v in tensors_of(example).items() if 0 not in v.stride() or not v.numel()}
+    of_outputs = []
+
+    def guarded(outputs):
+        of_outputs.extend(Guarded(g) for g in upstream(outputs))
+        return [g.tensor for g in of_outputs]
+
+    inside = changed(example, **{k: g.tensor for k, g in guards.items()})
+    with poisoned_allocations():
+        actual = differentiate(inside, impl, guarded)
+    for guard in (*guards.values(), *of_outputs):
+        guard.check()
+    judge(example, actual, upstream)
+    return actual
+
+
+def runners(ops=OPS, eager=False):
+    """pytest parameters (op, impl, device): all implementations of ``ops`` that run on this machine; eager if asked."""
     places = {**PLACES, "aten_cpu": "cpu"} if "cpp" in PLACES else PLACES
+    places = places | ({"eager": "cpu"} if eager and "cpp" in PLACES else {})
     parameters = [
         pytest.param(op, impl, device, id=f"{op}-{impl}")
         for op in ops
@@ -77,9 +61,9 @@ def runners(ops=OPS):
     return parameters or [pytest.param(None, None, None, marks=pytest.mark.skip(reason="neither a compiler nor a GPU"))]
 
 
-def on_runners(ops=OPS):
+def on_runners(ops=OPS, eager=False):
     """Decorator: the test runs for every one of ``runners``."""
-    return pytest.mark.parametrize(("op", "impl", "device"), runners(ops))
+    return pytest.mark.parametrize(("op", "impl", "device"), runners(ops, eager))
 
 
 def triton_launches(op, length=12, channels=48, **sizes):

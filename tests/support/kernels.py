@@ -2,42 +2,17 @@
 
 import contextlib
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from mimdet.kernels import build, dispatch
+from mimdet.kernels.dispatch import BF16, F16, F32  # noqa: F401
 from mimdet.modeling import memory
-from mimdet.testing.memory import poison, poisoned_allocations
-from mimdet.testing.op_cases import layouts, quantized
-
-__all__ = [
-    "BF16",
-    "F16",
-    "F32",
-    "IMPLS",
-    "INTERPRETED",
-    "PLACES",
-    "Guarded",
-    "activation_bytes",
-    "here",
-    "layouts",
-    "mocked_gpu",
-    "native",
-    "needs_compiler",
-    "on_all",
-    "poisoned_allocations",
-    "quantized",
-    "run_on_older_processor",
-    "threads",
-    "usable",
-]
+from mimdet.testing.memory import poison, poisoned_allocations  # noqa: F401
+from mimdet.testing.op_cases import layouts, quantized  # noqa: F401
 
 INTERPRETED = dispatch.interpreting()
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Implementation -> device. Under Triton's interpreter only its kernels are tested, on the CPU.
 PLACES = {"triton": "cpu"} if INTERPRETED else {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
 
@@ -71,26 +46,6 @@ def on_all(op):
     places = [] if INTERPRETED else [("eager", "cpu")]
     places += [(impl, device) for impl, device in PLACES.items() if usable(op, impl, device)]
     return pytest.mark.parametrize(("impl", "device"), places, ids=[impl for impl, _ in places])
-
-
-@contextlib.contextmanager
-def threads(count):
-    """Inside, PyTorch has ``count`` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def run_on_older_processor(isa, file, selected):
-    """The tests of ``file`` that ``-k selected`` names, with kernels for the instruction set ``isa``."""
-    if "MIMDET_CPU_ISA" in os.environ:
-        pytest.skip("already asked for")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", file, "-k", selected]
-    done = subprocess.run(command, env={**os.environ, "MIMDET_CPU_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @contextlib.contextmanager
