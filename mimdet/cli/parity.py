@@ -93,9 +93,11 @@ def parity(
 def _run(level, only, device, dtype, junit, json, original) -> bool:
     from ..bench.views import console, progress
     from ..parity import report
-    from ..parity.cases import select
+    from ..parity.cases import BadUseError, select
     from ..parity.run import run
 
+    if junit is not None and json is not None and junit.resolve() == json.resolve():
+        raise BadUseError(f"--junit and --json are both {json}: give each another file")
     for path in (junit, json):
         if path is not None and not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"{path}: there is no folder {path.absolute().parent}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +14,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..files import write_bytes
 from .counterparts import BY_NATIVE
 from .lazy import PARTIAL, TARGET, dotted_name, public_target, resolve_target
-from .loader import SHIPPED, load
+from .loader import SHIPPED, find_config, load
 from .serialize import plain
 
 _WIDTH = 120
@@ -38,27 +38,26 @@ def convert_config(source: str | Path, target: str | Path, force: bool = False) 
 
     Raises:
         FileExistsError: ``target`` exists, without ``force``.
-        ValueError: ``target`` is no Python file, or a part of ``source`` has no native counterpart or no name.
+        ValueError: ``target`` is no Python file or is ``source``, or a part of ``source`` has no native counterpart or
+            no name.
     """
     target = Path(target).expanduser()
     if target.suffix != ".py":
         raise ValueError(f"{target}: a config file ends in .py")
+    if target.exists() and target.samefile(find_config(source)):
+        raise ValueError(f"cannot convert {source} into itself: choose another name")
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists: choose another name, or replace it with --force")
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"{target}: no folder {target.absolute().parent}")
     cfg = load(source)
     base, text, changes = _source_text(cfg, Path(source).name)
-    handle, name = tempfile.mkstemp(suffix=".py", dir=target.absolute().parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        if complete(load(name)) != complete(cfg):
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder, target.name)
+        write_bytes(written, text.encode())
+        if complete(load(written)) != complete(cfg):
             raise RuntimeError(f"the config written for {source} does not load to the same config: please report this")
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    write_bytes(target, text.encode())
     return [f"{target}: {base} with {changes} changed key{'s' * (changes != 1)}; loads to the same config as {source}"]
 
 
@@ -329,9 +328,3 @@ def _exported(target: Any) -> str:
         except ImportError:
             continue
     return dotted
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

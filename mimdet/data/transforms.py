@@ -87,6 +87,8 @@ class ResizeShortestEdge:
             raise ValueError(f"sample_style 'range' takes short_edge_length=(lowest, highest), got {lengths}")
         if not lengths or min(lengths) < 1:
             raise ValueError(f"short_edge_length must be positive, got {lengths}")
+        if max_size is not None and not max_size >= 1:
+            raise ValueError(f"max_size must be positive, or None for no cap, got {max_size}")
         self.lengths = lengths
         self.max_size = max_size
         self.sample_style = sample_style

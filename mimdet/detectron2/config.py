@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from detectron2.config import LazyConfig
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..config import find_config, load
-from ..config.counterparts import BY_NATIVE, ORIGINAL
+from ..config import UntrustedConfigError, find_config, from_yaml, load
+from ..config.counterparts import BY_NATIVE, ORIGINAL, counterpart
 from ..config.lazy import TARGET
+from ..config.trusted import checked
 from ..engine.optim import can_be_fused
 
 _NATIVE_TRAIN = ("clip_grad_norm", "init_checkpoint_ignore")
+_THEIRS = ("detectron2.", "fvcore.", "mimdet.detectron2.")
 _ORIGINAL = tuple(name for name in ORIGINAL if name != "_postprocess")
 
 
@@ -90,10 +93,11 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
     Raises:
         ImportError: the config builds the classes of the original MIMDet, or imports a module that does not exist.
         FileNotFoundError: no such file.
+        ValueError: a YAML file has Python tags, or names a target that is no part of Detectron2's counterparts.
     """
     file = config_file(path)
     try:
-        cfg = LazyConfig.load(file)
+        cfg = _load_yaml(file) if file.endswith((".yaml", ".yml")) else LazyConfig.load(file)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "models":
             raise
@@ -102,7 +106,29 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
         name = _dotted(node[TARGET])
         if name.startswith("models.") and name.rsplit(".", 1)[-1] in _ORIGINAL:
             raise ImportError(_switch(file, name))
+    if file.endswith((".yaml", ".yml")):
+        cfg = _checked(cfg, file)
     return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+def _load_yaml(file: str) -> DictConfig:
+    """As ``LazyConfig.load``, which runs what Python tags in a YAML file name."""
+    with PathManager.open(file) as opened:
+        text = opened.read()
+    try:
+        return from_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"config {file}: {error}") from error
+
+
+def _checked(cfg: DictConfig, file: str) -> DictConfig:
+    try:
+        return checked(cfg, also=lambda name: name.startswith(_THEIRS) and counterpart(name) is not None)
+    except UntrustedConfigError as error:
+        raise UntrustedConfigError(
+            f"config {file} is refused, and nothing of it was run: {error}. A YAML config may build only what the "
+            "shipped configs and their counterparts in Detectron2 are made of. If you trust it, pass a Python config"
+        ) from error
 
 
 def _switch(file: str, name: str) -> str:

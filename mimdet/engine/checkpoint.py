@@ -123,7 +123,7 @@ class Checkpointer:
         try:
             name = (self.directory / LAST).read_bytes().decode(errors="replace").strip("\0 \r\n\t")
             path = self.directory / Path(name).name
-            return path if name and path.is_file() else None
+            return path if path.suffix == ".pth" and path.is_file() else None
         except (OSError, ValueError):  # ValueError: a null byte in the name
             return None
 

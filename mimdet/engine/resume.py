@@ -83,17 +83,29 @@ def pack(
     }
 
 
+# What a checkpoint of a training holds, see :func:`pack`.
+_STATE = {"model": Mapping, "optimizer": Mapping, "iteration": int, "random": list, "meta": Mapping}
+
+
 def check_resumable(checkpoint: Mapping[str, Any], classes: Sequence[str], source: str) -> None:
     """Refuse a checkpoint of weights only, or one trained for other classes.
 
     Raises:
         CheckpointError: naming ``source``.
     """
-    lacking = [key for key in ("model", "optimizer", "iteration", "random", "meta") if key not in checkpoint]
+    lacking = [key for key in _STATE if key not in checkpoint]
     if lacking:
         raise CheckpointError(
             f"cannot resume from {source}: it has no {', '.join(lacking)}. To start from its weights, pass it as "
             "train.init_checkpoint without resuming"
+        )
+    wrong = [key for key, kind in _STATE.items() if not isinstance(checkpoint[key], kind)]
+    if not wrong and not isinstance(checkpoint["meta"].get("classes", []), (list, tuple)):
+        wrong = ["meta.classes"]
+    if wrong:
+        raise CheckpointError(
+            f"cannot resume from {source}: its {', '.join(wrong)} is not what a training saves. Delete the file to "
+            "resume from the one before"
         )
     trained = list(checkpoint["meta"].get("classes", classes))
     if trained != list(classes):
@@ -126,7 +138,7 @@ def restore(checkpoint: Mapping[str, Any], fabric: Fabric, optimizer: Optimizer,
     configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # a foreign state raises many types
         raise CheckpointError(
             f"cannot resume from {source}: its optimizer state does not fit ({error}); was the optimizer or the set "
             "of trained parameters changed in the config?"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import mimdet
 from mimdet import demo, show
@@ -282,3 +283,38 @@ def test_info_names_what_matters(monkeypatch, capsys):
     out = capsys.readouterr().out
     for word in ("torch", "pycocotools", "cpu", "attention"):
         assert word in out
+
+
+def test_show_replaces_only_its_own_pages(trained, monkeypatch, tmp_path, capsys):
+    image = tmp_path / "image.png"
+    Image.open(next((trained / "shapes/val").iterdir())).save(image)
+    config = tmp_path / "config.yaml"
+    config.write_bytes((trained / "config.yaml").read_bytes())
+    model = ["show", "model", image, "--weights", trained / "model_final.pth"]
+    data = ["show", "data", "--config-file", config, "--images", 1]
+    annotations = trained / "shapes/annotations/instances_train.json"
+    for command, source in ((model, image), (model, config), (data, config), (data, annotations), (data, tmp_path)):
+        before = source.read_bytes() if source.is_file() else None
+        assert run(monkeypatch, *command, "--output", source) == 1
+        assert f"{source} exists and is not a page of mimdet show" in capsys.readouterr().err
+        assert before is None or source.read_bytes() == before
+    for _ in range(2):
+        assert run(monkeypatch, *data, "--output", tmp_path / "page.png") == 0
+
+
+def test_convert_config_spares_its_source(monkeypatch, tmp_path, capsys):
+    source, link = tmp_path / "mine.py", tmp_path / "link.py"
+    source.write_text("from mimdet.config import load\n_base = load('demo')\nmodel, train = _base.model, _base.train\n")
+    link.symlink_to(source)
+    before = source.read_text()
+    for target in (source, link):
+        assert run(monkeypatch, "convert-config", source, target, "--force") == 1
+        assert "mine.py into itself" in capsys.readouterr().err
+        assert source.read_text() == before
+
+
+def test_parity_writes_two_files(monkeypatch, tmp_path, capsys):
+    both = ["--json", tmp_path / "a", "--junit", tmp_path / "." / "a"]
+    assert run(monkeypatch, "parity", "--quick", "--only", "nms_slots-eager", *both) == 2
+    assert "give each another file" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()

@@ -273,3 +273,13 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplo
     with locked(tmp_path):
         pass
     assert "cannot be locked (No locks available)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "log.txt", "."])
+def test_a_pointer_to_a_file_that_is_no_checkpoint_is_not_believed(tmp_path, name):
+    """The advice to delete that file would lose it."""
+    checkpointer = saved(tmp_path, 3, 6)
+    (tmp_path / "config.yaml").write_text("model: {}")
+    (tmp_path / "log.txt").write_text("saved")
+    (tmp_path / "last_checkpoint").write_text(name)
+    assert checkpointer.newest()[0].name == "model_0000006.pth"

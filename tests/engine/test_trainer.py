@@ -406,7 +406,8 @@ def test_resuming_bare_weights_is_refused(tmp_path):
         run(tmp_path, "a", resume=True)
 
 
-def test_a_saved_config_trains_and_resumes_as_the_python_config(tmp_path):
+def test_a_saved_config_trains_and_resumes_as_the_python_config(tmp_path, monkeypatch):
+    monkeypatch.setattr("mimdet.config.loader.checked", lambda cfg: cfg)  # the fakes are no parts of shipped configs
     run(tmp_path, "a", "train.checkpointer.period=2", max_iter=4)
     text = (tmp_path / "a" / "config.yaml").read_text()
     assert "torch.optim.adamw.AdamW" in text, "a name that is no attribute of its package"
@@ -532,3 +533,15 @@ def test_random_states_come_back(drawn):
     expected = [drawn(), random.gauss(0, 1), np.random.randn()]
     set_random_state(state)
     assert [drawn(), random.gauss(0, 1), np.random.randn()] == expected
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on Windows")
+def test_a_hangup_that_nohup_ignores_does_not_stop(tmp_path, act):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        act(1, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        run(tmp_path, "a", max_iter=3)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert sorted(losses(tmp_path / "a")[0]) == [0, 1, 2]
