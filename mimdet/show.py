@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from .config import instantiate
 from .data import DataError, read_image
-from .files import write_atomically
+from .files import check_replaceable, write_atomically
 from .modeling.noise import NoiseSource
 from .modeling.sampling import cell_sizes, check_ratio, sampling_noise, split_padded
 from .predict import AnyImage, Predictor, open_image
@@ -182,26 +182,13 @@ def model_page(predictor: Predictor, image: AnyImage) -> torch.Tensor:
     return image_grid([list(panels.values())], captions=list(panels))
 
 
-def check_page(path: Path) -> None:
-    """Refuse to replace a file that is not a page of :func:`save_page`, such as an image, weights or a config.
+def save_page(page: torch.Tensor, path: Path) -> None:
+    """Write a page, uint8 (3, H, W), as PNG, atomically.
 
     Raises:
-        FileExistsError: names the file.
+        FileExistsError: ``path`` is a file of something else; see :func:`mimdet.files.check_replaceable`.
     """
-    if not path.exists():
-        return
-    try:
-        with Image.open(path) as image:
-            if image.info.get("Software") == SOFTWARE:
-                return
-    except (OSError, ValueError, Image.DecompressionBombError):
-        pass  # no image
-    raise FileExistsError(f"{path} exists and is not a page of {SOFTWARE}: choose another --output, or delete it")
-
-
-def save_page(page: torch.Tensor, path: Path) -> None:
-    """Write a page, uint8 (3, H, W), as PNG, atomically; see :func:`check_page`."""
-    check_page(path)
+    check_replaceable(path, SOFTWARE)
     about = PngInfo()
     about.add_text("Software", SOFTWARE)
     write_atomically(path, lambda file: F.to_pil_image(page).save(file, format="PNG", pnginfo=about))

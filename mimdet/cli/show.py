@@ -40,9 +40,10 @@ def data(
     """
     overrides = [*data_overrides("train", train_json, train_images), *data_overrides("test", val_json, val_images)]
     from ..config import load
-    from ..show import check_page, data_page, save_page
+    from ..files import check_replaceable
+    from ..show import SOFTWARE, data_page, save_page
 
-    check_page(output)  # before the data are read
+    check_replaceable(output, SOFTWARE)  # before the data are read
     save_page(data_page(load(config_file, [*overrides, *(opts or [])]), split, images, seed, keep_ratio), output)
     typer.echo(output)
 
@@ -66,10 +67,11 @@ def model(
 
     `mimdet show model --weights output/demo/model_final.pth output/demo/shapes/val/000001.png`
     """
+    from ..files import check_replaceable
     from ..predict import Predictor, open_image
-    from ..show import check_page, model_page, save_page
+    from ..show import SOFTWARE, model_page, save_page
 
-    check_page(output)  # report wrong paths before the weights are loaded
+    check_replaceable(output, SOFTWARE)  # report wrong paths before the weights are loaded
     opened = open_image(image)
     predictor = Predictor(config_file, weights, device, score_threshold, override or ())
     save_page(model_page(predictor, opened), output)

@@ -44,7 +44,7 @@ def convert_config(source: str | Path, target: str | Path, force: bool = False) 
     target = Path(target).expanduser()
     if target.suffix != ".py":
         raise ValueError(f"{target}: a config file ends in .py")
-    if target.exists() and target.samefile(find_config(source)):
+    if target.resolve().exists() and target.resolve().samefile(find_config(source)):
         raise ValueError(f"cannot convert {source} into itself: choose another name")
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists: choose another name, or replace it with --force")

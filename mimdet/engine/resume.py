@@ -51,6 +51,15 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def _can_be_set(state: Any) -> bool:
+    with isolated_random():
+        try:
+            set_random_state(state)
+        except Exception:  # of a foreign state: many types
+            return False
+    return True
+
+
 @contextmanager
 def isolated_random() -> Iterator[None]:
     """Restore the global generators after the block."""
@@ -83,6 +92,7 @@ def pack(
     }
 
 
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 # What a checkpoint of a training holds, see :func:`pack`.
 _STATE = {"model": Mapping, "optimizer": Mapping, "iteration": int, "random": list, "meta": Mapping}
 
@@ -100,11 +110,16 @@ def check_resumable(checkpoint: Mapping[str, Any], classes: Sequence[str], sourc
             "train.init_checkpoint without resuming"
         )
     wrong = [key for key, kind in _STATE.items() if not isinstance(checkpoint[key], kind)]
-    if not wrong and not isinstance(checkpoint["meta"].get("classes", []), (list, tuple)):
-        wrong = ["meta.classes"]
+    if not wrong:
+        good = {
+            "iteration": checkpoint["iteration"] >= 0,
+            "meta.classes": isinstance(checkpoint["meta"].get("classes", []), (list, tuple)),
+            "random": all(map(_can_be_set, checkpoint["random"])),
+        }
+        wrong = [key for key, passed in good.items() if not passed]
     if wrong:
         raise CheckpointError(
-            f"cannot resume from {source}: its {', '.join(wrong)} is not what a training saves. Delete the file to "
+            f"cannot resume from {source}: its {' and '.join(wrong)} cannot be of a training. Delete the file to "
             "resume from the one before"
         )
     trained = list(checkpoint["meta"].get("classes", classes))
@@ -138,6 +153,7 @@ def restore(checkpoint: Mapping[str, Any], fabric: Fabric, optimizer: Optimizer,
     configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
+        _check_moments(optimizer)
     except Exception as error:  # a foreign state raises many types
         raise CheckpointError(
             f"cannot resume from {source}: its optimizer state does not fit ({error}); was the optimizer or the set "
@@ -148,6 +164,14 @@ def restore(checkpoint: Mapping[str, Any], fabric: Fabric, optimizer: Optimizer,
     if checkpoint.get("scaler"):
         fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
     return checkpoint["iteration"] + 1
+
+
+def _check_moments(optimizer: Optimizer) -> None:
+    """Fused optimizers trust the shapes: they read and write beyond a smaller tensor."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if name in _MOMENTS and value.shape != parameter.shape:
+                raise ValueError(f"{name} is {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
 
 
 def restore_random(states: Sequence[Mapping[str, Any]], fabric: Fabric, seed: int) -> None:

@@ -230,7 +230,7 @@ def test_convert_replaces_nothing_unasked(trained, monkeypatch, tmp_path, capsys
     source.write_bytes((trained / "model_final.pth").read_bytes())
     before = source.read_bytes()
     (tmp_path / "link.pth").symlink_to(source)
-    for target in (source, tmp_path / "link.pth"):
+    for target in (source, tmp_path / "link.pth", tmp_path / "new" / ".." / "model.pth"):
         assert run(monkeypatch, "convert", source, target, "--force") == 1
         assert "into itself" in capsys.readouterr().err
     (tmp_path / "other.pth").write_bytes(b"other")
@@ -296,7 +296,7 @@ def test_show_replaces_only_its_own_pages(trained, monkeypatch, tmp_path, capsys
     for command, source in ((model, image), (model, config), (data, config), (data, annotations), (data, tmp_path)):
         before = source.read_bytes() if source.is_file() else None
         assert run(monkeypatch, *command, "--output", source) == 1
-        assert f"{source} exists and is not a page of mimdet show" in capsys.readouterr().err
+        assert f"{source} exists, and mimdet show did not write it" in capsys.readouterr().err
         assert before is None or source.read_bytes() == before
     for _ in range(2):
         assert run(monkeypatch, *data, "--output", tmp_path / "page.png") == 0
@@ -318,3 +318,13 @@ def test_parity_writes_two_files(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, "parity", "--quick", "--only", "nms_slots-eager", *both) == 2
     assert "give each another file" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+    (tmp_path / "annotations.json").write_text("[]")
+    for option in ("--json", "--junit"):
+        command = ["parity", "--quick", "--only", "nms_slots-eager", option]
+        assert run(monkeypatch, *command, tmp_path / "annotations.json") == 2
+        assert "annotations.json exists, and mimdet parity did not write it" in capsys.readouterr().err
+        for _ in range(2):
+            assert run(monkeypatch, *command, tmp_path / f"new{option}") == 0
+    assert (tmp_path / "annotations.json").read_text() == "[]"
+    assert run(monkeypatch, "bench", "ops", "--output", tmp_path / "annotations.json") == 1
+    assert "annotations.json exists, and mimdet bench did not write it" in capsys.readouterr().err

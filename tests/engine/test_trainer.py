@@ -545,3 +545,40 @@ def test_a_hangup_that_nohup_ignores_does_not_stop(tmp_path, act):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert sorted(losses(tmp_path / "a")[0]) == [0, 1, 2]
+
+
+def changed_state(checkpoint, key):
+    checkpoint[key] = {
+        "iteration": -3,
+        "random": [{"python": 1}],
+        "meta": ["cat", "dog"],
+        "optimizer": checkpoint["optimizer"] | {"state": {0: 5}},
+    }[key]
+
+
+def smaller_moments(checkpoint, key):
+    for state in checkpoint["optimizer"]["state"].values():
+        state[key] = torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "message"),
+    [
+        (changed_state, "iteration", "its iteration cannot be of a training"),
+        (changed_state, "random", "its random cannot be of a training"),
+        (changed_state, "meta", "its meta cannot be of a training"),
+        (changed_state, "optimizer", "its optimizer state does not fit"),
+        (smaller_moments, "exp_avg", r"exp_avg is \(2,\) for a parameter of"),
+        (smaller_moments, "exp_avg_sq", r"exp_avg_sq is \(2,\) for a parameter of"),
+    ],
+)
+def test_a_state_of_another_program_is_refused_before_anything_is_written(tmp_path, change, key, message):
+    """The fused AdamW would write beyond a smaller moment, and end the process."""
+    run(tmp_path, "a", max_iter=2)
+    checkpoint = torch.load(tmp_path / "a/model_final.pth", weights_only=False)
+    change(checkpoint, key)
+    torch.save(checkpoint, tmp_path / "a/model_final.pth")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    with pytest.raises(CheckpointError, match=rf"cannot resume from .*model_final\.pth: .*{message}"):
+        run(tmp_path, "a", max_iter=4, resume=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
