@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from .lazy import TARGET
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,16 @@ def _list_of(what: str, within: Callable[[float], bool], length: int | None = No
     return _Rule(f"a list of {f'{length} ' if length else ''}{what}", accepts)
 
 
+_PLAIN = (str, Real, ListConfig, type(None))
 _NULL = _Rule("null", lambda value: value is None)
 _TRUTH = _Rule("true or false", lambda value: isinstance(value, bool))
 _TEXT = _Rule("text (a number as text has quotes: '\"5\"')", lambda value: isinstance(value, (str, os.PathLike)))
 _PATH = _Rule("the path of a folder", lambda value: _TEXT.accepts(value) and str(value).strip() != "")
 _SECTION = _Rule("a section with keys of its own", lambda value: isinstance(value, DictConfig))
+_PART = _Rule(
+    f"a section with {TARGET}",
+    lambda value: TARGET in value if isinstance(value, DictConfig) else not isinstance(value, _PLAIN),
+)
 _PATTERNS = _Rule(
     "a list of patterns, such as [roi_heads.*]",
     lambda value: isinstance(value, ListConfig) and all(isinstance(item, str) for item in value),
@@ -71,16 +78,26 @@ _RATIO = _number("above 0 and at most 1", lambda value: 0 < value <= 1)
 _MOST_IMAGES = 2**16  # of a batch
 _MOST_WORKERS = 1024
 
-# Only keys that a config has are checked: detectors and optimizers of users may lack some.
-CHECKS: dict[str, _Rule] = {
-    "model": _SECTION,
+SECTIONS = {
+    "model": _PART,
     "dataloader": _SECTION,
-    "dataloader.train": _SECTION,
-    "optimizer": _SECTION,
-    "lr_multiplier": _SECTION,
+    "dataloader.train": _PART,
+    "dataloader.train.dataset": _PART,
+    "dataloader.train.mapper": _PART,
+    "dataloader.test": _PART | _NULL,
+    "dataloader.test.dataset": _PART,
+    "dataloader.test.mapper": _PART,
+    "dataloader.evaluator": _PART | _NULL,
+    "optimizer": _PART,
+    "optimizer.params": _PART,
+    "lr_multiplier": _PART,
     "train": _SECTION,
     "train.amp": _SECTION,
     "train.checkpointer": _SECTION,
+}
+# Only keys that a config has are checked: detectors and optimizers of users may lack some.
+CHECKS: dict[str, _Rule] = {
+    **SECTIONS,
     "train.output_dir": _PATH,
     "train.init_checkpoint": _TEXT | _NULL,
     "train.init_checkpoint_ignore": _PATTERNS | _NULL,
@@ -99,14 +116,24 @@ CHECKS: dict[str, _Rule] = {
     "dataloader.test.batch_size": _whole(1, _MOST_IMAGES),
     "dataloader.test.num_workers": _whole(0, _MOST_WORKERS),
     "dataloader.train.aspect_ratio_grouping": _TRUTH,
+    "dataloader.train.seed": _whole(0, 2**63 - 1),
+    "dataloader.train.dataset.names": _TEXT | _NULL,
+    "dataloader.train.dataset.json_file": _TEXT | _NULL,
+    "dataloader.train.dataset.image_root": _TEXT | _NULL,
     "dataloader.train.dataset.filter_empty": _TRUTH,
     "dataloader.train.dataset.use_masks": _TRUTH,
+    "dataloader.train.mapper.is_train": _Rule("true", lambda value: value is True),
     "dataloader.train.mapper.image_format": _FORMAT,
     "dataloader.train.mapper.recompute_boxes": _TRUTH,
     "dataloader.train.mapper.use_instance_mask": _TRUTH,
+    "dataloader.test.dataset.names": _TEXT | _NULL,
+    "dataloader.test.dataset.json_file": _TEXT | _NULL,
+    "dataloader.test.dataset.image_root": _TEXT | _NULL,
     "dataloader.test.dataset.filter_empty": _TRUTH,
     "dataloader.test.dataset.use_masks": _TRUTH,
+    "dataloader.test.mapper.is_train": _TRUTH,
     "dataloader.test.mapper.image_format": _FORMAT,
+    "dataloader.evaluator.output_dir": _PATH | _NULL,
     "dataloader.evaluator.max_dets_per_image": _whole(1, 10**6) | _NULL,
     "optimizer.lr": _NOT_NEGATIVE,
     "optimizer.betas": _list_of("numbers of at least 0 and below 1", lambda value: 0 <= value < 1, length=2),
@@ -139,17 +166,22 @@ def check_config(cfg: DictConfig) -> None:
     Raises:
         ValueError: names every such key, its value and what it must be, and every broken interpolation.
     """
-    # A value behind a reference has a key of its own, whose problem is told first.
-    problems = list(_broken_interpolations(cfg, "")) or _problems(cfg, False) or _problems(cfg, True)
+    # A value that is no section breaks the references into it. A value behind a reference has a key of its own.
+    problems = (
+        _problems(cfg, SECTIONS, False)
+        or list(_broken_interpolations(cfg, ""))
+        or _problems(cfg, CHECKS, False)
+        or _problems(cfg, CHECKS, True)
+    )
     if problems:
         raise ValueError("config: " + "\n".join(problems))
 
 
-def _problems(cfg: DictConfig, references: bool) -> list[str]:
+def _problems(cfg: DictConfig, rules: Mapping[str, _Rule], references: bool) -> list[str]:
     """Of values that are written in the config, or of those that it refers to."""
     return [
         f"{key}={_shown(value)}: must be {rule.what}"
-        for key, rule in CHECKS.items()
+        for key, rule in rules.items()
         for value, is_reference in _values(cfg, key.split("."))
         if is_reference == references and not rule.accepts(value)
     ]
@@ -162,7 +194,10 @@ def _values(node: Any, path: list[str]) -> Iterator[tuple[Any, bool]]:
         if not isinstance(node, DictConfig) or key not in node:
             return
         is_reference |= OmegaConf.is_interpolation(node, key)
-        node = node[key]
+        try:
+            node = node[key]
+        except OmegaConfBaseException:  # a broken interpolation is told as such
+            return
     yield node, is_reference
 
 

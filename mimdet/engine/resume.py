@@ -167,11 +167,13 @@ def restore(checkpoint: Mapping[str, Any], fabric: Fabric, optimizer: Optimizer,
 
 
 def _check_moments(optimizer: Optimizer) -> None:
-    """Fused optimizers trust the shapes: they read and write beyond a smaller tensor."""
+    """Fused optimizers trust shapes, and write beyond a smaller tensor; NaN would enter the weights at once."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if name in _MOMENTS and value.shape != parameter.shape:
                 raise ValueError(f"{name} is {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
+            if name in _MOMENTS and not value.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinite values")
 
 
 def restore_random(states: Sequence[Mapping[str, Any]], fabric: Fabric, seed: int) -> None:

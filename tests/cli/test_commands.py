@@ -328,3 +328,13 @@ def test_parity_writes_two_files(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "annotations.json").read_text() == "[]"
     assert run(monkeypatch, "bench", "ops", "--output", tmp_path / "annotations.json") == 1
     assert "annotations.json exists, and mimdet bench did not write it" in capsys.readouterr().err
+
+
+def test_a_missing_section_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from mimdet.config import load\ntrain, dataloader = load('demo').train, dict(a=1)\n"
+    )
+    assert run(monkeypatch, "train", "--config-file", tmp_path / "mine.py", f"train.output_dir={tmp_path / 'out'}") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: config key dataloader.train: Missing key train")
+    assert "MIMDET_DEBUG" not in err

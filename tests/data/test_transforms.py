@@ -120,6 +120,10 @@ def test_resize_draws_the_length(style, lengths, expected):
         {"short_edge_length": (3, 2)},
         {"short_edge_length": 10, "sample_style": "uniform"},
         {"short_edge_length": (), "sample_style": "choice"},
+        {"short_edge_length": 0},
+        {"short_edge_length": 2.5},
+        {"short_edge_length": "8"},
+        {"short_edge_length": 10**30},
     ],
     ids=str,
 )
@@ -359,3 +363,20 @@ def test_randomness_comes_from_the_generator_alone():
     first, second = (np.asarray(augment(make_image(), None, rng(5))[0]) for _ in range(2))
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(np.random.get_state()[1], state)
+
+
+@pytest.mark.parametrize("max_size", [0, -1, float("nan"), "8", [8]])
+def test_resize_refuses_a_cap(max_size):
+    with pytest.raises(ValueError, match="max_size must be positive, or None"):
+        ResizeShortestEdge(8, max_size)
+
+
+@pytest.mark.parametrize("build", [lambda x: AugmentationList([x]), RandomApply])
+def test_what_cannot_be_called_is_no_augmentation(build):
+    with pytest.raises(TypeError, match="'RandomFlip' cannot be"):
+        build("RandomFlip")
+
+
+def test_a_flip_is_told_its_axis_by_true_or_false():
+    with pytest.raises(ValueError, match="must be true or false, got 'yes' and False"):
+        RandomFlip(horizontal="yes")

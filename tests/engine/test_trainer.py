@@ -556,6 +556,10 @@ def changed_state(checkpoint, key):
     }[key]
 
 
+def broken_moments(checkpoint, key):
+    next(iter(checkpoint["optimizer"]["state"].values()))[key][-1] = float("nan")
+
+
 def smaller_moments(checkpoint, key):
     for state in checkpoint["optimizer"]["state"].values():
         state[key] = torch.zeros(2)
@@ -568,6 +572,7 @@ def smaller_moments(checkpoint, key):
         (changed_state, "random", "its random cannot be of a training"),
         (changed_state, "meta", "its meta cannot be of a training"),
         (changed_state, "optimizer", "its optimizer state does not fit"),
+        (broken_moments, "exp_avg_sq", "exp_avg_sq holds NaN"),
         (smaller_moments, "exp_avg", r"exp_avg is \(2,\) for a parameter of"),
         (smaller_moments, "exp_avg_sq", r"exp_avg_sq is \(2,\) for a parameter of"),
     ],
