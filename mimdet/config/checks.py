@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -45,12 +46,20 @@ def _list_of(what: str, within: Callable[[float], bool], length: int | None = No
     number = _number(what, within)
 
     def accepts(value: Any) -> bool:
-        if not OmegaConf.is_config(value) or isinstance(value, DictConfig):  # omegaconf 2.4 has configs of tuples too
+        if not _is_list(value):
             return False
         long_enough = len(value) == length if length is not None else empty or len(value) > 0
         return long_enough and all(number.accepts(item) for item in value)
 
     return _Rule(f"a list of {f'{length} ' if length else ''}{what}", accepts)
+
+
+def _are_texts(value: Any) -> bool:
+    return _is_list(value) and all(isinstance(item, str) for item in value)
+
+
+def _is_list(value: Any) -> bool:
+    return OmegaConf.is_config(value) and not isinstance(value, DictConfig)  # omegaconf 2.4 has configs of tuples too
 
 
 _PLAIN = (str, Real, ListConfig, type(None))
@@ -63,10 +72,9 @@ _PART = _Rule(
     f"a section with {TARGET}",
     lambda value: TARGET in value if isinstance(value, DictConfig) else not isinstance(value, _PLAIN),
 )
-_PATTERNS = _Rule(
-    "a list of patterns, such as [roi_heads.*]",
-    lambda value: isinstance(value, ListConfig) and all(isinstance(item, str) for item in value),
-)
+_PATTERNS = _Rule("a list of patterns, such as [roi_heads.*]", lambda value: _are_texts(value))
+_NAMES = _Rule("a list of names", lambda value: _are_texts(value))
+_DEVICE = r"auto|cpu|mps|cuda(:\d+)?"
 _FORMAT = _Rule("RGB or BGR", lambda value: value in ("RGB", "BGR"))
 _PERIOD = _Rule(
     "a whole number of at least 1, or 0 or null for never", lambda value: value is None or _whole(0).accepts(value)
@@ -81,17 +89,19 @@ _MOST_WORKERS = 1024
 SECTIONS = {
     "model": _PART,
     "dataloader": _SECTION,
-    "dataloader.train": _PART,
+    "dataloader.train": _SECTION,
     "dataloader.train.dataset": _PART,
     "dataloader.train.mapper": _PART,
-    "dataloader.test": _PART | _NULL,
+    "dataloader.test": _SECTION | _NULL,
     "dataloader.test.dataset": _PART,
     "dataloader.test.mapper": _PART,
     "dataloader.evaluator": _PART | _NULL,
     "optimizer": _PART,
     "optimizer.params": _PART,
     "lr_multiplier": _PART,
+    "lr_multiplier.scheduler": _PART,
     "train": _SECTION,
+    "train.ddp": _SECTION | _NULL,
     "train.amp": _SECTION,
     "train.checkpointer": _SECTION,
 }
@@ -104,8 +114,14 @@ CHECKS: dict[str, _Rule] = {
     "train.max_iter": _whole(1, 10**9),
     "train.reference_batch_size": _whole(1, _MOST_IMAGES) | _NULL,
     "train.seed": _whole(0, 2**63 - 1),
-    "train.device": _TEXT,
+    "train.device": _Rule(
+        "auto, cpu, cuda, cuda:1 or mps", lambda value: re.fullmatch(_DEVICE, str(value)) is not None
+    ),
     "train.amp.enabled": _TRUTH,
+    "train.amp.dtype": _Rule("auto, bf16 or fp16", lambda value: value in ("auto", "bf16", "fp16")),
+    "train.ddp.broadcast_buffers": _TRUTH,
+    "train.ddp.find_unused_parameters": _TRUTH,
+    "train.ddp.fp16_compression": _TRUTH,
     "train.clip_grad_norm": _POSITIVE | _NULL,
     "train.checkpointer.period": _PERIOD,
     "train.checkpointer.max_to_keep": _whole(1) | _Rule("null for all", _NULL.accepts),
@@ -139,6 +155,7 @@ CHECKS: dict[str, _Rule] = {
     "optimizer.betas": _list_of("numbers of at least 0 and below 1", lambda value: 0 <= value < 1, length=2),
     "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.params.base_lr": _NOT_NEGATIVE,
+    "optimizer.params.skip_list": _NAMES,
     "optimizer.params.weight_decay": _NOT_NEGATIVE,
     "optimizer.params.weight_decay_norm": _NOT_NEGATIVE | _NULL,
     "optimizer.params.multiplier": _POSITIVE,
