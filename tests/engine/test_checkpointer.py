@@ -300,3 +300,12 @@ def test_a_pointer_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "last_checkpoint").mkdir()
     with pytest.raises(CheckpointError, match=r"cannot save .*model_0000001\.pth: .*last_checkpoint: Is a directory"):
         saved(tmp_path, 1)
+
+
+def test_a_lock_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(socket, "gethostname", full)
+    with pytest.raises(OSError, match=r"No space left on device, .* free: '.*\.lock'"), locked(tmp_path):
+        pass
