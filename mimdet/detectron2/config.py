@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import LazyConfig
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..config import UntrustedConfigError, find_config, from_yaml, load
+from ..config import UntrustedConfigError, find_config, load
 from ..config.counterparts import BY_NATIVE, ORIGINAL, counterpart
-from ..config.lazy import TARGET
-from ..config.trusted import checked
+from ..config.lazy import TARGET, resolve_target
+from ..config.serialize import Loader, read_yaml
+from ..config.trusted import TRUSTED, checked
 from ..engine.optim import can_be_fused
 
 _NATIVE_TRAIN = ("clip_grad_norm", "init_checkpoint_ignore")
@@ -107,8 +110,34 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
         if name.startswith("models.") and name.rsplit(".", 1)[-1] in _ORIGINAL:
             raise ImportError(_switch(file, name))
     if file.endswith((".yaml", ".yml")):
-        cfg = _checked(cfg, file)
+        _check(cfg, file)
     return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+class _Loader(Loader):
+    """With the classes of a model section, such as norms, and their partials, which Detectron2 writes as tags."""
+
+
+def _listed(loader: _Loader, name: str, node: yaml.Node) -> Any:
+    if name not in TRUSTED["model"]:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{name} is no part of the shipped configs", node.start_mark
+        )
+    return resolve_target(name)
+
+
+def _partial(loader: _Loader, node: yaml.Node) -> functools.partial:
+    try:
+        function, arguments, keywords, _ = loader.construct_mapping(node, deep=True)["state"]
+        return functools.partial(function, *arguments, **keywords)
+    except (KeyError, TypeError, ValueError) as error:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"no functools.partial: {error}", node.start_mark
+        ) from error
+
+
+_Loader.add_constructor("tag:yaml.org,2002:python/object/apply:functools.partial", _partial)
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", _listed)
 
 
 def _load_yaml(file: str) -> DictConfig:
@@ -116,14 +145,14 @@ def _load_yaml(file: str) -> DictConfig:
     with PathManager.open(file) as opened:
         text = opened.read()
     try:
-        return from_yaml(text)
+        return read_yaml(text, _Loader)
     except ValueError as error:
         raise ValueError(f"config {file}: {error}") from error
 
 
-def _checked(cfg: DictConfig, file: str) -> DictConfig:
+def _check(cfg: DictConfig, file: str) -> None:
     try:
-        return checked(cfg, also=lambda name: name.startswith(_THEIRS) and counterpart(name) is not None)
+        checked(cfg, also=lambda name: name.startswith(_THEIRS) and counterpart(name) is not None)
     except UntrustedConfigError as error:
         raise UntrustedConfigError(
             f"config {file} is refused, and nothing of it was run: {error}. A YAML config may build only what the "

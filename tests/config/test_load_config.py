@@ -282,3 +282,10 @@ def test_a_refused_argument_names_the_key(tmp_path, override, error):
     key = override.partition("=")[0].rpartition(".")[0]
     with pytest.raises(error, match=rf"\(config key {re.escape(key)}[,)]"):
         instantiate(load(tmp_path / "c.py", [override]))
+
+
+def test_tuples_of_detectron2s_yaml_are_read_and_no_other_tag():
+    assert list(from_yaml("betas: !!python/tuple [0.9, 0.999]").betas) == [0.9, 0.999]
+    for tag in ("tuple a", "name:os.system ''", "object/new:tuple [[1]]", "object/apply:os.system [ls]"):
+        with pytest.raises(ValueError, match="not valid YAML"):
+            from_yaml(f"betas: !!python/{tag}")
