@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..files import check_replaceable
 from .gpu import MINUTES
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
@@ -411,6 +412,7 @@ def _output(path: Path | None, name: str) -> Path:
     path = path or Path("output/bench") / f"{name}.json"
     if path.suffix not in (".json", ".csv"):
         raise ValueError(f"--output {path}: the name must end in .json or .csv")
+    check_replaceable(path, "mimdet bench", '"schema"')
     return path
 
 

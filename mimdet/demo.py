@@ -61,7 +61,7 @@ def run_demo(
     if output is not None:
         overrides = [f"train.output_dir={json.dumps(str(output))}", *overrides]
     cfg = load(config, overrides)
-    console, output = Console(), Path(cfg.train.output_dir)
+    console, output = Console(), Path(cfg.train.output_dir).expanduser()
     _check_data(cfg, config, output / "shapes")
     start, before = time.perf_counter(), os.times()
     console.print(f"Drawing {NUM_TRAIN} training and {NUM_VAL} held-out images ...")
@@ -70,7 +70,7 @@ def run_demo(
 
     def show_progress() -> None:
         path = output / "predictions.png"
-        _draw_predictions(dataset, Path(cfg.dataloader.evaluator.output_dir) / RESULTS_FILE, path)
+        _draw_predictions(dataset, Path(cfg.dataloader.evaluator.output_dir).expanduser() / RESULTS_FILE, path)
         console.print(_progress(output, cfg.train.max_iter))
         console.print(f"  {path}  drawn anew", soft_wrap=True, highlight=False)
 
@@ -103,7 +103,7 @@ def run_demo(
 def _check_data(cfg: DictConfig, config: str | Path, shapes: Path) -> None:
     for split in ("train", "test"):
         file = OmegaConf.select(cfg, f"dataloader.{split}.dataset.json_file")
-        if file is None or not Path(file).is_relative_to(shapes):
+        if file is None or not Path(file).expanduser().is_relative_to(shapes):
             demos = ", ".join(sorted(path.stem for path in find_config("demo").parent.glob("demo*.py")))
             raise ValueError(
                 f"config {config} is not a demo config: its {split} data are not the generated {shapes}; "

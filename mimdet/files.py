@@ -44,6 +44,27 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> Non
         _sync_folder(path.parent)
 
 
+def check_replaceable(path: str | Path, command: str, mark: str | None = None) -> None:
+    """Refuse to replace a file that ``command`` did not write, such as an image, weights or annotations.
+
+    Args:
+        command: such as "mimdet show".
+        mark: in the first 1000 bytes of the command's files; None: its name.
+
+    Raises:
+        FileExistsError: names the file.
+    """
+    path = Path(path).resolve()
+    if not path.exists():
+        return
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(1000)
+        if not head or (mark or command).encode() in head:
+            return
+    raise FileExistsError(f"{path} exists, and {command} did not write it: choose another name, or delete it")
+
+
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
     """Add ``path`` and the free space of its disk to every OSError of the block; a failed write has neither."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,15 @@ from rich.progress import Progress
 from torchvision.transforms.v2 import functional as F
 
 from .checkpoint.read import CheckpointError, read_checkpoint, state_dict_of, strip_prefixes
-from .config import UntrustedConfigError, apply_overrides, from_untrusted_yaml, instantiate, load, override_keys
+from .config import (
+    UntrustedConfigError,
+    apply_overrides,
+    check_config,
+    from_untrusted_yaml,
+    instantiate,
+    load,
+    override_keys,
+)
 from .data import COCO_CATEGORIES, DataError
 from .detection.masks import paste_in_parts, paste_masks
 from .engine.final_config import final_config, num_classes
@@ -77,9 +86,14 @@ class Predictor:
             raise ValueError(f"score_threshold must be in [0, 1], got {score_threshold}")
         self.device = choose_device(str(device))
         content = read_checkpoint(weights)
-        meta = content.get("meta") or {}
+        meta = _checked(content.get("meta") or {}, weights)
         cfg = _config(cfg_or_path, meta, weights)
         apply_overrides(cfg, overrides)
+        for key in ("model", "dataloader.test.mapper"):
+            if not OmegaConf.is_dict(OmegaConf.select(cfg, key)):
+                source = weights if cfg_or_path is None or isinstance(cfg_or_path, DictConfig) else cfg_or_path
+                raise ValueError(f"{source}: its config has no section {key}; pass the one that the weights belong to")
+        check_config(cfg)
         if "classes" in meta:
             cfg = final_config(cfg, SimpleNamespace(classes=meta["classes"]), override_keys(overrides))
         self.classes, self.category_ids = _categories(meta, num_classes(cfg)[1])
@@ -351,10 +365,23 @@ def _score_limits(node: Any, key: str) -> Iterator[tuple[str, float]]:
                 yield from _score_limits(node[name], f"{key}.{name}")
 
 
-def _config(cfg_or_path: DictConfig | str | os.PathLike | None, meta: dict[str, Any], weights: Any) -> DictConfig:
-    """The caller's config, which is trusted code, else the config saved in the weights, which is not trusted."""
+def _checked(meta: Any, weights: Any) -> Mapping[str, Any]:
+    """What a checkpoint says of its classes, checked: the author of the file wrote it."""
     if not isinstance(meta, Mapping):
         raise CheckpointError(f"{weights}: its meta is a {type(meta).__name__}, not a dictionary")
+    if "classes" not in meta:
+        return meta
+    classes, ids = meta["classes"], meta.get("category_ids")
+    if not (isinstance(classes, (list, tuple)) and classes and all(isinstance(name, str) for name in classes)):
+        raise CheckpointError(f"{weights}: its meta.classes is not a list of names: {reprlib.repr(classes)}")
+    numbers = isinstance(ids, (list, tuple)) and all(type(number) is int for number in ids)
+    if ids and not (numbers and len(ids) == len(classes)):
+        raise CheckpointError(f"{weights}: its meta.category_ids is not a number for each class: {reprlib.repr(ids)}")
+    return meta
+
+
+def _config(cfg_or_path: DictConfig | str | os.PathLike | None, meta: dict[str, Any], weights: Any) -> DictConfig:
+    """The caller's config, which is trusted code, else the config saved in the weights, which is not trusted."""
     if cfg_or_path is not None:
         return copy.deepcopy(cfg_or_path) if isinstance(cfg_or_path, DictConfig) else load(cfg_or_path)
     if not meta.get("config"):
@@ -364,8 +391,8 @@ def _config(cfg_or_path: DictConfig | str | os.PathLike | None, meta: dict[str, 
     except UntrustedConfigError as error:
         raise CheckpointError(
             f"{weights}: the config in it is refused, and nothing of it was run: {error}. A config that comes with "
-            "weights may build only what the shipped configs build. If you trust the one that it was trained with, "
-            "pass that (--config-file CONFIG)"
+            "weights may build only what the shipped configs build. If you trust the Python config that it was trained "
+            "with, pass that (--config-file CONFIG.py)"
         ) from error
 
 

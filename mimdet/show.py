@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -12,10 +13,12 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms.v2 import functional as F
 
 from .config import instantiate
 from .data import DataError, read_image
+from .files import check_replaceable, write_atomically
 from .modeling.noise import NoiseSource
 from .modeling.sampling import cell_sizes, check_ratio, sampling_noise, split_padded
 from .predict import AnyImage, Predictor, open_image
@@ -23,6 +26,7 @@ from .visualize import draw_instances, image_grid
 
 logger = logging.getLogger(__name__)
 
+SOFTWARE = "mimdet show"  # in a page's PNG, so that no other file is replaced
 SPLITS = ("train", "test")
 _HEIGHT = 420  # of each image of a page, pixels
 _DROPPED = 0.25  # brightness of tokens that the encoder does not see
@@ -176,6 +180,18 @@ def model_page(predictor: Predictor, image: AnyImage) -> torch.Tensor:
     scale = _HEIGHT / image.height
     panels[f"{count} detections"] = draw_instances(pixels, classes=predictor.classes, scale=scale, **shown)
     return image_grid([list(panels.values())], captions=list(panels))
+
+
+def save_page(page: torch.Tensor, path: Path) -> None:
+    """Write a page, uint8 (3, H, W), as PNG, atomically.
+
+    Raises:
+        FileExistsError: ``path`` is a file of something else; see :func:`mimdet.files.check_replaceable`.
+    """
+    check_replaceable(path, SOFTWARE)
+    about = PngInfo()
+    about.add_text("Software", SOFTWARE)
+    write_atomically(path, lambda file: F.to_pil_image(page).save(file, format="PNG", pnginfo=about))
 
 
 def _annotated(pixels: torch.Tensor, target: dict[str, Any], classes: Sequence[str]) -> torch.Tensor:

@@ -36,8 +36,9 @@ def convert_checkpoint(source: str | Path, target: str | Path, to: str, force: b
     makers = {"detector": _detector, "mae": _mae, "backbone": _backbone}
     if to not in makers:
         raise ValueError(f"cannot convert to {to!r}; one of {', '.join(makers)}")
-    if Path(target).exists():
-        if Path(source).exists() and Path(target).samefile(source):
+    existing = Path(target).resolve()  # target may begin with folders that are made before it is written
+    if existing.exists():
+        if Path(source).exists() and existing.samefile(source):
             raise ValueError(f"cannot convert {source} into itself: what the new file leaves out would be lost")
         if not force:
             raise FileExistsError(f"{target} exists: give another target, or --force to replace it")

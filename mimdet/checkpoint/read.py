@@ -131,6 +131,23 @@ def _no_checkpoint_zip(path: Path, size: int) -> str | None:
     return None
 
 
+def check_sums(path: str | Path) -> None:
+    """Compare a file of ``torch.save`` with its checksums, which ``torch.load`` does not; files before 1.6 have none.
+
+    Raises:
+        CheckpointError: a disk or a copy has changed it; names the file.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: {damaged} in it does not match its checksum")
+
+
 def _text(head: bytes) -> str | None:
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # the last character may be cut

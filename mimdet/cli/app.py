@@ -83,10 +83,15 @@ def _run() -> None:
             raise
         # str(KeyError) is the repr of its message.
         message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+        from omegaconf.errors import OmegaConfBaseException
+
+        if isinstance(error, OmegaConfBaseException):
+            message = f"config key {error.full_key}: {str(error).splitlines()[0]}"
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         who = f"[rank {os.environ.get('RANK')}] " if several else ""
         console = Console(stderr=True)
         console.print(Text.assemble(who, ("error: ", "bold red"), str(message) or type(error).__name__), soft_wrap=True)
-        if not isinstance(error, (ValueError, KeyError, OSError, RuntimeError, FloatingPointError)):
+        expected = (ValueError, KeyError, OSError, RuntimeError, FloatingPointError, OmegaConfBaseException)
+        if not isinstance(error, expected):
             console.print(f"({type(error).__name__}; set MIMDET_DEBUG=1 to see where)", style="dim")
         sys.exit(1)

@@ -83,7 +83,7 @@ def parity(
                 raise BadUseError("--quick and --full: take one of them")
             level = "quick" if quick else "full" if full else "default"
             failed = _run(level, only, device and device.value, dtype and dtype.value, junit, json, original)
-    except (BadUseError, RecordingError, FileNotFoundError) as error:
+    except (BadUseError, RecordingError, FileNotFoundError, FileExistsError) as error:
         _error(str(error))
         raise typer.Exit(2) from None
     if failed:
@@ -92,13 +92,18 @@ def parity(
 
 def _run(level, only, device, dtype, junit, json, original) -> bool:
     from ..bench.views import console, progress
+    from ..files import check_replaceable
     from ..parity import report
-    from ..parity.cases import select
+    from ..parity.cases import BadUseError, select
     from ..parity.run import run
 
+    if junit is not None and json is not None and junit.resolve() == json.resolve():
+        raise BadUseError(f"--junit and --json are both {json}: give each another file")
     for path in (junit, json):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{path}: there is no folder {path.absolute().parent}")
+        if path is not None:
+            if not path.absolute().parent.is_dir():
+                raise FileNotFoundError(f"{path}: there is no folder {path.absolute().parent}")
+            check_replaceable(path, report.FORMAT)
     cases, unavailable = select(level, only, device, dtype, original)
     with progress("cases", len(cases)) as advance:
         results = run(cases, original, advance)

@@ -40,10 +40,11 @@ def data(
     """
     overrides = [*data_overrides("train", train_json, train_images), *data_overrides("test", val_json, val_images)]
     from ..config import load
-    from ..show import data_page
-    from ..visualize import save_png
+    from ..files import check_replaceable
+    from ..show import SOFTWARE, data_page, save_page
 
-    save_png(data_page(load(config_file, [*overrides, *(opts or [])]), split, images, seed, keep_ratio), output)
+    check_replaceable(output, SOFTWARE)  # before the data are read
+    save_page(data_page(load(config_file, [*overrides, *(opts or [])]), split, images, seed, keep_ratio), output)
     typer.echo(output)
 
 
@@ -66,11 +67,12 @@ def model(
 
     `mimdet show model --weights output/demo/model_final.pth output/demo/shapes/val/000001.png`
     """
+    from ..files import check_replaceable
     from ..predict import Predictor, open_image
-    from ..show import model_page
-    from ..visualize import save_png
+    from ..show import SOFTWARE, model_page, save_page
 
-    opened = open_image(image)  # report a wrong path before the weights are loaded
+    check_replaceable(output, SOFTWARE)  # report wrong paths before the weights are loaded
+    opened = open_image(image)
     predictor = Predictor(config_file, weights, device, score_threshold, override or ())
-    save_png(model_page(predictor, opened), output)
+    save_page(model_page(predictor, opened), output)
     typer.echo(output)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -114,11 +113,11 @@ def launch_distributed(num_gpus: int | None) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    from ..data.loader import STOP_SIGNALS
+    from ..data.loader import stop_signals
 
     # torchrun: seconds from a signal to SIGKILL. The step and checkpoint of a large model exceed the default 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
-    names = ",".join(signal.Signals(signum).name for signum in STOP_SIGNALS)
+    names = ",".join(signum.name for signum in stop_signals())
     options = ["--standalone", "--nproc-per-node", str(num_gpus), "--signals-to-handle", names]
     try:
         torchrun([*options, "-m", "mimdet", *sys.argv[1:]])

@@ -106,7 +106,7 @@ def instantiate(cfg: Any, **extra: Any) -> Any:
 
     Raises:
         ImportError: a ``_target_`` that is a string and cannot be imported.
-        TypeError: the callable refuses its arguments; the message names the callable.
+        TypeError, ValueError: the callable refuses its arguments; the message names the callable and the key.
     """
     if isinstance(cfg, (list, tuple, ListConfig)):
         return [instantiate(item) for item in cfg]
@@ -122,6 +122,19 @@ def _call(cfg: Mapping[str, Any], extra: dict[str, Any]) -> Any:
         return functools.partial(target, **kwargs)
     try:
         return target(**kwargs)
-    except TypeError as error:
-        name = getattr(target, "__qualname__", repr(target))
-        raise TypeError(f"{error} (while building {name} with arguments {sorted(kwargs)})") from error
+    except (TypeError, ValueError) as error:
+        key = _key(cfg)
+        if type(error) not in (TypeError, ValueError) or (type(error) is ValueError and not key):
+            raise  # it has a text of its own
+        place = f"config key {key}" if key else ""
+        if type(error) is TypeError:
+            name = getattr(target, "__qualname__", repr(target))
+            place += f"{', ' if key else ''}while building {name} with arguments {sorted(kwargs)}"
+        raise type(error)(f"{error} ({place})") from error
+
+
+def _key(node: Mapping[str, Any]) -> str:
+    """Where a node is in its config, as overrides name it; "" at the top, or for no config."""
+    # omegaconf names an item of a list a[0], but a0 where it is the last part.
+    key = node._get_full_key(TARGET).rpartition(".")[0] if isinstance(node, DictConfig) else ""
+    return key.replace("[", ".").replace("]", "")

@@ -22,6 +22,7 @@ from .from_detectron2 import is_detectron2, to_native
 from .overrides import apply_overrides
 from .serialize import from_yaml
 from .stand_ins import OLD_STYLE, PREFIX, Run, configs_of, imports_detectron2
+from .trusted import UntrustedConfigError, checked
 
 SHIPPED = Path(__file__).absolute().parents[1] / "configs"
 _WIDTH = 100  # characters of a line in the list of shipped configs
@@ -76,10 +77,12 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
             other config files) or a ``.yaml`` saved by a run.
         overrides: such as ``"train.max_iter=100"``; values are read as YAML.
 
-    Both kinds of file are code of the caller: a ``.yaml`` too may call any importable function.
+    A Python config is code of the caller. A ``.yaml``, which comes with weights, builds only what is listed in
+    ``mimdet.config.trusted``.
 
     Raises:
         FileNotFoundError: no such file.
+        UntrustedConfigError: a YAML file names a target that is not listed.
         ValueError: the file does not parse, or raises, with file and line; or it is a Detectron2 config with parts that
             have no native counterpart, all of which the message names.
         ImportError: the file imports a module that does not exist.
@@ -93,18 +96,29 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
             raise ValueError(f"config {file}: {error}") from error
         if _OLD_KEYS & set(cfg):
             raise ValueError(f"config {file} {OLD_STYLE}")
-    elif file.suffix != ".py":
+        return apply_overrides(_checked(to_native(cfg, str(file)) if is_detectron2(cfg) else cfg, file), overrides)
+    if file.suffix != ".py":
         raise ValueError(f"config {file}: expected a .py or .yaml file")
-    elif imports_detectron2(file):
+    if imports_detectron2(file):
         run = Run()
         with _explained(file, run.prefix):
             sections = configs_of(run.execute(file))
         return apply_overrides(to_native(sections, str(file), run), overrides)
-    else:
-        cfg = _from_module(_execute(file), file)
+    cfg = _from_module(_execute(file), file)
     if is_detectron2(cfg):
         cfg = to_native(cfg, str(file))
     return apply_overrides(cfg, overrides)
+
+
+def _checked(cfg: DictConfig, file: Path) -> DictConfig:
+    try:
+        return checked(cfg)
+    except UntrustedConfigError as error:
+        raise UntrustedConfigError(
+            f"config {file} is refused, and nothing of it was run: {error}. A YAML config may build only what the "
+            "shipped configs build. If you trust it, pass the Python config that it was saved from "
+            "(--config-file CONFIG.py)"
+        ) from error
 
 
 def _execute(file: Path) -> types.ModuleType:

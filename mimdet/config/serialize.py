@@ -12,6 +12,15 @@ from omegaconf.errors import OmegaConfBaseException
 from .lazy import PARTIAL, TARGET, dotted_name
 
 
+class Loader(yaml.SafeLoader):
+    """Plain values, and the tuples that Detectron2's configs have: no other Python tag."""
+
+
+Loader.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
+)
+
+
 def to_yaml(cfg: DictConfig) -> str:
     """YAML text of a config; callables become dotted names, so that :func:`from_yaml` can rebuild them.
 
@@ -27,8 +36,13 @@ def from_yaml(text: str) -> DictConfig:
     Raises:
         ValueError: the text is not a YAML mapping, or holds an interpolation that does not parse.
     """
+    return read_yaml(text, Loader)
+
+
+def read_yaml(text: str, loader: type[Loader]) -> DictConfig:
+    """As :func:`from_yaml`, by another loader."""
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, loader)
         if not isinstance(content, dict):
             raise ValueError("config is not a YAML mapping")
         return OmegaConf.create(content, flags={"allow_objects": True})

@@ -1,16 +1,16 @@
-"""Configs from checkpoint files, which are not trusted: they can build parts of mimdet and nothing else.
+"""Configs from checkpoint and YAML files, which are not trusted: they can build parts of mimdet and nothing else.
 
-A config can call any function, and the author of a checkpoint wrote its config too. So only the targets listed here
-are built from such a config: those of the shipped configs, each only in the section where they use it. None of these
-model parts and transforms reads or writes a file once the paths of pre-trained weights are cleared
-(:func:`mimdet.engine.model.build_model` with ``pretrained=False``). A config file that the user names is code that the
-user chose, and may name any target.
+A config can call any function, and weights come with a config that their author wrote. So only the targets listed here
+are built from such a config: those of the shipped configs and PyTorch's optimizers, each only in its section. None of
+the model parts and transforms reads or writes a file once the paths of pre-trained weights are cleared
+(:func:`mimdet.engine.model.build_model` with ``pretrained=False``). A Python config is code that the user chose: it
+may name any target.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import yaml
@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from .lazy import PARTIAL, TARGET, public_target
+from .serialize import plain
 
 _TRANSFORMS = frozenset(
     {
@@ -30,6 +31,13 @@ _TRANSFORMS = frozenset(
         "mimdet.data.ResizeScale",
         "mimdet.data.ResizeShortestEdge",
     }
+)
+
+# By their modules, as `to_yaml` names them, and by their packages, as Detectron2 does.
+_OPTIMIZERS = frozenset(
+    f"torch.optim.{module}{name}"
+    for name in ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
+    for module in (f"{name.lower()}.", "")
 )
 
 # Section of a config -> targets that may be anywhere in it. The longest matching section counts.
@@ -60,6 +68,7 @@ TRUSTED: dict[str, frozenset[str]] = {
             "mimdet.modeling.MIMDetEncoder",
             "mimdet.modeling.ShapeSpec",
             "mimdet.modeling.UpsampledTokens",
+            "torch.nn.LayerNorm",
             "torch.nn.modules.normalization.LayerNorm",
         }
     ),
@@ -78,7 +87,7 @@ TRUSTED: dict[str, frozenset[str]] = {
         {
             "mimdet.engine.get_default_optimizer_params",
             "mimdet.engine.get_fpn_model_parameters",
-            "torch.optim.adamw.AdamW",
+            *_OPTIMIZERS,
         }
     ),
     "lr_multiplier": frozenset(
@@ -92,10 +101,11 @@ TRUSTED: dict[str, frozenset[str]] = {
 
 _MOST_CHARACTERS = 100_000  # a shipped config has at most 10 thousand
 _REFERENCE = re.compile(r"\$\{\.*\w+(?:\.\w+|\[\w+\])*\}")
+_VARIABLE = re.compile(r"\$\{oc\.env:\w+(?:,[^${}]*)?\}")  # its value is text, whatever the default
 
 
 class UntrustedConfigError(ValueError):
-    """A config from a checkpoint file that needs more than parts of mimdet."""
+    """A config from a checkpoint or YAML file that needs more than parts of mimdet."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -136,6 +146,30 @@ def from_untrusted_yaml(text: Any) -> DictConfig:
         raise UntrustedConfigError("it is nested too deep") from None
 
 
+def checked(cfg: DictConfig, also: Callable[[str], bool] = lambda name: False) -> DictConfig:
+    """The config of a YAML file, whose targets are all in :data:`TRUSTED`; nothing is imported.
+
+    Interpolations are references and environment variables: those that build a node could hide a target.
+
+    Args:
+        also: whether a target that is not listed is allowed too, by its dotted name.
+
+    Raises:
+        UntrustedConfigError: another target or interpolation; the message names the key.
+    """
+    content = plain(cfg)
+    for path, value in _walk(content, ()):
+        _name_publicly(path, value)
+        if path and path[-1] == TARGET:
+            if not (isinstance(value, str) and also(value)):
+                _check_target(path, value)
+        elif isinstance(value, str) and "${" in _VARIABLE.sub("", _REFERENCE.sub("", value)):
+            raise UntrustedConfigError(
+                f"{_name(path)} is {value!r}: interpolations may be references such as ${{a.b}} and ${{oc.env:NAME}}"
+            )
+    return OmegaConf.create(content, flags={"allow_objects": True})
+
+
 def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every node of a plain tree with its path, parents first."""
     yield path, value
@@ -160,13 +194,17 @@ def _check(path: tuple[str, ...], value: Any) -> None:
     if not (value is None or isinstance(value, (str, bool, int, float, dict, list))):
         raise UntrustedConfigError(f"{_name(path)} is a {type(value).__name__}, which no saved config holds")
     if path and path[-1] == TARGET:
-        if not isinstance(value, str) or value not in _allowed(path):
-            raise UntrustedConfigError(f"{_name(path[:-1])} names {value!r} to be called, which is none of its parts")
+        _check_target(path, value)
     elif path and path[-1] == PARTIAL:
         if not isinstance(value, bool):
             raise UntrustedConfigError(f"{_name(path)} is {value!r}, neither true nor false")
     elif isinstance(value, str) and "${" in _REFERENCE.sub("", value, count=1):
         raise UntrustedConfigError(f"{_name(path)} is {value!r}: of interpolations it may have one such as ${{a.b}}")
+
+
+def _check_target(path: tuple[str, ...], value: Any) -> None:
+    if not isinstance(value, str) or value not in _allowed(path):
+        raise UntrustedConfigError(f"{_name(path[:-1])} names {value!r} to be called, which is none of its parts")
 
 
 def _check_reference(cfg: DictConfig, path: tuple[str, ...], value: Any) -> None:

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..files import write_bytes
 from .counterparts import BY_NATIVE
 from .lazy import PARTIAL, TARGET, dotted_name, public_target, resolve_target
-from .loader import SHIPPED, load
+from .loader import SHIPPED, find_config, load
 from .serialize import plain
 
 _WIDTH = 120
@@ -38,11 +38,14 @@ def convert_config(source: str | Path, target: str | Path, force: bool = False) 
 
     Raises:
         FileExistsError: ``target`` exists, without ``force``.
-        ValueError: ``target`` is no Python file, or a part of ``source`` has no native counterpart or no name.
+        ValueError: ``target`` is no Python file or is ``source``, or a part of ``source`` has no native counterpart or
+            no name.
     """
     target = Path(target).expanduser()
     if target.suffix != ".py":
         raise ValueError(f"{target}: a config file ends in .py")
+    if target.resolve().exists() and target.resolve().samefile(find_config(source)):
+        raise ValueError(f"cannot convert {source} into itself: choose another name")
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists: choose another name, or replace it with --force")
     if not target.absolute().parent.is_dir():

@@ -187,8 +187,12 @@ def _locate(names, json_file, image_root) -> tuple[str, str, str]:
             raise DataError("a dataset needs either names, or both json_file and image_root")
         known_file, known_root = catalog.find(names)
         name = names if json_file is None else Path(json_file).stem
-        return name, os.fspath(json_file or known_file), os.fspath(image_root or known_root)
-    return Path(json_file).stem, os.fspath(json_file), os.fspath(image_root)
+        return name, _expanded(json_file or known_file), _expanded(image_root or known_root)
+    return Path(json_file).stem, _expanded(json_file), _expanded(image_root)
+
+
+def _expanded(path: str | os.PathLike) -> str:
+    return os.path.expanduser(os.fspath(path))
 
 
 def read_image(record: dict) -> Image.Image:

@@ -24,6 +24,12 @@ _CHECK_SECONDS = 5.0
 _LOST_CONNECTION = (ConnectionError, EOFError, FileNotFoundError)
 
 
+def stop_signals() -> list[signal.Signals]:
+    """:data:`STOP_SIGNALS`, without a SIGHUP that is ignored: `nohup` sets that, to outlive the terminal."""
+    ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signum for signum in STOP_SIGNALS if not (ignored and signum == signal.SIGHUP)]
+
+
 class LoaderWorkerError(RuntimeError):
     """A worker process of a loader died."""
 

@@ -88,6 +88,6 @@ def missing_files(records: Sequence[dict]) -> list[str]:
 def _names(folder: str) -> set[str]:
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries}
+            return {entry.name for entry in entries if entry.is_file()}  # not a dangling link
     except (OSError, ValueError):  # missing, not readable, or an invalid name
         return set()

@@ -11,6 +11,7 @@ import shapely
 from PIL import Image, ImageDraw, ImageFilter
 from shapely import affinity
 
+from ..files import naming
 from .errors import DataError
 from .transforms import flat_polygons
 
@@ -44,7 +45,7 @@ def generate_shapes(
         num_train, num_val: number of images.
         image_size: bounds in pixels, inclusive, of both sides, which are random.
 
-    Raises DataError when `root` has other content.
+    Raises DataError when `root` has other content, and OSError, which names `root`, when it cannot be written.
     """
     root = Path(root)
     parameters = {
@@ -56,24 +57,25 @@ def generate_shapes(
     }
     if _holds(root, parameters):
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
-        (scratch / "annotations").mkdir()
-        for number, (split, count) in enumerate((("train", num_train), ("val", num_val))):
-            (scratch / split).mkdir()
-            content = _write_split(scratch / split, count, image_size, (seed, number))
-            (scratch / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-        (scratch / _MARKER).write_text(json.dumps(parameters))
-        scratch.chmod(0o755)
+    with naming(root):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
         try:
-            scratch.replace(root)
-        except OSError:
-            # rename() fails where another process has finished the same dataset.
-            if not _holds(root, parameters):
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            (scratch / "annotations").mkdir()
+            for number, (split, count) in enumerate((("train", num_train), ("val", num_val))):
+                (scratch / split).mkdir()
+                content = _write_split(scratch / split, count, image_size, (seed, number))
+                (scratch / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+            (scratch / _MARKER).write_text(json.dumps(parameters))
+            scratch.chmod(0o755)
+            try:
+                scratch.replace(root)
+            except OSError:
+                # rename() fails where another process has finished the same dataset.
+                if not _holds(root, parameters):
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return root
 
 

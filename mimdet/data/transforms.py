@@ -10,6 +10,7 @@ precision: equal annotations give bitwise equal boxes.
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 
 import numpy as np
 import shapely
@@ -26,7 +27,7 @@ class AugmentationList:
     """Augmentations applied one after the other. Raises DataError for an image without pixels."""
 
     def __init__(self, augs: Sequence[Callable]):
-        self.augs = list(augs)
+        self.augs = [_augmentation(aug) for aug in augs]
 
     def __call__(self, image: Image, targets: dict | None, rng: np.random.Generator):
         if 0 in image.size:
@@ -40,8 +41,8 @@ class RandomApply:
     """Applies one augmentation, or an AugmentationList, with probability `prob`."""
 
     def __init__(self, tfm_or_aug: Callable, prob: float = 0.5):
-        self.aug = tfm_or_aug
         self.prob = _probability(prob)
+        self.aug = _augmentation(tfm_or_aug)
 
     def __call__(self, image: Image, targets: dict | None, rng: np.random.Generator):
         return self.aug(image, targets, rng) if rng.random() < self.prob else (image, targets)
@@ -51,6 +52,8 @@ class RandomFlip:
     """Mirrors left and right (`horizontal`) or top and bottom (`vertical`) with probability `prob`."""
 
     def __init__(self, horizontal: bool = True, prob: float = 0.5, vertical: bool = False):
+        if not (isinstance(horizontal, bool) and isinstance(vertical, bool)):
+            raise ValueError(f"horizontal and vertical must be true or false, got {horizontal!r} and {vertical!r}")
         if horizontal == vertical:
             raise ValueError("RandomFlip is either horizontal or vertical; for both, use two of them")
         self.axis = 0 if horizontal else 1
@@ -80,13 +83,15 @@ class ResizeShortestEdge:
     def __init__(
         self, short_edge_length: int | Sequence[int], max_size: int | None = None, sample_style: str = "range"
     ):
-        lengths = [short_edge_length] * 2 if isinstance(short_edge_length, int) else list(short_edge_length)
+        lengths = [short_edge_length] * 2 if isinstance(short_edge_length, (Real, str)) else list(short_edge_length)
+        if not lengths or not all(isinstance(n, Integral) and 1 <= n <= MAX_PIXELS for n in lengths):
+            raise ValueError(f"short_edge_length must be whole and positive, got {short_edge_length!r}")
         if sample_style not in ("choice", "range"):
             raise ValueError(f"sample_style must be 'choice' or 'range', got {sample_style!r}")
         if sample_style == "range" and (len(lengths) != 2 or lengths[0] > lengths[1]):
             raise ValueError(f"sample_style 'range' takes short_edge_length=(lowest, highest), got {lengths}")
-        if not lengths or min(lengths) < 1:
-            raise ValueError(f"short_edge_length must be positive, got {lengths}")
+        if max_size is not None and not (isinstance(max_size, Real) and max_size >= 1):
+            raise ValueError(f"max_size must be positive, or None for no cap, got {max_size!r}")
         self.lengths = lengths
         self.max_size = max_size
         self.sample_style = sample_style
@@ -278,6 +283,12 @@ def _affine(targets: dict | None, scale: np.ndarray, shift: np.ndarray) -> dict 
             for polygons in targets["masks"]
         ]
     return moved
+
+
+def _augmentation(value: Callable) -> Callable:
+    if not callable(value):
+        raise TypeError(f"an augmentation is called with an image, its targets and a generator, {value!r} cannot be")
+    return value
 
 
 def _probability(prob: float) -> float:

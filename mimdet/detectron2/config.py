@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import LazyConfig
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..config import find_config, load
-from ..config.counterparts import BY_NATIVE, ORIGINAL
-from ..config.lazy import TARGET
+from ..config import UntrustedConfigError, find_config, load
+from ..config.counterparts import BY_NATIVE, ORIGINAL, counterpart
+from ..config.lazy import TARGET, resolve_target
+from ..config.serialize import Loader, read_yaml
+from ..config.trusted import TRUSTED, checked
 from ..engine.optim import can_be_fused
 
 _NATIVE_TRAIN = ("clip_grad_norm", "init_checkpoint_ignore")
+_THEIRS = ("detectron2.", "fvcore.", "mimdet.detectron2.")
 _ORIGINAL = tuple(name for name in ORIGINAL if name != "_postprocess")
 
 
@@ -90,10 +96,11 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
     Raises:
         ImportError: the config builds the classes of the original MIMDet, or imports a module that does not exist.
         FileNotFoundError: no such file.
+        ValueError: a YAML file has Python tags, or names a target that is no part of Detectron2's counterparts.
     """
     file = config_file(path)
     try:
-        cfg = LazyConfig.load(file)
+        cfg = _load_yaml(file) if file.endswith((".yaml", ".yml")) else LazyConfig.load(file)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "models":
             raise
@@ -102,7 +109,55 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
         name = _dotted(node[TARGET])
         if name.startswith("models.") and name.rsplit(".", 1)[-1] in _ORIGINAL:
             raise ImportError(_switch(file, name))
+    if file.endswith((".yaml", ".yml")):
+        _check(cfg, file)
     return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+class _Loader(Loader):
+    """With the classes of a model section, such as norms, and their partials, which Detectron2 writes as tags."""
+
+
+def _listed(loader: _Loader, name: str, node: yaml.Node) -> Any:
+    if name not in TRUSTED["model"]:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{name} is no part of the shipped configs", node.start_mark
+        )
+    return resolve_target(name)
+
+
+def _partial(loader: _Loader, node: yaml.Node) -> functools.partial:
+    try:
+        function, arguments, keywords, _ = loader.construct_mapping(node, deep=True)["state"]
+        return functools.partial(function, *arguments, **keywords)
+    except (KeyError, TypeError, ValueError) as error:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"no functools.partial: {error}", node.start_mark
+        ) from error
+
+
+_Loader.add_constructor("tag:yaml.org,2002:python/object/apply:functools.partial", _partial)
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", _listed)
+
+
+def _load_yaml(file: str) -> DictConfig:
+    """As ``LazyConfig.load``, which runs what Python tags in a YAML file name."""
+    with PathManager.open(file) as opened:
+        text = opened.read()
+    try:
+        return read_yaml(text, _Loader)
+    except ValueError as error:
+        raise ValueError(f"config {file}: {error}") from error
+
+
+def _check(cfg: DictConfig, file: str) -> None:
+    try:
+        checked(cfg, also=lambda name: name.startswith(_THEIRS) and counterpart(name) is not None)
+    except UntrustedConfigError as error:
+        raise UntrustedConfigError(
+            f"config {file} is refused, and nothing of it was run: {error}. A YAML config may build only what the "
+            "shipped configs and their counterparts in Detectron2 are made of. If you trust it, pass a Python config"
+        ) from error
 
 
 def _switch(file: str, name: str) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.read import CheckpointError, read_checkpoint
-from ..files import free_space, remove_leftovers, write_atomically
+from ..checkpoint.read import CheckpointError, check_sums, read_checkpoint
+from ..files import remove_leftovers, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,9 @@ class Checkpointer:
             write_atomically(self.directory / LAST, lambda file: file.write(path.name.encode()))
         except OSError as error:
             advice = "Make room and resume" if error.errno in _NO_SPACE else "Remove the cause and resume"
+            culprit = "" if error.filename in (None, str(path)) else f"{error.filename}: "
             raise CheckpointError(
-                f"cannot save {path}: {error.strerror} (free space: {free_space(self.directory)}). "
+                f"cannot save {path}: {culprit}{error.strerror}. "
                 f"Last good checkpoint: {self.latest() or 'none'}. {advice}."
             ) from error
         self._prune(path)
@@ -115,15 +116,17 @@ class Checkpointer:
         """The content of a checkpoint, tensors on the CPU. Only data is unpickled.
 
         Raises:
-            CheckpointError: missing, damaged or not a checkpoint; the message names the file.
+            CheckpointError: missing, damaged (checksums are compared) or not a checkpoint; the message names the file.
         """
-        return read_checkpoint(path)
+        content = read_checkpoint(path)
+        check_sums(path)
+        return content
 
     def _named(self) -> Path | None:
         try:
             name = (self.directory / LAST).read_bytes().decode(errors="replace").strip("\0 \r\n\t")
             path = self.directory / Path(name).name
-            return path if name and path.is_file() else None
+            return path if path.suffix == ".pth" and path.is_file() else None
         except (OSError, ValueError):  # ValueError: a null byte in the name
             return None
 

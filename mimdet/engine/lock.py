@@ -10,6 +10,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..files import naming
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -39,19 +41,20 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
+    path = folder / LOCK_FILE
+    with path.open("a+b", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 raise FolderInUseError(
-                    f"another training is running in {folder} ({file.read().strip() or 'process unknown'}): "
+                    f"another training is running in {folder} ({file.read().decode().strip() or 'process unknown'}): "
                     "wait for its end, or give this one another train.output_dir"
                 ) from None
             logger.warning("%s cannot be locked (%s): start no second training in it", folder, error.strerror)
         else:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            with naming(path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield

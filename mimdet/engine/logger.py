@@ -9,8 +9,9 @@ import logging
 import math
 import statistics
 import sys
+import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,10 @@ class MetricsWriter:
             _drop_from(self.path, start_iteration)
         with naming(self.path):
             self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(output_dir), purge_step=start_iteration or None)
+        self._board: SummaryWriter | None = None
+        self._hook, threading.excepthook = threading.excepthook, self._thread_ended
+        with self._board_may_fail():
+            self._board = SummaryWriter(str(output_dir), purge_step=start_iteration or None)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Write one line to ``metrics.jsonl`` and the same scalars to TensorBoard.
@@ -269,14 +273,33 @@ class MetricsWriter:
         with naming(self.path):
             self._file.write(json.dumps({"iteration": iteration, **line}) + "\n")
             self._file.flush()
-        for key, value in plain.items():
-            self._board.add_scalar(key, value, iteration)
+        if self._board is not None:
+            with self._board_may_fail():
+                for key, value in plain.items():
+                    self._board.add_scalar(key, value, iteration)
 
     def close(self) -> None:
         """Close the files."""
+        if self._board is not None:
+            with self._board_may_fail():
+                self._board.close()
+        threading.excepthook = self._hook
         with naming(self.path):
             self._file.close()
-        self._board.close()
+
+    @contextlib.contextmanager
+    def _board_may_fail(self) -> Iterator[None]:
+        """A full disk ends TensorBoard's file with a warning: ``metrics.jsonl`` has the same numbers."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            logger.warning("cannot write TensorBoard's file in %s: %s", self.path.parent, error.strerror or error)
+
+    def _thread_ended(self, about: threading.ExceptHookArgs) -> None:
+        """``threading.excepthook``: TensorBoard's thread ends with the error that ``close`` raises again."""
+        if not (isinstance(about.exc_value, OSError) and type(about.thread).__module__.startswith("tensorboard.")):
+            self._hook(about)
 
 
 def delete_metrics(folder: Path) -> list[str]:

@@ -51,6 +51,15 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def _can_be_set(state: Any) -> bool:
+    with isolated_random():
+        try:
+            set_random_state(state)
+        except Exception:  # of a foreign state: many types
+            return False
+    return True
+
+
 @contextmanager
 def isolated_random() -> Iterator[None]:
     """Restore the global generators after the block."""
@@ -83,17 +92,35 @@ def pack(
     }
 
 
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+# What a checkpoint of a training holds, see :func:`pack`.
+_STATE = {"model": Mapping, "optimizer": Mapping, "iteration": int, "random": list, "meta": Mapping}
+
+
 def check_resumable(checkpoint: Mapping[str, Any], classes: Sequence[str], source: str) -> None:
     """Refuse a checkpoint of weights only, or one trained for other classes.
 
     Raises:
         CheckpointError: naming ``source``.
     """
-    lacking = [key for key in ("model", "optimizer", "iteration", "random", "meta") if key not in checkpoint]
+    lacking = [key for key in _STATE if key not in checkpoint]
     if lacking:
         raise CheckpointError(
             f"cannot resume from {source}: it has no {', '.join(lacking)}. To start from its weights, pass it as "
             "train.init_checkpoint without resuming"
+        )
+    wrong = [key for key, kind in _STATE.items() if not isinstance(checkpoint[key], kind)]
+    if not wrong:
+        good = {
+            "iteration": checkpoint["iteration"] >= 0,
+            "meta.classes": isinstance(checkpoint["meta"].get("classes", []), (list, tuple)),
+            "random": all(map(_can_be_set, checkpoint["random"])),
+        }
+        wrong = [key for key, passed in good.items() if not passed]
+    if wrong:
+        raise CheckpointError(
+            f"cannot resume from {source}: its {' and '.join(wrong)} cannot be of a training. Delete the file to "
+            "resume from the one before"
         )
     trained = list(checkpoint["meta"].get("classes", classes))
     if trained != list(classes):
@@ -126,7 +153,8 @@ def restore(checkpoint: Mapping[str, Any], fabric: Fabric, optimizer: Optimizer,
     configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    except (ValueError, KeyError) as error:
+        _check_moments(optimizer)
+    except Exception as error:  # a foreign state raises many types
         raise CheckpointError(
             f"cannot resume from {source}: its optimizer state does not fit ({error}); was the optimizer or the set "
             "of trained parameters changed in the config?"
@@ -136,6 +164,16 @@ def restore(checkpoint: Mapping[str, Any], fabric: Fabric, optimizer: Optimizer,
     if checkpoint.get("scaler"):
         fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
     return checkpoint["iteration"] + 1
+
+
+def _check_moments(optimizer: Optimizer) -> None:
+    """Fused optimizers trust shapes, and write beyond a smaller tensor; NaN would enter the weights at once."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if name in _MOMENTS and value.shape != parameter.shape:
+                raise ValueError(f"{name} is {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
+            if name in _MOMENTS and not value.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinite values")
 
 
 def restore_random(states: Sequence[Mapping[str, Any]], fabric: Fabric, seed: int) -> None:

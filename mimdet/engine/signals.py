@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from ..data.loader import STOP_SIGNALS, explained_dead_worker
+from ..data.loader import explained_dead_worker, stop_signals
 
 Batch = TypeVar("Batch")
 
@@ -36,7 +36,8 @@ class GracefulStop:
     A second SIGINT raises KeyboardInterrupt. Another second signal does nothing: Slurm and systemd send SIGTERM
     to torchrun and to its processes, and torchrun sends it to them again.
 
-    Outside the main thread, where Python allows no handlers, it does nothing.
+    A SIGHUP that `nohup` has set to be ignored stays so. Outside the main thread, where Python allows no handlers, the
+    context does nothing.
 
     Attributes:
         signum: the signal received, None before.
@@ -58,7 +59,7 @@ class GracefulStop:
 
     def __enter__(self) -> GracefulStop:
         if _in_main_thread():
-            for signum in STOP_SIGNALS:
+            for signum in stop_signals():
                 self._previous[signum] = signal.signal(signum, self._handle)
         return self
 

@@ -110,7 +110,7 @@ class COCOEvaluator:
 
         detections = [detection for image_id in sorted(results) for detection in results[image_id]]
         if self.output_dir:
-            write_json(Path(self.output_dir) / RESULTS_FILE, detections)
+            write_json(Path(self.output_dir).expanduser() / RESULTS_FILE, detections)
         if not detections:
             logger.warning("no object was detected in any of %d images: every AP is 0", len(results))
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from .report import read
+from .report import printable, read
 from .run import FAILED
 
 _SMALLEST = 0.5  # ulps; growth below is rounding of another order
@@ -131,7 +132,7 @@ def tables(result: Comparison) -> list[Table]:
         if rows:
             table = Table(*columns, title=title, title_justify="left", title_style="bold")
             for row in rows:
-                table.add_row(*row)
+                table.add_row(*(Text(printable(cell)) for cell in row))
             drawn.append(table)
     return drawn
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .. import __version__
 from ..bench import environment
 from ..files import write_bytes
 from .cases import BadUseError, Unavailable, chosen_by_auto
-from .run import FAILED, Result
+from .run import FAILED, PASSED, Result
 
 FORMAT = "mimdet parity"
 VERSION = 1  # of the JSON file
@@ -72,10 +73,10 @@ class Report:
             for name in ("tensor", "error", "budget", "reference_error", "ulp"):
                 ET.SubElement(properties, "property", name=name, value=str(getattr(result, name)))
             if result.status == FAILED:
-                ET.SubElement(test, "failure", message=_printable(result.message))
+                ET.SubElement(test, "failure", message=printable(result.message))
         for missing in self.unavailable:
             name = "-".join((missing.op, missing.implementation, missing.device, missing.dtype))
-            ET.SubElement(_test(suite, missing.op, name, 0.0), "skipped", message=_printable(missing.reason))
+            ET.SubElement(_test(suite, missing.op, name, 0.0), "skipped", message=printable(missing.reason))
         root = ET.Element("testsuites")
         root.append(suite)
         write_bytes(path, ET.tostring(root, encoding="utf-8", xml_declaration=True))
@@ -85,8 +86,8 @@ def _test(suite: ET.Element, op: str, name: str, seconds: float) -> ET.Element:
     return ET.SubElement(suite, "testcase", classname=f"mimdet.parity.{op}", name=name, time=f"{seconds:.4f}")
 
 
-def _printable(text: str) -> str:
-    """Without the control characters that XML forbids."""
+def printable(text: str) -> str:
+    """Without control characters, which XML forbids and a terminal obeys."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
@@ -125,7 +126,7 @@ def read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadUseError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadUseError(f"{path} is not JSON: write it with mimdet parity --json") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BadUseError(f"{path} has no results of mimdet parity: write it with mimdet parity --json")
@@ -134,7 +135,28 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} has version {content.get('version')} of this format, mimdet {__version__} reads {VERSION}: "
             "run mimdet parity again there"
         )
+    for place, good in _checks(content):
+        if not good:
+            raise BadUseError(f"{path}: {place} is not as mimdet parity --json writes it: run it again there")
     return content
+
+
+def _checks(content: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Place in a file of results, and whether its value is what ``compare`` can read."""
+    about, auto, cases = content.get("environment"), content.get("auto"), content.get("cases")
+    yield "environment", isinstance(about, dict)
+    for key in ("versions", "variables"):
+        yield f"environment.{key}", isinstance(about.get(key, {}), dict)
+    yield "auto", isinstance(auto, dict) and all(isinstance(value, str) for value in auto.values())
+    yield "cases", isinstance(cases, list)
+    for index, case in enumerate(cases):
+        yield f"cases[{index}]", isinstance(case, dict)
+        for key in ("id", "tensor"):
+            yield f"cases[{index}].{key}", isinstance(case.get(key), str)
+        yield f"cases[{index}].status", case.get("status") in (PASSED, FAILED)
+        for key in ("error", "budget", "ulp"):
+            value = case.get(key)
+            yield f"cases[{index}].{key}", value is None or (type(value) in (int, float) and math.isfinite(value))
 
 
 def table(results: Sequence[Result]) -> Table:

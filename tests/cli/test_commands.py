@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from support.command import run
 
 import mimdet
@@ -211,7 +212,7 @@ def test_convert_replaces_nothing_unasked(trained, monkeypatch, tmp_path, capsys
     source.write_bytes((trained / "model_final.pth").read_bytes())
     before = source.read_bytes()
     (tmp_path / "link.pth").symlink_to(source)
-    for target in (source, tmp_path / "link.pth"):
+    for target in (source, tmp_path / "link.pth", tmp_path / "new" / ".." / "model.pth"):
         assert run(monkeypatch, "convert", source, target, "--force") == 1
         assert "into itself" in capsys.readouterr().err
     (tmp_path / "other.pth").write_bytes(b"other")
@@ -257,3 +258,58 @@ def test_info_names_what_matters(monkeypatch, capsys):
     out = capsys.readouterr().out
     for word in ("torch", "pycocotools", "cpu", "attention"):
         assert word in out
+
+
+def test_show_replaces_only_its_own_pages(trained, monkeypatch, tmp_path, capsys):
+    image = tmp_path / "image.png"
+    Image.open(next((trained / "shapes/val").iterdir())).save(image)
+    config = tmp_path / "config.yaml"
+    config.write_bytes((trained / "config.yaml").read_bytes())
+    model = ["show", "model", image, "--weights", trained / "model_final.pth"]
+    data = ["show", "data", "--config-file", config, "--images", 1]
+    annotations = trained / "shapes/annotations/instances_train.json"
+    for command, source in ((model, image), (model, config), (data, config), (data, annotations), (data, tmp_path)):
+        before = source.read_bytes() if source.is_file() else None
+        assert run(monkeypatch, *command, "--output", source) == 1
+        assert f"{source} exists, and mimdet show did not write it" in capsys.readouterr().err
+        assert before is None or source.read_bytes() == before
+    for _ in range(2):
+        assert run(monkeypatch, *data, "--output", tmp_path / "page.png") == 0
+
+
+def test_convert_config_spares_its_source(monkeypatch, tmp_path, capsys):
+    source, link = tmp_path / "mine.py", tmp_path / "link.py"
+    source.write_text("from mimdet.config import load\n_base = load('demo')\nmodel, train = _base.model, _base.train\n")
+    link.symlink_to(source)
+    before = source.read_text()
+    for target in (source, link):
+        assert run(monkeypatch, "convert-config", source, target, "--force") == 1
+        assert "mine.py into itself" in capsys.readouterr().err
+        assert source.read_text() == before
+
+
+def test_parity_writes_two_files(monkeypatch, tmp_path, capsys):
+    both = ["--json", tmp_path / "a", "--junit", tmp_path / "." / "a"]
+    assert run(monkeypatch, "parity", "--quick", "--only", "nms_slots-eager", *both) == 2
+    assert "give each another file" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "annotations.json").write_text("[]")
+    for option in ("--json", "--junit"):
+        command = ["parity", "--quick", "--only", "nms_slots-eager", option]
+        assert run(monkeypatch, *command, tmp_path / "annotations.json") == 2
+        assert "annotations.json exists, and mimdet parity did not write it" in capsys.readouterr().err
+        for _ in range(2):
+            assert run(monkeypatch, *command, tmp_path / f"new{option}") == 0
+    assert (tmp_path / "annotations.json").read_text() == "[]"
+    assert run(monkeypatch, "bench", "ops", "--output", tmp_path / "annotations.json") == 1
+    assert "annotations.json exists, and mimdet bench did not write it" in capsys.readouterr().err
+
+
+def test_a_missing_section_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from mimdet.config import load\ntrain, dataloader = load('demo').train, dict(a=1)\n"
+    )
+    assert run(monkeypatch, "train", "--config-file", tmp_path / "mine.py", f"train.output_dir={tmp_path / 'out'}") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: config key dataloader.train: Missing key train")
+    assert "MIMDET_DEBUG" not in err

@@ -499,3 +499,27 @@ def test_progress_bar_counts_the_images(tmp_path, predictor, capsys, monkeypatch
     save(sample(), tmp_path / "in" / "a.png")
     predict_files(tmp_path / "in", tmp_path / "out", predictor)
     assert "100%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": 5}, r"meta\.classes is not a list of names: 5"),
+        ({"classes": "ball"}, r"meta\.classes is not a list of names: 'ball'"),
+        ({"classes": []}, r"meta\.classes is not a list of names"),
+        ({"classes": [1, 2, 3]}, r"meta\.classes is not a list of names"),
+        ({"category_ids": [1]}, r"meta\.category_ids is not a number for each class: \[1\]"),
+        ({"category_ids": ["a", "b", "c"]}, r"meta\.category_ids is not a number for each class"),
+        ({"category_ids": 4}, r"meta\.category_ids is not a number for each class: 4"),
+    ],
+)
+def test_classes_of_a_checkpoint_are_checked(tmp_path, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        Predictor(config(), weights(tmp_path, {**META, **change}), device="cpu")
+
+
+@pytest.mark.parametrize("text", ["{}", "model: 5", "model: {}\ndataloader: {}", "model: {}\ndataloader: null"])
+def test_a_config_without_the_needed_sections_is_named(tmp_path, text):
+    file = weights(tmp_path, {**META, "config": text})
+    with pytest.raises(ValueError, match=rf"{file.name}: its config has no section (model|dataloader\.test\.mapper)"):
+        Predictor(None, file, device="cpu")

@@ -12,13 +12,16 @@ from mimdet.engine import evaluate_only, train
 
 WHOLE = "a whole number of at least"
 BAD = {
-    "train.max_iter": (["abc", "2.5", "null", "-3", "0", "true", "[1]", "9e4", "'5'"], f"{WHOLE} 1$"),
+    "train.max_iter": (
+        ["abc", "2.5", "null", "-3", "0", "true", "[1]", "9e4", "'5'", "1000000000000"],
+        f"{WHOLE} 1 and at most",
+    ),
     "optimizer.lr": (["fast", "-1", ".nan", ".inf", "null"], "a number of at least 0"),
     "train.log_period": (["0", "-1", "x", "null"], f"{WHOLE} 1"),
     "train.checkpointer.max_to_keep": (["two", "0", "-1"], f"{WHOLE} 1, or null for all"),
     "train.checkpointer.period": (["-1", "x", "1.5"], f"{WHOLE} 1, or 0 or null for never"),
     "train.eval_period": (["-1", "often"], f"{WHOLE} 1, or 0 or null for never"),
-    "train.seed": (["abc", "-1", "1.0"], f"{WHOLE} 0"),
+    "train.seed": (["abc", "-1", "1.0", "99999999999999999999"], f"{WHOLE} 0"),
     "train.output_dir": (["null", "5", "", "' '", "[a]"], "the path of a folder"),
     "train.init_checkpoint": (["5", "[a]"], "text .*, or null"),
     "train.init_checkpoint_ignore": (["roi_heads.*", "[1]", "{a: b}"], r"a list of patterns, such as \[roi_heads"),
@@ -26,11 +29,41 @@ BAD = {
     "train.amp.enabled": (["maybe", "1"], "true or false"),
     "train.amp": (["null", "5"], "a section with keys of its own"),
     "train.checkpointer": (["null", "5"], "a section with keys of its own"),
-    "train.device": (["0", "null"], "text"),
-    "dataloader.train.total_batch_size": (["0", "two", "-2", "null"], f"{WHOLE} 1"),
-    "dataloader.train.num_workers": (["-1", "all"], f"{WHOLE} 0"),
+    "train.device": (["0", "null", "gpu", "cuda:x", "[cpu]"], "auto, cpu, cuda, cuda:1 or mps"),
+    "train.amp.dtype": (["half", "null", "16"], "auto, bf16 or fp16"),
+    "train.ddp": (["abc", "5", "[]"], "a section with keys of its own, or null"),
+    "train.ddp.find_unused_parameters": (["abc", "1", "null"], "true or false"),
+    "lr_multiplier.scheduler": (["abc", "null", "{}"], "a section with _target_"),
+    "optimizer.params.skip_list": (["null", "abc", "[1]"], "a list of names"),
+    "dataloader.train.total_batch_size": (["0", "two", "-2", "null", "1000000000"], f"{WHOLE} 1"),
+    "dataloader.train.num_workers": (["-1", "all", "100000"], f"{WHOLE} 0"),
     "dataloader.test.num_workers": (["-1", "all"], f"{WHOLE} 0"),
     "dataloader.test.batch_size": (["0", "all"], f"{WHOLE} 1"),
+    "dataloader.train.seed": (["abc", "-1", ".nan", "null"], f"{WHOLE} 0"),
+    "dataloader.train.dataset": (["abc", "null", "-1", "[1]", "{}", "true"], "a section with _target_"),
+    "dataloader.train.mapper": (["abc", "null", "{}"], "a section with _target_"),
+    "dataloader.test": (["abc", "0", "[]"], "a section with keys of its own, or null"),
+    "dataloader.evaluator": (["abc", "0", "{}"], "a section with _target_, or null"),
+    "optimizer": (["adam", "null", "{}"], "a section with _target_"),
+    "optimizer.params": (["all", "null", "{}"], "a section with _target_"),
+    "dataloader.train.dataset.names": (["5", "[a]", "true"], "text .*, or null"),
+    "dataloader.train.mapper.is_train": (["false", "1", "null"], "true"),
+    "dataloader.evaluator.output_dir": (["5", "[]"], "the path of a folder, or null"),
+    "dataloader.train.aspect_ratio_grouping": (["1", "yes, please", "null"], "true or false"),
+    "dataloader.train.dataset.filter_empty": (["1", "null"], "true or false"),
+    "dataloader.test.dataset.use_masks": (["some", "0"], "true or false"),
+    "dataloader.train.mapper.image_format": (["rgb", "3", "null"], "RGB or BGR"),
+    "dataloader.evaluator.max_dets_per_image": (["0", "many", ".inf", "99999999999"], f"{WHOLE} 1"),
+    "optimizer.weight_decay": (["-1", "x", ".nan", "null", "true", "[1]"], "a number of at least 0"),
+    "optimizer.betas": (["0.9", "[0.9]", "[0.9,1]", "[-1,0.5]", "[a,b]", "null", "[.nan,0.5]"], "a list of 2 numbers"),
+    "optimizer.params.base_lr": (["-1", "x", "null"], "a number of at least 0"),
+    "optimizer.params.weight_decay": (["-1", "x", "null"], "a number of at least 0"),
+    "optimizer.params.weight_decay_norm": (["-1", "x"], "a number of at least 0, or null"),
+    "optimizer.params.multiplier": (["0", "-1", "x", "null"], "a number above 0"),
+    "lr_multiplier.warmup_factor": (["-1", "x", ".inf", "null"], "a number of at least 0"),
+    "lr_multiplier.scheduler.values": (["1", "[]", "[-1]", "[x]", "[.nan]", "null"], "a list of numbers"),
+    "lr_multiplier.scheduler.milestones": (["1", "[0]", "[1.5]", "[x]", "null"], "a list of whole numbers"),
+    "lr_multiplier.scheduler.num_updates": (["0", "1.5", "x", "null"], f"{WHOLE} 1"),
     "lr_multiplier.warmup_length": (["1", "-0.1", "long"], "a number of at least 0 and below 1"),
     "model.roi_heads.num_classes": (["0", "many"], f"{WHOLE} 1"),
     "model.backbone.bottom_up.sample_ratio": (["0", "1.1", "-0.5", "half", "null"], "a number above 0 and at most 1"),
@@ -70,7 +103,7 @@ def test_good_values_pass(base):
 
 
 def test_every_check_is_of_a_key_that_a_shipped_config_has():
-    configs = [load(name) for name in ("mimdet_b_mask_rcnn", "mimdet_b_retinanet")]
+    configs = [load(name) for name in ("mimdet_b_mask_rcnn", "mimdet_b_retinanet", "benchmarking_b_25ep")]
     for key in CHECKS:
         section, _, last = key.rpartition(".")
         holders = [OmegaConf.select(cfg, section) if section else cfg for cfg in configs]
@@ -82,7 +115,7 @@ def test_all_bad_values_are_told_at_once(base):
     with pytest.raises(ValueError, match=r"^config: ") as caught:
         check_config(cfg)
     assert str(caught.value).splitlines() == [
-        "config: train.max_iter='abc': must be a whole number of at least 1",
+        "config: train.max_iter='abc': must be a whole number of at least 1 and at most 1000000000",
         "optimizer.lr='fast': must be a number of at least 0",
     ]
 
@@ -117,3 +150,14 @@ def test_training_and_evaluation_check_first(tmp_path):
         with pytest.raises(ValueError, match=r"train\.max_iter=-3: must be a whole number of at least 1"):
             run(cfg)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_value_behind_a_reference_is_named_once(base):
+    """``optimizer.params.base_lr`` refers to ``optimizer.lr``."""
+    with pytest.raises(ValueError, match=r"\Aconfig: optimizer\.lr=-1: [^\n]*\Z"):
+        check_config(apply_overrides(OmegaConf.create(base), ["optimizer.lr=-1"]))
+    cfg = apply_overrides(
+        OmegaConf.create(base), ["mae_checkpoint.path=x", "optimizer.params.base_lr=${mae_checkpoint.path}"]
+    )
+    with pytest.raises(ValueError, match=r"optimizer\.params\.base_lr='x': must be a number"):
+        check_config(cfg)

@@ -1,6 +1,7 @@
 """Configs: loading, interpolation, overrides, and the round trip through YAML."""
 
 import functools
+import re
 import textwrap
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def test_a_path_of_a_locale_without_utf_8_survives_yaml(tree, tmp_path):
     cfg = load(tree, ["train.max_iter=/data/\udcc3\udca9"])
     saved = tmp_path / "saved.yaml"
     saved.write_bytes(to_yaml(cfg).encode("ascii"))
-    assert load(saved).train.max_iter == "/data/\udcc3\udca9"
+    assert from_yaml(saved.read_text()).train.max_iter == "/data/\udcc3\udca9"
 
 
 @pytest.mark.parametrize(
@@ -219,17 +220,17 @@ def test_a_bad_yaml_file_is_named(tmp_path, content, message):
 def test_yaml_round_trip_builds_the_same(tree, tmp_path):
     saved = tmp_path / "saved.yaml"
     saved.write_text(to_yaml(load(tree, ["train.max_iter=5"])))
-    built = instantiate(load(saved))
+    built = instantiate(from_yaml(saved.read_text()))
     assert built["model"].out_features == 5
     assert isinstance(built["norms"]["part"], functools.partial)
     assert built["norms"]["part"](4).eps == 1e-5
-    assert to_yaml(load(saved)) == saved.read_text()
+    assert to_yaml(from_yaml(saved.read_text())) == saved.read_text()
 
 
 def test_yaml_keeps_bare_callables(tmp_path):
     saved = tmp_path / "saved.yaml"
     saved.write_text(to_yaml(OmegaConf.create({"norm": nn.LayerNorm}, flags={"allow_objects": True})))
-    assert instantiate(load(saved))["norm"](4).normalized_shape == (4,)
+    assert instantiate(from_yaml(saved.read_text()))["norm"](4).normalized_shape == (4,)
 
 
 def test_yaml_refuses_what_has_no_name():
@@ -248,3 +249,24 @@ def test_extra_arguments_win():
 
 def test_target_by_name():
     assert isinstance(instantiate({"_target_": "torch.nn.Identity"}), torch.nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [("a.0.prob=2", ValueError), ("a.0.prob=x", TypeError), ("b.max_size=-5", ValueError), ("b.max_size=x", ValueError)],
+)
+def test_a_refused_argument_names_the_key(tmp_path, override, error):
+    text = "a = [L(RandomFlip)(prob=0.5)]\nb = L(ResizeShortestEdge)(short_edge_length=8, max_size=None)"
+    (tmp_path / "c.py").write_text(
+        f"from mimdet.config import LazyCall as L\nfrom mimdet.data import RandomFlip, ResizeShortestEdge\n{text}\n"
+    )
+    key = override.partition("=")[0].rpartition(".")[0]
+    with pytest.raises(error, match=rf"\(config key {re.escape(key)}[,)]"):
+        instantiate(load(tmp_path / "c.py", [override]))
+
+
+def test_tuples_of_detectron2s_yaml_are_read_and_no_other_tag():
+    assert list(from_yaml("betas: !!python/tuple [0.9, 0.999]").betas) == [0.9, 0.999]
+    for tag in ("tuple a", "name:os.system ''", "object/new:tuple [[1]]", "object/apply:os.system [ls]"):
+        with pytest.raises(ValueError, match="not valid YAML"):
+            from_yaml(f"betas: !!python/{tag}")

@@ -23,7 +23,7 @@ from mimdet.config import (
     to_yaml,
 )
 from mimdet.config.lazy import TARGET, public_target, resolve_target
-from mimdet.config.trusted import TRUSTED, _allowed
+from mimdet.config.trusted import _OPTIMIZERS, TRUSTED, _allowed
 from mimdet.engine.model import build_model
 
 SHIPPED = sorted(p for p in CONFIGS.rglob("*.py") if not {"common", "detectron2"} & set(p.relative_to(CONFIGS).parts))
@@ -84,14 +84,17 @@ def test_the_list_is_what_the_shipped_configs_use_and_no_more(shipped):
             part = next(part for part in TRUSTED if _allowed(path) is TRUSTED[part])
             used[part].add(name)
     both = used["dataloader.train.mapper"] | used.pop("dataloader.test.mapper")
+    used["model"].add("torch.nn.LayerNorm")
+    used["optimizer"] |= set(_OPTIMIZERS)
     assert {**used, "dataloader.train.mapper": both} == {k: v for k, v in TRUSTED.items() if "test.mapper" not in k}
 
 
 def test_the_list_names_classes_of_mimdet_and_torch_only():
     for name in frozenset().union(*TRUSTED.values()):
         target = resolve_target(name)
-        assert public_target(f"{target.__module__}.{target.__qualname__}") == name, "an alias may lead elsewhere"
-        assert name.startswith(("mimdet.", "torch.nn.modules.", "torch.optim."))
+        full = public_target(f"{target.__module__}.{target.__qualname__}")
+        assert full == name or (full in _allowed(("model",)) | _OPTIMIZERS and name.startswith("torch."))
+        assert full.startswith(("mimdet.", "torch.nn.modules.", "torch.optim."))
         assert isinstance(target, type) or name in NOT_CLASSES
     # What is built from a checkpoint computes: modules and what they are told, transforms.
     for name in TRUSTED["model"]:
@@ -253,9 +256,9 @@ def test_a_meta_that_is_no_dictionary_is_named(tmp_path, meta):
         Predictor(None, tmp_path / "a.pth")
 
 
-def test_a_config_file_of_the_user_may_name_any_target(tmp_path, demo):
-    (tmp_path / "mine.yaml").write_text(with_node(demo, "train.ddp", call("collections.OrderedDict", a=1)))
-    assert resolve_target(load(tmp_path / "mine.yaml").train.ddp[TARGET])(a=1) == {"a": 1}
+def test_a_python_config_of_the_user_may_name_any_target(tmp_path):
+    (tmp_path / "mine.py").write_text('ddp = {"_target_": "collections.OrderedDict", "a": 1}\n')
+    assert resolve_target(load(tmp_path / "mine.py").ddp[TARGET])(a=1) == {"a": 1}
 
 
 PIPES = [
@@ -279,3 +282,48 @@ def test_no_file_is_read_to_build_a_model_for_other_weights(tmp_path, demo, monk
                 build_model(alone)
     assert OmegaConf.to_container(cfg, resolve=False) == before
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("evil", EVILS)
+@pytest.mark.parametrize("place", ["model", "augmentations", "optimizer", "train-mapper"])
+def test_a_yaml_file_names_no_target_but_the_listed_ones(trap, demo, evil, place):
+    """It comes with weights; to_yaml's ``config.yaml`` of a run is of listed targets alone."""
+    Path("evil.yaml").write_text(with_node(demo, PLACES[place], EVILS[evil]))
+    with pytest.raises(UntrustedConfigError, match=rf"evil\.yaml is refused.*{PLACES[place]}\S* names .*--config-file"):
+        load("evil.yaml")
+    assert not (trap / "RAN").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${oc.create:{_target_:os.system,command:x}}",
+        "${oc.decode:'{_target_: os.system}'}",
+        "${oc.env:X,{_target_:os.system}}",
+        "${oc.dict.values:model}",
+        "${a.${oc.env:HOME}}",
+        "${oc.select:model}",
+    ],
+)
+def test_no_interpolation_of_a_yaml_file_builds_a_node(trap, demo, value):
+    Path("evil.yaml").write_text(with_node(demo, "model.backbone", value))
+    with pytest.raises(UntrustedConfigError, match=r"model\.backbone is .*interpolations may be references"):
+        load("evil.yaml")
+
+
+def test_a_yaml_file_may_refer_to_values_and_variables(trap, demo, monkeypatch):
+    monkeypatch.setenv("FOLDER", "here")
+    text = with_node(demo, "train.output_dir", "${oc.env:FOLDER}/${train.seed}/${oc.env:NOWHERE,there}")
+    Path("mine.yaml").write_text(text.replace("torch.optim.adamw.AdamW", "torch.optim.SGD"))
+    cfg = load("mine.yaml")
+    assert (cfg.train.output_dir, cfg.optimizer[TARGET]) == ("here/0/there", "torch.optim.SGD")
+
+
+@pytest.mark.parametrize("text", ["!!python/object/apply:os.system ['touch RAN']", "{_target_: detectron2.os.system}"])
+@pytest.mark.parametrize("key", ["model", "x"])
+def test_a_yaml_file_of_detectron2_runs_nothing(trap, key, text):
+    rest = "train: {_target_: detectron2.modeling.FPN, a: {_target_: os.system, command: touch RAN}}"
+    Path("evil.yaml").write_text(f"{key}: {text}\n{rest}\n")
+    with pytest.raises(ValueError, match=r"evil\.yaml"):
+        load("evil.yaml")
+    assert not (trap / "RAN").exists()

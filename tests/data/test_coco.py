@@ -483,3 +483,16 @@ class TestMapper:
         targets = DatasetMapper(True, [])(record, None)["targets"]
         assert targets["boxes"].tolist() == [[0, 10, 60, 40]]
         assert len(targets["masks"]) == len(targets["labels"]) == 1
+
+
+def test_a_name_without_a_file_behind_it_is_missing(write, tmp_path):
+    """Dangling links and folders are listed as files are."""
+    data = content([instance(1), instance(2, image_id=8), instance(3, image_id=9)], images=(7, 8, 9))
+    files = write(data)
+    for name in ("7.png", "8.png", "9.png"):
+        (files["image_root"] / name).rename(tmp_path / name)
+    (files["image_root"] / "7.png").symlink_to("nowhere")
+    (files["image_root"] / "8.png").mkdir()
+    (files["image_root"] / "9.png").symlink_to(tmp_path / "9.png")
+    with pytest.raises(DataError, match=r"2 of 3 image files of .*set\.json do not exist: '.*7\.png', '.*8\.png'"):
+        CocoDataset(**files)

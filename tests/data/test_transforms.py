@@ -272,6 +272,10 @@ def test_fixed_size_crop_without_padding_and_targets():
         (lambda: ResizeShortestEdge((3, 2)), "short_edge_length"),
         (lambda: ResizeShortestEdge(10, sample_style="uniform"), "sample_style"),
         (lambda: ResizeShortestEdge((), sample_style="choice"), "short_edge_length"),
+        (lambda: ResizeShortestEdge(0), "short_edge_length"),
+        (lambda: ResizeShortestEdge(2.5), "short_edge_length"),
+        (lambda: ResizeShortestEdge("8"), "short_edge_length"),
+        (lambda: ResizeShortestEdge(10**30), "short_edge_length"),
         (lambda: RandomFlip(prob=1.5), "prob"),
         (lambda: RandomApply(None, -0.1), "prob"),
         (lambda: RandomCrop("relative", (0.5, 0.5)), "crop_"),
@@ -280,7 +284,7 @@ def test_fixed_size_crop_without_padding_and_targets():
         (lambda: ResizeScale(2, 1, 8, 8), "min_scale"),
         (lambda: FixedSizeCrop((0, 8)), "crop_size"),
     ],
-    ids=range(11),
+    ids=range(15),
 )
 def test_bad_arguments_are_named(build, message):
     with pytest.raises(ValueError, match=message):
@@ -330,3 +334,20 @@ def test_randomness_comes_from_the_generator_alone():
     first, second = (np.asarray(augment(make_image(), None, rng(5))[0]) for _ in range(2))
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(np.random.get_state()[1], state)
+
+
+@pytest.mark.parametrize("max_size", [0, -1, float("nan"), "8", [8]])
+def test_resize_refuses_a_cap(max_size):
+    with pytest.raises(ValueError, match="max_size must be positive, or None"):
+        ResizeShortestEdge(8, max_size)
+
+
+@pytest.mark.parametrize("build", [lambda x: AugmentationList([x]), RandomApply])
+def test_what_cannot_be_called_is_no_augmentation(build):
+    with pytest.raises(TypeError, match="'RandomFlip' cannot be"):
+        build("RandomFlip")
+
+
+def test_a_flip_is_told_its_axis_by_true_or_false():
+    with pytest.raises(ValueError, match="must be true or false, got 'yes' and False"):
+        RandomFlip(horizontal="yes")

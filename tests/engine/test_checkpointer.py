@@ -189,7 +189,7 @@ def test_only_a_disk_gives_disk_errors(tmp_path):
         Checkpointer(tmp_path).save("model_0000001", {"model": Unsavable()})
     assert "Make room" not in str(caught.value)
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"Not a directory .*Remove the cause") as caught:
+    with pytest.raises(CheckpointError, match=r"Not a directory.*Remove the cause") as caught:
         Checkpointer(tmp_path / "file" / "below").save("model_0000001", state(1))
     assert "Make room" not in str(caught.value)
 
@@ -239,3 +239,39 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplo
     with locked(tmp_path):
         pass
     assert "cannot be locked (No locks available)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "log.txt", "."])
+def test_a_pointer_to_a_file_that_is_no_checkpoint_is_not_believed(tmp_path, name):
+    """The advice to delete that file would lose it."""
+    checkpointer = saved(tmp_path, 3, 6)
+    (tmp_path / "config.yaml").write_text("model: {}")
+    (tmp_path / "log.txt").write_text("saved")
+    (tmp_path / "last_checkpoint").write_text(name)
+    assert checkpointer.newest()[0].name == "model_0000006.pth"
+
+
+def test_a_changed_byte_of_the_last_one_is_found(tmp_path):
+    """torch.load does not compare checksums."""
+    checkpointer = saved(tmp_path, 3, 6)
+    content = bytearray((tmp_path / "model_0000006.pth").read_bytes())
+    content[content.index(torch.full((10,), 6.0).numpy().tobytes())] ^= 1
+    (tmp_path / "model_0000006.pth").write_bytes(content)
+    message = r"0000006\.pth is damaged: .*data/0 in it does not match its checksum.*good one is .*model_0000003\.pth"
+    with pytest.raises(CheckpointError, match=message):
+        checkpointer.newest()
+
+
+def test_a_pointer_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "last_checkpoint").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot save .*model_0000001\.pth: .*last_checkpoint: Is a directory"):
+        saved(tmp_path, 1)
+
+
+def test_a_lock_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(socket, "gethostname", full)
+    with pytest.raises(OSError, match=r"No space left on device, .* free: '.*\.lock'"), locked(tmp_path):
+        pass

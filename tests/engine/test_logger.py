@@ -1,14 +1,17 @@
+import errno
 import io
 import json
 import logging
 import math
 import os
 import sys
+import threading
 
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mimdet.engine import logger as logger_module
 from mimdet.engine.logger import MetricsWriter, RunLog, TrainingProgress, flatten
 
 logger = logging.getLogger("mimdet.test")
@@ -214,3 +217,19 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path, monkeypatch, term):
     monkeypatch.setenv("TERM", term)
     with RunLog(tmp_path) as log:
         assert log.console is None
+
+
+@pytest.mark.parametrize("method", ["__init__", "add_scalar", "close"])
+def test_a_full_disk_ends_tensorboards_file_alone(tmp_path, monkeypatch, caplog, method):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(logger_module.SummaryWriter, method, full)
+    hook = threading.excepthook
+    writer = MetricsWriter(tmp_path)
+    for iteration in range(2):
+        writer.write(iteration, {"total_loss": 1.0})
+    writer.close()
+    assert caplog.messages == [f"cannot write TensorBoard's file in {tmp_path}: No space left on device"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert threading.excepthook is hook

@@ -246,8 +246,10 @@ def test_torchrun_passes_a_signal_on_and_ends_quietly(tmp_path):
     cfg.dataloader.train.num_workers = 1
     cfg.dataloader.evaluator = None
     cfg.optimizer._target_ = "torch.optim.AdamW"
-    (tmp_path / "fake.yaml").write_text(to_yaml(cfg))
-    command = [sys.executable, "-m", "mimdet", "train", "--config-file", str(tmp_path / "fake.yaml"), "--num-gpus", "2"]
+    (tmp_path / "fake.py").write_text(
+        f"from mimdet.config import from_yaml\nglobals().update(from_yaml({to_yaml(cfg)!r}))"
+    )
+    command = [sys.executable, "-m", "mimdet", "train", "--config-file", str(tmp_path / "fake.py"), "--num-gpus", "2"]
     with subprocess.Popen(
         command,
         env=environment(),

@@ -365,7 +365,8 @@ def test_resuming_bare_weights_is_refused(tmp_path):
         run(tmp_path, "a", resume=True)
 
 
-def test_a_saved_config_trains_and_resumes_as_the_python_config(tmp_path):
+def test_a_saved_config_trains_and_resumes_as_the_python_config(tmp_path, monkeypatch):
+    monkeypatch.setattr("mimdet.config.loader.checked", lambda cfg: cfg)  # the fakes are no parts of shipped configs
     run(tmp_path, "a", "train.checkpointer.period=2", max_iter=4)
     text = (tmp_path / "a" / "config.yaml").read_text()
     assert "torch.optim.adamw.AdamW" in text, "a name that is no attribute of its package"
@@ -484,3 +485,57 @@ def test_random_states_come_back(drawn):
     expected = [drawn(), random.gauss(0, 1), np.random.randn()]
     set_random_state(state)
     assert [drawn(), random.gauss(0, 1), np.random.randn()] == expected
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on Windows")
+def test_a_hangup_that_nohup_ignores_does_not_stop(tmp_path, act):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        act(1, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        run(tmp_path, "a", max_iter=3)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert sorted(losses(tmp_path / "a")[0]) == [0, 1, 2]
+
+
+def changed_state(checkpoint, key):
+    checkpoint[key] = {
+        "iteration": -3,
+        "random": [{"python": 1}],
+        "meta": ["cat", "dog"],
+        "optimizer": checkpoint["optimizer"] | {"state": {0: 5}},
+    }[key]
+
+
+def broken_moments(checkpoint, key):
+    next(iter(checkpoint["optimizer"]["state"].values()))[key][-1] = float("nan")
+
+
+def smaller_moments(checkpoint, key):
+    for state in checkpoint["optimizer"]["state"].values():
+        state[key] = torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "message"),
+    [
+        (changed_state, "iteration", "its iteration cannot be of a training"),
+        (changed_state, "random", "its random cannot be of a training"),
+        (changed_state, "meta", "its meta cannot be of a training"),
+        (changed_state, "optimizer", "its optimizer state does not fit"),
+        (broken_moments, "exp_avg_sq", "exp_avg_sq holds NaN"),
+        (smaller_moments, "exp_avg", r"exp_avg is \(2,\) for a parameter of"),
+        (smaller_moments, "exp_avg_sq", r"exp_avg_sq is \(2,\) for a parameter of"),
+    ],
+)
+def test_a_state_of_another_program_is_refused_before_anything_is_written(tmp_path, change, key, message):
+    """The fused AdamW would write beyond a smaller moment, and end the process."""
+    run(tmp_path, "a", max_iter=2)
+    checkpoint = torch.load(tmp_path / "a/model_final.pth", weights_only=False)
+    change(checkpoint, key)
+    torch.save(checkpoint, tmp_path / "a/model_final.pth")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    with pytest.raises(CheckpointError, match=rf"cannot resume from .*model_final\.pth: .*{message}"):
+        run(tmp_path, "a", max_iter=4, resume=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before

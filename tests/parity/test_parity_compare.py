@@ -82,3 +82,51 @@ def test_a_result_compared_with_itself(tmp_path, monkeypatch, capsys):
     result = compare.compare(tmp_path / "a.json", tmp_path / "a.json")
     assert not any((result.grown, result.shrunk, result.auto, result.environment))
     assert result.same > 2
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("environment", [1]),
+        ("environment.versions", [1]),
+        ("auto", ["a"]),
+        ("auto", {"op": 1}),
+        ("cases", {"a": 1}),
+        ("cases[0]", 1),
+        ("cases[0].id", ["x"]),
+        ("cases[0].tensor", None),
+        ("cases[0].status", ["failed"]),
+        ("cases[0].error", "1"),
+        ("cases[0].budget", True),
+        ("cases[0].ulp", float("nan")),
+    ],
+)
+def test_a_file_that_was_changed_is_refused(tmp_path, monkeypatch, capsys, place, value):
+    good = write(tmp_path / "good.json", ("x", 1, "passed"))
+    content = json.loads(good.read_text())
+    node, *path = [content, *place.replace("[0]", ".0").split(".")]
+    for key in path[:-1]:
+        node = node[int(key) if key.isdigit() else key]
+    node[int(path[-1]) if path[-1].isdigit() else path[-1]] = value
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(content))
+    for pair in ((good, bad), (bad, good)):
+        assert command(monkeypatch, *pair) == 2
+        assert f"bad.json: {place} is not as mimdet parity --json writes it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "9" * 5000, ""])
+def test_a_file_that_is_no_json_is_refused(tmp_path, monkeypatch, capsys, text):
+    (tmp_path / "bad.json").write_text(text)
+    assert command(monkeypatch, tmp_path / "bad.json", tmp_path / "bad.json") == 2
+    assert "bad.json" in capsys.readouterr().err
+
+
+def test_text_of_a_file_is_shown_as_it_is(tmp_path, monkeypatch, capsys):
+    """Neither rich's markup nor a terminal's commands."""
+    first = write(tmp_path / "a.json", ("[/x]\x1b]0;title\x07", 1, "passed"), torch="[red]2")
+    second = write(tmp_path / "b.json", ("[/x]\x1b]0;title\x07", 9, "passed"), auto="[/bold]")
+    assert command(monkeypatch, first, second) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("[/x] ]0;title ", "[red]2", "[/bold]"))
+    assert "\x1b]" not in out

@@ -217,3 +217,38 @@ def test_parts_without_a_counterpart_are_named():
     cfg.model.proposal_generator._target_ = "mimdet.detection.Novelty"
     with pytest.raises(ValueError, match=r"no counterpart of mimdet\.detection\.Novelty"):
         ours.use_detectron2(cfg.model, cfg.dataloader, cfg.lr_multiplier, cfg.train)
+
+
+SHELL = "{_target_: os.system, command: touch RAN}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: !!python/object/apply:os.system ['touch RAN']", "not valid YAML"),
+        ("model: {a: !!python/name:os.system ''}", "os.system is no part of the shipped configs"),
+        ("model: !!python/object/apply:functools.partial {state: [print, [], {}, {}]}", "no functools.partial"),
+        (
+            "model: !!python/object/apply:functools.partial {state: [!!python/name:os.system '', [], {}, {}]}",
+            "os.system",
+        ),
+        (f"model: {SHELL}", "model names 'os.system' to be called"),
+        ("model: {_target_: detectron2.utils.env.os.system, command: touch RAN}", "to be called"),
+        (f"model: {{_target_: detectron2.modeling.FPN, norm: {SHELL}}}", "model.norm names 'os.system'"),
+        ("model: '${oc.create:{_target_:os.system,command:x}}'", "interpolations may be references"),
+    ],
+)
+def test_a_yaml_config_runs_no_code(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"(?s)config .*evil\.yaml.*{message}"):
+        load_config(str(tmp_path / "evil.yaml"))
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_a_yaml_config_that_detectron2_saved_is_the_config(tmp_path):
+    cfg = load_config(d2.BASE)
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    again = load_config(str(tmp_path / "config.yaml"), ["train.max_iter=7"])
+    assert again.train.max_iter == 7
+    assert set(instantiate(again.model).state_dict()) == set(instantiate(cfg.model).state_dict())

@@ -470,3 +470,20 @@ def spoiled(**fields):
 def test_malformed_inputs(mask_rcnn, inputs, message):
     with pytest.raises((TypeError, ValueError), match=message):
         mask_rcnn.train()(inputs())
+
+
+def test_packed_detections_are_those_of_the_image_alone():
+    cfg = config("mimdet_b_mask_rcnn", "model.backbone.bottom_up.batch_mode=packed")
+    use_fast_step(cfg.model)
+    model = instantiate(cfg.model).eval()
+    d2.fill_module(model)
+    inputs = d2.inputs()
+    with torch.no_grad():
+        together, alone = model(inputs), [model([x])[0] for x in inputs]
+    assert inputs[0]["image"].shape != inputs[1]["image"].shape
+    for actual, expected in zip(together, alone, strict=True):
+        actual, expected = actual["instances"], expected["instances"]
+        assert len(actual) == len(expected) > 0
+        assert torch.equal(actual.pred_classes, expected.pred_classes)
+        assert torch.allclose(actual.scores, expected.scores, atol=2e-5)
+        assert (actual.pred_boxes.tensor - expected.pred_boxes.tensor).abs().max() <= 2e-3
