@@ -114,7 +114,7 @@ def has_cuda(operation: str) -> bool:
     """Whether an operation has a kernel in csrc."""
     from ..kernels import build
 
-    return (build.CSRC / f"{''.join(word.title() for word in operation.split('_'))}CUDA.cu").is_file()
+    return any(f" mimdet_{operation}_" in file.read_text() for file in build.CSRC.glob("*.cu"))
 
 
 class c_calls(ExitStack):  # noqa: N801

@@ -1,5 +1,6 @@
 """The steps of batch norm, each an operation under ``mimdet::``: ``batch_norm_moments``, ``batch_norm_statistics``,
 ``batch_norm``, ``batch_norm_sums`` and ``batch_norm_backward``. Processes exchange what the first and the fourth find.
+What each computes is in ``reference``.
 
 Maps are (N, C, H, W); ``sizes`` (N, 2) are the rows and columns of the valid area at the top left of each, 0 .. H and
 0 .. W, or None: all of them. Parameters and statistics are float32 (C,).
@@ -16,35 +17,6 @@ from . import reference
 NAME = "batch_norm"
 # The most cells of a batch that the GPU kernels count in int32.
 MOST_CELLS = 2**30
-
-
-def moments(x: torch.Tensor, sizes: torch.Tensor | None, impl: str) -> torch.Tensor:
-    """See ``reference.moments``."""
-    return reference.moments(x, sizes) if impl == "eager" else _moments(x, sizes, impl)
-
-
-def statistics(parts: torch.Tensor, eps: float, unbiased: bool, impl: str) -> torch.Tensor:
-    """See ``reference.statistics``."""
-    arguments = parts, eps, unbiased
-    return reference.statistics(*arguments) if impl == "eager" else _statistics(*arguments, impl)
-
-
-def forward(x, weight, bias, mean, rstd, sizes, relu: bool, impl: str) -> torch.Tensor:
-    """See ``reference.forward``."""
-    arguments = x, weight, bias, mean, rstd, sizes, relu
-    return reference.forward(*arguments) if impl == "eager" else _forward(*arguments, impl)
-
-
-def sums(dy, x, weight, bias, mean, rstd, sizes, relu: bool, impl: str) -> torch.Tensor:
-    """See ``reference.sums``."""
-    arguments = dy, x, weight, bias, mean, rstd, sizes, relu
-    return reference.sums(*arguments) if impl == "eager" else _sums(*arguments, impl)
-
-
-def backward(dy, x, weight, bias, mean, rstd, means, sizes, relu: bool, impl: str) -> torch.Tensor:
-    """See ``reference.backward``."""
-    arguments = dy, x, weight, bias, mean, rstd, means, sizes, relu
-    return reference.backward(*arguments) if impl == "eager" else _backward(*arguments, impl)
 
 
 def _dense(x):
@@ -118,35 +90,45 @@ def _like_x(x):
     return torch.empty_like(_dense(x)[0])
 
 
-_PARAMETERS = "Tensor weight, Tensor bias, Tensor mean, Tensor rstd"
+def _step(name, arguments, eager, run, fake):
+    """Register a step, computed by plain PyTorch too; return what takes its arguments and the implementation."""
+    registered = library.define(name, f"({arguments}, str impl) -> Tensor", run, fake)
 
-_moments = library.define(
+    def call(*arguments):
+        return eager(*arguments[:-1]) if arguments[-1] == "eager" else registered(*arguments)
+
+    return call
+
+
+_PARAMETERS = "Tensor weight, Tensor bias, Tensor mean, Tensor rstd"
+_REST = "Tensor? sizes, bool relu"
+
+moments = _step(
     "batch_norm_moments",
-    "(Tensor x, Tensor? sizes, str impl) -> Tensor",
+    "Tensor x, Tensor? sizes",
+    reference.moments,
     _run_moments,
     lambda x, *rest: _allocate_moments(x),
 )
-_statistics = library.define(
+statistics = _step(
     "batch_norm_statistics",
-    "(Tensor parts, float eps, bool unbiased, str impl) -> Tensor",
+    "Tensor parts, float eps, bool unbiased",
+    reference.statistics,
     _run_statistics,
     lambda parts, *rest: _allocate_statistics(parts),
 )
-_forward = library.define(
-    NAME,
-    f"(Tensor x, {_PARAMETERS}, Tensor? sizes, bool relu, str impl) -> Tensor",
-    _run_forward,
-    lambda x, *rest: _like_x(x),
-)
-_sums = library.define(
+forward = _step(NAME, f"Tensor x, {_PARAMETERS}, {_REST}", reference.forward, _run_forward, lambda x, *rest: _like_x(x))
+sums = _step(
     "batch_norm_sums",
-    f"(Tensor dy, Tensor x, {_PARAMETERS}, Tensor? sizes, bool relu, str impl) -> Tensor",
+    f"Tensor dy, Tensor x, {_PARAMETERS}, {_REST}",
+    reference.sums,
     _run_sums,
     lambda dy, x, *rest: _allocate_sums(x),
 )
-_backward = library.define(
+backward = _step(
     "batch_norm_backward",
-    f"(Tensor dy, Tensor x, {_PARAMETERS}, Tensor means, Tensor? sizes, bool relu, str impl) -> Tensor",
+    f"Tensor dy, Tensor x, {_PARAMETERS}, Tensor means, {_REST}",
+    reference.backward,
     _run_backward,
     lambda dy, x, *rest: _like_x(x),
 )

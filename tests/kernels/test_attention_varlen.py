@@ -647,14 +647,14 @@ def test_compiles_within_the_budget(capability, head_dim, dtype):
     heads = 768 // head_dim
     qkv, gradient = torch.empty(4200, 3, heads, head_dim, dtype=dtype), torch.empty(4200, heads, head_dim, dtype=dtype)
     compiled = compile_pair(OP, capability, lambda: differentiate(qkv, gradient, (2100, 2100), "triton"))
-    assert len(compiled) == 4
+    assert len(compiled) == 3
     for one in compiled:
         assert one.stack <= SPILLED.get((one.name, dtype, head_dim), 0), one
         assert one.shared <= SHARED, one
         # A multiprocessor has 65536 registers, enough for one program of 8 warps.
         assert one.registers <= 255, one
         assert one.loads_16, one
-        assert one.stores_16 or "delta" in one.name, one
+        assert one.stores_16, one
 
 
 def decoder(length=4200, head_dim=32):
@@ -699,4 +699,4 @@ def test_lengths_compile_nothing():
         for length in (4200, 4096, 77):
             decoder(length)()
         built = [one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants) for one in recorded]
-    assert built[:4] == built[4:8] == built[8:]
+    assert built[:3] == built[3:6] == built[6:]
