@@ -26,8 +26,8 @@ def gelu_derivative(z):
 @triton.jit
 def norm_gelu_gradient(dy, x, offs, mask, mean, rstd, weight, bias):
     """x_hat, the normalized x; dz, the gradient of weight * x_hat + bias, which GELU takes. Behind the mask dz is 0."""
-    value = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32)
     gradient = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32)
     x_hat = (value - mean) * rstd
     return x_hat, gradient * gelu_derivative(x_hat * weight + bias)
 

@@ -1,7 +1,7 @@
 """Residual addition and LayerNorm on a GPU through Triton: a row stays in registers between the passes.
 
 Numbers tell which tensors are there, so that one compilation serves all calls. In place of one that is not, the
-launchers pass another of its dtype, which is not touched.
+launchers pass another of its dtype.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def _add_layer_norm_bwd_kernel(
     has_dresidual, has_x, has_scale, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """d*, residual_out: (M, C); mean, rstd: (M,); scale: (M // N,); weight: (C,); partials: (2, programs, C) float32,
-    sums of the gradients of bias and of weight. Without x, dx is not there."""
+    sums of the gradients of bias and of weight. Without x, dx is not there; residual_out takes the place of a missing
+    dresidual_out."""
     program = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
     mask = channel < C
-    with_dresidual, with_x = channel < C * has_dresidual, channel < C * has_x
     w = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK_C,), tl.float32)
     db = tl.zeros((BLOCK_C,), tl.float32)
@@ -72,7 +72,8 @@ def _add_layer_norm_bwd_kernel(
         offs = row * C + channel
         total = tl.load(residual_out + offs, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32)
-        passed_on = tl.load(dresidual_out + offs, mask=with_dresidual, other=0.0)
+        # What is not there is loaded and counts nothing: another mask would take a register for each element.
+        passed_on = tl.load(dresidual_out + offs, mask=mask, other=0.0).to(tl.float32) * has_dresidual
         row_mean = tl.load(mean + row)
         row_rstd = tl.load(rstd + row)
         row_scale = _scale_of(scale, tl.cast(row, tl.int32), N, has_scale)
@@ -81,9 +82,9 @@ def _add_layer_norm_bwd_kernel(
         db += g
         g *= w
         g_sum, gx_sum = tl.split(tl.sum(tl.join(g, g * x_hat), axis=0))
-        dtotal = row_rstd * (g - g_sum / C - x_hat * (gx_sum / C)) + passed_on.to(tl.float32)
+        dtotal = row_rstd * (g - g_sum / C - x_hat * (gx_sum / C)) + passed_on
         tl.store(dresidual + offs, dtotal.to(dresidual.dtype.element_ty), mask=mask)
-        tl.store(dx + offs, (dtotal * row_scale).to(dx.dtype.element_ty), mask=with_x)
+        tl.store(dx + offs, (dtotal * row_scale).to(dx.dtype.element_ty), mask=channel < C * has_x)
     tl.store(partials + program * C + channel, db, mask=mask)
     tl.store(partials + (tl.num_programs(0) + program) * C + channel, dw, mask=mask)
 

@@ -146,13 +146,11 @@ def _batch_norm_fwd_kernel(
 ):  # fmt: skip
     """x, y: M cells of C channels; weight, bias, mean, rstd: (C,). A program has one tile."""
     channel, channel_mask = _channels(C, BLOCK_C)
-    offs, here, use = _tile(
-        tl.program_id(0), sizes, M, C, S, W, has_sizes, NHWC, SHIFT, BLOCK_R, BLOCK_C
-    )  # fmt: skip
+    offs, here, use = _tile(tl.program_id(0), sizes, M, C, S, W, has_sizes, NHWC, SHIFT, BLOCK_R, BLOCK_C)
     value = tl.load(x + offs, mask=use & channel_mask, other=0.0).to(tl.float32)
     gain, b, center, _ = _parameters(weight, bias, mean, rstd, channel, channel_mask)
-    result = (value - center) * gain + b
-    result = tl.where((relu != 0) & (result < 0.0), 0.0, result)
+    least = tl.where(relu != 0, 0.0, float("-inf"))
+    result = tl.maximum((value - center) * gain + b, least, propagate_nan=tl.PropagateNan.ALL)
     if sizes is not None:
         result = tl.where(use, result, 0.0)
     tl.store(y + offs, result.to(y.dtype.element_ty), mask=here & channel_mask)
@@ -188,9 +186,7 @@ def _batch_norm_bwd_kernel(
 ):  # fmt: skip
     """dy, x, dx: M cells of C channels; means: (2, C), of dz and of dz * x_hat. A program has one tile."""
     channel, channel_mask = _channels(C, BLOCK_C)
-    offs, here, use = _tile(
-        tl.program_id(0), sizes, M, C, S, W, has_sizes, NHWC, SHIFT, BLOCK_R, BLOCK_C
-    )  # fmt: skip
+    offs, here, use = _tile(tl.program_id(0), sizes, M, C, S, W, has_sizes, NHWC, SHIFT, BLOCK_R, BLOCK_C)
     dz = tl.load(dy + offs, mask=use & channel_mask, other=0.0).to(tl.float32)
     centered = tl.load(x + offs, mask=use & channel_mask, other=0.0).to(tl.float32)
     gain, b, center, scale = _parameters(weight, bias, mean, rstd, channel, channel_mask)
@@ -209,8 +205,9 @@ def _layout(x, sizes, nhwc):
     batch, channels, height, width = x.shape
     positions = height * width
     block_c = min(triton.next_power_of_2(channels), _WIDEST) if nhwc else 1
-    block_r = _TILE // block_c
     has_sizes = sizes is not None
+    # Where cells or channels are loaded one by one, to know where each is takes registers too.
+    block_r = (_TILE if (channels % 16 == 0 if nhwc else not has_sizes) else _TILE // 2) // block_c
     if nhwc and not has_sizes:
         sizes = torch.empty(0, dtype=torch.int32, device=x.device)
     arguments = sizes, batch * positions, channels, positions, width, int(has_sizes)

@@ -48,8 +48,9 @@ def _layer_norm_gelu_fwd_nhwc_kernel(
         result = tl.where(use, result, 0.0)
         x_rstd = tl.where(use, x_rstd, 0.0)
     tl.store(y + offs, result.to(y.dtype.element_ty), mask=exists & channel_mask)
-    tl.store(mean + row, x_mean, mask=exists)
-    tl.store(rstd + row, x_rstd, mask=exists)
+    # One address of 64 bits and offsets of 32: an address for each row would spill registers.
+    tl.store(mean + first + lane, x_mean, mask=exists)
+    tl.store(rstd + first + lane, x_rstd, mask=exists)
 
 
 @triton.jit
