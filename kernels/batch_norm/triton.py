@@ -3,8 +3,9 @@
 The cells of a batch are counted through, map after map; a tile is some cells of some channels: of many channels where
 memory is channels_last (NHWC), of one otherwise. Sums over cells are made of the sums of programs, in their order.
 
-Numbers tell whether there are a ReLU and sizes, so that one compilation serves all calls. NCHW maps without sizes pass
-None: behind a branch, Triton would not see that neighboring cells are valid together and may be loaded at once.
+Of the kernels that sum, numbers tell whether there are a ReLU and sizes: one compilation serves all calls. Those that
+write a map are compiled for each: there a number costs instructions for every element. So are NCHW maps with sizes:
+behind a branch, Triton would not see that neighboring cells are valid together and may be loaded at once.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ _WIDEST = 64
 # The most programs that sum: four for each of the 132 multiprocessors of an H100 or H200, one wave.
 _MOST_PARTS = 528
 
-_VARYING = ["M", "S", "W", "has_sizes", "relu", "steps"]
+_VARYING = ["M", "S", "W"]
 
 
 @triton.jit
-def _tile(tile, sizes, M, C, S, W, has_sizes, NHWC: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr,
+def _tile(tile, sizes, has_sizes, M, C, S, W, NHWC: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr,
           BLOCK_C: tl.constexpr):  # fmt: skip
     """Offsets (cells, channels) of a tile, which of its cells exist, and which are valid too."""
     # NCHW: the compiler loads neighboring cells together if it sees that 2**SHIFT divides where a channel starts.
@@ -54,9 +55,9 @@ def _channels(C, BLOCK_C: tl.constexpr):
     return channel, channel < C
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=[*_VARYING, "has_sizes", "steps"])
 def _batch_norm_moments_kernel(
-    x, parts, sizes, M, C, S, W, has_sizes, steps, NHWC: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr,
+    x, parts, sizes, has_sizes, M, C, S, W, steps, NHWC: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """x: M cells of C channels; parts: (programs, 3 * C + 1) float32: means, sums of squared deviations, count, and
@@ -72,7 +73,7 @@ def _batch_norm_moments_kernel(
     squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for step in range(steps):
         tile = start(tl.program_id(0), steps) + step
-        offs, _, use = _tile(tile, sizes, M, C, S, W, has_sizes, NHWC, SHIFT, BLOCK_R, BLOCK_C)
+        offs, _, use = _tile(tile, sizes, has_sizes, M, C, S, W, NHWC, SHIFT, BLOCK_R, BLOCK_C)
         value = tl.load(x + offs, mask=use & channel_mask, other=0.0).to(tl.float32)
         pivot = tl.where(count == 0, value, pivot)
         rest = tl.where(use, value - pivot, 0.0)
@@ -141,24 +142,25 @@ def _parameters(weight, bias, mean, rstd, channel, mask):
 
 @triton.jit(do_not_specialize=_VARYING)
 def _batch_norm_fwd_kernel(
-    x, weight, bias, mean, rstd, y, sizes, M, C, S, W, has_sizes, relu, NHWC: tl.constexpr, SHIFT: tl.constexpr,
+    x, weight, bias, mean, rstd, y, sizes, M, C, S, W, RELU: tl.constexpr, NHWC: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """x, y: M cells of C channels; weight, bias, mean, rstd: (C,). A program has one tile."""
     channel, channel_mask = _channels(C, BLOCK_C)
-    offs, here, use = _tile(tl.program_id(0), sizes, M, C, S, W, has_sizes, NHWC, SHIFT, BLOCK_R, BLOCK_C)
+    offs, here, use = _tile(tl.program_id(0), sizes, 1, M, C, S, W, NHWC, SHIFT, BLOCK_R, BLOCK_C)
     value = tl.load(x + offs, mask=use & channel_mask, other=0.0).to(tl.float32)
     gain, b, center, _ = _parameters(weight, bias, mean, rstd, channel, channel_mask)
-    least = tl.where(relu != 0, 0.0, float("-inf"))
-    result = tl.maximum((value - center) * gain + b, least, propagate_nan=tl.PropagateNan.ALL)
+    result = (value - center) * gain + b
+    if RELU:
+        result = tl.where(result < 0.0, 0.0, result)
     if sizes is not None:
         result = tl.where(use, result, 0.0)
     tl.store(y + offs, result.to(y.dtype.element_ty), mask=here & channel_mask)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=[*_VARYING, "has_sizes", "relu", "steps"])
 def _batch_norm_sums_kernel(
-    dy, x, weight, bias, mean, rstd, parts, sizes, M, C, S, W, has_sizes, relu, steps, NHWC: tl.constexpr,
+    dy, x, weight, bias, mean, rstd, parts, sizes, has_sizes, M, C, S, W, relu, steps, NHWC: tl.constexpr,
     SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dy, x: M cells of C channels; parts: (programs, 2, C) float32, sums of dz and of dz * x_hat over steps tiles."""
@@ -168,7 +170,7 @@ def _batch_norm_sums_kernel(
     product = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for step in range(steps):
         tile = start(tl.program_id(0), steps) + step
-        offs, _, use = _tile(tile, sizes, M, C, S, W, has_sizes, NHWC, SHIFT, BLOCK_R, BLOCK_C)
+        offs, _, use = _tile(tile, sizes, has_sizes, M, C, S, W, NHWC, SHIFT, BLOCK_R, BLOCK_C)
         centered = tl.load(x + offs, mask=use & channel_mask, other=0.0).to(tl.float32) - center
         dz = tl.load(dy + offs, mask=use & channel_mask, other=0.0).to(tl.float32)
         dz = tl.where((relu != 0) & (centered * gain + b <= 0.0), 0.0, dz)
@@ -181,19 +183,20 @@ def _batch_norm_sums_kernel(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _batch_norm_bwd_kernel(
-    dy, x, weight, bias, mean, rstd, means, dx, sizes, M, C, S, W, has_sizes, relu, NHWC: tl.constexpr,
+    dy, x, weight, bias, mean, rstd, means, dx, sizes, M, C, S, W, RELU: tl.constexpr, NHWC: tl.constexpr,
     SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dy, x, dx: M cells of C channels; means: (2, C), of dz and of dz * x_hat. A program has one tile."""
     channel, channel_mask = _channels(C, BLOCK_C)
-    offs, here, use = _tile(tl.program_id(0), sizes, M, C, S, W, has_sizes, NHWC, SHIFT, BLOCK_R, BLOCK_C)
+    offs, here, use = _tile(tl.program_id(0), sizes, 1, M, C, S, W, NHWC, SHIFT, BLOCK_R, BLOCK_C)
     dz = tl.load(dy + offs, mask=use & channel_mask, other=0.0).to(tl.float32)
     centered = tl.load(x + offs, mask=use & channel_mask, other=0.0).to(tl.float32)
     gain, b, center, scale = _parameters(weight, bias, mean, rstd, channel, channel_mask)
     a = tl.load(means + channel, mask=channel_mask, other=0.0)
     k = tl.load(means + C + channel, mask=channel_mask, other=0.0)
     centered -= center
-    dz = tl.where((relu != 0) & (centered * gain + b <= 0.0), 0.0, dz)
+    if RELU:
+        dz = tl.where(centered * gain + b <= 0.0, 0.0, dz)
     result = gain * (dz - a - centered * scale * k)
     if sizes is not None:
         result = tl.where(use, result, 0.0)
@@ -201,19 +204,22 @@ def _batch_norm_bwd_kernel(
 
 
 def _layout(x, sizes, nhwc):
-    """Arguments and constants of a kernel, its tiles of cells, and its tiles of channels."""
+    """Numbers and constants of a kernel, its tiles of cells, and its tiles of channels."""
     batch, channels, height, width = x.shape
     positions = height * width
     block_c = min(triton.next_power_of_2(channels), _WIDEST) if nhwc else 1
-    has_sizes = sizes is not None
     # Where cells or channels are loaded one by one, to know where each is takes registers too.
-    block_r = (_TILE if (channels % 16 == 0 if nhwc else not has_sizes) else _TILE // 2) // block_c
-    if nhwc and not has_sizes:
-        sizes = torch.empty(0, dtype=torch.int32, device=x.device)
-    arguments = sizes, batch * positions, channels, positions, width, int(has_sizes)
+    block_r = (_TILE if (channels % 16 == 0 if nhwc else sizes is None) else _TILE // 2) // block_c
+    numbers = batch * positions, channels, positions, width
     shift = 0 if nhwc or positions % 16 else 4
     options = {"NHWC": nhwc, "SHIFT": shift, "BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": 8}
-    return arguments, options, triton.cdiv(batch * positions, block_r), triton.cdiv(channels, block_c)
+    return numbers, options, triton.cdiv(batch * positions, block_r), triton.cdiv(channels, block_c)
+
+
+def _sizes_of_sums(x, sizes, nhwc):
+    """Sizes, or what takes their place, and whether they are there."""
+    none = torch.empty(0, dtype=torch.int32, device=x.device) if nhwc and sizes is None else sizes
+    return none, int(sizes is not None)
 
 
 def _combine(parts, out, channels, eps=0.0, of_programs=False, unbiased=False):
@@ -224,10 +230,12 @@ def _combine(parts, out, channels, eps=0.0, of_programs=False, unbiased=False):
 
 def launch_batch_norm_moments(x, sizes, nhwc, moments):
     """Fill moments (2 * C + 1,) float32 from dense x (N, C, H, W); sizes (N, 2) int32 or None."""
-    arguments, options, tiles, across = _layout(x, sizes, nhwc)
+    numbers, options, tiles, across = _layout(x, sizes, nhwc)
     programs, steps = split_tiles(tiles, across, _MOST_PARTS)
     parts = torch.empty((programs, 3 * x.shape[1] + 1), dtype=torch.float32, device=x.device)
-    _batch_norm_moments_kernel[(programs, across)](x, parts, *arguments, steps, **options)
+    _batch_norm_moments_kernel[(programs, across)](
+        x, parts, *_sizes_of_sums(x, sizes, nhwc), *numbers, steps, **options
+    )
     _combine(parts, moments, x.shape[1], of_programs=True)
 
 
@@ -238,22 +246,22 @@ def launch_batch_norm_statistics(parts, eps, unbiased, statistics):
 
 def launch_batch_norm_fwd(x, weight, bias, mean, rstd, sizes, relu, nhwc, y):
     """Fill y (as x) from dense x (N, C, H, W), float32 (C,) parameters, sizes (N, 2) int32 or None."""
-    arguments, options, tiles, across = _layout(x, sizes, nhwc)
-    _batch_norm_fwd_kernel[(tiles, across)](x, weight, bias, mean, rstd, y, *arguments, int(relu), **options)
+    numbers, options, tiles, across = _layout(x, sizes, nhwc)
+    _batch_norm_fwd_kernel[(tiles, across)](x, weight, bias, mean, rstd, y, sizes, *numbers, RELU=relu, **options)
 
 
 def launch_batch_norm_sums(dy, x, weight, bias, mean, rstd, sizes, relu, nhwc, sums):
     """Fill sums (2, C) float32; dy and x dense with the same strides."""
-    arguments, options, tiles, across = _layout(x, sizes, nhwc)
+    numbers, options, tiles, across = _layout(x, sizes, nhwc)
     programs, steps = split_tiles(tiles, across, _MOST_PARTS)
     parts = torch.empty((programs, 2, x.shape[1]), dtype=torch.float32, device=x.device)
-    tensors = dy, x, weight, bias, mean, rstd, parts
-    _batch_norm_sums_kernel[(programs, across)](*tensors, *arguments, int(relu), steps, **options)
+    tensors = dy, x, weight, bias, mean, rstd, parts, *_sizes_of_sums(x, sizes, nhwc)
+    _batch_norm_sums_kernel[(programs, across)](*tensors, *numbers, int(relu), steps, **options)
     torch.sum(parts, 0, out=sums)
 
 
 def launch_batch_norm_bwd(dy, x, weight, bias, mean, rstd, means, sizes, relu, nhwc, dx):
     """Fill dx (as x) from means (2, C) float32; dy and x dense with the same strides."""
-    arguments, options, tiles, across = _layout(x, sizes, nhwc)
-    tensors = dy, x, weight, bias, mean, rstd, means, dx
-    _batch_norm_bwd_kernel[(tiles, across)](*tensors, *arguments, int(relu), **options)
+    numbers, options, tiles, across = _layout(x, sizes, nhwc)
+    tensors = dy, x, weight, bias, mean, rstd, means, dx, sizes
+    _batch_norm_bwd_kernel[(tiles, across)](*tensors, *numbers, RELU=relu, **options)
