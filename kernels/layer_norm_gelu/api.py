@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from .. import image_norm
 from . import ops, reference
 
 
 def layer_norm_gelu(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    *,
-    sizes: torch.Tensor | None = None,
-    impl: str | None = None,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, sizes: Tensor | None = None, impl: str | None = None
+) -> Tensor:
     """LayerNorm over the channels of each position, then the exact (erf) GELU.
 
     Sources: Ba, Kiros and Hinton, "Layer Normalization", 2016; Hendrycks and Gimpel, "Gaussian Error Linear Units",

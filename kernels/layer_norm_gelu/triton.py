@@ -118,6 +118,14 @@ def _columns(sizes, C, S, W, HAS_SIZES: tl.constexpr, BLOCK_S: tl.constexpr):
     return sample * S + position, sample * C * S + position, exists, use
 
 
+@triton.jit
+def _channels(first, C, use, weight, bias, BLOCK_C: tl.constexpr):
+    """A block of channels (NCHW): their numbers, where they are valid, their weights and biases."""
+    channel = (first + tl.arange(0, BLOCK_C)[:, None]).to(tl.int64)
+    w = tl.load(weight + channel, mask=channel < C, other=0.0)
+    return channel, use & (channel < C), w, tl.load(bias + channel, mask=channel < C, other=0.0)
+
+
 @triton.jit(do_not_specialize=["W"])
 def _layer_norm_gelu_fwd_nchw_kernel(
     x, weight, bias, sizes, y, mean, rstd, C, S, W, eps, HAS_SIZES: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -144,15 +152,12 @@ def _layer_norm_gelu_fwd_nchw_kernel(
     x_mean += shift
     x_rstd = tl.rsqrt(tl.sum(total, axis=0)[None, :] / C - shift * shift + eps)
     for first in range(0, C, BLOCK_C):
-        channel = (first + tl.arange(0, BLOCK_C)[:, None]).to(tl.int64)
-        mask = exists & (channel < C)
-        w = tl.load(weight + channel, mask=channel < C, other=0.0)
-        b = tl.load(bias + channel, mask=channel < C, other=0.0)
-        x_hat = (tl.load(x + base + channel * S, mask=use & (channel < C), other=0.0).to(tl.float32) - x_mean) * x_rstd
+        channel, mask, w, b = _channels(first, C, use, weight, bias, BLOCK_C)
+        x_hat = (tl.load(x + base + channel * S, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd
         result = gelu(x_hat * w + b)
         if HAS_SIZES:
             result = tl.where(use, result, 0.0)
-        tl.store(y + base + channel * S, result.to(y.dtype.element_ty), mask=mask)
+        tl.store(y + base + channel * S, result.to(y.dtype.element_ty), mask=exists & (channel < C))
     if HAS_SIZES:
         x_rstd = tl.where(use, x_rstd, 0.0)
     tl.store(mean + row, x_mean, mask=exists)
@@ -172,10 +177,7 @@ def _layer_norm_gelu_bwd_nchw_kernel(
     a = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     k = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     for first in range(0, C, BLOCK_C):
-        channel = (first + tl.arange(0, BLOCK_C)[:, None]).to(tl.int64)
-        mask = use & (channel < C)
-        w = tl.load(weight + channel, mask=channel < C, other=0.0)
-        b = tl.load(bias + channel, mask=channel < C, other=0.0)
+        channel, mask, w, b = _channels(first, C, use, weight, bias, BLOCK_C)
         x_hat, dz = norm_gelu_gradient(dy, x, base + channel * S, mask, x_mean, x_rstd, w, b)
         out = sums + tl.program_id(0).to(tl.int64) * 2 * C + channel
         tl.store(out, tl.sum(dz, axis=1)[:, None], mask=channel < C)
@@ -185,10 +187,7 @@ def _layer_norm_gelu_bwd_nchw_kernel(
     a_mean = tl.sum(a, axis=0)[None, :] / C
     k_mean = tl.sum(k, axis=0)[None, :] / C
     for first in range(0, C, BLOCK_C):
-        channel = (first + tl.arange(0, BLOCK_C)[:, None]).to(tl.int64)
-        mask = use & (channel < C)
-        w = tl.load(weight + channel, mask=channel < C, other=0.0)
-        b = tl.load(bias + channel, mask=channel < C, other=0.0)
+        channel, mask, w, b = _channels(first, C, use, weight, bias, BLOCK_C)
         x_hat, dz = norm_gelu_gradient(dy, x, base + channel * S, mask, x_mean, x_rstd, w, b)
         result = x_rstd * (dz * w - a_mean - x_hat * k_mean)
         tl.store(dx + base + channel * S, result.to(dx.dtype.element_ty), mask=exists & (channel < C))
