@@ -23,12 +23,6 @@ struct Rows {
   }
 };
 
-template <class T>
-Rows<T> contiguous(void* first, int64_t first_rows, void* second, int64_t second_rows, int64_t channels) {
-  return {static_cast<T*>(first), first_rows * channels, channels, first_rows, static_cast<T*>(second),
-          second_rows * channels, channels};
-}
-
 template <int V, class In, class Out>
 __global__ void gather_rows_kernel(Rows<const In> sources, const int64_t* index, const Out* pos, bool pos_at_source,
                                    Out* out, int64_t rows, int64_t length, int64_t channels) {
@@ -77,7 +71,8 @@ int scatter(const void* dy, const int64_t* index, void* first, int64_t first_row
     using Out = decltype(out_type);
     constexpr int V = kPack<In, Out>;
     const auto* from = static_cast<const In*>(dy);
-    const auto to = contiguous<Out>(first, first_rows, second, second_rows, channels);
+    const Rows<Out> to{static_cast<Out*>(first), first_rows * channels, channels, first_rows,
+                       static_cast<Out*>(second), second_rows * channels, channels};
     by_pack<V>(packs<V>(from, channels) && to.template pack<V>(), [&](auto pack) {
       scatter_rows_kernel<decltype(pack)::value><<<row_grid(rows), row_block(), 0, stream>>>(
           from, index, to, rows, length, channels);

@@ -7,9 +7,7 @@ import torch
 from ..triton_rows import gather_rows, scatter_rows
 
 
-def launch_gather_add_pos_fwd(
-    x: torch.Tensor, pos: torch.Tensor | None, index: torch.Tensor, y: torch.Tensor
-) -> None:  # fmt: skip
+def launch_gather_add_pos_fwd(x: torch.Tensor, pos: torch.Tensor | None, index: torch.Tensor, y: torch.Tensor) -> None:
     """x (B, L, C) with contiguous rows, contiguous pos (L, C) and index (B, K) -> y (B, K, C)."""
     gather_rows(x, x, index, pos, y, pos_at_source=True)
 

@@ -17,6 +17,6 @@ def launch_scatter_fill_fwd(
 
 def launch_scatter_fill_bwd(
     dy: torch.Tensor, ids_restore: torch.Tensor, dkept: torch.Tensor, dfill: torch.Tensor
-) -> None:  # fmt: skip
+) -> None:
     """Contiguous dy (B, L, D) and ids_restore (B, L) -> dkept (B, K, D), dfill (B, F, D)."""
     scatter_rows(dy, ids_restore, dkept, dfill)
