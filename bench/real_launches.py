@@ -79,8 +79,8 @@ def record(options: Setting, implementations: Sequence[str], capability: int | s
 def _launched(name: str, arguments: tuple, implementation: str) -> list[Launch]:
     """What an operator would launch on a GPU, inside ``fake_gpu``; nothing where there is no such kernel."""
     operation, _ = operation_of(name)
-    source = build.CSRC / f"{''.join(word.title() for word in operation.split('_'))}CUDA.cu"
-    if implementation == "cuda" and not source.is_file():
+    sources = (file.read_text() for file in build.CSRC.glob("*.cu"))
+    if implementation == "cuda" and not any(f" mimdet_{operation}_" in source for source in sources):
         return []
     with {"triton": ahead.launches, "cuda": c_calls}[implementation]() as launches:
         library._runs[name](*(implementation if argument == "triton" else argument for argument in arguments))

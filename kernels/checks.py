@@ -28,22 +28,20 @@ def tensors(op: str, optional: tuple[str, ...] = (), **arguments: object) -> Non
 
 def integers(op: str, like: torch.Tensor, like_name: str, **arguments: object) -> None:
     """Raise, naming the argument, unless all are int32 or int64 tensors on the device of ``like``."""
-    for name, value in arguments.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-        if value.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: {name} must be int32 or int64, got {value.dtype}")
-        if value.device != like.device:
-            raise ValueError(f"{op}: {name} is on {value.device}, {like_name} on {like.device}")
+    _of_dtypes(op, like, like_name, arguments, (torch.int32, torch.int64), "int32 or int64")
 
 
 def booleans(op: str, like: torch.Tensor, like_name: str, **arguments: object) -> None:
     """Raise, naming the argument, unless all are bool tensors on the device of ``like``."""
+    _of_dtypes(op, like, like_name, arguments, (torch.bool,), "bool")
+
+
+def _of_dtypes(op, like, like_name, arguments, dtypes, words) -> None:
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-        if value.dtype != torch.bool:
-            raise TypeError(f"{op}: {name} must be bool, got {value.dtype}")
+        if value.dtype not in dtypes:
+            raise TypeError(f"{op}: {name} must be {words}, got {value.dtype}")
         if value.device != like.device:
             raise ValueError(f"{op}: {name} is on {value.device}, {like_name} on {like.device}")
 

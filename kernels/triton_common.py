@@ -1,4 +1,4 @@
-"""Triton functions and tile sizes of several operations.
+"""Triton functions of several operations.
 
 Triton compiles a kernel again for integers that are 1, or multiples of 16. Those that vary with the images are in
 ``do_not_specialize``. Channels and strides are not: from them the compiler knows that it may load 128 bits at once.
@@ -8,14 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-# Tiles of kernels that copy rows. Rows are on the grid's first axis: CUDA limits the others to 65535.
-ROW_BLOCKS = {"BLOCK_M": 4, "BLOCK_C": 256, "num_warps": 4}
-
-
-def row_grid(rows: int, channels: int) -> tuple[int, int]:
-    """Grid of kernels that copy rows in tiles of ``ROW_BLOCKS``."""
-    return triton.cdiv(rows, ROW_BLOCKS["BLOCK_M"]), triton.cdiv(channels, ROW_BLOCKS["BLOCK_C"])
 
 
 @triton.jit
@@ -29,6 +21,15 @@ def gelu_derivative(z):
     """Phi(z) + z * phi(z) in float32."""
     # phi(z) = 2 ** (-z * z * log2(e) / 2 - log2(sqrt(2 * pi))): one multiply-add and the GPU's own exponential.
     return _normal_cdf(z) + z * tl.exp2(tl.fma(z * -0.72134752, z, -1.3257481))
+
+
+@triton.jit
+def norm_gelu_gradient(dy, x, offs, mask, mean, rstd, weight, bias):
+    """x_hat, the normalized x; dz, the gradient of weight * x_hat + bias, which GELU takes. Behind the mask dz is 0."""
+    gradient = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + offs, mask=mask, other=0.0).to(tl.float32)
+    x_hat = (value - mean) * rstd
+    return x_hat, gradient * gelu_derivative(x_hat * weight + bias)
 
 
 @triton.jit
@@ -72,3 +73,25 @@ def start(block, size):
     Positions over a whole batch need int64.
     """
     return (block.to(tl.int64) * size).to(tl.int32)
+
+
+@triton.jit
+def merge_moments(count, mean, rest, m2, AXIS: tl.constexpr):
+    """Moments of parts along an axis, or along all of them (None), -> those of all: count, mean, its rest, and m2, the
+    sum of squared x - mean.
+
+    A mean is mean + rest: rounding a large mean loses as much as small values of x - mean. Means are finite, also of
+    parts without an x. Source: Chan, Golub and LeVeque, 1979.
+    """
+    total = tl.sum(count, axis=AXIS)
+    center = tl.sum(count * mean, axis=AXIS) / tl.maximum(total, 1.0)
+    off = mean - center + rest
+    # shift corrects both moments for the rounding of the mean.
+    shift = tl.sum(count * off, axis=AXIS) / tl.maximum(total, 1.0)
+    return total, center, shift, tl.sum(m2 + count * off * off, axis=AXIS) - total * shift * shift
+
+
+def split_tiles(tiles: int, blocks: int, most: int) -> tuple[int, int]:
+    """Programs that share the tiles of each of ``blocks`` where they sum, ``most`` in all, and tiles of each."""
+    steps = triton.cdiv(tiles, max(1, most // blocks))
+    return triton.cdiv(tiles, steps), steps

@@ -69,6 +69,12 @@ def _locate(cu_seqlens, H, tiles, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _at(x, token, head):
+    """Where a token of a head is; x: a tensor (T, H, D) and its strides of T and H."""
+    return x[0] + token * x[1] + head * x[2]
+
+
+@triton.jit
 def _load(base, stride, length, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr):
     """(ROWS, BLOCK_D) of a matrix (length, D); zeros beyond D, and with MASK beyond length."""
     row = tl.arange(0, ROWS)
@@ -177,17 +183,15 @@ def _fwd_step(
 
 @triton.jit(do_not_specialize=["T", "tiles"])
 def _attention_varlen_fwd_kernel(
-    q, k, v, cu_seqlens, out, lse, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, T, H, tiles,
-    scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    POLYNOMIAL: tl.constexpr, WIDEN: tl.constexpr, SPLIT: tl.constexpr,
+    q, k, v, cu_seqlens, out, lse, T, H, tiles, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, POLYNOMIAL: tl.constexpr, WIDEN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v, out: (T, H, D), with strides of T and H (out's of H is D); lse: (H, T) float32; exponents in base 2."""
+    """q, k, v, out: (T, H, D), each with its strides, see _at; lse: (H, T) float32; exponents in base 2."""
     head, start, length, first, left = _locate(cu_seqlens, H, tiles, BLOCK_M)
     if left <= 0:
         return
-    k += start * stride_k + head * stride_kh
-    v += start * stride_v + head * stride_vh
-    q_tile = _load(q + first * stride_q + head * stride_qh, stride_q, left, D, BLOCK_M, BLOCK_D, True)
+    keys, values = _at(k, start, head), _at(v, start, head)
+    q_tile = _load(_at(q, first, head), q[1], left, D, BLOCK_M, BLOCK_D, True)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -196,98 +200,19 @@ def _attention_varlen_fwd_kernel(
         end = length - 1 - (length - 1) % BLOCK_N
         last = end.to(tl.int64)
         m_i, total, acc = _fwd_step(
-            q_tile, k + last * stride_k, v + last * stride_v, stride_k, stride_v, length - end, m_i, total, acc, scale,
+            q_tile, keys + last * k[1], values + last * v[1], k[1], v[1], length - end, m_i, total, acc, scale,
             D, BLOCK_D, BLOCK_N, 0, WIDEN, True,
         )  # fmt: skip
     for n in range(0, end, BLOCK_N):
         m_i, total, acc = _fwd_step(
-            q_tile, k, v, stride_k, stride_v, length - n, m_i, total, acc, scale,
+            q_tile, keys, values, k[1], v[1], length - n, m_i, total, acc, scale,
             D, BLOCK_D, BLOCK_N, POLYNOMIAL, WIDEN, not SPLIT,
         )  # fmt: skip
-        k += tl.full((), BLOCK_N, tl.int64) * stride_k
-        v += tl.full((), BLOCK_N, tl.int64) * stride_v
-    _store(out + first * stride_o + head * D, stride_o, left, D, acc / total[:, None], BLOCK_M, BLOCK_D)
+        keys += tl.full((), BLOCK_N, tl.int64) * k[1]
+        values += tl.full((), BLOCK_N, tl.int64) * v[1]
+    _store(_at(out, first, head), out[1], left, D, acc / total[:, None], BLOCK_M, BLOCK_D)
     row = tl.arange(0, BLOCK_M)
     tl.store(lse + head * T + first + row, m_i + tl.log2(total), mask=row < left)
-
-
-@triton.jit(do_not_specialize=["T"])
-def _attention_varlen_delta_kernel(
-    dout, out, lse, stats, stride_g, stride_gh, stride_o, T, H,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """stats (H, T, 2) float32: lse (H, T), and delta, the sum over D of dout * out, both (T, H, D), strides as forward.
-
-    Side by side they need one pointer, of the registers that the largest tiles leave.
-    """
-    head = (tl.program_id(0) % H).to(tl.int64)
-    first = (tl.program_id(0) // H).to(tl.int64) * BLOCK_M
-    left = (T - first).to(tl.int32)
-    dout += first * stride_g + head * stride_gh
-    out += first * stride_o + head * D
-    dy = _load(dout, stride_g, left, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
-    y = _load(out, stride_o, left, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
-    row = tl.arange(0, BLOCK_M)
-    base = head * T + first
-    stats += base * 2
-    tl.store(stats + row * 2, tl.load(lse + base + row, mask=row < left, other=0.0), mask=row < left)
-    tl.store(stats + row * 2 + 1, tl.sum(dy * y, 1), mask=row < left)
-
-
-@triton.jit
-def _bwd_kv_step(
-    k_tile, v_tile, q, dout, stats, stride_q, stride_g, length, dk_tile, dv_tile, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, POLYNOMIAL: tl.constexpr, WIDEN: tl.constexpr,
-    MASK: tl.constexpr,
-):  # fmt: skip
-    """dk and dv with one more tile of queries; q, dout and stats point to it, length queries are left from there on."""
-    # Queries past the sequence's end load as zeros, so they add nothing.
-    q_tile = _load(q, stride_q, length, D, BLOCK_M, BLOCK_D, MASK)
-    dy = _load(dout, stride_g, length, D, BLOCK_M, BLOCK_D, MASK)
-    scores = _dot(k_tile, tl.trans(q_tile), WIDEN)
-    dp = _dot(v_tile, tl.trans(dy), WIDEN)
-    p = _exp2(scores * scale - _load_column(stats, length, BLOCK_M, MASK)[None, :], POLYNOMIAL, WIDEN)
-    dv_tile += _dot(p.to(dy.dtype), dy, WIDEN)
-    ds = p * (dp - _load_column(stats + 1, length, BLOCK_M, MASK)[None, :])
-    return dk_tile + _dot(ds.to(q_tile.dtype), q_tile, WIDEN), dv_tile
-
-
-@triton.jit(do_not_specialize=["T", "tiles"])
-def _attention_varlen_bwd_kv_kernel(
-    dout, q, k, v, cu_seqlens, stats, dk, dv, stride_g, stride_gh, stride_q, stride_qh, stride_k, stride_kh,
-    stride_v, stride_vh, stride_d, T, H, tiles, scale, scale_out, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POLYNOMIAL: tl.constexpr, WIDEN: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """dout, q, k, v, dk, dv: (T, H, D), with strides of T and H (of H in dk, dv: D); stats: of the delta kernel."""
-    head, start, length, first, left = _locate(cu_seqlens, H, tiles, BLOCK_N)
-    if left <= 0:
-        return
-    q += start * stride_q + head * stride_qh
-    dout += start * stride_g + head * stride_gh
-    stats += (head * T + start) * 2
-    k_tile = _load(k + first * stride_k + head * stride_kh, stride_k, left, D, BLOCK_N, BLOCK_D, True)
-    v_tile = _load(v + first * stride_v + head * stride_vh, stride_v, left, D, BLOCK_N, BLOCK_D, True)
-    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    end = length
-    if SPLIT:
-        end = length - 1 - (length - 1) % BLOCK_M
-        last = end.to(tl.int64)
-        dk_tile, dv_tile = _bwd_kv_step(
-            k_tile, v_tile, q + last * stride_q, dout + last * stride_g, stats + last * 2, stride_q, stride_g,
-            length - end, dk_tile, dv_tile, scale, D, BLOCK_D, BLOCK_M, 0, WIDEN, True,
-        )  # fmt: skip
-    for m in range(0, end, BLOCK_M):
-        dk_tile, dv_tile = _bwd_kv_step(
-            k_tile, v_tile, q, dout, stats, stride_q, stride_g, length - m, dk_tile, dv_tile, scale,
-            D, BLOCK_D, BLOCK_M, POLYNOMIAL, WIDEN, not SPLIT,
-        )  # fmt: skip
-        q += tl.full((), BLOCK_M, tl.int64) * stride_q
-        dout += tl.full((), BLOCK_M, tl.int64) * stride_g
-        stats += BLOCK_M * 2
-    offs = first * stride_d + head * D
-    _store(dk + offs, stride_d, left, D, dk_tile * scale_out, BLOCK_N, BLOCK_D)
-    _store(dv + offs, stride_d, left, D, dv_tile, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
@@ -310,38 +235,99 @@ def _bwd_q_step(
 
 @triton.jit(do_not_specialize=["T", "tiles"])
 def _attention_varlen_bwd_q_kernel(
-    dout, q, k, v, cu_seqlens, stats, dq, stride_g, stride_gh, stride_q, stride_qh, stride_k, stride_kh,
-    stride_v, stride_vh, stride_d, T, H, tiles, scale, scale_out, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POLYNOMIAL: tl.constexpr, WIDEN: tl.constexpr, SPLIT: tl.constexpr,
+    dout, q, k, v, cu_seqlens, out, lse, stats, dq, T, H, tiles, scale, scale_out, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POLYNOMIAL: tl.constexpr,
+    WIDEN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """dout, q, k, v, dq: (T, H, D), with strides of T and H (of H in dq: D); stats: of the delta kernel."""
+    """dout, q, k, v, out, dq: (T, H, D), each with its strides, see _at; lse: (H, T), of forward.
+
+    Writes stats (H, T, 2) float32 for the keys' kernel: lse and delta, the sum over D of dout * out. Side by side they
+    need one pointer, of the registers that the largest tiles leave.
+    """
     head, start, length, first, left = _locate(cu_seqlens, H, tiles, BLOCK_M)
     if left <= 0:
         return
-    k += start * stride_k + head * stride_kh
-    v += start * stride_v + head * stride_vh
-    stats += (head * T + first) * 2
-    q_tile = _load(q + first * stride_q + head * stride_qh, stride_q, left, D, BLOCK_M, BLOCK_D, True)
-    dy = _load(dout + first * stride_g + head * stride_gh, stride_g, left, D, BLOCK_M, BLOCK_D, True)
-    lse_row = _load_column(stats, left, BLOCK_M, True)
-    delta_row = _load_column(stats + 1, left, BLOCK_M, True)
+    dy = _load(_at(dout, first, head), dout[1], left, D, BLOCK_M, BLOCK_D, True)
+    y = _load(_at(out, first, head), out[1], left, D, BLOCK_M, BLOCK_D, True)
+    delta_row = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
+    row = tl.arange(0, BLOCK_M)
+    token = head * T + first
+    lse_row = tl.load(lse + token + row, mask=row < left, other=0.0)
+    stats += token * 2
+    tl.store(stats + row * 2, lse_row, mask=row < left)
+    tl.store(stats + row * 2 + 1, delta_row, mask=row < left)
+    keys, values = _at(k, start, head), _at(v, start, head)
+    q_tile = _load(_at(q, first, head), q[1], left, D, BLOCK_M, BLOCK_D, True)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     end = length
     if SPLIT:
         end = length - 1 - (length - 1) % BLOCK_N
         last = end.to(tl.int64)
         dq_tile = _bwd_q_step(
-            q_tile, dy, lse_row, delta_row, k + last * stride_k, v + last * stride_v, stride_k, stride_v, length - end,
+            q_tile, dy, lse_row, delta_row, keys + last * k[1], values + last * v[1], k[1], v[1], length - end,
             dq_tile, scale, D, BLOCK_D, BLOCK_N, 0, WIDEN, True,
         )  # fmt: skip
     for n in range(0, end, BLOCK_N):
         dq_tile = _bwd_q_step(
-            q_tile, dy, lse_row, delta_row, k, v, stride_k, stride_v, length - n, dq_tile, scale,
+            q_tile, dy, lse_row, delta_row, keys, values, k[1], v[1], length - n, dq_tile, scale,
             D, BLOCK_D, BLOCK_N, POLYNOMIAL, WIDEN, not SPLIT,
         )  # fmt: skip
-        k += tl.full((), BLOCK_N, tl.int64) * stride_k
-        v += tl.full((), BLOCK_N, tl.int64) * stride_v
-    _store(dq + first * stride_d + head * D, stride_d, left, D, dq_tile * scale_out, BLOCK_M, BLOCK_D)
+        keys += tl.full((), BLOCK_N, tl.int64) * k[1]
+        values += tl.full((), BLOCK_N, tl.int64) * v[1]
+    _store(_at(dq, first, head), dq[1], left, D, dq_tile * scale_out, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _bwd_kv_step(
+    k_tile, v_tile, q, dout, stats, stride_q, stride_g, length, dk_tile, dv_tile, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, POLYNOMIAL: tl.constexpr, WIDEN: tl.constexpr,
+    MASK: tl.constexpr,
+):  # fmt: skip
+    """dk and dv with one more tile of queries; q, dout and stats point to it, length queries are left from there on."""
+    # Queries past the sequence's end load as zeros, so they add nothing.
+    q_tile = _load(q, stride_q, length, D, BLOCK_M, BLOCK_D, MASK)
+    dy = _load(dout, stride_g, length, D, BLOCK_M, BLOCK_D, MASK)
+    scores = _dot(k_tile, tl.trans(q_tile), WIDEN)
+    dp = _dot(v_tile, tl.trans(dy), WIDEN)
+    p = _exp2(scores * scale - _load_column(stats, length, BLOCK_M, MASK)[None, :], POLYNOMIAL, WIDEN)
+    dv_tile += _dot(p.to(dy.dtype), dy, WIDEN)
+    ds = p * (dp - _load_column(stats + 1, length, BLOCK_M, MASK)[None, :])
+    return dk_tile + _dot(ds.to(q_tile.dtype), q_tile, WIDEN), dv_tile
+
+
+@triton.jit(do_not_specialize=["T", "tiles"])
+def _attention_varlen_bwd_kv_kernel(
+    dout, q, k, v, cu_seqlens, stats, dk, dv, T, H, tiles, scale, scale_out, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POLYNOMIAL: tl.constexpr, WIDEN: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """dout, q, k, v, dk, dv: (T, H, D), each with its strides, see _at; stats: of the queries' kernel."""
+    head, start, length, first, left = _locate(cu_seqlens, H, tiles, BLOCK_N)
+    if left <= 0:
+        return
+    queries, gradients = _at(q, start, head), _at(dout, start, head)
+    stats += (head * T + start) * 2
+    k_tile = _load(_at(k, first, head), k[1], left, D, BLOCK_N, BLOCK_D, True)
+    v_tile = _load(_at(v, first, head), v[1], left, D, BLOCK_N, BLOCK_D, True)
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    end = length
+    if SPLIT:
+        end = length - 1 - (length - 1) % BLOCK_M
+        last = end.to(tl.int64)
+        dk_tile, dv_tile = _bwd_kv_step(
+            k_tile, v_tile, queries + last * q[1], gradients + last * dout[1], stats + last * 2, q[1], dout[1],
+            length - end, dk_tile, dv_tile, scale, D, BLOCK_D, BLOCK_M, 0, WIDEN, True,
+        )  # fmt: skip
+    for m in range(0, end, BLOCK_M):
+        dk_tile, dv_tile = _bwd_kv_step(
+            k_tile, v_tile, queries, gradients, stats, q[1], dout[1], length - m, dk_tile, dv_tile, scale,
+            D, BLOCK_D, BLOCK_M, POLYNOMIAL, WIDEN, not SPLIT,
+        )  # fmt: skip
+        queries += tl.full((), BLOCK_M, tl.int64) * q[1]
+        gradients += tl.full((), BLOCK_M, tl.int64) * dout[1]
+        stats += BLOCK_M * 2
+    _store(_at(dk, first, head), dk[1], left, D, dk_tile * scale_out, BLOCK_N, BLOCK_D)
+    _store(_at(dv, first, head), dv[1], left, D, dv_tile, BLOCK_N, BLOCK_D)
 
 
 def _architecture() -> int | str | None:
@@ -376,6 +362,11 @@ def _grid(cu_seqlens: torch.Tensor, max_seqlen: int, heads: int, block: int) -> 
     return tiles, (tiles * heads * (len(cu_seqlens) - 1),)
 
 
+def _with_strides(*tensors: torch.Tensor) -> list[tuple]:
+    """Tensors (T, H, D) as ``_at`` takes them."""
+    return [(t, *t.stride()[:2]) for t in tensors]
+
+
 def launch_attention_varlen_fwd(
     qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, scale: float, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
@@ -383,11 +374,10 @@ def launch_attention_varlen_fwd(
     total, _, heads, head_dim = qkv.shape
     options = _options(qkv.dtype, head_dim)[0]
     tiles, grid = _grid(cu_seqlens, max_seqlen, heads, options["BLOCK_M"])
-    q, k, v = qkv.unbind(1)
+    q, k, v, out = _with_strides(*qkv.unbind(1), out)
     _attention_varlen_fwd_kernel[grid](
-        q, k, v, cu_seqlens, out, lse, *(s for t in (q, k, v) for s in t.stride()[:2]), heads * head_dim, total,
-        heads, tiles, scale * math.log2(math.e), **options,
-    )  # fmt: skip
+        q, k, v, cu_seqlens, out, lse, total, heads, tiles, scale * math.log2(math.e), **options
+    )
 
 
 def launch_attention_varlen_bwd(
@@ -397,15 +387,11 @@ def launch_attention_varlen_bwd(
     """dout and qkv with a dense last dimension, forward's outputs -> dqkv (T, 3, heads, head_dim)."""
     total, _, heads, head_dim = qkv.shape
     stats = lse.new_empty((heads, total, 2))
-    (q, k, v), (dq, dk, dv) = qkv.unbind(1), dqkv.unbind(1)
+    dout, q, k, v, out, dq, dk, dv = _with_strides(dout, *qkv.unbind(1), out, *dqkv.unbind(1))
     _, for_kv, for_q = _options(qkv.dtype, head_dim)
-    _attention_varlen_delta_kernel[(triton.cdiv(total, 64) * heads,)](
-        dout, out, lse, stats, *dout.stride()[:2], heads * head_dim, total, heads, head_dim, for_kv["BLOCK_D"], 64
-    )
-    strides = [s for t in (dout, q, k, v) for s in t.stride()[:2]]
-    common = (*strides, dqkv.stride(0), total, heads)
-    inputs, factors = (dout, q, k, v, cu_seqlens, stats), (scale * math.log2(math.e), scale)
-    tiles, grid = _grid(cu_seqlens, max_seqlen, heads, for_kv["BLOCK_N"])
-    _attention_varlen_bwd_kv_kernel[grid](*inputs, dk, dv, *common, tiles, *factors, **for_kv)
+    inputs, factors = (dout, q, k, v, cu_seqlens), (scale * math.log2(math.e), scale)
+    # First the queries' kernel: it writes stats.
     tiles, grid = _grid(cu_seqlens, max_seqlen, heads, for_q["BLOCK_M"])
-    _attention_varlen_bwd_q_kernel[grid](*inputs, dq, *common, tiles, *factors, **for_q)
+    _attention_varlen_bwd_q_kernel[grid](*inputs, out, lse, stats, dq, total, heads, tiles, *factors, **for_q)
+    tiles, grid = _grid(cu_seqlens, max_seqlen, heads, for_kv["BLOCK_N"])
+    _attention_varlen_bwd_kv_kernel[grid](*inputs, stats, dk, dv, total, heads, tiles, *factors, **for_kv)

@@ -1,11 +1,14 @@
 """The steps of batch norm, each an operation under ``mimdet::``: ``batch_norm_moments``, ``batch_norm_statistics``,
 ``batch_norm``, ``batch_norm_sums`` and ``batch_norm_backward``. Processes exchange what the first and the fourth find.
+What each computes is in ``reference``.
 
 Maps are (N, C, H, W); ``sizes`` (N, 2) are the rows and columns of the valid area at the top left of each, 0 .. H and
 0 .. W, or None: all of them. Parameters and statistics are float32 (C,).
 """
 
 from __future__ import annotations
+
+from functools import wraps
 
 import torch
 
@@ -16,35 +19,6 @@ from . import reference
 NAME = "batch_norm"
 # The most cells of a batch that the GPU kernels count in int32.
 MOST_CELLS = 2**30
-
-
-def moments(x: torch.Tensor, sizes: torch.Tensor | None, impl: str) -> torch.Tensor:
-    """See ``reference.moments``."""
-    return reference.moments(x, sizes) if impl == "eager" else _moments(x, sizes, impl)
-
-
-def statistics(parts: torch.Tensor, eps: float, unbiased: bool, impl: str) -> torch.Tensor:
-    """See ``reference.statistics``."""
-    arguments = parts, eps, unbiased
-    return reference.statistics(*arguments) if impl == "eager" else _statistics(*arguments, impl)
-
-
-def forward(x, weight, bias, mean, rstd, sizes, relu: bool, impl: str) -> torch.Tensor:
-    """See ``reference.forward``."""
-    arguments = x, weight, bias, mean, rstd, sizes, relu
-    return reference.forward(*arguments) if impl == "eager" else _forward(*arguments, impl)
-
-
-def sums(dy, x, weight, bias, mean, rstd, sizes, relu: bool, impl: str) -> torch.Tensor:
-    """See ``reference.sums``."""
-    arguments = dy, x, weight, bias, mean, rstd, sizes, relu
-    return reference.sums(*arguments) if impl == "eager" else _sums(*arguments, impl)
-
-
-def backward(dy, x, weight, bias, mean, rstd, means, sizes, relu: bool, impl: str) -> torch.Tensor:
-    """See ``reference.backward``."""
-    arguments = dy, x, weight, bias, mean, rstd, means, sizes, relu
-    return reference.backward(*arguments) if impl == "eager" else _backward(*arguments, impl)
 
 
 def _dense(x):
@@ -59,30 +33,57 @@ def _memory(nhwc):
     return torch.channels_last if nhwc else torch.contiguous_format
 
 
-def _allocate_moments(x):
+def _like_x(x, *rest):
+    return torch.empty_like(_dense(x)[0])
+
+
+def _step(name, arguments, fake):
+    """Decorator: registers a step under ``mimdet::``; "eager" is the function of ``reference`` that has its name."""
+
+    def decorate(run):
+        registered = library.define(name, f"({arguments}, str impl) -> Tensor", run, fake)
+        eager = getattr(reference, run.__name__)
+
+        @wraps(run)
+        def step(*arguments):
+            return eager(*arguments[:-1]) if arguments[-1] == "eager" else registered(*arguments)
+
+        return step
+
+    return decorate
+
+
+_PARAMETERS = "Tensor weight, Tensor bias, Tensor mean, Tensor rstd"
+_REST = "Tensor? sizes, bool relu"
+
+
+def _allocate_moments(x, *rest):
     return x.new_empty((2 * x.shape[1] + 1,), dtype=torch.float32)
 
 
-def _run_moments(x, sizes, impl):
+@_step("batch_norm_moments", "Tensor x, Tensor? sizes", _allocate_moments)
+def moments(x, sizes, impl):
     x, nhwc = _dense(x)
-    moments = _allocate_moments(x)
+    output = _allocate_moments(x)
     if not x.numel():
-        return moments.zero_()
-    library.launch("batch_norm_moments", impl, x, int32(sizes), nhwc, moments)
-    return moments
+        return output.zero_()
+    library.launch("batch_norm_moments", impl, x, int32(sizes), nhwc, output)
+    return output
 
 
-def _allocate_statistics(parts):
+def _allocate_statistics(parts, *rest):
     return parts.new_empty((parts.shape[1] // 2 * 3 + 1,))
 
 
-def _run_statistics(parts, eps, unbiased, impl):
+@_step("batch_norm_statistics", "Tensor parts, float eps, bool unbiased", _allocate_statistics)
+def statistics(parts, eps, unbiased, impl):
     outputs = _allocate_statistics(parts)
     library.launch("batch_norm_statistics", impl, parts.contiguous(), eps, unbiased, outputs)
     return outputs
 
 
-def _run_forward(x, weight, bias, mean, rstd, sizes, relu, impl):
+@_step(NAME, f"Tensor x, {_PARAMETERS}, {_REST}", _like_x)
+def forward(x, weight, bias, mean, rstd, sizes, relu, impl):
     x, nhwc = _dense(x)
     y = torch.empty_like(x)
     if x.numel():
@@ -91,21 +92,27 @@ def _run_forward(x, weight, bias, mean, rstd, sizes, relu, impl):
     return y
 
 
-def _allocate_sums(x):
+def _allocate_sums(x, *rest):
     return x.new_empty((2, x.shape[1]), dtype=torch.float32)
 
 
-def _run_sums(dy, x, weight, bias, mean, rstd, sizes, relu, impl):
+@_step("batch_norm_sums", f"Tensor dy, Tensor x, {_PARAMETERS}, {_REST}", _allocate_sums)
+def sums(dy, x, weight, bias, mean, rstd, sizes, relu, impl):
     x, nhwc = _dense(x)
-    sums = _allocate_sums(x)
+    output = _allocate_sums(x)
     if not x.numel():
-        return sums.zero_()
+        return output.zero_()
     dy, parameters = dy.contiguous(memory_format=_memory(nhwc)), float32(weight, bias, mean, rstd)
-    library.launch("batch_norm_sums", impl, dy, x, *parameters, int32(sizes), relu, nhwc, sums)
-    return sums
+    library.launch("batch_norm_sums", impl, dy, x, *parameters, int32(sizes), relu, nhwc, output)
+    return output
 
 
-def _run_backward(dy, x, weight, bias, mean, rstd, means, sizes, relu, impl):
+@_step(
+    "batch_norm_backward",
+    f"Tensor dy, Tensor x, {_PARAMETERS}, Tensor means, {_REST}",
+    lambda dy, *rest: _like_x(*rest),
+)
+def backward(dy, x, weight, bias, mean, rstd, means, sizes, relu, impl):
     x, nhwc = _dense(x)
     dx = torch.empty_like(x)
     if x.numel():
@@ -113,42 +120,5 @@ def _run_backward(dy, x, weight, bias, mean, rstd, means, sizes, relu, impl):
         library.launch("batch_norm_bwd", impl, dy, x, *parameters, int32(sizes), relu, nhwc, dx)
     return dx
 
-
-def _like_x(x):
-    return torch.empty_like(_dense(x)[0])
-
-
-_PARAMETERS = "Tensor weight, Tensor bias, Tensor mean, Tensor rstd"
-
-_moments = library.define(
-    "batch_norm_moments",
-    "(Tensor x, Tensor? sizes, str impl) -> Tensor",
-    _run_moments,
-    lambda x, *rest: _allocate_moments(x),
-)
-_statistics = library.define(
-    "batch_norm_statistics",
-    "(Tensor parts, float eps, bool unbiased, str impl) -> Tensor",
-    _run_statistics,
-    lambda parts, *rest: _allocate_statistics(parts),
-)
-_forward = library.define(
-    NAME,
-    f"(Tensor x, {_PARAMETERS}, Tensor? sizes, bool relu, str impl) -> Tensor",
-    _run_forward,
-    lambda x, *rest: _like_x(x),
-)
-_sums = library.define(
-    "batch_norm_sums",
-    f"(Tensor dy, Tensor x, {_PARAMETERS}, Tensor? sizes, bool relu, str impl) -> Tensor",
-    _run_sums,
-    lambda dy, x, *rest: _allocate_sums(x),
-)
-_backward = library.define(
-    "batch_norm_backward",
-    f"(Tensor dy, Tensor x, {_PARAMETERS}, Tensor means, Tensor? sizes, bool relu, str impl) -> Tensor",
-    _run_backward,
-    lambda dy, x, *rest: _like_x(x),
-)
 
 dispatch.register(NAME, dispatch.standard(f"at most {WIDEST} channels and 2**30 positions"))

@@ -48,47 +48,20 @@ def statistics(parts: torch.Tensor, eps: float, unbiased: bool) -> torch.Tensor:
     return torch.cat([mean, (variance + eps).rsqrt(), kept, inverse.view(1)]).to(parts.dtype)
 
 
-def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    sizes: torch.Tensor | None,
-    relu: bool,
-) -> torch.Tensor:
+def forward(x, weight, bias, mean, rstd, sizes, relu: bool) -> torch.Tensor:
     """``(x - mean) * rstd * weight + bias`` in x's dtype, after ReLU if asked; zero in cells that are not valid."""
     _, y = _normalized(x, weight, bias, mean, rstd)
     y = (y.relu() if relu else y).to(x.dtype)
     return y if sizes is None else zero_padding(y, sizes)
 
 
-def sums(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    sizes: torch.Tensor | None,
-    relu: bool,
-) -> torch.Tensor:
+def sums(dy, x, weight, bias, mean, rstd, sizes, relu: bool) -> torch.Tensor:
     """(2, C): sums of dz and of dz * x_hat over valid cells; dz is dy behind the ReLU."""
     x_hat, dz = _before_relu(dy, x, weight, bias, mean, rstd, sizes, relu)
     return torch.stack([_by_channel(dz).sum(1), _by_channel(dz * x_hat).sum(1)])
 
 
-def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    means: torch.Tensor,
-    sizes: torch.Tensor | None,
-    relu: bool,
-) -> torch.Tensor:
+def backward(dy, x, weight, bias, mean, rstd, means, sizes, relu: bool) -> torch.Tensor:
     """``weight * rstd * (dz - means[0] - x_hat * means[1])`` in x's dtype; zero in cells that are not valid."""
     x_hat, dz = _before_relu(dy, x, weight, bias, mean, rstd, sizes, relu)
     dx = _along(weight * rstd) * (dz - _along(means[0]) - x_hat * _along(means[1]))

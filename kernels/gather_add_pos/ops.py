@@ -18,7 +18,7 @@ def _forward(x, pos, index, impl):
     if y.numel():
         x, (pos, index) = library.rows(x), library.dense(pos, library.index_for(impl, index))
         batch, count, channels = y.shape
-        sizes = *x.stride()[:2], batch * count, count, channels
+        sizes = *x.stride()[:2], batch * count, count, x.shape[1], channels
         library.launch(f"{NAME}_fwd", impl, x, pos, index, y, sizes=sizes, typed=(x, y))
     return y
 

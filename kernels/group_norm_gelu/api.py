@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from .. import image_norm
 from . import ops, reference
 
 
 def group_norm_gelu(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    *,
-    sizes: torch.Tensor | None = None,
-    impl: str | None = None,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, sizes: Tensor | None = None, impl: str | None = None
+) -> Tensor:
     """GroupNorm over (C, H, W) of each sample, then the exact (erf) GELU: what follows each convolution of the stem.
 
     Sources: Wu and He, "Group Normalization", 2018; Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_common import gelu, gelu_derivative, start, valid_mask
+from ..triton_common import gelu, merge_moments, norm_gelu_gradient, split_tiles, start, valid_mask
 
 # Rows and columns of a tile, a number of the tile for each vector lane of 8 warps: see _tile.
 _ROWS, _COLUMNS = tl.constexpr(8), tl.constexpr(256)
@@ -90,17 +90,6 @@ def _affine(weight, bias, block, C, VECTOR: tl.constexpr, NHWC: tl.constexpr):
     return tl.load(weight + channel), tl.load(bias + channel)
 
 
-@triton.jit
-def _merge(count, mean, m2):
-    """Count, mean and m2, the sum of squared x - mean, of all from those of parts, whose means are finite."""
-    total = tl.sum(count)
-    center = tl.sum(count * mean) / tl.maximum(total, 1.0)
-    rest = mean - center
-    # shift corrects both moments for the rounding of the mean.
-    shift = tl.sum(count * rest) / tl.maximum(total, 1.0)
-    return total, center + shift, tl.sum(m2 + count * rest * rest) - total * shift * shift
-
-
 @triton.jit(do_not_specialize=_VARYING)
 def _group_norm_gelu_moments_kernel(
     x, sizes, moments, S, W, parts, steps, C, ROW: tl.constexpr, VECTOR: tl.constexpr,
@@ -127,10 +116,10 @@ def _group_norm_gelu_moments_kernel(
         count += valid.to(tl.float32)
     count += tl.zeros_like(total)
     shift = total / tl.maximum(count, 1.0)
-    count_all, mean, m2 = _merge(count, pivot + shift, squares - total * shift)
+    count_all, mean, rest, m2 = merge_moments(count, pivot, shift, squares - total * shift, None)
     moments += 3 * tl.program_id(0).to(tl.int64)
     tl.store(moments, count_all)
-    tl.store(moments + 1, mean)
+    tl.store(moments + 1, mean + rest)
     tl.store(moments + 2, m2)
 
 
@@ -144,8 +133,8 @@ def _group_norm_gelu_statistics_kernel(moments, mean, rstd, parts, eps, PARTS: t
     count = tl.load(moments, mask=mask, other=0.0)
     part_mean = tl.load(moments + 1, mask=mask, other=0.0)
     part_m2 = tl.load(moments + 2, mask=mask, other=0.0)
-    total, x_mean, m2 = _merge(count, part_mean, part_m2)
-    tl.store(mean + sample, x_mean)
+    total, x_mean, rest, m2 = merge_moments(count, part_mean, 0.0, part_m2, None)
+    tl.store(mean + sample, x_mean + rest)
     tl.store(rstd + sample, tl.rsqrt(m2 / total + eps))
 
 
@@ -187,10 +176,7 @@ def _group_norm_gelu_bwd_sums_kernel(
     for step in range(steps):
         tile = start(part, steps) + step
         offs, _, valid = _tile(tile, block, sample, sizes, S, W, C, ROW, VECTOR, NHWC, HAS_SIZES)
-        value = tl.load(x + offs, mask=valid, other=0.0).to(tl.float32)
-        gradient = tl.load(dy + offs, mask=valid, other=0.0).to(tl.float32)
-        x_hat = (value - x_mean) * x_rstd
-        dz = gradient * gelu_derivative(x_hat * w + b)
+        x_hat, dz = norm_gelu_gradient(dy, x, offs, valid, x_mean, x_rstd, w, b)
         db += dz
         dw += dz * x_hat
     sums += (sample * parts + part) * 2 * ROW
@@ -256,10 +242,7 @@ def _group_norm_gelu_bwd_dx_kernel(
     for step in range(steps):
         tile = start(first, steps) + step
         offs, exists, valid = _tile(tile, block, sample, sizes, S, W, C, ROW, VECTOR, NHWC, HAS_SIZES)
-        value = tl.load(x + offs, mask=valid, other=0.0).to(tl.float32)
-        gradient = tl.load(dy + offs, mask=valid, other=0.0).to(tl.float32)
-        x_hat = (value - x_mean) * x_rstd
-        dz = gradient * gelu_derivative(x_hat * w + b)
+        x_hat, dz = norm_gelu_gradient(dy, x, offs, valid, x_mean, x_rstd, w, b)
         result = x_rstd * (dz * w - a - x_hat * k)
         if HAS_SIZES:
             result = tl.where(valid, result, 0.0)
@@ -283,18 +266,12 @@ def _layout(x, sizes, nhwc):
     return tiles, triton.cdiv(repeat * channels, width) if nhwc else channels, options
 
 
-def _parts(tiles, blocks):
-    """Programs that share a block's tiles, and tiles of each, where they sum."""
-    steps = triton.cdiv(tiles, max(1, _PROGRAMS // blocks))
-    return triton.cdiv(tiles, steps), steps
-
-
 def launch_group_norm_gelu_fwd(x, weight, bias, sizes, eps, nhwc, y, mean, rstd):
     """Fill y (as x), mean and rstd (B,) float32 from dense x (B, C, H, W), weight and bias (C,) float32."""
     batch, _, height, width = x.shape
     positions = height * width
     tiles, blocks, options = _layout(x, sizes, nhwc)
-    parts, steps = _parts(tiles, blocks)
+    parts, steps = split_tiles(tiles, blocks, _PROGRAMS)
     programs = parts * blocks
     moments = torch.empty((batch, programs, 3), dtype=torch.float32, device=x.device)
     _group_norm_gelu_moments_kernel[(batch * programs,)](x, sizes, moments, positions, width, parts, steps, **options)
@@ -312,7 +289,7 @@ def launch_group_norm_gelu_bwd(dy, x, weight, bias, sizes, mean, rstd, nhwc, dx,
     batch, channels, height, width = x.shape
     positions = height * width
     tiles, blocks, options = _layout(x, sizes, nhwc)
-    parts, steps = _parts(tiles, blocks)
+    parts, steps = split_tiles(tiles, blocks, _PROGRAMS)
     columns = options["ROW"]
     sums = torch.empty((batch, parts, 2, columns), dtype=torch.float32, device=x.device)
     means = torch.empty((batch, 2), dtype=torch.float32, device=x.device)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_common import gelu, gelu_derivative, start, valid_mask
+from ..triton_common import gelu, norm_gelu_gradient, start, valid_mask
 
 # Elements that a program's registers hold at once; the most programs whose partial gradients are summed (NHWC).
 _TILE = 4096
@@ -48,8 +48,9 @@ def _layer_norm_gelu_fwd_nhwc_kernel(
         result = tl.where(use, result, 0.0)
         x_rstd = tl.where(use, x_rstd, 0.0)
     tl.store(y + offs, result.to(y.dtype.element_ty), mask=exists & channel_mask)
-    tl.store(mean + row, x_mean, mask=exists)
-    tl.store(rstd + row, x_rstd, mask=exists)
+    # One address of 64 bits and offsets of 32: an address for each row would spill registers.
+    tl.store(mean + first + lane, x_mean, mask=exists)
+    tl.store(rstd + first + lane, x_rstd, mask=exists)
 
 
 @triton.jit
@@ -91,8 +92,7 @@ def _layer_norm_gelu_bwd_nhwc_kernel(
         # Padding rows: rstd, x_hat and dz are zero, so every gradient is.
         x_rstd = tl.load(rstd + row, mask=use, other=0.0)
         x_mean = tl.load(mean + row, mask=use, other=0.0)
-        x_hat = tl.where(mask, (tl.load(x + offs, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd, 0.0)
-        dz = tl.load(dy + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b)
+        x_hat, dz = norm_gelu_gradient(dy, x, offs, mask, x_mean, x_rstd, w, b)
         db += dz
         dw += dz * x_hat
         g = dz * w
@@ -104,12 +104,10 @@ def _layer_norm_gelu_bwd_nhwc_kernel(
     tl.store(out + C, tl.sum(dw, axis=0)[None, :], mask=channel_mask)
 
 
-@triton.jit(do_not_specialize=["W"])
-def _layer_norm_gelu_fwd_nchw_kernel(
-    x, weight, bias, sizes, y, mean, rstd, C, S, W, eps, HAS_SIZES: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """x, y: (B, C, S); weight, bias: (C,); sizes: (B, 2); mean, rstd: (B, S) float32. BLOCK_S positions a program."""
+@triton.jit
+def _columns(sizes, C, S, W, HAS_SIZES: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Positions of a program (NCHW): where their statistics and their first channels are, which exist, and which of
+    them are in the valid area."""
     blocks = tl.cdiv(S, BLOCK_S)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     position = start(tl.program_id(0) % blocks, BLOCK_S) + tl.arange(0, BLOCK_S)[None, :]
@@ -117,7 +115,24 @@ def _layer_norm_gelu_fwd_nchw_kernel(
     use = exists
     if HAS_SIZES:
         use = exists & valid_mask(position, sizes + 2 * sample, W)
-    base = sample * C * S + position
+    return sample * S + position, sample * C * S + position, exists, use
+
+
+@triton.jit
+def _channels(first, C, use, weight, bias, BLOCK_C: tl.constexpr):
+    """A block of channels (NCHW): their numbers, where they are valid, their weights and biases."""
+    channel = (first + tl.arange(0, BLOCK_C)[:, None]).to(tl.int64)
+    w = tl.load(weight + channel, mask=channel < C, other=0.0)
+    return channel, use & (channel < C), w, tl.load(bias + channel, mask=channel < C, other=0.0)
+
+
+@triton.jit(do_not_specialize=["W"])
+def _layer_norm_gelu_fwd_nchw_kernel(
+    x, weight, bias, sizes, y, mean, rstd, C, S, W, eps, HAS_SIZES: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """x, y: (B, C, S); weight, bias: (C,); sizes: (B, 2); mean, rstd: (B, S) float32. BLOCK_S positions a program."""
+    row, base, exists, use = _columns(sizes, C, S, W, HAS_SIZES, BLOCK_S)
     total = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     for first in range(0, C, BLOCK_C):
         channel = (first + tl.arange(0, BLOCK_C)[:, None]).to(tl.int64)
@@ -137,19 +152,16 @@ def _layer_norm_gelu_fwd_nchw_kernel(
     x_mean += shift
     x_rstd = tl.rsqrt(tl.sum(total, axis=0)[None, :] / C - shift * shift + eps)
     for first in range(0, C, BLOCK_C):
-        channel = (first + tl.arange(0, BLOCK_C)[:, None]).to(tl.int64)
-        mask = exists & (channel < C)
-        w = tl.load(weight + channel, mask=channel < C, other=0.0)
-        b = tl.load(bias + channel, mask=channel < C, other=0.0)
-        x_hat = (tl.load(x + base + channel * S, mask=use & (channel < C), other=0.0).to(tl.float32) - x_mean) * x_rstd
+        channel, mask, w, b = _channels(first, C, use, weight, bias, BLOCK_C)
+        x_hat = (tl.load(x + base + channel * S, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd
         result = gelu(x_hat * w + b)
         if HAS_SIZES:
             result = tl.where(use, result, 0.0)
-        tl.store(y + base + channel * S, result.to(y.dtype.element_ty), mask=mask)
+        tl.store(y + base + channel * S, result.to(y.dtype.element_ty), mask=exists & (channel < C))
     if HAS_SIZES:
         x_rstd = tl.where(use, x_rstd, 0.0)
-    tl.store(mean + sample * S + position, x_mean, mask=exists)
-    tl.store(rstd + sample * S + position, x_rstd, mask=exists)
+    tl.store(mean + row, x_mean, mask=exists)
+    tl.store(rstd + row, x_rstd, mask=exists)
 
 
 @triton.jit(do_not_specialize=["W"])
@@ -158,27 +170,15 @@ def _layer_norm_gelu_bwd_nchw_kernel(
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """dy, x, dx: (B, C, S); weight, bias: (C,); mean, rstd: (B, S); sums: (programs, 2, C), of dz and dz * x_hat."""
-    blocks = tl.cdiv(S, BLOCK_S)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    position = start(tl.program_id(0) % blocks, BLOCK_S) + tl.arange(0, BLOCK_S)[None, :]
-    exists = position < S
-    use = exists
-    if HAS_SIZES:
-        use = exists & valid_mask(position, sizes + 2 * sample, W)
-    base = sample * C * S + position
+    row, base, exists, use = _columns(sizes, C, S, W, HAS_SIZES, BLOCK_S)
     # Padding: rstd, x_hat and dz are zero, so every gradient is.
-    x_mean = tl.load(mean + sample * S + position, mask=use, other=0.0)
-    x_rstd = tl.load(rstd + sample * S + position, mask=use, other=0.0)
+    x_mean = tl.load(mean + row, mask=use, other=0.0)
+    x_rstd = tl.load(rstd + row, mask=use, other=0.0)
     a = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     k = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     for first in range(0, C, BLOCK_C):
-        channel = (first + tl.arange(0, BLOCK_C)[:, None]).to(tl.int64)
-        mask = use & (channel < C)
-        w = tl.load(weight + channel, mask=channel < C, other=0.0)
-        b = tl.load(bias + channel, mask=channel < C, other=0.0)
-        x_hat = (tl.load(x + base + channel * S, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd
-        x_hat = tl.where(mask, x_hat, 0.0)
-        dz = tl.load(dy + base + channel * S, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b)
+        channel, mask, w, b = _channels(first, C, use, weight, bias, BLOCK_C)
+        x_hat, dz = norm_gelu_gradient(dy, x, base + channel * S, mask, x_mean, x_rstd, w, b)
         out = sums + tl.program_id(0).to(tl.int64) * 2 * C + channel
         tl.store(out, tl.sum(dz, axis=1)[:, None], mask=channel < C)
         tl.store(out + C, tl.sum(dz * x_hat, axis=1)[:, None], mask=channel < C)
@@ -187,12 +187,8 @@ def _layer_norm_gelu_bwd_nchw_kernel(
     a_mean = tl.sum(a, axis=0)[None, :] / C
     k_mean = tl.sum(k, axis=0)[None, :] / C
     for first in range(0, C, BLOCK_C):
-        channel = (first + tl.arange(0, BLOCK_C)[:, None]).to(tl.int64)
-        mask = use & (channel < C)
-        w = tl.load(weight + channel, mask=channel < C, other=0.0)
-        b = tl.load(bias + channel, mask=channel < C, other=0.0)
-        x_hat = (tl.load(x + base + channel * S, mask=mask, other=0.0).to(tl.float32) - x_mean) * x_rstd
-        dz = tl.load(dy + base + channel * S, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(x_hat * w + b)
+        channel, mask, w, b = _channels(first, C, use, weight, bias, BLOCK_C)
+        x_hat, dz = norm_gelu_gradient(dy, x, base + channel * S, mask, x_mean, x_rstd, w, b)
         result = x_rstd * (dz * w - a_mean - x_hat * k_mean)
         tl.store(dx + base + channel * S, result.to(dx.dtype.element_ty), mask=exists & (channel < C))
 

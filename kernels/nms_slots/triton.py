@@ -17,6 +17,16 @@ def _either(a, b):
     return a | b
 
 
+@triton.jit
+def _corners(boxes, row, n, WORD: tl.constexpr):
+    """x0, y0, x1, y1 of rows of boxes (n, 4), each (WORD,): a box is one load of 16 bytes."""
+    at = boxes + row[:, None] * 4 + tl.arange(0, 4)[None, :]
+    x, y = tl.split(tl.reshape(tl.load(at, mask=(row < n)[:, None], other=0.0), (WORD, 2, 2)))
+    x0, x1 = tl.split(x)
+    y0, y1 = tl.split(y)
+    return x0, y0, x1, y1
+
+
 @triton.jit(do_not_specialize=["n"])
 def _nms_slots_pairs_fwd_kernel(boxes, valid, words, n, threshold, WORD: tl.constexpr):
     """boxes: (Z, n, 4) float32; valid: (Z, n) uint8; words: (Z, n, count) int64. A program has 64 rows and one word."""
@@ -29,11 +39,8 @@ def _nms_slots_pairs_fwd_kernel(boxes, valid, words, n, threshold, WORD: tl.cons
     if word >= block:
         valid_row = tl.load(valid + row, mask=row < n, other=0)
         if tl.max(valid_row, axis=0) != 0:
-            a, b = boxes + row * 4, boxes + later * 4
-            ax0, ay0 = tl.load(a, mask=row < n, other=0.0), tl.load(a + 1, mask=row < n, other=0.0)
-            ax1, ay1 = tl.load(a + 2, mask=row < n, other=0.0), tl.load(a + 3, mask=row < n, other=0.0)
-            bx0, by0 = tl.load(b, mask=later < n, other=0.0), tl.load(b + 1, mask=later < n, other=0.0)
-            bx1, by1 = tl.load(b + 2, mask=later < n, other=0.0), tl.load(b + 3, mask=later < n, other=0.0)
+            ax0, ay0, ax1, ay1 = _corners(boxes, row, n, WORD)
+            bx0, by0, bx1, by1 = _corners(boxes, later, n, WORD)
             area = ((ax1 - ax0) * (ay1 - ay0))[:, None] + ((bx1 - bx0) * (by1 - by0))[None, :]
             ax0, ay0, ax1, ay1 = ax0[:, None], ay0[:, None], ax1[:, None], ay1[:, None]
             bx0, by0, bx1, by1 = bx0[None, :], by0[None, :], bx1[None, :], by1[None, :]
@@ -41,7 +48,7 @@ def _nms_slots_pairs_fwd_kernel(boxes, valid, words, n, threshold, WORD: tl.cons
             height = tl.minimum(ay1, by1) - tl.maximum(ay0, by0)
             intersection = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
             over = tl.div_rn(intersection, area - intersection) > threshold
-            over = over & (later[None, :] > row[:, None]) & (later[None, :] < n)
+            over = over & (later.to(tl.int32)[None, :] > row.to(tl.int32)[:, None]) & (later < n)[None, :]
             # The bits differ, so that their sum joins them.
             bits = tl.sum(over.to(tl.int64) << tl.arange(0, WORD).to(tl.int64)[None, :], axis=1)
             tl.store(words + row * count + word, bits, mask=row < n)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 # Points beyond are moved here: differences of two fit int32, in which the kernels compute.
 _FAR = 2.0**30 - 1
 
 
 def rasterize_polygons(
-    points: torch.Tensor,
-    polygon_starts: torch.Tensor,
-    instance_starts: torch.Tensor,
-    index: torch.Tensor,
-    boxes: torch.Tensor,
-    size: int,
-) -> torch.Tensor:
+    points: Tensor, polygon_starts: Tensor, instance_starts: Tensor, index: Tensor, boxes: Tensor, size: int
+) -> Tensor:
     """The polygons of instance ``index[r]`` within ``boxes[r]``, as pycocotools' ``rleFrPoly`` and ``merge`` fill them.
 
     Points lie on a grid of fifths of a pixel. The outline crosses column c between 5c + 2 and 5c + 3; the crossing at
@@ -69,7 +65,7 @@ def rasterize_polygons(
     return inside.new_zeros(len(index), size, size).index_add_(0, box, inside) > 0
 
 
-def _expand(starts: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _expand(starts: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
     """For every member of the groups ``which``: the place of its group in ``which``, and its number."""
     counts = starts.diff()[which]
     place = torch.arange(len(which), device=which.device).repeat_interleave(counts)
@@ -78,5 +74,5 @@ def _expand(starts: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, to
     return place, number
 
 
-def _grid(x: torch.Tensor, size: int) -> torch.Tensor:
+def _grid(x: Tensor, size: int) -> Tensor:
     return 5.0 * torch.arange(size, device=x.device, dtype=x.dtype) + 2

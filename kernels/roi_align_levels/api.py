@@ -121,12 +121,7 @@ def _checked(features, boxes, valid, size, scales, sampling_ratio, sizes) -> lis
     batch = first.shape[0]
     if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 4:
         raise ValueError(f"{ops.NAME}: boxes must be ({batch}, S, 4), got {tuple(boxes.shape)}")
-    if not isinstance(valid, torch.Tensor):
-        raise TypeError(f"{ops.NAME}: valid must be a tensor, got {type(valid).__name__}")
-    if valid.dtype != torch.bool:
-        raise TypeError(f"{ops.NAME}: valid must be bool, got {valid.dtype}")
-    if valid.device != first.device:
-        raise ValueError(f"{ops.NAME}: valid is on {valid.device}, features[0] on {first.device}")
+    checks.booleans(ops.NAME, first, "features[0]", valid=valid)
     if valid.shape != boxes.shape[:2]:
         raise ValueError(f"{ops.NAME}: valid must be {tuple(boxes.shape[:2])}, got {tuple(valid.shape)}")
     if len(scales) != len(features):

@@ -69,15 +69,10 @@ def sample_tokens(
         KernelUnavailableError: ``impl`` names what cannot run.
     """
     _check_noise(noise, ratio)
-    if not isinstance(valid_mask, torch.Tensor):
-        raise TypeError(f"sample_tokens: valid_mask must be a tensor, got {type(valid_mask).__name__}")
-    if valid_mask.dtype != torch.bool:
-        raise TypeError(f"sample_tokens: valid_mask must be bool, got {valid_mask.dtype}")
+    checks.booleans(ops.NAME, noise, "noise", valid_mask=valid_mask)
     if valid_mask.shape != noise.shape:
         shapes = f"{tuple(noise.shape)} and {tuple(valid_mask.shape)}"
         raise ValueError(f"sample_tokens: noise and valid_mask must both be (B, L), got {shapes}")
-    if valid_mask.device != noise.device:
-        raise ValueError(f"sample_tokens: valid_mask is on {valid_mask.device}, noise on {noise.device}")
     length = noise.shape[1]
     count = min(_count(length, ratio), length)
     impl = resolve(ops.NAME, impl, noise.device, (noise.dtype,))

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from support.paths import CONFIGS
 from torch import nn
 
-from mimdet.config import LazyCall, instantiate, load, to_yaml
+from mimdet.config import LazyCall, from_yaml, instantiate, load, to_yaml
 from mimdet.config.lazy import resolve_target
 
 
@@ -253,7 +253,12 @@ def test_target_by_name():
 
 @pytest.mark.parametrize(
     ("override", "error"),
-    [("a.0.prob=2", ValueError), ("a.0.prob=x", TypeError), ("b.max_size=-5", ValueError), ("b.max_size=x", ValueError)],
+    [
+        ("a.0.prob=2", ValueError),
+        ("a.0.prob=x", TypeError),
+        ("b.max_size=-5", ValueError),
+        ("b.max_size=x", ValueError),
+    ],
 )
 def test_a_refused_argument_names_the_key(tmp_path, override, error):
     text = "a = [L(RandomFlip)(prob=0.5)]\nb = L(ResizeShortestEdge)(short_edge_length=8, max_size=None)"

@@ -570,14 +570,14 @@ def test_compiles_within_the_budget(capability, head_dim, dtype):
 
     example = sequences((2100, 2100), 768 // head_dim, head_dim, dtype)
     compiled = compile_pair(OP, capability, lambda: differentiate(example, "triton"))
-    assert len(compiled) == 4
+    assert len(compiled) == 3
     for one in compiled:
         assert one.stack <= SPILLED.get((one.name, dtype, head_dim), 0), one
         assert one.shared <= SHARED, one
         # A multiprocessor has 65536 registers, enough for one program of 8 warps.
         assert one.registers <= 255, one
         assert one.loads_16, one
-        assert one.stores_16 or "delta" in one.name, one
+        assert one.stores_16, one
 
 
 def decoder(length=4200, head_dim=32):

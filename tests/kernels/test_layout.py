@@ -46,7 +46,7 @@ def test_triton_files_are_in_one_order(op):
     launches = [name for name in names if name.startswith("launch_")]
     kernels = [name for name in names if name.endswith("_kernel")]
     assert launches == [f"launch_{op}_{way}" for way in ("fwd", "bwd")][: len(launches)]
-    assert names.index(launches[0]) > names.index(kernels[-1])
+    assert not kernels or names.index(launches[0]) > names.index(kernels[-1])
 
 
 @pytest.mark.parametrize("op", OURS)

@@ -16,6 +16,4 @@ def test_compiles_without_spilling(op, target):
     for launch in triton_launches(op, length=48, channels=768):
         compiled = compile_for(target, launch.kernel, *launch.arguments, grid=launch.grid, **launch.constants)
         print(compiled)
-        # ptxas keeps one number of the prologue in memory to have 48 registers.
-        one_number = target == 100 and compiled.name == "_group_norm_gelu_bwd_sums_kernel"
-        assert compiled.stack <= (8 if one_number else 0), compiled
+        assert compiled.stack == 0, compiled

@@ -47,14 +47,14 @@ MUTATIONS = {
         ("c < C; ++c) {\n      store(to + c, gelu(", "c < C - 1; ++c) {\n      store(to + c, gelu("),
         ("db[c] += g;", "bf16 rounded;\n        store(&rounded, db[c] + g);\n        db[c] = load(&rounded);"),
     ],
-    "csrc/ScatterFillCPU.cpp": [
-        ('#include "ScatterFill.h"', '#include "ScatterFill.h"\n#include <vector>'),
+    "csrc/RowsCPU.cpp": [
+        ('#include "Rows.h"', '#include "Rows.h"\n#include <vector>'),
         (
-            "const Out* shift = pos + (r",
+            "const Out* shift = pos + (pos_at_source",
             "static thread_local std::vector<Out> cache;\n"
             "    const auto size = static_cast<decltype(cache.size())>(length * channels);\n"
             "    if (cache.size() != size) cache.assign(pos, pos + size);\n"
-            "    const Out* shift = cache.data() + (r",
+            "    const Out* shift = cache.data() + (pos_at_source",
         ),
         ("c < channels; ++c) store(to + c, load(from + c));", f"{TAIL}; ++c) store(to + c, load(from + c));"),
     ],
@@ -64,9 +64,10 @@ MUTATIONS = {
         ("db += tl.sum(dz, axis=0)[None, :]", "db = (db + tl.sum(dz, axis=0)[None, :]).to(tl.bfloat16).to(tl.float32)"),
     ],
     "kernels/scatter_fill/triton.py": [
-        ("import triton.language as tl\n", "import triton.language as tl\n\n_cache = {}\n"),
-        ("kept, fill, ids_restore, pos, y, batch * length,",
-         "kept, fill, ids_restore, _cache.setdefault(pos.shape, pos), y, batch * length,"),
+        ("import torch\n", "import torch\n\n_cache = {}\n"),
+        ("fill, ids_restore, pos, y", "fill, ids_restore, _cache.setdefault(pos.shape, pos), y"),
+    ],
+    "kernels/triton_rows.py": [
         ("mask = (row < M)[:, None] & (channel < C)[None, :]\n    batch",
          "mask = (row < M)[:, None] & (channel < C // 16 * 16)[None, :]\n    batch"),
     ],
