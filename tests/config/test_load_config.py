@@ -272,7 +272,12 @@ def test_target_by_name():
 
 @pytest.mark.parametrize(
     ("override", "error"),
-    [("a.0.prob=2", ValueError), ("a.0.prob=x", TypeError), ("b.max_size=-5", ValueError), ("b.max_size=x", ValueError)],
+    [
+        ("a.0.prob=2", ValueError),
+        ("a.0.prob=x", TypeError),
+        ("b.max_size=-5", ValueError),
+        ("b.max_size=x", ValueError),
+    ],
 )
 def test_a_refused_argument_names_the_key(tmp_path, override, error):
     text = "a = [L(RandomFlip)(prob=0.5)]\nb = L(ResizeShortestEdge)(short_edge_length=8, max_size=None)"
