@@ -24,6 +24,7 @@ from mimdet.data import (
     register,
 )
 from mimdet.data.annotations import _text_runs
+from mimdet.evaluation import COCOEvaluator
 from mimdet.polygons import PackedPolygons
 
 TRIANGLE = [10.0, 10.0, 30.0, 10.0, 10.0, 25.0]
@@ -496,3 +497,16 @@ def test_a_name_without_a_file_behind_it_is_missing(write, tmp_path):
     (files["image_root"] / "9.png").symlink_to(tmp_path / "9.png")
     with pytest.raises(DataError, match=r"2 of 3 image files of .*set\.json do not exist: '.*7\.png', '.*8\.png'"):
         CocoDataset(**files)
+
+
+def test_a_tilde_is_the_home_folder(write, monkeypatch, tmp_path):
+    """A shell does not expand it in ``train.output_dir=~/run``."""
+    write(content([instance(1)]))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    dataset = CocoDataset(json_file="~/set.json", image_root="~/images")
+    assert dataset[0]["file_name"] == str(tmp_path / "images" / "7.png")
+    evaluator = COCOEvaluator(dataset, output_dir="~/out")
+    nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
+    evaluator.process([{"image_id": 7}], [nothing])
+    evaluator.evaluate()
+    assert (tmp_path / "out" / "coco_instances_results.json").read_text() == "[]"

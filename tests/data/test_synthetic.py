@@ -1,5 +1,6 @@
 """The synthetic dataset: format, exact masks, determinism, safety of existing files."""
 
+import errno
 import json
 
 import numpy as np
@@ -139,3 +140,13 @@ def test_set_finished_by_another_process_is_accepted(tmp_path, monkeypatch):
     parameters = json.loads((root / "shapes.json").read_text())
     assert (parameters["num_train"], parameters["seed"]) == (1, 0)
     assert Image.open(root / "val/000000.jpg").mode == "RGB"
+
+
+def test_a_full_disk_names_the_folder(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(synthetic, "_write_split", full)
+    with pytest.raises(OSError, match=r"No space left on device, .* free: '.*shapes'"):
+        synthetic.generate_shapes(tmp_path / "shapes", 1, 1)
+    assert not list(tmp_path.iterdir())

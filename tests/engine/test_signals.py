@@ -17,7 +17,7 @@ from support.paths import TESTS
 from mimdet.checkpoint.read import read_checkpoint
 from mimdet.config.serialize import to_yaml
 from mimdet.data import build_detection_test_loader, build_detection_train_loader
-from mimdet.data.loader import LoaderWorkerError
+from mimdet.data.loader import LoaderWorkerError, stop_signals
 from mimdet.engine import train
 
 
@@ -271,3 +271,14 @@ def test_torchrun_passes_a_signal_on_and_ends_quietly(tmp_path):
     assert "To go on, run the same command with --resume" in output.splitlines()[-1], output
     last = (tmp_path / "run" / "last_checkpoint").read_text()
     assert read_checkpoint(tmp_path / "run" / last)["iteration"] >= 9
+
+
+@pytest.mark.parametrize(("handler", "hangup"), [(signal.SIG_IGN, False), (signal.SIG_DFL, True)])
+def test_torchrun_gets_no_hangup_that_nohup_ignores(handler, hangup):
+    """``--num-gpus`` names the signals that torchrun passes on."""
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        assert (signal.SIGHUP in stop_signals()) is hangup
+        assert {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1} <= set(stop_signals())
+    finally:
+        signal.signal(signal.SIGHUP, before)
