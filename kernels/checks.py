@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 
@@ -26,17 +28,8 @@ def tensors(op: str, optional: tuple[str, ...] = (), **arguments: object) -> Non
             raise ValueError(f"{op}: {name} is on {value.device}, {first} on {device}")
 
 
-def integers(op: str, like: torch.Tensor, like_name: str, **arguments: object) -> None:
-    """Raise, naming the argument, unless all are int32 or int64 tensors on the device of ``like``."""
-    _of_dtypes(op, like, like_name, arguments, (torch.int32, torch.int64), "int32 or int64")
-
-
-def booleans(op: str, like: torch.Tensor, like_name: str, **arguments: object) -> None:
-    """Raise, naming the argument, unless all are bool tensors on the device of ``like``."""
-    _of_dtypes(op, like, like_name, arguments, (torch.bool,), "bool")
-
-
-def _of_dtypes(op, like, like_name, arguments, dtypes, words) -> None:
+def _of_dtypes(dtypes, words, op: str, like: torch.Tensor, like_name: str, **arguments: object) -> None:
+    """Raise, naming the argument, unless all are tensors of one of ``dtypes`` on the device of ``like``."""
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
@@ -44,6 +37,10 @@ def _of_dtypes(op, like, like_name, arguments, dtypes, words) -> None:
             raise TypeError(f"{op}: {name} must be {words}, got {value.dtype}")
         if value.device != like.device:
             raise ValueError(f"{op}: {name} is on {value.device}, {like_name} on {like.device}")
+
+
+integers = partial(_of_dtypes, (torch.int32, torch.int64), "int32 or int64")
+booleans = partial(_of_dtypes, (torch.bool,), "bool")
 
 
 def shapes(op: str, main: str, expected: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]]) -> None:

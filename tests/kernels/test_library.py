@@ -89,8 +89,8 @@ MOST_FUNCTIONS = {
     "match_boxes": 22,
     "nms_slots": 11,
     "rasterize_polygons": 12,
-    "roi_align_levels": 40,
-    "sample_tokens": 15,
+    "roi_align_levels": 41,
+    "sample_tokens": 16,
     "scatter_fill": 27,
 }
 
