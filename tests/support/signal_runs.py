@@ -6,6 +6,7 @@ A request on stdin is a line of JSON; the process forks for each, so that import
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -62,6 +63,7 @@ def run(folder, moment, count, start_method="fork", workers=2):
 
 
 def main():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup around the tests has it ignored, and so would a training
     mimdet.data.loader._CHECK_SECONDS = 0.1
     for line in sys.stdin:
         request = json.loads(line)
