@@ -18,11 +18,11 @@ from torchvision.transforms.v2 import functional as F
 
 from .config import instantiate
 from .data import DataError, read_image
-from .files import check_replaceable, write_atomically
+from .files import check_replaceable
 from .modeling.noise import NoiseSource
 from .modeling.sampling import cell_sizes, check_ratio, sampling_noise, split_padded
 from .predict import AnyImage, Predictor, open_image
-from .visualize import draw_instances, image_grid
+from .visualize import draw_instances, image_grid, save_png
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def save_page(page: torch.Tensor, path: Path) -> None:
     check_replaceable(path, SOFTWARE)
     about = PngInfo()
     about.add_text("Software", SOFTWARE)
-    write_atomically(path, lambda file: F.to_pil_image(page).save(file, format="PNG", pnginfo=about))
+    save_png(page, path, about)
 
 
 def _annotated(pixels: torch.Tensor, target: dict[str, Any], classes: Sequence[str]) -> torch.Tensor:

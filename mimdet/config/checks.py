@@ -72,8 +72,8 @@ _PART = _Rule(
     f"a section with {TARGET}",
     lambda value: TARGET in value if isinstance(value, DictConfig) else not isinstance(value, _PLAIN),
 )
-_PATTERNS = _Rule("a list of patterns, such as [roi_heads.*]", lambda value: _are_texts(value))
-_NAMES = _Rule("a list of names", lambda value: _are_texts(value))
+_PATTERNS = _Rule("a list of patterns, such as [roi_heads.*]", _are_texts)
+_NAMES = _Rule("a list of names", _are_texts)
 _DEVICE = r"auto|cpu|mps|cuda(:\d+)?"
 _FORMAT = _Rule("RGB or BGR", lambda value: value in ("RGB", "BGR"))
 _PERIOD = _Rule(

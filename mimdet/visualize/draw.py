@@ -13,6 +13,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms.v2 import functional as F
 
 from ..files import write_atomically
@@ -107,10 +108,10 @@ def polygons_to_masks(instances: Sequence[Sequence[np.ndarray]], height: int, wi
     return masks
 
 
-def save_png(image: torch.Tensor | Image.Image, path: str | Path) -> None:
-    """Write a uint8 (3, H, W) tensor or a PIL image as PNG, atomically."""
+def save_png(image: torch.Tensor | Image.Image, path: str | Path, about: PngInfo | None = None) -> None:
+    """Write a uint8 (3, H, W) tensor or a PIL image as PNG, atomically, with the texts of ``about``."""
     image = F.to_pil_image(image) if isinstance(image, torch.Tensor) else image
-    write_atomically(path, lambda file: image.save(file, format="PNG"))
+    write_atomically(path, lambda file: image.save(file, format="PNG", pnginfo=about))
 
 
 @cache

@@ -1,14 +1,14 @@
 """``mimdet bench`` as fixtures, with fixed machine limits."""
 
-import sys
+from functools import partial
 
 import pytest
+from support.command import run
 
 from mimdet.bench import session
 from mimdet.bench.plot import plot
 from mimdet.bench.readme import render
 from mimdet.bench.row import Results
-from mimdet.cli import main
 
 LIMITS = {"copy_gb_s": 10.0, "gemm_float32_tflop_s": 0.1, "gemm_bfloat16_tflop_s": 0.2}
 
@@ -23,20 +23,14 @@ def limits(monkeypatch):
 def bench(monkeypatch):
     """Run ``mimdet bench words...``; its exit status."""
 
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["mimdet", "bench", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code or 0
-
-    return run
+    return partial(run, monkeypatch, "bench")
 
 
 @pytest.fixture
 def experiment(bench, tmp_path, capsys):
     """Run a command that measures: what it prints, its results, and their table in Markdown. They can be drawn."""
 
-    def run(*words, suffix=".json"):
+    def measured(*words, suffix=".json"):
         path = tmp_path / f"{words[0]}{suffix}"
         assert bench(*words, "--output", path) == 0
         out, results = capsys.readouterr().out, Results.read(path)
@@ -44,4 +38,4 @@ def experiment(bench, tmp_path, capsys):
         assert (tmp_path / "figure.png").stat().st_size > 10_000
         return out, results, render(results)
 
-    return run
+    return measured

@@ -12,9 +12,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from support.command import run
 from support.kernels import mocked_gpu, usable
 
-from mimdet.cli import main
 from mimdet.kernels import OPS
 from mimdet.kernels.bias_gelu import reference
 from mimdet.parity import cases, models, report
@@ -26,10 +26,7 @@ ONE = "bias_gelu-eager-cpu-fp32-contiguous-small-forward"
 
 def parity(monkeypatch, *argv):
     """Exit status of ``mimdet parity argv...``."""
-    monkeypatch.setattr(sys, "argv", ["mimdet", "parity", *map(str, argv)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return caught.value.code or 0
+    return run(monkeypatch, "parity", *argv)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
 """``mimdet parity --compare``: which errors grew, by how many units in the last place, and what auto changed."""
 
 import json
-import sys
 
 import pytest
+from support.command import run
 
-from mimdet.cli import main
 from mimdet.parity import compare, report
 
 ULP = 2.0**-23
@@ -31,10 +30,7 @@ def write(path, *rows, auto="cpp", **environment):
 
 
 def command(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["mimdet", "parity", "--compare", *map(str, argv)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return caught.value.code or 0
+    return run(monkeypatch, "parity", "--compare", *argv)
 
 
 def test_growth_in_units_in_the_last_place(tmp_path):
@@ -73,12 +69,7 @@ def test_the_command_prints_them(tmp_path, monkeypatch, capsys):
 
 
 def test_a_result_compared_with_itself(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["mimdet", "parity", "--quick", "--only", "nms_slots-eager", "--json", str(tmp_path / "a.json")]
-    )
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert not caught.value.code
+    assert run(monkeypatch, "parity", "--quick", "--only", "nms_slots-eager", "--json", tmp_path / "a.json") == 0
     result = compare.compare(tmp_path / "a.json", tmp_path / "a.json")
     assert not any((result.grown, result.shrunk, result.auto, result.environment))
     assert result.same > 2
